@@ -1,0 +1,1 @@
+"""Steps of the training pipeline. A step knows Ray and data; it does not know Dagster's definitions or its backend."""

@@ -1,0 +1,228 @@
+"""Parameters of all steps, with defaults, ranges and descriptions.
+
+`*Settings` are what people configure; `*Params` add what the platform fills in. This module imports nothing heavy:
+run configuration is derived from it while Dagster loads the code location.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+from step_scripts.contract import StepParams
+from step_scripts.table import ColumnRange, TableSpec
+
+
+class SourceFile(StepParams):
+    """One source file and what identifies its content without reading it."""
+
+    uri: str
+    bytes: int = Field(ge=0)
+    modified: float = Field(description="Modification time, seconds since 1970, UTC.")
+
+
+class ValidateSourceSettings(BaseModel):
+    """How the source files are read and which rows are acceptable."""
+
+    max_rejected_fraction: float = Field(
+        default=0.005, ge=0, le=1, description="Fail if a larger fraction of the rows violates the schema."
+    )
+    duplicate_rows: Literal["reject", "keep"] = Field(
+        default="reject",
+        description="Rows equal to an earlier row (or with the same key): reject all but the first, or keep all.",
+    )
+    delimiter: str = Field(default=",", min_length=1, max_length=1, description="Separator between fields.")
+    encoding: Literal["utf-8"] = Field(default="utf-8", description="Encoding of the files.")
+    max_line_bytes: int = Field(
+        default=1 << 20, ge=256, le=1 << 26, description="A longer line means that the file is not a table; bytes."
+    )
+    chunk_bytes: int = Field(
+        default=64 << 20, ge=1 << 10, le=1 << 32, description="Size of the pieces that are read in parallel; bytes."
+    )
+
+
+class ValidateSourceParams(ValidateSourceSettings, StepParams):
+    """Parameters of step `validate_source`. `table` already holds configured ranges."""
+
+    table: TableSpec
+    files: tuple[SourceFile, ...]
+
+
+class IngestFeaturesSettings(BaseModel):
+    """How validated rows enter the feature store."""
+
+    num_actors: int | None = Field(
+        default=None, ge=1, le=1024, description="Ray actors that write in parallel. Empty: one per CPU."
+    )
+
+
+class IngestFeaturesParams(IngestFeaturesSettings, StepParams):
+    """Parameters of step `ingest_features`. `target` comes from the feature store resource."""
+
+    table: TableSpec
+    group: str
+    target: dict[str, Any]
+
+
+class PrepareSplitsSettings(BaseModel):
+    """Fractions of the records in each split; they sum to 1."""
+
+    train_size: float = Field(default=0.6, gt=0, lt=1, description="Fraction of the records to train on.")
+    validation_size: float = Field(default=0.2, gt=0, lt=1, description="Fraction to choose hyperparameters with.")
+    test_size: float = Field(default=0.2, gt=0, lt=1, description="Fraction to evaluate the final model on.")
+    split_salt: str = Field(
+        default="", max_length=64, description="Another text gives another, equally deterministic, assignment."
+    )
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> PrepareSplitsSettings:
+        total = self.train_size + self.validation_size + self.test_size
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"train_size + validation_size + test_size must be 1, not {total:.6g}")
+        return self
+
+
+class PrepareSplitsParams(PrepareSplitsSettings, StepParams):
+    """Parameters of step `prepare_splits`. `deduplicate`: the input may hold several events of one record."""
+
+    table: TableSpec
+    deduplicate: bool = True
+    as_of: str | None = Field(default=None, description="Latest event time to read, ISO 8601.")
+
+
+PRESETS: dict[str, dict[str, float | int]] = {
+    "default": {
+        "max_depth_min": 1, "max_depth_max": 6,
+        "eta_min": 0.03, "eta_max": 0.3,
+        "min_child_weight_min": 0.0, "min_child_weight_max": 20.0,
+        "subsample_min": 0.5, "subsample_max": 1.0,
+        "num_boost_round": 1500, "early_stopping_rounds": 30, "num_trials": 8,
+    },
+    # The ranges of the AWS sample "Orchestrate Ray-based machine learning workflows using Amazon SageMaker".
+    "article": {
+        "max_depth_min": 1, "max_depth_max": 8,
+        "eta_min": 0.2, "eta_max": 1.0,
+        "min_child_weight_min": 0.0, "min_child_weight_max": 120.0,
+        "subsample_min": 0.2, "subsample_max": 1.0,
+        "num_boost_round": 100, "early_stopping_rounds": 10, "num_trials": 4,
+    },
+}  # fmt: skip
+
+
+class TuneModelSettings(BaseModel):
+    """The search and the final fit. What is left empty comes from the preset."""
+
+    preset: Literal["default", "article"] = Field(
+        default="default", description="Where empty fields take their values: `default`, or the AWS `article`'s."
+    )
+    max_depth_min: int | None = Field(default=None, ge=1, le=20, description="Smallest depth of a tree.")
+    max_depth_max: int | None = Field(default=None, ge=1, le=20, description="Largest depth of a tree.")
+    eta_min: float | None = Field(default=None, gt=0, le=1, description="Smallest learning rate.")
+    eta_max: float | None = Field(default=None, gt=0, le=1, description="Largest learning rate.")
+    min_child_weight_min: float | None = Field(default=None, ge=0, description="Smallest weight of a leaf.")
+    min_child_weight_max: float | None = Field(default=None, ge=0, description="Largest weight of a leaf.")
+    subsample_min: float | None = Field(default=None, gt=0, le=1, description="Smallest fraction of rows a tree sees.")
+    subsample_max: float | None = Field(default=None, gt=0, le=1, description="Largest fraction of rows a tree sees.")
+    num_boost_round: int | None = Field(default=None, ge=1, le=100_000, description="Most rounds of a trial.")
+    early_stopping_rounds: int | None = Field(
+        default=None, ge=1, le=10_000, description="Stop a fit after this many rounds without a better RMSE."
+    )
+    num_trials: int | None = Field(default=None, ge=1, le=10_000, description="Number of trials.")
+    max_concurrent_trials: int | None = Field(
+        default=None, ge=1, le=1024, description="Trials at a time. Empty: one per CPU."
+    )
+    search_algorithm: Literal["optuna", "random"] = Field(
+        default="optuna", description="`optuna`: tree-structured Parzen estimator; `random`: random search."
+    )
+    scheduler: Literal["asha", "median", "none"] = Field(
+        default="asha", description="Stops bad trials early: successive halving, median rule, or not at all."
+    )
+    seed: int = Field(default=42, ge=0, le=2**31 - 1, description="Seed of the search and of XGBoost.")
+    engine: Literal["ray_train", "xgboost_ray"] = Field(
+        default="ray_train", description="What runs the final fit: Ray Train's XGBoostTrainer, or xgboost_ray."
+    )
+    num_workers: int | None = Field(
+        default=None, ge=1, le=1024, description="Workers of the final fit. Empty: one per node."
+    )
+
+    @model_validator(mode="after")
+    def _ranges_are_ordered(self) -> TuneModelSettings:
+        values = self.model_dump()
+        resolved = {**PRESETS[self.preset], **{k: v for k, v in values.items() if v is not None}}
+        for name in ("max_depth", "eta", "min_child_weight", "subsample"):
+            low, high = resolved[f"{name}_min"], resolved[f"{name}_max"]
+            if low > high:
+                raise ValueError(f"{name}_min ({low}) must not be greater than {name}_max ({high})")
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """All values, with the preset's where none is set."""
+        values = self.model_dump(include=set(TuneModelSettings.model_fields))
+        return values | {k: v for k, v in PRESETS[self.preset].items() if values[k] is None}
+
+
+class TuneModelParams(TuneModelSettings, StepParams):
+    """Parameters of step `tune_model`, resolved. `checkpoint_uri`: where finished trials are kept for a resume."""
+
+    table: TableSpec
+    checkpoint_uri: str | None = None
+
+
+class Slice(StepParams):
+    """Groups of test rows whose errors are reported: by equal-width bins, or by quantile bands."""
+
+    name: str
+    column: str
+    width: float | None = Field(default=None, gt=0, description="Width of a bin, in the column's unit.")
+    bands: int | None = Field(default=None, ge=2, le=100, description="Number of equally populated bands.")
+
+
+class EvaluateModelSettings(BaseModel):
+    """The quality gate."""
+
+    rmse_threshold: float = Field(
+        default=15000.0, gt=0, description="Largest root mean squared error that passes, in the target's unit."
+    )
+
+
+class EvaluateModelParams(StepParams):
+    """Parameters of step `evaluate_model`."""
+
+    table: TableSpec
+    slices: tuple[Slice, ...] = ()
+    plotted_rows: int = Field(default=2000, ge=10, le=100_000)
+
+
+class RegisterModelSettings(BaseModel):
+    """How a model enters the registry."""
+
+    model_group: str = Field(
+        default="housing", pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}$", description="Name of the model group."
+    )
+    approval: Literal["automatic", "manual"] = Field(
+        default="automatic", description="`automatic`: approve what passed the gate; `manual`: a person approves."
+    )
+
+
+class DeployEndpointSettings(BaseModel):
+    """Where the model is served."""
+
+    endpoint_name: str = Field(
+        default="housing", pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}$", description="Name of the endpoint."
+    )
+    smoke_test_rows: int = Field(
+        default=50, ge=1, le=1000, description="Test rows whose served predictions must equal the offline ones."
+    )
+
+
+class SourceSettings(BaseModel):
+    """Which files are read and which bounds of the schema are replaced."""
+
+    source: str | None = Field(
+        default=None, description="Path, glob or s3:// URI of the CSV files. Empty: the deployment's own source."
+    )
+    column_ranges: dict[str, ColumnRange] = Field(
+        default_factory=dict,
+        description="Other bounds for columns, for example `{PRICE: {minimum: -1000000}}`. Empty bound: no limit.",
+    )

@@ -1,0 +1,74 @@
+"""The Ray session that a driver process holds: a private one on this machine, or a given cluster."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import BaseModel
+
+
+class RaySettings(BaseModel):
+    """How to reach or start Ray. With `address`, that cluster is used and never shut down."""
+
+    address: str | None = None
+    num_cpus: int | None = None
+    object_store_memory: int | None = None
+
+
+@dataclass
+class RaySession:
+    """Starts Ray on first use. `stop` ends what was started here and removes its temporary folder."""
+
+    settings: RaySettings
+    temporary_folder: Path | None = field(default=None)
+    _started: bool = False
+
+    def ensure(self) -> None:
+        """Start or join Ray, once."""
+        if self._started:
+            return
+        import ray
+
+        common = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
+        if self.settings.address:
+            project = Path(__file__).parent
+            ray.init(address=self.settings.address, runtime_env={"py_modules": [str(project)]}, **common)
+        else:
+            if self.temporary_folder is None:
+                # Short: Ray puts sockets below it, and a socket's path is limited to 107 bytes.
+                self.temporary_folder = Path(tempfile.mkdtemp(prefix="ray-"))
+            ray.init(
+                address="local",
+                num_cpus=self.settings.num_cpus,
+                object_store_memory=self.settings.object_store_memory,
+                include_dashboard=False,
+                _temp_dir=str(self.temporary_folder),
+                **common,
+            )
+        self._started = True
+        import ray.data
+
+        data = ray.data.DataContext.get_current()
+        data.enable_progress_bars = False
+
+    def stop(self) -> None:
+        """Disconnect; end a private session and remove its folder."""
+        if self._started:
+            import ray
+
+            ray.shutdown()
+            self._started = False
+        if self.temporary_folder is not None:
+            shutil.rmtree(self.temporary_folder, ignore_errors=True)
+            self.temporary_folder = None
+
+    def nodes(self) -> list[str]:
+        """Addresses of the nodes that are alive; empty if Ray was not started."""
+        if not self._started:
+            return []
+        import ray
+
+        return sorted({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})

@@ -1,0 +1,173 @@
+"""Runs one step: reuses a valid manifest, or executes the step and commits its outputs.
+
+By hand: `python -m step_scripts.runner request.json`, where the file holds a `StepRequest`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import resource
+import shutil
+import sys
+import time
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from step_scripts import storage
+from step_scripts.contract import (
+    Reporter,
+    StepContext,
+    StepDefinition,
+    StepError,
+    StepOutcome,
+    StepRequest,
+    StepResult,
+    write_json,
+)
+from step_scripts.ray_session import RaySession, RaySettings
+
+_RECORDED_VERSIONS = ("ray", "xgboost", "xgboost-ray", "polars", "pyarrow", "pandera", "optuna", "numpy")
+
+
+def load_step(name: str) -> StepDefinition:
+    """The definition in `step_scripts.<name>`. Raises `StepError` for a name that is no step."""
+    try:
+        return importlib.import_module(f"step_scripts.{name}").STEP
+    except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name != f"step_scripts.{name}":
+            raise
+        raise StepError(f"there is no step {name!r} in step_scripts") from error
+
+
+def find_result(request: StepRequest) -> StepResult | None:
+    """The result of an earlier run of the same request, if it is complete and not older than `request.not_before`."""
+    try:
+        manifest = StepResult.model_validate_json(storage.read_bytes(request.manifest_uri))
+    except FileNotFoundError:
+        return None
+    except ValidationError:  # written by another version of this module: as good as absent
+        return None
+    if manifest.request_digest != request.digest:
+        return None
+    if request.not_before is not None and manifest.created_at < request.not_before:
+        return None
+    files = [storage.join(o.uri, f.path) for o in manifest.outputs.values() for f in o.files]
+    if not all(storage.exists(uri) for uri in files):
+        return None
+    return manifest.model_copy(update={"reused": True})
+
+
+def run_step(request: StepRequest, reporter: Reporter, session: RaySession) -> StepResult:
+    """Run `request`, or answer it from its manifest.
+
+    Raises `StepError` for bad input or parameters. On any failure the attempt's files are removed, other than those
+    that the error says to keep, which then stand below `<output_uri>/failed/`.
+    """
+    if (found := find_result(request)) is not None:
+        return found
+    start = time.perf_counter()
+    step = load_step(request.step)
+    if missing := [name for name in step.inputs if name not in request.inputs]:
+        raise StepError(f"step {request.step} needs the inputs {missing}")
+    try:
+        params = step.params.model_validate(request.params)
+    except ValidationError as error:
+        raise StepError(f"parameters of step {request.step}: {_readable(error)}") from error
+    attempt_uri = storage.join(request.output_uri, uuid.uuid4().hex[:12])
+    context = StepContext(request, attempt_uri, reporter)
+    try:
+        if step.uses_ray:
+            with context.phase("start Ray"):
+                session.ensure()
+        outcome = step.run(context, params)
+        if absent := [name for name in step.outputs if name not in outcome.outputs]:
+            raise RuntimeError(f"step {request.step} returned without its outputs {absent}")
+        context.seconds["total"] = time.perf_counter() - start
+        return _commit(request, context, outcome, session)
+    except BaseException as error:
+        if isinstance(error, StepError):
+            _keep(request, error)
+        storage.delete(attempt_uri)
+        raise
+
+
+def _commit(request: StepRequest, context: StepContext, outcome: StepOutcome, session: RaySession) -> StepResult:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = StepResult(
+        step=request.step,
+        request_digest=request.digest,
+        code_version=request.code_version,
+        created_at=datetime.now(UTC),
+        params=request.params,
+        inputs=request.inputs,
+        outputs=outcome.outputs,
+        metrics=outcome.metrics,
+        details=outcome.details,
+        seconds={name: round(seconds, 4) for name, seconds in context.seconds.items()},
+        peak_memory_bytes=peak * (1 if sys.platform == "darwin" else 1024),
+        nodes=session.nodes(),
+        versions=_versions(),
+    )
+    write_json(request.manifest_uri, result.model_dump(mode="json"))
+    return result
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in _RECORDED_VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _keep(request: StepRequest, error: StepError) -> None:
+    for name, uri in error.keep.items():
+        kept = storage.join(request.output_uri, "failed", name)
+        with storage.open_input(uri) as source, storage.open_output(kept) as target:
+            shutil.copyfileobj(source, target)
+        error.details[name] = kept
+
+
+def _readable(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'value'}: {e['msg']} (got {e['input']!r})" for e in error.errors())
+
+
+class PrintReporter:
+    """Prints messages on standard error."""
+
+    def info(self, message: str) -> None:
+        """Print `message`."""
+        print(message, file=sys.stderr, flush=True)
+
+    def warning(self, message: str) -> None:
+        """Print `message`, marked as a warning."""
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the request in the file named by the only argument; print the manifest. Returns the exit status."""
+    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
+        print(__doc__, file=sys.stderr)
+        return 2
+    request = StepRequest.model_validate_json(Path(arguments[0]).read_bytes())
+    session = RaySession(RaySettings())
+    try:
+        result = run_step(request, PrintReporter(), session)
+    except StepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        session.stop()
+    print(json.dumps(result.model_dump(mode="json"), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

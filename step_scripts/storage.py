@@ -1,0 +1,124 @@
+"""Files behind URIs: a local path, or `s3://bucket/prefix`. The same calls serve both, through Arrow's file systems.
+
+Small objects are written atomically: a reader sees the old bytes or the new ones, never a part of them.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyarrow import fs
+
+
+def is_remote(uri: str) -> bool:
+    """Whether `uri` names an object store and not a local path."""
+    return "://" in uri and not uri.startswith("file://")
+
+
+def local_path(uri: str) -> Path:
+    """The local path that `uri` names. Raises `ValueError` for a remote one."""
+    if is_remote(uri):
+        raise ValueError(f"{uri} is not a local path")
+    return Path(uri.removeprefix("file://"))
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` extended by `parts`, with single slashes between them."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """Arrow's file system for `uri`, and the path in it. `AWS_ENDPOINT_URL` redirects S3 to another server."""
+    from pyarrow import fs
+
+    if not is_remote(uri):
+        return fs.LocalFileSystem(), str(local_path(uri).absolute())
+    scheme, _, path = uri.partition("://")
+    if scheme not in ("s3", "s3a"):
+        raise ValueError(f"{uri}: only local paths and s3:// URIs are supported")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    options = {"endpoint_override": endpoint} if endpoint else {}
+    return fs.S3FileSystem(region=region, **options), path
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole content. Raises `FileNotFoundError`."""
+    filesystem_, path = filesystem(uri)
+    with filesystem_.open_input_file(path) as file:
+        return file.read()
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write `data` atomically: locally by renaming a temporary file, on S3 because a put is atomic."""
+    if is_remote(uri):
+        filesystem_, path = filesystem(uri)
+        with filesystem_.open_output_stream(path) as stream:
+            stream.write(data)
+        return
+    target = local_path(uri)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def open_input(uri: str) -> Iterator[IO[bytes]]:
+    """A seekable binary file open for reading. Raises `FileNotFoundError`."""
+    filesystem_, path = filesystem(uri)
+    with filesystem_.open_input_file(path) as file:
+        yield file  # pyright: ignore[reportReturnType]  # Arrow's NativeFile implements the file protocol
+
+
+@contextmanager
+def open_output(uri: str) -> Iterator[IO[bytes]]:
+    """A binary stream open for writing; parent folders are made. Not atomic: commit by a manifest."""
+    filesystem_, path = filesystem(uri)
+    if not is_remote(uri):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with filesystem_.open_output_stream(path) as stream:
+        yield stream  # pyright: ignore[reportReturnType]  # Arrow's NativeFile implements the file protocol
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or a non-empty prefix stands at `uri`."""
+    from pyarrow import fs
+
+    filesystem_, path = filesystem(uri)
+    return filesystem_.get_file_info(path).type != fs.FileType.NotFound
+
+
+def list_files(uri: str) -> list[str]:
+    """URIs of all files below `uri`, sorted; empty if there is nothing."""
+    from pyarrow import fs
+
+    filesystem_, path = filesystem(uri)
+    selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
+    prefix = uri.partition("://")[0] + "://" if is_remote(uri) else ""
+    return sorted(prefix + info.path for info in filesystem_.get_file_info(selector) if info.type == fs.FileType.File)
+
+
+def delete(uri: str) -> None:
+    """Remove the file, or everything below the prefix. Nothing happens if there is nothing."""
+    from pyarrow import fs
+
+    filesystem_, path = filesystem(uri)
+    kind = filesystem_.get_file_info(path).type
+    if kind == fs.FileType.Directory:
+        filesystem_.delete_dir(path)
+    elif kind == fs.FileType.File:
+        filesystem_.delete_file(path)

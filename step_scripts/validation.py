@@ -1,0 +1,89 @@
+"""Between pandera and `TableSpec`: the schema as plain data, and the plain data as a schema for batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandera.polars as pa
+import polars as pl
+
+from step_scripts.table import ColumnSpec, DType, TableSpec
+
+_DTYPES: dict[DType, pl.DataType] = {
+    "int64": pl.Int64(),
+    "float64": pl.Float64(),
+    "bool": pl.Boolean(),
+    "string": pl.String(),
+    "datetime": pl.Datetime("us", "UTC"),
+}
+_BOUNDS = {
+    "greater_than_or_equal_to": ("ge", "min_value"),
+    "greater_than": ("gt", "min_value"),
+    "less_than_or_equal_to": ("le", "max_value"),
+    "less_than": ("lt", "max_value"),
+}
+
+
+def polars_schema(table: TableSpec) -> dict[str, pl.DataType]:
+    """Polars types of the columns, in the schema's order."""
+    return {column.name: _DTYPES[column.dtype] for column in table.columns}
+
+
+def table_from_pandera(
+    model: type[pa.DataFrameModel],
+    *,
+    name: str,
+    target: str,
+    key_columns: tuple[str, ...] = (),
+    event_time_column: str | None = None,
+) -> TableSpec:
+    """The table that a pandera model declares.
+
+    Raises `ValueError` for a type or a check that a `TableSpec` cannot carry: nothing is dropped in silence.
+    """
+    schema = model.to_schema()
+    if schema.checks:
+        raise ValueError(f"{model.__name__}: checks over several columns cannot be carried to the steps")
+    columns = tuple(_column_from_pandera(model.__name__, column) for column in schema.columns.values())
+    return TableSpec(
+        name=name, columns=columns, target=target, key_columns=key_columns, event_time_column=event_time_column
+    )
+
+
+def _column_from_pandera(owner: str, column: Any) -> ColumnSpec:
+    native = column.dtype.type
+    for dtype, candidate in _DTYPES.items():
+        if native == candidate or (dtype == "datetime" and isinstance(native, pl.Datetime)):
+            break
+    else:
+        raise ValueError(f"{owner}.{column.name}: type {native} is none of {list(_DTYPES)}")
+    limits: dict[str, Any] = {}
+    for check in column.checks:
+        if check.name in _BOUNDS:
+            field, statistic = _BOUNDS[check.name]
+            limits[field] = check.statistics[statistic]
+        elif check.name == "in_range":
+            s = check.statistics
+            limits["ge" if s.get("include_min", True) else "gt"] = s["min_value"]
+            limits["le" if s.get("include_max", True) else "lt"] = s["max_value"]
+        elif check.name == "isin":
+            limits["isin"] = tuple(check.statistics["allowed_values"])
+        else:
+            raise ValueError(f"{owner}.{column.name}: check {check.name} is not supported; use ge, gt, le, lt or isin")
+    return ColumnSpec(
+        name=column.name, dtype=dtype, description=column.description or "", nullable=column.nullable, **limits
+    )
+
+
+def pandera_schema(table: TableSpec) -> pa.DataFrameSchema:
+    """The pandera schema of `table`, for batches whose columns already have its types."""
+    columns = {}
+    for column in table.columns:
+        checks = []
+        for field, check in (("ge", pa.Check.ge), ("gt", pa.Check.gt), ("le", pa.Check.le), ("lt", pa.Check.lt)):
+            if (bound := getattr(column, field)) is not None:
+                checks.append(check(bound))
+        if column.isin is not None:
+            checks.append(pa.Check.isin(list(column.isin)))
+        columns[column.name] = pa.Column(_DTYPES[column.dtype], checks=checks, nullable=column.nullable)
+    return pa.DataFrameSchema(columns, strict=True)

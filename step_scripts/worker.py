@@ -1,0 +1,97 @@
+"""The driver process of a run: executes requests one after the other in one Ray session.
+
+Started by a compute backend as `python -m step_scripts.worker <control descriptor>`. The control descriptor is one end
+of a socket pair that carries JSON lines: in `{"request": …, "pipes": {…}}`, out `{"result": …}` or `{"error": …}`.
+When the other end closes, or on SIGTERM, the process ends Ray and itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import traceback
+from typing import Any
+
+from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultMessageWriter, PipesMappingParamsLoader
+
+from step_scripts.contract import StepError, StepRequest
+from step_scripts.ray_session import RaySession, RaySettings
+from step_scripts.runner import run_step
+
+_SHUTDOWN_SECONDS = 3.0
+
+
+class PipesReporter:
+    """Sends messages to Dagster."""
+
+    def __init__(self, pipes: PipesContext) -> None:
+        self._pipes = pipes
+
+    def info(self, message: str) -> None:
+        """Log `message` in the Dagster run."""
+        self._pipes.log.info(message)
+
+    def warning(self, message: str) -> None:
+        """Log `message` as a warning."""
+        self._pipes.log.warning(message)
+
+
+def answer(message: dict[str, Any], session: RaySession) -> dict[str, Any]:
+    """Run the request in `message`; its result or its error as plain data."""
+    request = StepRequest.model_validate(message["request"])
+    try:
+        with PipesContext(
+            params_loader=PipesMappingParamsLoader(message["pipes"]),
+            context_loader=PipesDefaultContextLoader(),
+            message_writer=PipesDefaultMessageWriter(),
+        ) as pipes:
+            result = run_step(request, PipesReporter(pipes), session)
+    except StepError as error:
+        return {"error": {"kind": "input", "message": str(error), "details": error.details}}
+    except Exception as error:
+        # The boundary of the process: whatever it was becomes the other side's exception.
+        summary = f"{type(error).__name__}: {error}"
+        return {"error": {"kind": "crash", "message": summary, "traceback": traceback.format_exc()}}
+    return {"result": result.model_dump(mode="json")}
+
+
+def _end(session: RaySession) -> None:
+    """End Ray if that takes no longer than `_SHUTDOWN_SECONDS`, then the process; Ray's own processes follow it."""
+    stopper = threading.Thread(target=session.stop, daemon=True)
+    stopper.start()
+    stopper.join(_SHUTDOWN_SECONDS)
+    os._exit(0)
+
+
+def main(descriptor: int) -> None:
+    """Serve requests until the other end closes."""
+    channel = socket.socket(fileno=descriptor)
+    settings = RaySettings.model_validate_json(os.environ.get("HOUSING_RAY_SETTINGS", "{}"))
+    session = RaySession(settings)
+    if folder := os.environ.get("HOUSING_RAY_FOLDER"):
+        from pathlib import Path
+
+        session.temporary_folder = Path(folder)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=_end, args=(session,)).start())
+    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+
+    def listen() -> None:
+        with channel.makefile("r", encoding="utf-8") as lines, contextlib.suppress(OSError):
+            for line in lines:
+                requests.put(json.loads(line))
+        _end(session)
+
+    threading.Thread(target=listen, daemon=True).start()
+    while True:
+        reply = answer(requests.get(), session)
+        channel.sendall(json.dumps(reply).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
