@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ _IMPORT = re.compile(r"^\s*(?:from|import)\s+step_scripts\.(\w+)", re.MULTILINE)
 def step_version(step: str) -> str:
     """The first 12 hexadecimal digits of the SHA-256 over the sources that step `step` is made of.
 
+    A dotted name is a module elsewhere: then its own source counts, and those of this package that it imports.
     Raises `FileNotFoundError` if there is no module of that name.
     """
     pending, sources = [step], dict[str, bytes]()
@@ -22,9 +24,18 @@ def step_version(step: str) -> str:
         module = pending.pop()
         if module in sources:
             continue
-        sources[module] = (_PACKAGE / f"{module}.py").read_bytes()
+        sources[module] = _source(module).read_bytes()
         pending += _IMPORT.findall(sources[module].decode())
     digest = hashlib.sha256()
     for module in sorted(sources):
         digest.update(module.encode() + b"\0" + sources[module] + b"\0")
     return digest.hexdigest()[:12]
+
+
+def _source(module: str) -> Path:
+    if "." not in module:
+        return _PACKAGE / f"{module}.py"
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(f"there is no module {module}")
+    return Path(spec.origin)

@@ -1,8 +1,8 @@
 """The contract between a step and whoever runs it: request, context, artifacts, manifest.
 
-A step module `step_scripts/<name>.py` defines `STEP = StepDefinition(...)`. It reads the artifacts named in the request,
-writes new ones below `StepContext.output_uri(name)`, and returns a `StepOutcome`. The runner (`step_scripts.runner`)
-commits them by writing `manifest.json` last: readers trust only a manifest.
+A step module `step_scripts/<name>.py` defines `STEP = StepDefinition(...)`. It reads the artifacts named in the
+request, writes new ones below `StepContext.output_uri(name)`, and returns a `StepOutcome`. The runner
+(`step_scripts.runner`) commits them by writing `manifest.json` last: readers trust only a manifest.
 """
 
 from __future__ import annotations

@@ -19,12 +19,20 @@ from step_scripts import storage
 from step_scripts.contract import Artifact, file_info, write_json
 from step_scripts.table import TableSpec
 
-FILES = ("model.ubj", "scaler.json", "table.json", "statistics.json", "parameters.json", "metrics.json", "versions.json")
+FILES = (
+    "model.ubj",
+    "scaler.json",
+    "table.json",
+    "statistics.json",
+    "parameters.json",
+    "metrics.json",
+    "versions.json",
+)
 
 
 @dataclass(frozen=True)
 class Scaler:
-    """Standardization by the training split's statistics: `(x - mean) / scale`. Both arrays have one value a feature."""
+    """Standardization by the training split's statistics: `(x - mean) / scale`, one value of each a feature."""
 
     features: tuple[str, ...]
     mean: np.ndarray

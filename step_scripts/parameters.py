@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from step_scripts.contract import StepParams
-from step_scripts.table import ColumnRange, TableSpec
+from step_scripts.table import TableSpec
 
 
 class SourceFile(StepParams):
@@ -178,8 +178,15 @@ class Slice(StepParams):
     bands: int | None = Field(default=None, ge=2, le=100, description="Number of equally populated bands.")
 
 
+MODEL_GROUP = Field(
+    default="housing", pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}$", description="Name of the model group."
+)
+
+
 class EvaluateModelSettings(BaseModel):
-    """The quality gate."""
+    """The quality gate, and the group whose approved version is the champion to compare with."""
+
+    model_group: str = MODEL_GROUP
 
     rmse_threshold: float = Field(
         default=15000.0, gt=0, description="Largest root mean squared error that passes, in the target's unit."
@@ -197,9 +204,7 @@ class EvaluateModelParams(StepParams):
 class RegisterModelSettings(BaseModel):
     """How a model enters the registry."""
 
-    model_group: str = Field(
-        default="housing", pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}$", description="Name of the model group."
-    )
+    model_group: str = MODEL_GROUP
     approval: Literal["automatic", "manual"] = Field(
         default="automatic", description="`automatic`: approve what passed the gate; `manual`: a person approves."
     )
@@ -213,16 +218,4 @@ class DeployEndpointSettings(BaseModel):
     )
     smoke_test_rows: int = Field(
         default=50, ge=1, le=1000, description="Test rows whose served predictions must equal the offline ones."
-    )
-
-
-class SourceSettings(BaseModel):
-    """Which files are read and which bounds of the schema are replaced."""
-
-    source: str | None = Field(
-        default=None, description="Path, glob or s3:// URI of the CSV files. Empty: the deployment's own source."
-    )
-    column_ranges: dict[str, ColumnRange] = Field(
-        default_factory=dict,
-        description="Other bounds for columns, for example `{PRICE: {minimum: -1000000}}`. Empty bound: no limit.",
     )

@@ -35,13 +35,17 @@ _RECORDED_VERSIONS = ("ray", "xgboost", "xgboost-ray", "polars", "pyarrow", "pan
 
 
 def load_step(name: str) -> StepDefinition:
-    """The definition in `step_scripts.<name>`. Raises `StepError` for a name that is no step."""
+    """The definition in `step_scripts.<name>`, or, for a dotted name, in that module.
+
+    Raises `StepError` for a name that is no step.
+    """
+    module = name if "." in name else f"step_scripts.{name}"
     try:
-        return importlib.import_module(f"step_scripts.{name}").STEP
+        return importlib.import_module(module).STEP
     except (ModuleNotFoundError, AttributeError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name != f"step_scripts.{name}":
+        if isinstance(error, ModuleNotFoundError) and error.name != module:
             raise
-        raise StepError(f"there is no step {name!r} in step_scripts") from error
+        raise StepError(f"there is no step {module}") from error
 
 
 def find_result(request: StepRequest) -> StepResult | None:
@@ -62,11 +66,14 @@ def find_result(request: StepRequest) -> StepResult | None:
     return manifest.model_copy(update={"reused": True})
 
 
-def run_step(request: StepRequest, reporter: Reporter, session: RaySession) -> StepResult:
+def run_step(
+    request: StepRequest, reporter: Reporter, session: RaySession, *, attempt: str | None = None
+) -> StepResult:
     """Run `request`, or answer it from its manifest.
 
     Raises `StepError` for bad input or parameters. On any failure the attempt's files are removed, other than those
-    that the error says to keep, which then stand below `<output_uri>/failed/`.
+    that the error says to keep, which then stand below `<output_uri>/failed/`. `attempt` names the folder of the files,
+    for a caller that cleans up after a killed process.
     """
     if (found := find_result(request)) is not None:
         return found
@@ -78,7 +85,7 @@ def run_step(request: StepRequest, reporter: Reporter, session: RaySession) -> S
         params = step.params.model_validate(request.params)
     except ValidationError as error:
         raise StepError(f"parameters of step {request.step}: {_readable(error)}") from error
-    attempt_uri = storage.join(request.output_uri, uuid.uuid4().hex[:12])
+    attempt_uri = storage.join(request.output_uri, attempt or uuid.uuid4().hex[:12])
     context = StepContext(request, attempt_uri, reporter)
     try:
         if step.uses_ray:
@@ -136,7 +143,9 @@ def _keep(request: StepRequest, error: StepError) -> None:
 
 
 def _readable(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'value'}: {e['msg']} (got {e['input']!r})" for e in error.errors())
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc'])) or 'value'}: {e['msg']} (got {e['input']!r})" for e in error.errors()
+    )
 
 
 class PrintReporter:

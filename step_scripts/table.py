@@ -70,7 +70,8 @@ class TableSpec(BaseModel):
         roles = [self.target, *self.key_columns, *([self.event_time_column] if self.event_time_column else [])]
         if missing := [name for name in roles if name not in names]:
             raise ValueError(f"table {self.name!r} has no column {missing}; it has {list(names)}")
-        if text := [c.name for c in self.columns if c.name in (*self.features, self.target) and c.dtype not in NUMERIC_DTYPES]:
+        modelled = {*self.features, self.target}
+        if text := [c.name for c in self.columns if c.name in modelled and c.dtype not in NUMERIC_DTYPES]:
             raise ValueError(f"columns {text} of table {self.name!r} are not numeric: make them keys, or encode them")
         return self
 

@@ -84,6 +84,7 @@ def pandera_schema(table: TableSpec) -> pa.DataFrameSchema:
             if (bound := getattr(column, field)) is not None:
                 checks.append(check(bound))
         if column.isin is not None:
-            checks.append(pa.Check.isin(list(column.isin)))
+            # Polars compares members of a list only with values of the very same type.
+            checks.append(pa.Check.isin([int(v) if column.dtype == "int64" else v for v in column.isin]))
         columns[column.name] = pa.Column(_DTYPES[column.dtype], checks=checks, nullable=column.nullable)
     return pa.DataFrameSchema(columns, strict=True)

@@ -1,7 +1,8 @@
 """The driver process of a run: executes requests one after the other in one Ray session.
 
 Started by a compute backend as `python -m step_scripts.worker <control descriptor>`. The control descriptor is one end
-of a socket pair that carries JSON lines: in `{"request": …, "pipes": {…}}`, out `{"result": …}` or `{"error": …}`.
+of a socket pair that carries JSON lines: in `{"request": …, "attempt": …, "pipes": {…}}`, out `{"result": …}` or
+`{"error": …}`.
 When the other end closes, or on SIGTERM, the process ends Ray and itself.
 """
 
@@ -16,6 +17,7 @@ import socket
 import sys
 import threading
 import traceback
+from pathlib import Path
 from typing import Any
 
 from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultMessageWriter, PipesMappingParamsLoader
@@ -51,11 +53,10 @@ def answer(message: dict[str, Any], session: RaySession) -> dict[str, Any]:
             context_loader=PipesDefaultContextLoader(),
             message_writer=PipesDefaultMessageWriter(),
         ) as pipes:
-            result = run_step(request, PipesReporter(pipes), session)
+            result = run_step(request, PipesReporter(pipes), session, attempt=message["attempt"])
     except StepError as error:
         return {"error": {"kind": "input", "message": str(error), "details": error.details}}
-    except Exception as error:
-        # The boundary of the process: whatever it was becomes the other side's exception.
+    except Exception as error:  # noqa: BLE001  # the process's boundary: becomes the other side's exception
         summary = f"{type(error).__name__}: {error}"
         return {"error": {"kind": "crash", "message": summary, "traceback": traceback.format_exc()}}
     return {"result": result.model_dump(mode="json")}
@@ -75,8 +76,6 @@ def main(descriptor: int) -> None:
     settings = RaySettings.model_validate_json(os.environ.get("HOUSING_RAY_SETTINGS", "{}"))
     session = RaySession(settings)
     if folder := os.environ.get("HOUSING_RAY_FOLDER"):
-        from pathlib import Path
-
         session.temporary_folder = Path(folder)
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=_end, args=(session,)).start())
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()

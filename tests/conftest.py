@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+
 from step_scripts.ray_session import RaySession, RaySettings
 
 

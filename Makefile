@@ -1,0 +1,83 @@
+# `make run` and `make test` do all the set-up on a machine that has Python 3.11 or newer, pip, venv and make.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Where Dagster keeps runs and events, and where the platform keeps artifacts.
+export DAGSTER_HOME ?= $(CURDIR)/.dagster
+export HOUSING_ROOT ?= $(CURDIR)/data
+UI_PORT ?= 3000
+# A file with run configuration: make run CONFIG=my_config.yaml
+CONFIG ?=
+# Without compiled bytecode everything that Ray does is several times slower.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(DAGSTER_HOME)/dagster.yaml: dagster.yaml
+	@mkdir -p $(DAGSTER_HOME)
+	@cp dagster.yaml $@
+
+.PHONY: install
+install: $(VENV)/.installed  ## Create .venv and install the platform
+
+.PHONY: run
+run: $(VENV)/.installed $(DAGSTER_HOME)/dagster.yaml  ## Materialize the whole graph on local Ray
+	@PYTHONWARNINGS=ignore $(BIN)/dagster asset materialize --select '*' -m housing_assets.definitions \
+	  $(if $(CONFIG),--config $(CONFIG))
+	@$(BIN)/python -m housing_assets.summary
+
+.PHONY: ui
+ui: $(VENV)/.installed $(DAGSTER_HOME)/dagster.yaml  ## Open the Dagster UI on http://127.0.0.1:3000 (UI_PORT=...)
+	$(BIN)/dagster dev --host 127.0.0.1 --port $(UI_PORT)
+
+.PHONY: stop
+stop: $(VENV)/.installed  ## Stop the local endpoint
+	@$(BIN)/python -m resources.endpoints.local stop --root $(HOUSING_ROOT)/endpoints
+
+.PHONY: lint
+lint: $(VENV)/.installed-dev  ## Run ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+.PHONY: format
+format: $(VENV)/.installed-dev  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: test
+test: lint  ## Run ruff, pyright and all tests
+	$(BIN)/pytest
+
+.PHONY: bench
+bench: $(VENV)/.installed-dev  ## Run the benchmarks (see benchmarks/README.md)
+	$(BIN)/python -m benchmarks
+
+.PHONY: constraints
+constraints: $(VENV)/.installed-dev  ## Write the versions of .venv to constraints.txt
+	@{ echo '# Versions that are tested together. Written by `make constraints`.'; \
+	  $(BIN)/python -m pip freeze --exclude-editable --exclude housing-assets; } > constraints.txt
+
+.PHONY: clean-data
+clean-data:  ## Stop the endpoint; remove artifacts, generated data and Dagster's history
+	@if [ -x $(BIN)/python ] && [ -d $(HOUSING_ROOT)/endpoints ]; then $(MAKE) --no-print-directory stop; fi
+	rm -rf $(HOUSING_ROOT) $(DAGSTER_HOME)

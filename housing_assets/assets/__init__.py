@@ -1,0 +1,1 @@
+"""The assets, in the order of the graph: ingestion, splits, model, serving."""

@@ -1,0 +1,113 @@
+"""From CSV files to the feature store."""
+
+import hashlib
+
+import dagster as dg
+
+from housing_assets.config import FeatureGroupConfig, RawCsvConfig, settings_of
+from housing_assets.deployments import SourceLocation
+from housing_assets.metadata import artifact_metadata, column_schema, run_metadata
+from resources.compute.base import ComputeBackend, as_metadata
+from resources.feature_store.base import FeatureStore, OfflineSnapshot
+from resources.references import SourceRef
+from resources.sources import find_source_files
+from step_scripts.code_version import step_version
+from step_scripts.contract import StepError
+from step_scripts.parameters import (
+    IngestFeaturesParams,
+    IngestFeaturesSettings,
+    ValidateSourceParams,
+    ValidateSourceSettings,
+)
+from step_scripts.table import ColumnRange
+
+
+@dg.asset(
+    group_name="ingestion",
+    kinds={"csv", "parquet", "ray", "pandera"},
+    code_version=step_version("validate_source"),
+)
+def raw_csv(
+    context: dg.AssetExecutionContext, config: RawCsvConfig, compute: ComputeBackend, source_location: SourceLocation
+) -> dg.MaterializeResult[SourceRef]:
+    """The house sales of the source, row by row checked against the schema, as Parquet.
+
+    Rows that violate the schema are left out and listed, each with its reason, in `rejected_rows.csv`. Too many of
+    them, or a file that is not such a table at all, fail the asset. Read by `feature_group`.
+    """
+    from housing_assets.schema import HOUSING_TABLE
+
+    source = config.source or source_location.resolve()
+    ranges = {name: ColumnRange(**bounds.model_dump()) for name, bounds in config.column_ranges.items()}
+    try:
+        files = find_source_files(source)
+        table = HOUSING_TABLE.with_ranges(ranges)
+    except (StepError, ValueError) as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+    params = ValidateSourceParams(**settings_of(config, ValidateSourceSettings), table=table, files=files)
+    result = compute.run(context, "validate_source", params)
+    rows = result.outputs["rows"]
+    value = SourceRef(
+        source=source,
+        rows=rows,
+        rejected=result.outputs["rejected"],
+        table=table,
+        rows_total=int(result.metrics["rows"] + result.metrics["rejected_rows"]),
+        rows_rejected=int(result.metrics["rejected_rows"]),
+    )
+    metadata = {
+        **artifact_metadata(rows),
+        **result.metrics,
+        **as_metadata(result.details),
+        **run_metadata(result),
+        "source": source,
+        "dagster/column_schema": column_schema(table),
+    }
+    return dg.MaterializeResult(value=value, metadata=metadata, data_version=dg.DataVersion(rows.digest))
+
+
+@dg.asset(
+    group_name="ingestion",
+    kinds={"featurestore", "parquet", "ray"},
+    code_version=step_version("ingest_features"),
+)
+def feature_group(
+    context: dg.AssetExecutionContext,
+    config: FeatureGroupConfig,
+    raw_csv: SourceRef,
+    compute: ComputeBackend,
+    feature_store: FeatureStore,
+) -> dg.MaterializeResult[OfflineSnapshot]:
+    """The feature store's records of the source: every version of every record, each with its event time.
+
+    Ingestion adds what is new or changed and nothing twice; the asset fails unless every row that went in can be read.
+    Read by the splits, at a point in time.
+    """
+    from housing_assets.schema import HOUSING_TABLE
+
+    name = config.feature_group_name or default_group_name(HOUSING_TABLE.name, raw_csv.source)
+    try:
+        target = feature_store.ensure_group(name, HOUSING_TABLE) | {"mirror": config.ingestion == "mirror"}
+    except StepError as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+    metadata = {"feature_group_name": name, "rows_in": raw_csv.rows.rows or 0}
+    if feature_store.find_ingestion(name, raw_csv.rows.digest) is not None:
+        context.log.info(f"feature group {name} already holds dataset {raw_csv.rows.digest[:12]}: nothing to add")
+        metadata |= {"reused": True, "added": 0, "seconds": 0.0}
+    else:
+        params = IngestFeaturesParams(
+            **settings_of(config, IngestFeaturesSettings), table=HOUSING_TABLE, group=name, target=target
+        )
+        result = compute.run(context, "ingest_features", params, {"rows": raw_csv.rows}, cacheable=False)
+        metadata |= {**result.metrics, **as_metadata(result.details), **run_metadata(result)}
+    snapshot = feature_store.offline(name)
+    metadata |= artifact_metadata(snapshot.artifact) | {"commit": snapshot.commit, "rows_live": snapshot.artifact.rows}
+    metadata["dagster/column_schema"] = column_schema(HOUSING_TABLE)
+    return dg.MaterializeResult(
+        value=snapshot, metadata=metadata, data_version=dg.DataVersion(snapshot.artifact.digest)
+    )
+
+
+def default_group_name(table: str, source: str) -> str:
+    """A name that belongs to this source alone: two sources never mix in one group."""
+    return f"{table}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"

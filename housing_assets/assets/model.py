@@ -1,0 +1,155 @@
+"""The model: search and fit, evaluation, registration."""
+
+from typing import Any
+
+import dagster as dg
+
+from housing_assets.config import SLICES, EvaluationConfig, RegistrationConfig, TunedModelConfig
+from housing_assets.gate import require_gate_passed
+from housing_assets.metadata import artifact_metadata, run_metadata
+from resources.compute.base import ComputeBackend, as_metadata
+from resources.model_registry.base import ModelRegistry, ModelVersion
+from resources.references import EvaluationRef, ModelRef, SplitRef
+from step_scripts.code_version import step_version
+from step_scripts.contract import Artifact
+from step_scripts.parameters import EvaluateModelParams, TuneModelParams
+
+
+@dg.asset(group_name="model", kinds={"xgboost", "ray"}, code_version=step_version("tune_model"))
+def tuned_model(
+    context: dg.AssetExecutionContext,
+    config: TunedModelConfig,
+    train_split: SplitRef,
+    validation_split: SplitRef,
+    compute: ComputeBackend,
+) -> dg.MaterializeResult[ModelRef]:
+    """The best XGBoost model of a hyperparameter search, with all that is needed to predict from raw features.
+
+    The artifact holds model, scaling statistics, schema, parameters and metrics in open formats. Read by
+    `evaluation_report` and, if it passes the gate, by `registered_model`.
+    """
+    from housing_assets.plots import importance_plot, learning_curve_plot, to_markdown, trials_plot
+    from housing_assets.schema import HOUSING_TABLE
+
+    assert train_split.statistics is not None
+    result = compute.run(
+        context,
+        "tune_model",
+        TuneModelParams(**config.resolved(), table=HOUSING_TABLE),
+        {"train": train_split.rows, "validation": validation_split.rows, "statistics": train_split.statistics},
+    )
+    model, details = result.outputs["model"], result.details
+    value = ModelRef(
+        model=model,
+        report=result.outputs["report"],
+        metrics=result.metrics,
+        parameters=details["best_parameters"],
+        request_digest=result.request_digest,
+    )
+    metadata = {
+        **artifact_metadata(model),
+        **result.metrics,
+        **as_metadata(details),
+        **run_metadata(result),
+        "learning_curve": to_markdown(learning_curve_plot(details["learning_curve"], HOUSING_TABLE), "learning curve"),
+        "importance": to_markdown(importance_plot(details["importance"]), "feature importance"),
+        "search": to_markdown(trials_plot(details["trials"]), "trials"),
+    }
+    return dg.MaterializeResult(value=value, metadata=metadata, data_version=dg.DataVersion(model.digest))
+
+
+@dg.asset(group_name="model", kinds={"xgboost", "ray"}, code_version=step_version("evaluate_model"))
+def evaluation_report(
+    context: dg.AssetExecutionContext,
+    config: EvaluationConfig,
+    tuned_model: ModelRef,
+    train_split: SplitRef,
+    test_split: SplitRef,
+    compute: ComputeBackend,
+    model_registry: ModelRegistry,
+) -> dg.MaterializeResult[EvaluationRef]:
+    """How good the model is on records it never saw: errors, slices, and the comparison with simple baselines.
+
+    `evaluation.json` has the form of SageMaker's model quality reports. The blocking check `rmse_threshold` on this
+    asset is the quality gate. Read by `registered_model`.
+    """
+    from housing_assets.plots import prediction_plot, residual_plot, to_markdown
+    from housing_assets.schema import HOUSING_TABLE
+
+    approved = model_registry.list(config.model_group, "Approved")
+    champion = next((v for v in reversed(approved) if v.artifact.digest != tuned_model.model.digest), None)
+    inputs: dict[str, Artifact] = {
+        "model": tuned_model.model,
+        "train": train_split.rows,
+        "test": test_split.rows,
+        **({"statistics": train_split.statistics} if train_split.statistics else {}),
+        **({"champion": champion.artifact} if champion else {}),
+    }
+    params = EvaluateModelParams(table=HOUSING_TABLE, slices=SLICES)
+    result = compute.run(context, "evaluate_model", params, inputs)
+    report = result.outputs["report"]
+    value = EvaluationRef(
+        report=report,
+        model_digest=tuned_model.model.digest,
+        test_digest=test_split.rows.digest,
+        metrics=result.metrics,
+        rmse_threshold=config.rmse_threshold,
+    )
+    details = dict(result.details)
+    predictions = details.pop("predictions")
+    metadata: dict[str, Any] = {
+        **artifact_metadata(report),
+        **result.metrics,
+        **as_metadata(details),
+        **run_metadata(result),
+        "rmse_threshold": config.rmse_threshold,
+        "predicted_against_actual": to_markdown(
+            prediction_plot(predictions, HOUSING_TABLE), "predicted against actual"
+        ),
+        "residuals": to_markdown(residual_plot(predictions, HOUSING_TABLE), "residuals"),
+    }
+    if champion:
+        metadata["champion"] = champion.name
+    return dg.MaterializeResult(value=value, metadata=metadata, data_version=dg.DataVersion(report.digest))
+
+
+@dg.asset(group_name="model", kinds={"xgboost"}, code_version=step_version("model_artifact"))
+def registered_model(
+    context: dg.AssetExecutionContext,
+    config: RegistrationConfig,
+    tuned_model: ModelRef,
+    evaluation_report: EvaluationRef,
+    train_split: SplitRef,
+    model_registry: ModelRegistry,
+) -> dg.MaterializeResult[ModelVersion]:
+    """A version of the model in the registry, with its metrics, its lineage and its approval status.
+
+    Only a model whose evaluation passed the gate is registered, whoever asks and whenever. Read by `endpoint`.
+    """
+    evidence = require_gate_passed(context, tuned_model, evaluation_report)
+    version = model_registry.register(
+        config.model_group,
+        tuned_model.model,
+        metrics=evaluation_report.metrics,
+        gate=evidence,
+        lineage={
+            "run_id": context.run.run_id,
+            "train_digest": train_split.rows.digest,
+            "test_digest": evaluation_report.test_digest,
+            "evaluation_digest": evaluation_report.report.digest,
+            "model_request_digest": tuned_model.request_digest,
+            "code_version": {step: step_version(step) for step in ("tune_model", "evaluate_model")},
+            "parameters": dict(tuned_model.parameters),
+        },
+        status="Approved" if config.approval == "automatic" else "PendingManualApproval",
+    )
+    metadata = {
+        **artifact_metadata(version.artifact),
+        "model_version": version.name,
+        "version": version.version,
+        "approval_status": version.status,
+        "rmse": evidence.value,
+        "rmse_threshold": evidence.threshold,
+        "lineage": dg.MetadataValue.json(version.lineage),
+    }
+    return dg.MaterializeResult(value=version, metadata=metadata, data_version=dg.DataVersion(version.artifact.digest))

@@ -1,0 +1,50 @@
+"""The HTTP endpoint that predicts prices."""
+
+import dagster as dg
+
+from housing_assets.config import EndpointConfig
+from housing_assets.gate import refusal, require_not_failed_since
+from resources.endpoints.base import EndpointDeploymentFailed, EndpointHost, EndpointStatus
+from resources.model_registry.base import ModelRegistry, ModelVersion
+from resources.references import SplitRef
+from step_scripts.code_version import step_version
+
+
+@dg.asset(group_name="serving", kinds={"xgboost"}, code_version=step_version("serve_model"))
+def endpoint(
+    context: dg.AssetExecutionContext,
+    config: EndpointConfig,
+    registered_model: ModelVersion,
+    test_split: SplitRef,
+    model_registry: ModelRegistry,
+    endpoint_host: EndpointHost,
+) -> dg.MaterializeResult[EndpointStatus]:
+    """The endpoint that serves the approved version: raw features in, prices out, over HTTP.
+
+    A new version is tried beside the one that serves, with rows whose predictions are known, and takes over only if
+    they agree. It goes on serving when the run has ended.
+    """
+    from housing_assets.smoke_test import smoke_test_from
+
+    version = model_registry.get(registered_model.group, registered_model.version)
+    if version.artifact.digest != registered_model.artifact.digest:
+        raise refusal(f"{version.name} in the registry is another model", "materialize registered_model again")
+    if not version.gate.passed:
+        raise refusal(f"{version.name} has no passed evaluation", "materialize evaluation_report and registered_model")
+    require_not_failed_since(context.instance, version.artifact.digest)
+    smoke_test = smoke_test_from(version.artifact, test_split.rows, config.smoke_test_rows)
+    try:
+        status = endpoint_host.deploy(config.endpoint_name, version, smoke_test, context.log.info)
+    except EndpointDeploymentFailed as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+    metadata = {
+        "endpoint_name": status.name,
+        "url": dg.MetadataValue.url(status.url),
+        "model_version": version.name,
+        "version": version.version,
+        "model_digest": status.model_digest,
+        "smoke_test_rows": len(smoke_test.expected),
+    }
+    return dg.MaterializeResult(
+        value=status, metadata=metadata, data_version=dg.DataVersion(f"{status.name}:{status.model_digest}")
+    )

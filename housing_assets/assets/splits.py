@@ -1,0 +1,84 @@
+"""Train, validation and test split."""
+
+from collections.abc import Iterator
+from datetime import datetime
+
+import dagster as dg
+
+from housing_assets.config import SplitsConfig, settings_of
+from housing_assets.metadata import artifact_metadata, column_schema, run_metadata
+from resources.compute.base import ComputeBackend, as_metadata
+from resources.feature_store.base import FeatureStore, OfflineSnapshot
+from resources.references import SplitRef
+from step_scripts.code_version import step_version
+from step_scripts.parameters import PrepareSplitsParams, PrepareSplitsSettings
+
+SPLITS = ("train", "validation", "test")
+_PURPOSE = {
+    "train": "Records that the model is fitted on, with the scaling statistics fitted on them (and on them only).",
+    "validation": "Records that hyperparameters and the number of rounds are chosen with.",
+    "test": "Records that nothing but the evaluation of the final model ever sees.",
+}
+
+
+@dg.multi_asset(
+    name="splits",
+    group_name="splits",
+    specs=[
+        dg.AssetSpec(
+            f"{split}_split",
+            deps=["feature_group"],
+            description=f"{_PURPOSE[split]} A record's side follows from a hash of its id: it never changes.",
+            kinds={"parquet", "ray"},
+            code_version=step_version("prepare_splits"),
+        )
+        for split in SPLITS
+    ],
+)
+def splits(
+    context: dg.AssetExecutionContext,
+    config: SplitsConfig,
+    feature_group: OfflineSnapshot,
+    compute: ComputeBackend,
+    feature_store: FeatureStore,
+) -> Iterator[dg.MaterializeResult]:
+    """Assign every record of the feature group to train, validation or test, by a hash of its id."""
+    from housing_assets.schema import HOUSING_TABLE
+
+    snapshot = feature_group
+    if config.as_of:
+        try:
+            as_of = datetime.fromisoformat(config.as_of)
+        except ValueError as error:
+            raise dg.Failure(
+                f"splits.as_of = {config.as_of!r} is not a date or time in ISO 8601", allow_retries=False
+            ) from error
+        snapshot = feature_store.offline(feature_group.group, as_of=as_of)
+    params = PrepareSplitsParams(
+        **settings_of(config, PrepareSplitsSettings),
+        table=HOUSING_TABLE,
+        deduplicate=snapshot.deduplicate,
+        as_of=snapshot.as_of.isoformat() if snapshot.as_of else None,
+    )
+    result = compute.run(context, "prepare_splits", params, {"features": snapshot.artifact})
+    total = sum(result.outputs[split].rows or 0 for split in SPLITS)
+    for split in SPLITS:
+        rows = result.outputs[split]
+        value = SplitRef(
+            rows=rows,
+            fraction=(rows.rows or 0) / total,
+            configured_fraction=getattr(config, f"{split}_size"),
+            statistics=result.outputs["statistics"] if split == "train" else None,
+        )
+        metadata = {
+            **artifact_metadata(rows),
+            **run_metadata(result),
+            "fraction": round(value.fraction, 6),
+            "configured_fraction": value.configured_fraction,
+            "dagster/column_schema": column_schema(HOUSING_TABLE),
+        }
+        if split == "train":
+            metadata |= as_metadata(result.details)
+        yield dg.MaterializeResult(
+            asset_key=f"{split}_split", value=value, metadata=metadata, data_version=dg.DataVersion(rows.digest)
+        )

@@ -1,0 +1,1 @@
+"""Checks of the assets. Blocking ones stop everything downstream; the others warn."""

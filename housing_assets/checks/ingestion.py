@@ -1,0 +1,58 @@
+"""Checks of what goes into the feature store."""
+
+import dagster as dg
+
+from resources.feature_store.base import FeatureStore, OfflineSnapshot
+from resources.references import SourceRef
+
+PANDERA_ROWS = 10_000
+COMPARED_IDS = 2_000_000
+
+
+@dg.asset_check(asset="raw_csv", blocking=True)
+def schema(raw_csv: SourceRef) -> dg.AssetCheckResult:
+    """Every validated row has the schema's columns, types and ranges, and rejected rows are within the limit.
+
+    Looks at the files written, not at what the step said of them: footers of all of them, pandera on the first rows.
+    """
+    from step_scripts.parquet_checks import schema_violations
+
+    violations, figures = schema_violations(raw_csv.rows.file_uris(".parquet"), raw_csv.table, sample_rows=PANDERA_ROWS)
+    accepted = raw_csv.rows_total - raw_csv.rows_rejected
+    if figures["rows"] != accepted:
+        violations.append(f"{figures['rows']} rows lie in the files, {accepted} should")
+    return dg.AssetCheckResult(
+        passed=not violations,
+        description="; ".join(violations[:5]) or f"{figures['rows']:,} rows conform to the schema",
+        metadata={
+            **figures,
+            "rows_rejected": raw_csv.rows_rejected,
+            "violations": dg.MetadataValue.json(violations[:50]),
+        },
+    )
+
+
+@dg.asset_check(asset="feature_group", additional_ins={"raw_csv": dg.AssetIn("raw_csv")}, blocking=True)
+def reconciliation(
+    feature_group: OfflineSnapshot, raw_csv: SourceRef, feature_store: FeatureStore
+) -> dg.AssetCheckResult:
+    """Every row that went in can be read from the feature store. Compares record ids, not counts alone."""
+    from step_scripts.parquet_checks import sampled_record_ids
+
+    rows_in, readable = raw_csv.rows.rows or 0, feature_group.artifact.rows or 0
+    total = max(rows_in, readable)
+    expected, share = sampled_record_ids(raw_csv.rows.file_uris(".parquet"), at_most=COMPARED_IDS, total=total)
+    stored, _ = sampled_record_ids(feature_group.artifact.file_uris(".parquet"), at_most=COMPARED_IDS, total=total)
+    missing = expected.filter(~expected.is_in(stored.implode()))
+    passed = missing.is_empty() and readable >= rows_in
+    return dg.AssetCheckResult(
+        passed=passed,
+        description=f"{rows_in:,} rows in, {readable:,} readable, {missing.len():,} of {expected.len():,} ids missing",
+        metadata={
+            "rows_in": rows_in,
+            "rows_readable": readable,
+            "ids_compared": expected.len(),
+            "share_of_ids_compared": share,
+            "missing_ids": dg.MetadataValue.json(missing.head(20).to_list()),
+        },
+    )

@@ -1,0 +1,48 @@
+"""The quality gate and its advisory companions."""
+
+import dagster as dg
+
+from housing_assets.gate import GATE_CHECK
+from resources.references import EvaluationRef
+
+
+@dg.asset_check(asset="evaluation_report", name=GATE_CHECK, blocking=True)
+def rmse_threshold(evaluation_report: EvaluationRef) -> dg.AssetCheckResult:
+    """The quality gate: RMSE on the test split is at most the threshold. Without it nothing is registered or served."""
+    rmse, threshold = evaluation_report.metrics["rmse"], evaluation_report.rmse_threshold
+    passed = rmse <= threshold  # also false for NaN
+    return dg.AssetCheckResult(
+        passed=passed,
+        description=f"RMSE {rmse:,.1f}, threshold {threshold:,.1f}",
+        metadata={
+            "rmse": rmse,
+            "threshold": threshold,
+            # What the assets behind the gate compare with what they are given.
+            "model_digest": evaluation_report.model_digest,
+            "evaluation_digest": evaluation_report.report.digest,
+        },
+    )
+
+
+@dg.asset_check(asset="evaluation_report")
+def beats_linear_baseline(evaluation_report: EvaluationRef) -> dg.AssetCheckResult:
+    """The model is better than ordinary least squares on the same splits."""
+    return _better_than(evaluation_report, "baseline_linear_rmse", "a linear model")
+
+
+@dg.asset_check(asset="evaluation_report")
+def beats_champion(evaluation_report: EvaluationRef) -> dg.AssetCheckResult:
+    """The model is at least as good as the latest approved one, both on the current test split."""
+    return _better_than(evaluation_report, "champion_rmse", "the champion")
+
+
+def _better_than(evaluation: EvaluationRef, metric: str, opponent: str) -> dg.AssetCheckResult:
+    rmse, other = evaluation.metrics["rmse"], evaluation.metrics.get(metric)
+    if other is None:
+        return dg.AssetCheckResult(passed=True, description=f"there is no {opponent.split()[-1]} to compare with")
+    return dg.AssetCheckResult(
+        passed=rmse <= other,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=f"RMSE {rmse:,.1f}, that of {opponent} {other:,.1f}",
+        metadata={"rmse": rmse, "threshold": other, "ratio": rmse / other if other else float("inf")},
+    )

@@ -1,0 +1,98 @@
+"""Checks of the splits."""
+
+import math
+
+import dagster as dg
+
+from housing_assets.config import EvaluationConfig
+from resources.model_registry.base import ModelRegistry
+from resources.references import SplitRef
+
+COMPARED_IDS = 2_000_000
+# Fractions of n hashed records scatter binomially: four standard deviations are exceeded once in 16,000 times.
+STANDARD_DEVIATIONS = 4.0
+PSI_THRESHOLD = 0.2  # the customary limit above which a population counts as shifted
+
+_SPLITS = {f"{name}_split": dg.AssetIn(f"{name}_split") for name in ("validation", "test")}
+
+
+@dg.asset_check(asset="train_split", additional_ins=_SPLITS, blocking=True)
+def no_leakage(train_split: SplitRef, validation_split: SplitRef, test_split: SplitRef) -> dg.AssetCheckResult:
+    """No record is in two splits."""
+    import polars as pl
+
+    from step_scripts.parquet_checks import sampled_record_ids
+
+    splits = {"train": train_split, "validation": validation_split, "test": test_split}
+    total = sum(split.rows.rows or 0 for split in splits.values())
+    frames, share = [], 1.0
+    for name, split in splits.items():
+        ids, share = sampled_record_ids(split.rows.file_uris(".parquet"), at_most=COMPARED_IDS, total=total)
+        frames.append(pl.DataFrame({"record_id": ids.unique()}).with_columns(split=pl.lit(name)))
+    shared = pl.concat(frames).group_by("record_id").agg(pl.col("split").sort()).filter(pl.col("split").list.len() > 1)
+    return dg.AssetCheckResult(
+        passed=shared.is_empty(),
+        description=f"{shared.height:,} records are in more than one split",
+        metadata={
+            "records": total,
+            "share_of_ids_compared": share,
+            "shared_records": shared.height,
+            "threshold": 0,
+            "examples": dg.MetadataValue.json(shared.head(20).to_dicts()),
+        },
+    )
+
+
+@dg.asset_check(asset="train_split", additional_ins=_SPLITS, blocking=True)
+def split_fractions(train_split: SplitRef, validation_split: SplitRef, test_split: SplitRef) -> dg.AssetCheckResult:
+    """The splits have the configured sizes, within what hashing leaves to chance."""
+    splits = {"train": train_split, "validation": validation_split, "test": test_split}
+    total = sum(split.rows.rows or 0 for split in splits.values())
+    rows = []
+    for name, split in splits.items():
+        p = split.configured_fraction
+        tolerance = STANDARD_DEVIATIONS * math.sqrt(p * (1 - p) / max(total, 1))
+        rows.append(
+            {
+                "split": name,
+                "rows": split.rows.rows or 0,
+                "fraction": round(split.fraction, 6),
+                "configured": p,
+                "tolerance": round(tolerance, 6),
+                "passed": abs(split.fraction - p) <= tolerance,
+            }
+        )
+    failed = [row["split"] for row in rows if not row["passed"]]
+    return dg.AssetCheckResult(
+        passed=not failed,
+        description=f"outside the tolerance: {', '.join(failed)}" if failed else "all within the tolerance",
+        metadata={"fractions": dg.MetadataValue.table([dg.TableRecord(row) for row in rows])},
+    )
+
+
+@dg.asset_check(asset="train_split")
+def feature_drift(train_split: SplitRef, model_registry: ModelRegistry) -> dg.AssetCheckResult:
+    """The training data is distributed as that of the latest approved model (population stability index)."""
+    import json
+
+    from step_scripts import storage
+    from step_scripts.distributions import psi
+
+    champion = model_registry.latest(EvaluationConfig().model_group, "Approved")
+    if champion is None or train_split.statistics is None:
+        return dg.AssetCheckResult(passed=True, description="no approved model to compare with")
+    before = json.loads(storage.read_bytes(champion.artifact.file_uri("statistics.json")))["distributions"]
+    now = json.loads(storage.read_bytes(train_split.statistics.file_uri("statistics.json")))["distributions"]
+    rows = [{"column": name, "psi": round(psi(before[name], now[name]), 4)} for name in now if name in before]
+    drifted = [str(row["column"]) for row in rows if float(row["psi"]) > PSI_THRESHOLD]
+    return dg.AssetCheckResult(
+        passed=not drifted,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=f"shifted against {champion.name}: {', '.join(drifted)}" if drifted else f"as in {champion.name}",
+        metadata={
+            "champion": champion.name,
+            "threshold": PSI_THRESHOLD,
+            "largest_psi": max((float(row["psi"]) for row in rows), default=0.0),
+            "psi": dg.MetadataValue.table([dg.TableRecord(row) for row in rows]),
+        },
+    )

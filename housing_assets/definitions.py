@@ -1,0 +1,33 @@
+"""The code location: assets, checks, resources, jobs."""
+
+import dagster as dg
+
+from housing_assets.assets import ingestion, model, serving, splits
+from housing_assets.checks import ingestion as ingestion_checks
+from housing_assets.checks import model as model_checks
+from housing_assets.checks import serving as serving_checks
+from housing_assets.checks import splits as splits_checks
+from housing_assets.deployments import load_resources
+
+OWNERS = ["team:ml-platform"]
+
+assets = [
+    asset.map_asset_specs(lambda spec: spec.replace_attributes(owners=OWNERS))
+    for asset in dg.load_assets_from_modules([ingestion, splits, model, serving])
+    if isinstance(asset, dg.AssetsDefinition)
+]
+
+refresh = dg.define_asset_job(
+    "refresh",
+    selection=dg.AssetSelection.all(),
+    description="Materialize everything, from the CSV files to the endpoint.",
+)
+
+defs = dg.Definitions(
+    assets=assets,
+    asset_checks=dg.load_asset_checks_from_modules([ingestion_checks, splits_checks, model_checks, serving_checks]),
+    jobs=[refresh],
+    resources=load_resources(),
+    # The graph is a chain, and Ray is the parallelism: one process a run, and one Ray session in it.
+    executor=dg.in_process_executor,
+)

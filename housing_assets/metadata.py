@@ -1,0 +1,60 @@
+"""Metadata that several assets show in the same way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dagster as dg
+
+from resources.compute.base import table
+from step_scripts.contract import Artifact, StepResult
+from step_scripts.table import TableSpec
+
+_DAGSTER_TYPES = {"int64": "int", "float64": "float", "bool": "bool", "string": "string", "datetime": "timestamp"}
+
+
+def artifact_metadata(artifact: Artifact) -> dict[str, Any]:
+    """Where an artifact lies, how large it is, and its digest."""
+    metadata: dict[str, Any] = {
+        "dagster/uri": artifact.uri,
+        "digest": artifact.digest,
+        "megabytes": round(artifact.bytes / 1e6, 3),
+        "files": len(artifact.files),
+    }
+    if artifact.rows is not None:
+        metadata["dagster/row_count"] = artifact.rows
+    return metadata
+
+
+def run_metadata(result: StepResult) -> dict[str, Any]:
+    """How a step ran: reused or not, seconds per phase, memory, nodes, versions."""
+    metadata: dict[str, Any] = {
+        "reused": result.reused,
+        "seconds": 0.0 if result.reused else result.seconds.get("total", 0.0),
+        "phases": table([{"phase": name, "seconds": seconds} for name, seconds in result.seconds.items()]),
+        "request_digest": result.request_digest,
+        "versions": dg.MetadataValue.json(result.versions),
+    }
+    if result.reused:
+        metadata["made_at"] = dg.MetadataValue.timestamp(result.created_at)
+    if result.peak_memory_bytes:
+        metadata["driver_peak_megabytes"] = round(result.peak_memory_bytes / 1e6, 1)
+    if result.nodes:
+        metadata["ray_nodes"] = dg.MetadataValue.json(result.nodes)
+    return metadata
+
+
+def column_schema(spec: TableSpec) -> dg.TableSchema:
+    """The columns of `spec` as Dagster shows them, with allowed values as constraints."""
+    columns = [
+        dg.TableColumn(
+            name=column.name,
+            type=_DAGSTER_TYPES[column.dtype],
+            description=column.description,
+            constraints=dg.TableColumnConstraints(
+                nullable=column.nullable, other=[column.constraint()] if column.constraint() else []
+            ),
+        )
+        for column in spec.columns
+    ]
+    return dg.TableSchema(columns=columns)

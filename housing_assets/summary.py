@@ -1,0 +1,74 @@
+"""Prints what the latest materializations made: `python -m housing_assets.summary`, the end of `make run`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from resources.endpoints.base import EndpointStatus
+from resources.model_registry.base import ModelVersion
+from resources.references import EvaluationRef, ModelRef
+
+
+def summary(root: Path) -> str:
+    """The evaluation, the places of the artifacts, and how to call the endpoint, as text for a terminal.
+
+    Raises `FileNotFoundError` if something has not been materialized below `root`.
+    """
+    references = root / "references"
+    evaluation = EvaluationRef.model_validate_json((references / "evaluation_report.json").read_bytes())
+    model = ModelRef.model_validate_json((references / "tuned_model.json").read_bytes())
+    version = ModelVersion.model_validate_json((references / "registered_model.json").read_bytes())
+    endpoint = EndpointStatus.model_validate_json((references / "endpoint.json").read_bytes())
+    m = evaluation.metrics
+    lines = [
+        "",
+        "Evaluation on the test split",
+        f"  RMSE {m['rmse']:>12,.1f}   (gate: at most {evaluation.rmse_threshold:,.0f})",
+        f"  MAE  {m['mae']:>12,.1f}",
+        f"  R²   {m['r2']:>12.4f}",
+        f"  MAPE {m['mape']:>12.2%}",
+        f"  RMSE of a linear model {m['baseline_linear_rmse']:,.1f}, of the mean {m['baseline_mean_rmse']:,.1f}",
+        "",
+        "Artifacts",
+        f"  model              {model.model.uri}",
+        f"  evaluation report  {evaluation.report.file_uri('evaluation.json')}",
+        f"  registered as      {version.name} ({version.status})",
+        "",
+        f"Endpoint {endpoint.name} serves version {endpoint.version} at {endpoint.url}",
+        f"  {curl_line(endpoint.url, Path(model.model.uri))}",
+        "",
+        "Dagster UI: make ui        Stop the endpoint: make stop        Remove everything: make clean-data",
+    ]
+    return "\n".join(lines)
+
+
+def curl_line(url: str, model: Path) -> str:
+    """A command that asks the endpoint for one prediction: the mean row of the training split."""
+    import json
+
+    from step_scripts.table import TableSpec
+
+    table = TableSpec.model_validate_json((model / "table.json").read_bytes())
+    mean = json.loads((model / "scaler.json").read_bytes())["mean"]
+    values = [
+        f"{mean[name]:.0f}" if table.column(name).dtype == "int64" else f"{mean[name]:.2f}" for name in table.features
+    ]
+    return f"curl -s {shlex.quote(url)} -H 'Content-Type: text/csv' -d '{','.join(values)}'"
+
+
+def main() -> int:
+    """Print the summary of the deployment's root. Returns the exit status."""
+    root = Path(os.environ.get("HOUSING_ROOT") or "data").absolute()
+    try:
+        print(summary(root))
+    except FileNotFoundError as error:
+        print(f"not everything has been materialized: {error.filename} is missing", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

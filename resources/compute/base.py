@@ -1,0 +1,93 @@
+"""The abstract compute backend: answers a step from its manifest, or has it run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from step_scripts.code_version import step_version
+from step_scripts.contract import Artifact, StepParams, StepRequest, StepResult
+from step_scripts.runner import find_result
+
+
+class ComputeBackend(dg.ConfigurableResource, ABC):
+    """Runs steps. Which implementation is used is decided in `housing_assets.deployments`."""
+
+    artifact_root: str = Field(description="Folder or s3:// prefix below which steps write their outputs.")
+    use_cache: bool = Field(
+        default=True,
+        description="Answer an unchanged request from the manifest of an earlier run instead of running it.",
+    )
+    cache_expiry_hours: float = Field(
+        default=12.0, gt=0, description="An earlier run's manifest is reused for this long; hours."
+    )
+
+    def run(
+        self,
+        context: dg.AssetExecutionContext,
+        step: str,
+        params: StepParams,
+        inputs: dict[str, Artifact] | None = None,
+        *,
+        cacheable: bool = True,
+    ) -> StepResult:
+        """Run `step`, or reuse its result if request, code and inputs are unchanged.
+
+        `cacheable=False`: the step changes something beyond its outputs, so that a manifest does not prove that its
+        work is still there. Raises `dagster.Failure` without retries for bad input, with the figures as metadata.
+        """
+        reusable = cacheable and self.use_cache
+        now = datetime.now(UTC)
+        request = StepRequest(
+            step=step,
+            params=params.model_dump(mode="json"),
+            inputs=inputs or {},
+            output_root=self.artifact_root,
+            code_version=step_version(step),
+            not_before=now - timedelta(hours=self.cache_expiry_hours) if reusable else now,
+        )
+        if reusable and (found := find_result(request)) is not None:
+            age = (now - found.created_at).total_seconds()
+            context.log.info(f"{step}: unchanged; reused the result of {age:.0f} s ago ({request.manifest_uri})")
+            return found
+        return self._execute(context, request)
+
+    @abstractmethod
+    def _execute(self, context: dg.AssetExecutionContext, request: StepRequest) -> StepResult:
+        """Run `request` on the backend and return its manifest."""
+
+
+def failure_of(step: str, error: dict[str, Any]) -> dg.Failure:
+    """The Dagster failure for an error that a step reported: `kind`, `message`, `details` or `traceback`."""
+    if error["kind"] == "input":
+        return dg.Failure(f"{step}: {error['message']}", metadata=as_metadata(error["details"]), allow_retries=False)
+    return dg.Failure(
+        f"{step} failed: {error['message']}",
+        metadata={"traceback": dg.MetadataValue.md(f"```\n{error['traceback']}\n```")},
+    )
+
+
+def as_metadata(details: dict[str, Any]) -> dict[str, Any]:
+    """Plain data as metadata values: lists of flat objects become tables, other containers JSON."""
+    return {name: _metadata_value(value) for name, value in details.items() if value is not None}
+
+
+def _metadata_value(value: object) -> Any:
+    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+        return table(value)
+    if isinstance(value, dict | list):
+        return dg.MetadataValue.json(value)
+    return value
+
+
+def table(rows: list[dict[str, Any]]) -> dg.TableMetadataValue:
+    """Rows as a metadata table; values that are neither number, text nor boolean become text."""
+    records = [
+        dg.TableRecord({k: v if isinstance(v, str | int | float | bool) else str(v) for k, v in row.items()})
+        for row in rows
+    ]
+    return dg.MetadataValue.table(records)

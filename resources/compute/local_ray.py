@@ -1,0 +1,168 @@
+"""Steps on Ray on this machine, or on a cluster given by its address.
+
+The Ray driver is a child process: it serves all steps of a run in one Ray session, a crash of it does not take the
+run's process along, and a termination does not wait for Ray, because the run's main thread only waits for a socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import psutil
+from pydantic import Field, PrivateAttr
+
+from resources.compute.base import ComputeBackend, failure_of
+from step_scripts import storage
+from step_scripts.contract import StepRequest, StepResult
+from step_scripts.ray_session import RaySettings
+
+_POLL_SECONDS = 0.2
+_TERMINATION_SECONDS = 4.0
+
+
+@dataclass
+class _Worker:
+    """The driver process, this end of its control socket, and the folder of everything temporary."""
+
+    process: subprocess.Popen[bytes]
+    channel: socket.socket
+    folder: Path
+    received: bytes = b""
+
+    def send(self, message: dict[str, Any]) -> None:
+        self.channel.sendall(json.dumps(message).encode() + b"\n")
+
+    def reply(self) -> dict[str, Any] | None:
+        """The next reply; `None` if the process has ended. The main thread can be interrupted while it waits."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.channel, selectors.EVENT_READ)
+            while True:
+                line, newline, rest = self.received.partition(b"\n")
+                if newline:
+                    self.received = rest
+                    return json.loads(line)
+                if selector.select(_POLL_SECONDS):
+                    data = self.channel.recv(1 << 16)
+                    if not data:
+                        return None
+                    self.received += data
+
+    def stop(self) -> None:
+        """End the process and all that it started, and remove its folder. Takes at most about 5 seconds."""
+        family: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            driver = psutil.Process(self.process.pid)
+            family = [driver, *driver.children(recursive=True)]
+        self.channel.close()  # the driver ends Ray and itself when it sees this
+        _, alive = psutil.wait_procs(family, timeout=_TERMINATION_SECONDS)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=1.0)
+        self.process.poll()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class LocalRay(ComputeBackend):
+    """One Ray session a run, started with the first step that is not answered from the cache."""
+
+    address: str | None = Field(
+        default=None, description="Address of an existing Ray cluster. It is used, and never shut down."
+    )
+    num_cpus: int | None = Field(default=None, ge=1, description="CPUs that Ray may use. Empty: all of the machine.")
+    object_store_memory: int | None = Field(
+        default=None, ge=80 << 20, description="Size of Ray's object store, bytes. Empty: Ray's default."
+    )
+
+    _worker: _Worker | None = PrivateAttr(default=None)
+
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[LocalRay]:
+        """End the Ray session with the run, however the run ends."""
+        try:
+            yield self
+        finally:
+            self._stop()
+
+    def _stop(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.stop()
+
+    def _start(self) -> _Worker:
+        ours, theirs = socket.socketpair()
+        # Short, because Ray puts sockets below it: a socket's path is limited to 107 bytes.
+        parent = "/tmp" if Path("/tmp").is_dir() else None
+        folder = Path(tempfile.mkdtemp(prefix="housing-", dir=parent))
+        settings = RaySettings(
+            address=self.address, num_cpus=self.num_cpus, object_store_memory=self.object_store_memory
+        )
+        environment = os.environ | {
+            "HOUSING_RAY_SETTINGS": settings.model_dump_json(),
+            "HOUSING_RAY_FOLDER": str(folder),
+            "TMPDIR": str(folder),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        environment.pop("RAY_ADDRESS", None)
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "step_scripts.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches the run alone, which then ends this process in order
+            )
+        return _Worker(process, ours, folder)
+
+    def _execute(self, context: dg.AssetExecutionContext, request: StepRequest) -> StepResult:
+        attempt = uuid.uuid4().hex[:12]
+        try:
+            if self._worker is None:
+                self._worker = self._start()
+            with dg.open_pipes_session(
+                context=context,
+                context_injector=dg.PipesTempFileContextInjector(),
+                message_reader=dg.PipesTempFileMessageReader(),
+            ) as session:
+                pipes = session.get_bootstrap_env_vars()
+                self._worker.send({"request": request.model_dump(mode="json"), "attempt": attempt, "pipes": pipes})
+                reply = self._worker.reply()
+        except BaseException:
+            # Any way out but the normal one (termination above all): nothing may go on running behind the run's back.
+            self._stop()
+            storage.delete(storage.join(request.output_uri, attempt))
+            raise
+        if reply is None:
+            reply = {"error": {"kind": "crash", "message": self._how_it_ended(), "traceback": "see the run's output"}}
+            self._stop()
+            storage.delete(storage.join(request.output_uri, attempt))
+        if "error" in reply:
+            raise failure_of(request.step, reply["error"])
+        return StepResult.model_validate(reply["result"])
+
+    def _how_it_ended(self) -> str:
+        assert self._worker is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._worker.process.wait(1.0)
+        status = self._worker.process.returncode
+        if status is None or status >= 0:
+            return f"the Ray driver process ended with status {status}"
+        name = signal.Signals(-status).name
+        hint = "; probably out of memory: use a machine with more, or smaller pieces" if name == "SIGKILL" else ""
+        return f"the Ray driver process was ended by {name}{hint}"

@@ -1,0 +1,136 @@
+"""The local backend with a real Ray driver process: reuse, errors, crashes, termination."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import psutil
+import pytest
+
+from resources.compute.local_ray import LocalRay
+from tests.probe_step import ProbeParams
+
+PROBE = "tests.probe_step"
+ROOT = Path(__file__).parents[2]
+
+
+def materialize(
+    folder: Path, *actions: str, values: list[int] | None = None, **options: Any
+) -> tuple[dg.ExecuteInProcessResult, list[Any]]:
+    results: list[Any] = []
+
+    @dg.asset
+    def probe(context: dg.AssetExecutionContext, compute: LocalRay) -> dg.MaterializeResult:
+        for index, action in enumerate(actions):
+            params = ProbeParams.model_validate(
+                {"action": action, "value": values[index] if values else 0, "marker": str(folder / "marker")}
+            )
+            results.append(compute.run(context, PROBE, params))
+        return dg.MaterializeResult()
+
+    compute = LocalRay(artifact_root=str(folder / "artifacts"), num_cpus=1, object_store_memory=80 << 20, **options)
+    return dg.materialize([probe], resources={"compute": compute}, raise_on_error=False), results
+
+
+def failure(result: dg.ExecuteInProcessResult) -> Any:
+    event = next(e for e in result.all_events if e.is_step_failure)
+    return event.step_failure_data
+
+
+def attempts(folder: Path) -> list[str]:
+    """Attempt folders, which a failed step must not leave behind."""
+    root = folder / "artifacts" / PROBE
+    return [p.name for digest in root.glob("*") for p in digest.iterdir() if p.is_dir() and p.name != "failed"]
+
+
+def test_one_session_serves_all_steps_and_unchanged_requests_are_not_run(tmp_path: Path) -> None:
+    result, results = materialize(tmp_path, "write", "write", "write", values=[1, 2, 1])
+    assert result.success
+    assert [r.reused for r in results] == [False, False, True]
+    assert results[0].details["driver"] == results[1].details["driver"]
+    assert results[2].outputs == results[0].outputs
+    assert not psutil.pid_exists(results[0].details["driver"])
+
+    again, reused = materialize(tmp_path, "write", values=[1])
+    assert again.success
+    assert reused[0].reused
+    _, rerun = materialize(tmp_path, "write", values=[1], use_cache=False)
+    assert not rerun[0].reused
+    _, expired = materialize(tmp_path, "write", values=[1], cache_expiry_hours=1e-9)
+    assert not expired[0].reused
+    assert len((tmp_path / "marker").read_text().splitlines()) == 4
+
+
+def test_bad_input_fails_once_with_its_figures_and_keeps_what_helps(tmp_path: Path) -> None:
+    result, _ = materialize(tmp_path, "reject")
+    assert not result.success
+    data = failure(result)
+    assert "file x.csv is bad: mend it" in data.user_failure_data.description
+    kept = Path(data.user_failure_data.metadata["bad.txt"].value)
+    assert kept.read_text() == "0"
+    assert attempts(tmp_path) == []
+
+
+def test_a_fault_of_the_program_shows_its_traceback(tmp_path: Path) -> None:
+    result, _ = materialize(tmp_path, "raise")
+    data = failure(result).user_failure_data
+    assert "RuntimeError: a fault of the program" in data.description
+    assert "probe_step.py" in data.metadata["traceback"].value
+    assert attempts(tmp_path) == []
+
+
+def test_a_killed_driver_is_a_clear_failure(tmp_path: Path) -> None:
+    result, _ = materialize(tmp_path, "kill_driver")
+    assert "ended by SIGKILL; probably out of memory" in failure(result).user_failure_data.description
+    assert attempts(tmp_path) == []
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_termination_ends_everything_within_ten_seconds(tmp_path: Path, signal_number: int) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "from dagster._utils.interrupts import capture_interrupts\n"
+        "from tests.faults.test_local_ray import materialize\n"
+        f"r, _ = materialize(pathlib.Path({str(tmp_path)!r}), 'block_in_ray')\n"
+        "sys.exit(0 if r.success else 3)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    run = subprocess.Popen([sys.executable, str(script)], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    try:
+        marker = tmp_path / "marker"
+        deadline = time.monotonic() + 60
+        while not (marker.exists() and marker.read_text().strip()):
+            assert time.monotonic() < deadline
+            assert run.poll() is None
+            time.sleep(0.1)
+        driver = psutil.Process(int(marker.read_text()))
+        folder = Path(driver.environ()["TMPDIR"])
+        time.sleep(1.0)  # let the driver get into ray.get
+        family = [driver, *driver.children(recursive=True)]
+        assert len(family) > 3
+        run.send_signal(signal_number)
+        run.wait(10)
+        _, alive = psutil.wait_procs(family, timeout=1)
+        assert alive == []
+        assert not folder.exists()
+        assert attempts(tmp_path) == []
+    finally:
+        run.kill()
+
+
+def test_an_existing_cluster_is_used_and_left_running(tmp_path: Path, ray_session: Any) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    result, results = materialize(tmp_path, "write", address=address)
+    assert result.success, json.dumps(str(failure(result)))
+    assert results[0].details["ray_address"] == address
+    assert ray.is_initialized()
+    assert ray.get(ray.remote(lambda: 7).remote()) == 7
