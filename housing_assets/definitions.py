@@ -2,6 +2,7 @@
 
 import dagster as dg
 
+from housing_assets.approval import approve_model, reject_model
 from housing_assets.assets import ingestion, model, serving, splits
 from housing_assets.checks import ingestion as ingestion_checks
 from housing_assets.checks import model as model_checks
@@ -26,7 +27,7 @@ refresh = dg.define_asset_job(
 defs = dg.Definitions(
     assets=assets,
     asset_checks=dg.load_asset_checks_from_modules([ingestion_checks, splits_checks, model_checks, serving_checks]),
-    jobs=[refresh],
+    jobs=[refresh, approve_model, reject_model],
     resources=load_resources(),
     # The graph is a chain, and Ray is the parallelism: one process a run, and one Ray session in it.
     executor=dg.in_process_executor,

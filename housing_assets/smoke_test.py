@@ -26,6 +26,6 @@ def smoke_test_from(model: Artifact, rows: Artifact, count: int) -> SmokeTest:
     frame = pl.concat(frames).select(trained.table.features)
     return SmokeTest(
         body=frame.write_csv(include_header=False),
-        expected=[float(value) for value in trained.predict(frame)],
+        expected=tuple(float(value) for value in trained.predict(frame)),
         tolerance=RELATIVE_TOLERANCE,
     )

@@ -35,7 +35,7 @@ def summary(root: Path) -> str:
         "Artifacts",
         f"  model              {model.model.uri}",
         f"  evaluation report  {evaluation.report.file_uri('evaluation.json')}",
-        f"  registered as      {version.name} ({version.status})",
+        f"  registered as      {version.reference} ({version.status})",
         "",
         f"Endpoint {endpoint.name} serves version {endpoint.version} at {endpoint.url}",
         f"  {curl_line(endpoint.url, Path(model.model.uri))}",

@@ -94,10 +94,10 @@ class PrepareSplitsParams(PrepareSplitsSettings, StepParams):
 PRESETS: dict[str, dict[str, float | int]] = {
     "default": {
         "max_depth_min": 1, "max_depth_max": 6,
-        "eta_min": 0.03, "eta_max": 0.3,
-        "min_child_weight_min": 0.0, "min_child_weight_max": 20.0,
-        "subsample_min": 0.5, "subsample_max": 1.0,
-        "num_boost_round": 1500, "early_stopping_rounds": 30, "num_trials": 8,
+        "eta_min": 0.03, "eta_max": 0.2,
+        "min_child_weight_min": 0.0, "min_child_weight_max": 10.0,
+        "subsample_min": 0.6, "subsample_max": 1.0,
+        "num_boost_round": 1500, "early_stopping_rounds": 50, "num_trials": 8,
     },
     # The ranges of the AWS sample "Orchestrate Ray-based machine learning workflows using Amazon SageMaker".
     "article": {

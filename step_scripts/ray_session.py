@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import logging
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -11,9 +13,13 @@ from pydantic import BaseModel
 
 
 class RaySettings(BaseModel):
-    """How to reach or start Ray. With `address`, that cluster is used and never shut down."""
+    """How to reach or start Ray. With `address`, that cluster is used and never shut down.
+
+    `ship_code=False` is for a cluster whose nodes have this code already.
+    """
 
     address: str | None = None
+    ship_code: bool = True
     num_cpus: int | None = None
     object_store_memory: int | None = None
 
@@ -34,12 +40,15 @@ class RaySession:
 
         common = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
         if self.settings.address:
-            project = Path(__file__).parent
-            ray.init(address=self.settings.address, runtime_env={"py_modules": [str(project)]}, **common)
+            shipped = {"py_modules": [str(Path(__file__).parent)]} if self.settings.ship_code else None
+            ray.init(address=self.settings.address, runtime_env=shipped, **common)
         else:
             if self.temporary_folder is None:
                 # Short: Ray puts sockets below it, and a socket's path is limited to 107 bytes.
                 self.temporary_folder = Path(tempfile.mkdtemp(prefix="ray-"))
+            # XGBoost's threads would otherwise spin while they wait for each other: where other processes use the same
+            # cores, a fit on two threads then takes up to 30 times as long. Workers inherit it.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             ray.init(
                 address="local",
                 num_cpus=self.settings.num_cpus,
@@ -51,8 +60,9 @@ class RaySession:
         self._started = True
         import ray.data
 
-        data = ray.data.DataContext.get_current()
-        data.enable_progress_bars = False
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        # Steps report their own progress; what goes wrong in Ray Data arrives as an exception.
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
 
     def stop(self) -> None:
         """Disconnect; end a private session and remove its folder."""

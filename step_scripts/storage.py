@@ -45,7 +45,8 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     options = {"endpoint_override": endpoint} if endpoint else {}
-    return fs.S3FileSystem(region=region, **options), path
+    # Arrow's own limit for connecting, one second, is too short for a busy machine.
+    return fs.S3FileSystem(region=region, connect_timeout=10, request_timeout=60, **options), path
 
 
 def read_bytes(uri: str) -> bytes:

@@ -7,26 +7,16 @@ from typing import Any
 import pandera.polars as pa
 import polars as pl
 
-from step_scripts.table import ColumnSpec, DType, TableSpec
+from step_scripts.column_types import POLARS_TYPES
+from step_scripts.column_types import polars_schema as polars_schema  # part of this module's interface
+from step_scripts.table import ColumnSpec, TableSpec
 
-_DTYPES: dict[DType, pl.DataType] = {
-    "int64": pl.Int64(),
-    "float64": pl.Float64(),
-    "bool": pl.Boolean(),
-    "string": pl.String(),
-    "datetime": pl.Datetime("us", "UTC"),
-}
 _BOUNDS = {
     "greater_than_or_equal_to": ("ge", "min_value"),
     "greater_than": ("gt", "min_value"),
     "less_than_or_equal_to": ("le", "max_value"),
     "less_than": ("lt", "max_value"),
 }
-
-
-def polars_schema(table: TableSpec) -> dict[str, pl.DataType]:
-    """Polars types of the columns, in the schema's order."""
-    return {column.name: _DTYPES[column.dtype] for column in table.columns}
 
 
 def table_from_pandera(
@@ -52,11 +42,11 @@ def table_from_pandera(
 
 def _column_from_pandera(owner: str, column: Any) -> ColumnSpec:
     native = column.dtype.type
-    for dtype, candidate in _DTYPES.items():
+    for dtype, candidate in POLARS_TYPES.items():
         if native == candidate or (dtype == "datetime" and isinstance(native, pl.Datetime)):
             break
     else:
-        raise ValueError(f"{owner}.{column.name}: type {native} is none of {list(_DTYPES)}")
+        raise ValueError(f"{owner}.{column.name}: type {native} is none of {list(POLARS_TYPES)}")
     limits: dict[str, Any] = {}
     for check in column.checks:
         if check.name in _BOUNDS:
@@ -86,5 +76,5 @@ def pandera_schema(table: TableSpec) -> pa.DataFrameSchema:
         if column.isin is not None:
             # Polars compares members of a list only with values of the very same type.
             checks.append(pa.Check.isin([int(v) if column.dtype == "int64" else v for v in column.isin]))
-        columns[column.name] = pa.Column(_DTYPES[column.dtype], checks=checks, nullable=column.nullable)
+        columns[column.name] = pa.Column(POLARS_TYPES[column.dtype], checks=checks, nullable=column.nullable)
     return pa.DataFrameSchema(columns, strict=True)

@@ -109,7 +109,7 @@ def evaluation_report(
         "residuals": to_markdown(residual_plot(predictions, HOUSING_TABLE), "residuals"),
     }
     if champion:
-        metadata["champion"] = champion.name
+        metadata["champion"] = champion.reference
     return dg.MaterializeResult(value=value, metadata=metadata, data_version=dg.DataVersion(report.digest))
 
 
@@ -145,7 +145,7 @@ def registered_model(
     )
     metadata = {
         **artifact_metadata(version.artifact),
-        "model_version": version.name,
+        "model_version": version.reference,
         "version": version.version,
         "approval_status": version.status,
         "rmse": evidence.value,

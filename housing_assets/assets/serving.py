@@ -4,7 +4,7 @@ import dagster as dg
 
 from housing_assets.config import EndpointConfig
 from housing_assets.gate import refusal, require_not_failed_since
-from resources.endpoints.base import EndpointDeploymentFailed, EndpointHost, EndpointStatus
+from resources.endpoints.base import EndpointDeploymentFailed, EndpointHost, EndpointStatus, VersionNotApproved
 from resources.model_registry.base import ModelRegistry, ModelVersion
 from resources.references import SplitRef
 from step_scripts.code_version import step_version
@@ -28,23 +28,31 @@ def endpoint(
 
     version = model_registry.get(registered_model.group, registered_model.version)
     if version.artifact.digest != registered_model.artifact.digest:
-        raise refusal(f"{version.name} in the registry is another model", "materialize registered_model again")
+        raise refusal(f"{version.reference} in the registry is another model", "materialize registered_model again")
     if not version.gate.passed:
-        raise refusal(f"{version.name} has no passed evaluation", "materialize evaluation_report and registered_model")
+        raise refusal(f"{version.reference} has no passed evaluation", "materialize evaluation_report and registered_model")
     require_not_failed_since(context.instance, version.artifact.digest)
     smoke_test = smoke_test_from(version.artifact, test_split.rows, config.smoke_test_rows)
     try:
-        status = endpoint_host.deploy(config.endpoint_name, version, smoke_test, context.log.info)
+        status = endpoint_host.deploy(config.endpoint_name, version, smoke_test, context.log)
+    except VersionNotApproved as error:
+        remedy = f"Launch job approve_model with version {version.version}, then materialize endpoint."
+        raise dg.Failure(f"{version.reference} is {version.status}. {remedy}", allow_retries=False) from error
     except EndpointDeploymentFailed as error:
         raise dg.Failure(str(error), allow_retries=False) from error
     metadata = {
         "endpoint_name": status.name,
         "url": dg.MetadataValue.url(status.url),
-        "model_version": version.name,
+        "model_version": version.reference,
         "version": version.version,
         "model_digest": status.model_digest,
         "smoke_test_rows": len(smoke_test.expected),
     }
+    if status.smoke_test:
+        metadata |= {
+            "median_milliseconds": status.smoke_test.median_ms,
+            "slowest_milliseconds": status.smoke_test.largest_ms,
+        }
     return dg.MaterializeResult(
         value=status, metadata=metadata, data_version=dg.DataVersion(f"{status.name}:{status.model_digest}")
     )

@@ -24,16 +24,15 @@ _PURPOSE = {
 @dg.multi_asset(
     name="splits",
     group_name="splits",
-    specs=[
-        dg.AssetSpec(
-            f"{split}_split",
-            deps=["feature_group"],
+    outs={
+        f"{split}_split": dg.AssetOut(
             description=f"{_PURPOSE[split]} A record's side follows from a hash of its id: it never changes.",
             kinds={"parquet", "ray"},
             code_version=step_version("prepare_splits"),
+            dagster_type=SplitRef,
         )
         for split in SPLITS
-    ],
+    },
 )
 def splits(
     context: dg.AssetExecutionContext,

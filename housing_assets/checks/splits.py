@@ -88,9 +88,9 @@ def feature_drift(train_split: SplitRef, model_registry: ModelRegistry) -> dg.As
     return dg.AssetCheckResult(
         passed=not drifted,
         severity=dg.AssetCheckSeverity.WARN,
-        description=f"shifted against {champion.name}: {', '.join(drifted)}" if drifted else f"as in {champion.name}",
+        description=f"shifted against {champion.reference}: {', '.join(drifted)}" if drifted else f"as in {champion.reference}",
         metadata={
-            "champion": champion.name,
+            "champion": champion.reference,
             "threshold": PSI_THRESHOLD,
             "largest_psi": max((float(row["psi"]) for row in rows), default=0.0),
             "psi": dg.MetadataValue.table([dg.TableRecord(row) for row in rows]),

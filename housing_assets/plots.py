@@ -1,0 +1,235 @@
+"""Plots for asset metadata: small PNG files, 640 pixels wide, on white, so that they read in a light and a dark UI.
+
+They live in Dagster's event log, hence the reduced palette. matplotlib is used through its objects alone: `pyplot`
+would keep figures in a global list and choose a display.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from step_scripts.table import TableSpec
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_DOTS_PER_INCH = 100
+_WIDTH = 6.4
+_COLOURS = 48
+_BLUE, _ORANGE, _GREY, _INK = "#2b6cb0", "#c2560c", "#8a94a0", "#28323c"
+_TITLE_SIZE, _LABEL_SIZE, _TICK_SIZE = 11, 9.5, 9
+_MOST_BARS = 20
+
+
+def to_markdown(png: bytes, alt: str) -> str:
+    """The picture as Markdown that needs no other file."""
+    return f"![{alt}](data:image/png;base64,{base64.b64encode(png).decode()})"
+
+
+def prediction_plot(predictions: Mapping[str, Sequence[float]], table: TableSpec) -> bytes:
+    """Predicted against actual values. `predictions` holds two equally long lists, `actual` and `predicted`."""
+    actual, predicted = predictions["actual"], predictions["predicted"]
+    figure = _figure(4.6)
+    axes = _axes(figure, "Predicted against actual values", subtitle=f"{len(actual):,} test rows")
+    axes.scatter(actual, predicted, s=9, color=_BLUE, alpha=0.35, linewidths=0)
+    low, high = min(*actual, *predicted), max(*actual, *predicted)
+    axes.plot([low, high], [low, high], color=_ORANGE, linewidth=1.3, label="equal")
+    axes.set_xlabel(f"Actual: {_described(table)}", fontsize=_LABEL_SIZE, color=_INK)
+    axes.set_ylabel(f"Predicted: {_described(table)}", fontsize=_LABEL_SIZE, color=_INK)
+    _legend(axes, "upper left")
+    return _png(figure)
+
+
+def residual_plot(predictions: Mapping[str, Sequence[float]], table: TableSpec) -> bytes:
+    """Residuals (actual minus predicted) over the predicted value, and their histogram beside.
+
+    The axis ends at twice the residual that 99 % stay below, so that a few outliers do not flatten the rest; what lies
+    beyond is drawn as triangles on the edge, and counted.
+    """
+    pairs = list(zip(predictions["predicted"], predictions["actual"], strict=True))
+    points = [(predicted, actual - predicted) for predicted, actual in pairs]
+    sizes = sorted(abs(residual) for _, residual in points)
+    limit = min(2 * sizes[int(0.99 * (len(sizes) - 1))], sizes[-1]) or 1.0
+    inside = [point for point in points if abs(point[1]) <= limit]
+    outside = [point for point in points if abs(point[1]) > limit]
+    beyond = f", {len(outside)} beyond the axis (up to {short_number(sizes[-1])})" if outside else ""
+    figure = _figure(3.8)
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    _dress(left, "Residuals")
+    _dress(right, subtitle=f"{len(points):,} test rows{beyond}")
+    left.scatter([x for x, _ in inside], [y for _, y in inside], s=9, color=_BLUE, alpha=0.35, linewidths=0)
+    for sign, marker in ((1, "^"), (-1, "v")):
+        edge = [x for x, y in outside if y * sign > 0]
+        left.scatter(edge, [sign * limit] * len(edge), s=26, marker=marker, color=_ORANGE, clip_on=False)
+    right.hist([y for _, y in inside], bins=40, range=(-limit, limit), orientation="horizontal", color=_BLUE)
+    for axes in (left, right):
+        axes.axhline(0, color=_ORANGE, linewidth=1.3)
+        axes.set_ylim(-1.04 * limit, 1.04 * limit)
+    left.set_xlabel(f"Predicted: {_described(table)}", fontsize=_LABEL_SIZE, color=_INK)
+    left.set_ylabel(_with_unit("Actual − predicted", table), fontsize=_LABEL_SIZE, color=_INK)
+    right.set_xlabel("Rows", fontsize=_LABEL_SIZE, color=_INK)
+    return _png(figure)
+
+
+def learning_curve_plot(curve: Mapping[str, Any], table: TableSpec) -> bytes:
+    """RMSE of both splits over the rounds of the final fit.
+
+    `curve` holds equally long lists `round`, `train` and `validation`, and `best_rounds`.
+    """
+    figure = _figure(3.6)
+    axes = _axes(figure, "Learning curve of the final fit", subtitle=f"best after {curve['best_rounds']:,} rounds")
+    axes.plot(curve["round"], curve["train"], color=_BLUE, linewidth=1.5, label="train")
+    axes.plot(curve["round"], curve["validation"], color=_ORANGE, linewidth=1.5, label="validation")
+    axes.axvline(curve["best_rounds"], color=_GREY, linewidth=1, linestyle="--", label="best round")
+    _log_if_wide(axes, "y", [*curve["train"], *curve["validation"]])
+    axes.set_xlabel("Boosting rounds", fontsize=_LABEL_SIZE, color=_INK)
+    axes.set_ylabel(_with_unit("RMSE", table), fontsize=_LABEL_SIZE, color=_INK)
+    _legend(axes, "upper right")
+    return _png(figure)
+
+
+def importance_plot(importance: Mapping[str, Mapping[str, float]]) -> bytes:
+    """Share of each feature in the reduction of the loss.
+
+    `importance` holds, for each feature, the mean `gain` of its splits and their number (`weight`).
+    """
+    totals = {name: figures["gain"] * figures["weight"] for name, figures in importance.items()}
+    whole = sum(totals.values()) or 1.0
+    shown = sorted(totals.items(), key=lambda item: item[1])[-_MOST_BARS:]
+    shares = [100 * total / whole for _, total in shown]
+    figure = _figure(1.2 + 0.26 * max(len(shown), 3))
+    left_out = len(totals) - len(shown)
+    axes = _axes(figure, "Feature importance", subtitle=f"{left_out} weaker features not shown" if left_out else "")
+    bars = axes.barh(range(len(shown)), shares, color=_BLUE, height=0.68)
+    axes.set_yticks(range(len(shown)), [name for name, _ in shown])
+    axes.bar_label(bars, [f"{share:.1f} %" for share in shares], padding=3, fontsize=_TICK_SIZE, color=_INK)
+    axes.set_xlim(0, max(shares, default=1.0) * 1.13 or 1.0)
+    axes.set_xlabel("Share of the total gain of all splits, per cent", fontsize=_LABEL_SIZE, color=_INK)
+    axes.grid(visible=False, axis="y")
+    return _png(figure)
+
+
+def trials_plot(trials: Sequence[Mapping[str, Any]]) -> bytes:
+    """RMSE over each tuned parameter. A trial has `parameters` (name to number) and `rmse` (None if it failed)."""
+    done = [trial for trial in trials if trial["rmse"] is not None]
+    names = list(dict.fromkeys(name for trial in done for name in trial["parameters"]))
+    columns = 2 if len(names) > 1 else 1
+    rows = max(1, -(-len(names) // columns))
+    figure = _figure(0.6 + 2.1 * rows)
+    best = min(done, key=lambda trial: trial["rmse"], default=None)
+    failed = len(trials) - len(done)
+    title = f"Trials: {len(done)} finished" + (f", {failed} failed" if failed else "")
+    title += f"; best RMSE {best['rmse']:,.6g} (orange)" if best is not None else ""
+    figure.suptitle(title, fontsize=_TITLE_SIZE, color=_INK, x=0.02, ha="left")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for panel in panels[len(names) :]:
+        panel.set_axis_off()
+    for index, (panel, name) in enumerate(zip(panels, names, strict=False)):
+        _dress(panel)
+        having = [trial for trial in done if name in trial["parameters"]]
+        values = [trial["parameters"][name] for trial in having]
+        scores = [trial["rmse"] for trial in having]
+        panel.scatter(values, scores, s=26, color=_BLUE, alpha=0.7, linewidths=0)
+        if best is not None and name in best["parameters"]:
+            panel.scatter([best["parameters"][name]], [best["rmse"]], s=60, color=_ORANGE)
+        _log_if_wide(panel, "x", values)
+        _log_if_wide(panel, "y", scores)
+        if all(isinstance(value, int) for value in values):
+            _whole_ticks(panel)
+        panel.set_xlabel(name, fontsize=_LABEL_SIZE, color=_INK)
+        if index % columns == 0:
+            panel.set_ylabel("RMSE", fontsize=_LABEL_SIZE, color=_INK)
+    return _png(figure)
+
+
+def _figure(height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DOTS_PER_INCH, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _axes(figure: Figure, title: str, subtitle: str = "") -> Axes:
+    axes = figure.subplots()
+    _dress(axes, title, subtitle)
+    return axes
+
+
+def _dress(axes: Axes, title: str = "", subtitle: str = "") -> None:
+    """The common look."""
+    from matplotlib.ticker import FuncFormatter
+
+    axes.set_title(title, fontsize=_TITLE_SIZE, color=_INK, loc="left")
+    if subtitle:
+        axes.set_title(subtitle, fontsize=_TICK_SIZE, color=_GREY, loc="right")
+    axes.set_facecolor("white")
+    axes.grid(color="#e3e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(_GREY)
+    axes.tick_params(colors=_INK, labelsize=_TICK_SIZE, length=3)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+
+
+def _legend(axes: Axes, location: Literal["upper left", "upper right"]) -> None:
+    axes.legend(loc=location, fontsize=_TICK_SIZE, frameon=False, labelcolor=_INK)
+
+
+def _log_if_wide(axes: Axes, axis: str, values: Sequence[float]) -> None:
+    """A logarithmic axis where values span more than a factor of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if not values or min(values) <= 0 or max(values) < 10 * min(values):
+        return
+    (axes.set_xscale if axis == "x" else axes.set_yscale)("log")
+    chosen = axes.xaxis if axis == "x" else axes.yaxis
+    chosen.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    chosen.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    chosen.set_minor_formatter(NullFormatter())
+
+
+def _whole_ticks(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def short_number(value: float) -> str:
+    """A number for an axis: `250k`, `1.2M`, `0.05`."""
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{suffix}".replace("-", "−")
+    return f"{value:.4g}".replace("-", "−")
+
+
+def _described(table: TableSpec) -> str:
+    """The target in words, with its unit: `sale price, US dollars`."""
+    description = table.column(table.target).description.strip().rstrip(".")
+    return description[0].lower() + description[1:] if description else table.target
+
+
+def _with_unit(what: str, table: TableSpec) -> str:
+    """`what` in the target's unit, which is what follows the last comma of its description."""
+    description = table.column(table.target).description.strip().rstrip(".")
+    _, comma, unit = description.rpartition(", ")
+    return f"{what}, {unit}" if comma else what
+
+
+def _png(figure: Figure) -> bytes:
+    """The figure as a PNG with a reduced palette: a third of the size, no visible difference."""
+    from PIL import Image
+
+    full = io.BytesIO()
+    figure.savefig(full, format="png", facecolor="white")
+    reduced = io.BytesIO()
+    Image.open(full).convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE).save(reduced, "PNG", optimize=True)
+    return reduced.getvalue()

@@ -1,0 +1,202 @@
+"""Steps as SageMaker jobs: each on a Ray cluster of the job's hosts."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from typing import Any, Literal, Self
+
+import dagster as dg
+from pydantic import Field, PrivateAttr, model_validator
+
+from resources.compute.base import ComputeBackend, failure_of
+from resources.sagemaker.aws_calls import AwsCaller
+from resources.sagemaker.code_package import BOOTSTRAP, code_package
+from resources.sagemaker.image import job_image
+from resources.sagemaker.job_failures import JobFailure
+from resources.sagemaker.job_files import JobInputs
+from resources.sagemaker.job_kinds import PROCESSING, TRAINING
+from resources.sagemaker.job_names import digest_of, request_digest
+from resources.sagemaker.job_requests import (
+    PROCESSING_INPUT,
+    TRAINING_INPUT,
+    JobConfig,
+    processing_request,
+    training_request,
+)
+from resources.sagemaker.pipes_client import JobPolling, PipesSageMakerClient
+from resources.sagemaker.request_validation import check_request
+from step_scripts import storage
+from step_scripts.cluster_failure import failure_from
+from step_scripts.contract import StepRequest, StepResult
+
+_LONGEST_NAME = "x" * 63
+
+
+class StepJob(dg.Config):
+    """What is different for the jobs of one step. Empty fields: as for all."""
+
+    job_type: Literal["training", "processing"] | None = Field(default=None, description="Kind of job.")
+    instance_type: str | None = Field(default=None, description="SageMaker instance type.")
+    instance_count: int | None = Field(default=None, ge=1, le=100, description="Hosts.")
+    volume_size_gb: int | None = Field(default=None, ge=1, le=16384, description="Volume of each host, GB.")
+    max_run_seconds: int | None = Field(default=None, ge=1, description="Longest running time; seconds.")
+    price_per_hour: float | None = Field(default=None, ge=0, description="Price of one instance-hour.")
+    environment: dict[str, str] = Field(default_factory=dict, description="More environment variables.")
+
+
+class SageMakerCompute(ComputeBackend):
+    """Runs each step as one job: `tune_model` as a training job, the others as processing jobs.
+
+    The job's hosts get the project's code through S3 and form a Ray cluster (`step_scripts.cluster`). Nothing of AWS
+    is touched before a step has to run.
+    """
+
+    job_root: str = Field(description="s3:// prefix for the jobs' requests, messages and code.")
+    job: JobConfig = Field(description="Role, instances, limits, network and encryption of all jobs.")
+    steps: dict[str, StepJob] = Field(default_factory=dict, description="What is different for single steps, by name.")
+    training_steps: list[str] = Field(default=["tune_model"], description="Steps that are training jobs.")
+    image: str | None = Field(
+        default=None, description="Image of the jobs. Empty: AWS's XGBoost image of the region; needs sagemaker."
+    )
+    region_name: str | None = Field(default=None, description="AWS region. Empty: boto3's.")
+    wheels_uri: str | None = Field(
+        default=None, description="s3:// prefix of wheels to install from, for hosts that reach no package index."
+    )
+    name_prefix: str = Field(default="housing", description="First part of the names of jobs.")
+    detach: bool = Field(default=False, description="Leave running jobs alone when the run is interrupted or fails.")
+    forward_logs: bool = Field(default=True, description="Forward the log lines of all hosts to the run's log.")
+    poll_seconds: float = Field(default=2.0, gt=0, description="Shortest interval between two looks at a job.")
+    patience_seconds: float = Field(
+        default=900.0, gt=0, description="How long throttling and outages of AWS are waited out; seconds."
+    )
+
+    _client: PipesSageMakerClient | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _check_places(self) -> Self:
+        for name in ("artifact_root", "job_root"):
+            uri = getattr(self, name)
+            if isinstance(uri, dg.EnvVar) or uri.startswith("s3://"):
+                continue
+            raise ValueError(f"{name} must be an s3:// URI that the jobs can reach, not {uri!r}")
+        if self.job.network_isolation:
+            raise ValueError(
+                "network_isolation keeps steps from S3, where their inputs, outputs and messages are. Use subnets "
+                "without a route to the internet, an S3 gateway endpoint, and wheels_uri instead"
+            )
+        return self
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Check the requests that the configuration leads to, before the first step runs.
+
+        Raises `InvalidJobRequest` naming each wrong value.
+        """
+        for step in {"tune_model", "prepare_splits", *self.steps}:
+            operation, request = self._request_of(step, "image", f"{self.job_root}/code/{'0' * 16}/", "0" * 16)
+            kind = TRAINING if operation == TRAINING.create_operation else PROCESSING
+            environment = {
+                **request.get("Environment", {}),
+                "HOUSING_JOB_URI": f"{self.job_root}/{_LONGEST_NAME}/",
+                "HOUSING_ATTEMPT": _LONGEST_NAME,
+            }
+            check_request(operation, {**request, kind.name_member: _LONGEST_NAME, "Environment": environment})
+
+    @property
+    def client(self) -> PipesSageMakerClient:
+        """The Pipes client that runs the jobs; made at the first use."""
+        if self._client is None:
+            poll = self.poll_seconds
+            self._client = PipesSageMakerClient(
+                self.job_root,
+                region_name=self.region_name,
+                name_prefix=self.name_prefix,
+                detach=self.detach,
+                forward_logs=self.forward_logs,
+                polling=JobPolling(interval=poll, longest_interval=10 * poll, patience=self.patience_seconds),
+            )
+        return self._client
+
+    def config_of(self, step: str) -> JobConfig:
+        """The job configuration of one step."""
+        own = self.steps.get(step)
+        if own is None:
+            return self.job
+        changes = own.model_dump(exclude={"job_type", "environment"}, exclude_none=True)
+        changes["environment"] = {**self.job.environment, **own.environment}
+        return JobConfig(**{**self.job.model_dump(), **changes})
+
+    def _is_training(self, step: str) -> bool:
+        own = self.steps.get(step)
+        return own.job_type == "training" if own and own.job_type else step in self.training_steps
+
+    def _request_of(self, step: str, image: str, code_uri: str, digest: str) -> tuple[str, dict[str, Any]]:
+        """Operation and parameters of a step's job, without name and bootstrap."""
+        config = self.config_of(step)
+        inputs = {"code": code_uri} | ({"wheels": self.wheels_uri} if self.wheels_uri else {})
+        training = self._is_training(step)
+        folder = TRAINING_INPUT if training else PROCESSING_INPUT
+        entrypoint = ["/bin/bash", f"{folder}/code/{BOOTSTRAP}"]
+        if training:
+            return TRAINING.create_operation, training_request(
+                config,
+                image=image,
+                entrypoint=entrypoint,
+                output_uri=self.job_root,
+                channels=inputs,
+                checkpoint_folder=digest,
+            )
+        return PROCESSING.create_operation, processing_request(
+            config, image=image, entrypoint=entrypoint, inputs=inputs
+        )
+
+    def _execute(self, context: dg.AssetExecutionContext, request: StepRequest) -> StepResult:
+        client = self.client
+        call = AwsCaller(self.patience_seconds, warn=context.log.warning)
+        package = code_package(["step_scripts", "housing_assets"], [request.step] if "." in request.step else [])
+        s3 = client.client("s3")
+        code_uri = package.upload(s3, call, f"{self.job_root}/code")
+        image = job_image(self.image, client.client("sagemaker").meta.region_name)
+        _, params = self._request_of(request.step, image, code_uri, request.digest[:16])
+        inputs = JobInputs(
+            files={"request.json": request.model_dump_json().encode()},
+            secrets={"ray_token": secrets.token_hex(32).encode()},
+            uri_variable="HOUSING_JOB_URI",
+            name_variable="HOUSING_ATTEMPT",
+            digest=digest_of([request.digest, request.output_uri, request_digest(params)]),
+        )
+        try:
+            invocation = client.run(
+                context=context,
+                params=params,
+                inputs=inputs,
+                completed_after=request.not_before,
+                price_per_hour=self.config_of(request.step).price_per_hour,
+            )
+        except JobFailure as failure:
+            if failure.job_name:
+                with contextlib.suppress(OSError):
+                    storage.delete(storage.join(request.output_uri, failure.job_name))
+            raise self._step_failure(request.step, failure) from failure
+        for key in context.selected_asset_keys:
+            context.add_asset_metadata(dict(invocation.metadata), asset_key=key)
+        try:
+            manifest = storage.read_bytes(request.manifest_uri)
+        except FileNotFoundError:
+            raise dg.Failure(
+                f"{request.step}: the job completed and left no manifest at {request.manifest_uri}", allow_retries=False
+            ) from None
+        return StepResult.model_validate_json(manifest)
+
+    @staticmethod
+    def _step_failure(step: str, failure: JobFailure) -> dg.Failure:
+        """The failure that the step itself reported, with what is known of the job; else the job's failure."""
+        messages = [m["step_error"] for m in failure.messages if isinstance(m, dict) and "step_error" in m]
+        error = messages[-1] if messages else failure_from(failure.reason)
+        if error is None:
+            return failure
+        own = failure_of(step, {"details": {}, "traceback": "see the job's log", **error})
+        if error["kind"] == "input":
+            return dg.Failure(own.description, {**failure.metadata, **own.metadata}, allow_retries=False)
+        text = f"{own.description}\n{failure.description}"
+        return dg.Failure(text, {**failure.metadata, **own.metadata}, allow_retries=failure.allow_retries)

@@ -1,0 +1,1 @@
+"""Endpoint hosts: `base` holds the abstract type, each other module one implementation."""

@@ -1,0 +1,189 @@
+"""What an endpoint host is: it serves approved model versions, each proved by a smoke test before it is switched to."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Literal, Protocol
+
+import dagster as dg
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from resources.model_registry.base import ModelVersion
+
+_SINGLE_REQUESTS = 20
+
+
+class EndpointNotFound(KeyError):
+    """There is no such endpoint. The message names those that exist."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would show it quoted
+
+
+class VersionNotApproved(ValueError):
+    """Only approved versions are deployed."""
+
+
+class EndpointDeploymentFailed(RuntimeError):
+    """The version was not deployed. The message says why, what serves now, and shows the end of the server's log."""
+
+
+class InvocationFailed(RuntimeError):
+    """The endpoint answered with an error. `status` is the HTTP status, `body` the answer."""
+
+    def __init__(self, message: str, *, status: int, body: bytes) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = body
+
+
+class SmokeTestFailed(ValueError):
+    """Served predictions are not the expected ones."""
+
+
+class DeploymentLog(Protocol):
+    """Where progress is reported: `context.log`, or any logger."""
+
+    def info(self, msg: str, /) -> None:
+        """Report progress."""
+
+    def warning(self, msg: str, /) -> None:
+        """Report something that people should look at."""
+
+
+class SmokeTestResult(BaseModel):
+    """Figures of a passed smoke test. Latencies are of requests of one row, in milliseconds."""
+
+    model_config = ConfigDict(frozen=True)
+
+    rows: int
+    largest_difference: float
+    batch_ms: float
+    requests: int
+    median_ms: float
+    largest_ms: float
+
+
+class SmokeTest(BaseModel):
+    """Known rows and the predictions that the model gave for them offline.
+
+    A served prediction is right if it differs by at most `tolerance` times the expected value's size (or 1, if that is
+    larger).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    body: str = Field(description="CSV of raw rows, with or without a header line.")
+    expected: tuple[float, ...] = Field(min_length=1)
+    tolerance: float = Field(default=1e-6, ge=0)
+
+    @model_validator(mode="after")
+    def _one_line_a_prediction(self) -> SmokeTest:
+        if len(self._lines) - len(self.expected) not in (0, 1):
+            raise ValueError(f"{len(self.expected)} expected predictions for {len(self._lines)} lines of CSV")
+        return self
+
+    @property
+    def _lines(self) -> Sequence[str]:
+        return self.body.strip("\r\n").splitlines()
+
+    def run(self, predict: Callable[[str], Sequence[float]]) -> SmokeTestResult:
+        """Have all rows predicted at once, then up to 20 of them singly. Raises `SmokeTestFailed`."""
+        lines = self._lines
+        header = [lines[0]] if len(lines) > len(self.expected) else []
+        rows = lines[len(header) :]
+        start = time.perf_counter()
+        served = predict(self.body)
+        batch_seconds = time.perf_counter() - start
+        largest = self._compare(served, self.expected, rows)
+        seconds = []
+        for row, expected in list(zip(rows, self.expected, strict=True))[:_SINGLE_REQUESTS]:
+            start = time.perf_counter()
+            served = predict("\n".join([*header, row]))
+            seconds.append(time.perf_counter() - start)
+            largest = max(largest, self._compare(served, [expected], [row]))
+        return SmokeTestResult(
+            rows=len(rows),
+            largest_difference=largest,
+            batch_ms=round(batch_seconds * 1e3, 3),
+            requests=len(seconds),
+            median_ms=round(statistics.median(seconds) * 1e3, 3),
+            largest_ms=round(max(seconds) * 1e3, 3),
+        )
+
+    def _compare(self, served: Sequence[float], expected: Sequence[float], rows: Sequence[str]) -> float:
+        if len(served) != len(expected):
+            raise SmokeTestFailed(f"smoke test: {len(served)} predictions for {len(expected)} rows")
+        wrong = [
+            (row, is_, should)
+            for row, is_, should in zip(rows, served, expected, strict=True)
+            if not math.isfinite(is_) or abs(is_ - should) > self.tolerance * max(1.0, abs(should))
+        ]
+        if wrong:
+            row, is_, should = wrong[0]
+            raise SmokeTestFailed(
+                f"smoke test: {len(wrong)} of {len(expected)} predictions differ from the offline ones; the first: "
+                f"{is_!r} instead of {should!r} for {row}"
+            )
+        return max((abs(is_ - should) for is_, should in zip(served, expected, strict=True)), default=0.0)
+
+
+class EndpointStatus(BaseModel):
+    """What an endpoint serves. `previous_version` is what it served before, for going back."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    state: Literal["InService", "OutOfService"]
+    url: str = Field(description="Address that POST requests are sent to.")
+    version: str = Field(description="`<model group>/<version>`.")
+    model_digest: str
+    pid: int | None = None
+    started_at: datetime | None = None
+    deployed_at: datetime
+    previous_version: str | None = None
+    smoke_test: SmokeTestResult | None = Field(default=None, description="Of this deployment; not kept.")
+
+
+def require_approved(version: ModelVersion) -> None:
+    """Raises `VersionNotApproved` with how to approve."""
+    if version.status == "Approved":
+        return
+    last = version.status_history[-1]
+    raise VersionNotApproved(
+        f"model version {version.reference} is {version.status} ({last.who}: {last.why}), only approved versions are "
+        f"deployed. Approve it in the model registry: set_status({version.group!r}, {version.version}, 'Approved', "
+        "who=..., why=...)."
+    )
+
+
+class EndpointHost(dg.ConfigurableResource, ABC):
+    """Serves models over HTTP. Assets depend on this type; the deployment picks the implementation."""
+
+    @abstractmethod
+    def deploy(self, name: str, version: ModelVersion, smoke_test: SmokeTest, log: DeploymentLog) -> EndpointStatus:
+        """Serve `version` as `name`, without dropping requests if another version is being served.
+
+        Raises `VersionNotApproved`, or `EndpointDeploymentFailed`, in which case what was served before still is.
+        """
+
+    @abstractmethod
+    def describe(self, name: str) -> EndpointStatus | None:
+        """What the endpoint serves, or None if there is no such endpoint."""
+
+    @abstractmethod
+    def invoke(self, name: str, body: bytes, content_type: str, accept: str = "*/*") -> bytes:
+        """The answer to one request. Raises `EndpointNotFound`, `InvocationFailed`."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Remove the endpoint, after the requests in progress. Nothing happens if there is none."""
+
+    @abstractmethod
+    def list(self) -> Sequence[EndpointStatus]:
+        """All endpoints of this host, by name."""

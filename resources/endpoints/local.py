@@ -1,0 +1,292 @@
+"""Endpoints on this machine: one serving process each, which outlives the run that deployed it.
+
+`<root>/<name>` is the endpoint's state folder (see `step_scripts.deployment`); `<root>/.<name>.lock` is locked while a
+deployment is in progress. `python -m resources.endpoints.local stop|status --root ROOT` for people.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import socket
+import sys
+import uuid
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import Field
+
+from resources.endpoints.base import (
+    DeploymentLog,
+    EndpointDeploymentFailed,
+    EndpointHost,
+    EndpointNotFound,
+    EndpointStatus,
+    InvocationFailed,
+    SmokeTest,
+    SmokeTestFailed,
+    SmokeTestResult,
+    require_approved,
+)
+from resources.endpoints.changeover import read_deployment, restored_on_failure, wait_for_change
+from resources.endpoints.server_process import (
+    ServerUnreachable,
+    ask_to_reload,
+    candidate,
+    end_server,
+    find_server,
+    log_tail,
+    ping,
+    post,
+    start_detached,
+    wait_until_serving,
+)
+from resources.file_lock import file_lock
+from resources.model_registry.base import ModelVersion
+from step_scripts.deployment import (
+    DEPLOYMENT_FILE,
+    DamagedArtifactError,
+    DeploymentRecord,
+    ServerRecord,
+    verify_artifact,
+)
+
+PREFERRED_PORT = 8080
+_NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
+_HOST = "127.0.0.1"
+_FAILURES = (ServerUnreachable, SmokeTestFailed, InvocationFailed, DamagedArtifactError, TimeoutError)
+
+
+class LocalEndpointHost(EndpointHost):
+    """Serving processes on the loopback interface, with their state below `root`."""
+
+    root: str = Field(description="Folder of the endpoints' state and logs.")
+    port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description=f"Port to serve on. Empty: {PREFERRED_PORT}, or any free one where that is in use.",
+    )
+    start_timeout_seconds: float = Field(default=60.0, gt=0, description="How long a server may take to start.")
+    swap_timeout_seconds: float = Field(default=60.0, gt=0, description="How long a change of model may take.")
+    stop_timeout_seconds: float = Field(default=30.0, gt=0, description="After that a server is ended by force.")
+    lock_timeout_seconds: float = Field(default=180.0, gt=0, description="How long to wait for another deployment.")
+
+    def deploy(self, name: str, version: ModelVersion, smoke_test: SmokeTest, log: DeploymentLog) -> EndpointStatus:
+        """See `EndpointHost.deploy`. A version that is served already is only tested."""
+        require_approved(version)
+        folder = self._folder(name)
+        with file_lock(self._lock_path(name), self.lock_timeout_seconds, f"deploying to endpoint {name}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                return self._deploy(folder, name, version, smoke_test, log)
+            except _FAILURES as error:
+                kept = self.describe(name)
+                now = f"{kept.version} keeps serving" if kept and kept.state == "InService" else "nothing is served"
+                raise EndpointDeploymentFailed(
+                    f"{version.reference} was not deployed to endpoint {name}; {now}. {error}\n"
+                    f"Log of the server ({folder}):\n{log_tail(folder)}"
+                ) from error
+            finally:
+                if not (folder / DEPLOYMENT_FILE).exists():
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def describe(self, name: str) -> EndpointStatus | None:
+        """See `EndpointHost.describe`. `OutOfService`: the process has ended or does not answer."""
+        folder = self._folder(name)
+        record = read_deployment(folder)
+        if record is None:
+            return None
+        server = find_server(folder)
+        served = ping(server) if server else None
+        return EndpointStatus(
+            name=name,
+            state="InService" if served else "OutOfService",
+            url=f"http://{record.host}:{server.port if server else record.port}/endpoints/{name}/invocations",
+            version=served["version"] if served else record.version,
+            model_digest=served["model_digest"] if served else record.model.digest,
+            pid=server.pid if server else None,
+            started_at=server.started_at if server else None,
+            deployed_at=record.deployed_at,
+            previous_version=record.previous_version,
+        )
+
+    def invoke(self, name: str, body: bytes, content_type: str, accept: str = "*/*") -> bytes:
+        """See `EndpointHost.invoke`."""
+        if (server := find_server(self._folder(name))) is None:
+            known = ", ".join(s.name for s in self.list() if s.state == "InService") or "none"
+            raise EndpointNotFound(f"endpoint {name} is not served; served are: {known} (in {self.root})")
+        try:
+            return _invoke(server, name, body, content_type, accept)
+        except ServerUnreachable as error:
+            raise InvocationFailed(str(error), status=503, body=b"") from error
+
+    def delete(self, name: str) -> None:
+        """See `EndpointHost.delete`."""
+        folder = self._folder(name)
+        with file_lock(self._lock_path(name), self.lock_timeout_seconds, f"deleting endpoint {name}"):
+            end_server(folder, self.stop_timeout_seconds)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def stop(self, name: str) -> bool:
+        """End the serving process, keep the endpoint: its next deployment uses the same port. False if none ran."""
+        with file_lock(self._lock_path(name), self.lock_timeout_seconds, f"stopping endpoint {name}"):
+            return end_server(self._folder(name), self.stop_timeout_seconds)
+
+    def list(self) -> Sequence[EndpointStatus]:
+        """See `EndpointHost.list`."""
+        root = Path(self.root)
+        names = sorted(p.name for p in root.iterdir() if _NAME.fullmatch(p.name)) if root.is_dir() else []
+        return [status for name in names if (status := self.describe(name)) is not None]
+
+    def _folder(self, name: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of an endpoint: 1 to 63 letters, digits and inner hyphens")
+        return Path(self.root).absolute() / name
+
+    def _lock_path(self, name: str) -> Path:
+        folder = self._folder(name)
+        return folder.with_name(f".{name}.lock")
+
+    def _deploy(
+        self, folder: Path, name: str, version: ModelVersion, smoke_test: SmokeTest, log: DeploymentLog
+    ) -> EndpointStatus:
+        verify_artifact(version.artifact)
+        current, server = read_deployment(folder), find_server(folder)
+        served = ping(server) if server else None
+        if current and server and not served:
+            log.warning(f"The server of endpoint {name} (process {server.pid}) does not answer: it is replaced.")
+        elif current and not server:
+            log.warning(f"The server of endpoint {name} has ended since {current.version} was deployed.")
+        if server and served and self._serves(served, server, version):
+            log.info(f"Endpoint {name} serves {version.reference} already.")
+            return self._status(name, _smoke(server, name, smoke_test))
+        record = self._record(name, version, current, server)
+        self._prove(folder, record, smoke_test, log)
+        with restored_on_failure(folder, current, server if served else None, self.swap_timeout_seconds, log):
+            record.write(folder / DEPLOYMENT_FILE)
+            if server and served and record.port in (0, server.port):
+                self._change(folder, server, record)
+            else:
+                if end_server(folder, self.stop_timeout_seconds):
+                    log.info(f"The server of endpoint {name} is started again, on port {record.port}.")
+                server = self._start(folder, record)
+            result = _smoke(server, name, smoke_test)
+        log.info(f"Endpoint {name} serves {version.reference} at http://{server.host}:{server.port}.")
+        return self._status(name, result)
+
+    def _serves(self, served: dict[str, str], server: ServerRecord, version: ModelVersion) -> bool:
+        return (
+            served["version"] == version.reference
+            and served["model_digest"] == version.artifact.digest
+            and self.port in (None, server.port)
+        )
+
+    def _record(
+        self, name: str, version: ModelVersion, current: DeploymentRecord | None, server: ServerRecord | None
+    ) -> DeploymentRecord:
+        kept = server.port if server else current.port if current else PREFERRED_PORT
+        port = self.port if self.port is not None else kept
+        if self.port is not None and (server is None or server.port != port):
+            _require_free(_HOST, port, name)
+        previous = current and (current.version if current.version != version.reference else current.previous_version)
+        return DeploymentRecord(
+            deployment_id=uuid.uuid4().hex,
+            endpoint_name=name,
+            version=version.reference,
+            model=version.artifact,
+            host=_HOST,
+            port=port,
+            port_is_required=self.port is not None,
+            deployed_at=datetime.now(UTC),
+            previous_version=previous,
+        )
+
+    def _prove(self, folder: Path, record: DeploymentRecord, smoke_test: SmokeTest, log: DeploymentLog) -> None:
+        """Run the smoke test on a server of its own, which nobody else knows of."""
+        for leftover in folder.glob(".candidate-*"):  # of a deployment that was killed; its server ended with it
+            shutil.rmtree(leftover, ignore_errors=True)
+        trial = folder / f".candidate-{record.deployment_id}"
+        trial.mkdir()
+        try:
+            unlisted = record.model_copy(update={"port": 0, "port_is_required": False})
+            unlisted.write(trial / DEPLOYMENT_FILE)
+            try:
+                with candidate(trial, self.start_timeout_seconds) as server:
+                    result = _smoke(server, record.endpoint_name, smoke_test)
+            except ServerUnreachable as error:
+                raise ServerUnreachable(f"{error}:\n{log_tail(trial)}") from error
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+        difference = f"largest difference {result.largest_difference:g}"
+        log.info(f"Smoke test of {record.version}: {result.rows} rows, {difference}, {result.median_ms:g} ms a row.")
+
+    def _change(self, folder: Path, server: ServerRecord, record: DeploymentRecord) -> None:
+        ask_to_reload(server, folder)
+        wait_for_change(folder, server, record, self.swap_timeout_seconds)
+
+    def _start(self, folder: Path, record: DeploymentRecord) -> ServerRecord:
+        start_detached(folder)
+        server = wait_until_serving(folder, self.start_timeout_seconds)
+        # The port that it got is the one to ask for from now on.
+        record.model_copy(update={"port": server.port}).write(folder / DEPLOYMENT_FILE)
+        return server
+
+    def _status(self, name: str, result: SmokeTestResult) -> EndpointStatus:
+        status = self.describe(name)
+        if status is None or status.state != "InService":
+            raise ServerUnreachable(f"the server of endpoint {name} ended after its smoke test")
+        return status.model_copy(update={"smoke_test": result})
+
+
+def _require_free(host: str, port: int, name: str) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise EndpointDeploymentFailed(
+                f"endpoint {name} cannot be served on port {port}, which is configured: {error.strerror}. Configure "
+                "another port, leave it empty, or end the program that uses it."
+            ) from error
+
+
+def _invoke(server: ServerRecord, name: str, body: bytes, content_type: str, accept: str) -> bytes:
+    status, answer = post(server, f"/endpoints/{name}/invocations", body, content_type, accept)
+    if status != 200:
+        text = answer.decode(errors="replace")[:2000]
+        raise InvocationFailed(f"endpoint {name} answered {status}: {text}", status=status, body=answer)
+    return answer
+
+
+def _smoke(server: ServerRecord, name: str, smoke_test: SmokeTest) -> SmokeTestResult:
+    def predict(body: str) -> Sequence[float]:
+        answer = _invoke(server, name, body.encode(), "text/csv", "text/csv")
+        return [float(line) for line in answer.split()]
+
+    return smoke_test.run(predict)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`status` or `stop` for all endpoints below a root. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m resources.endpoints.local", description="Local endpoints.")
+    parser.add_argument("command", choices=["status", "stop"])
+    parser.add_argument("--root", required=True, help="folder of the endpoints' state")
+    options = parser.parse_args(arguments)
+    host = LocalEndpointHost(root=options.root)
+    endpoints = host.list()
+    for status in endpoints:
+        if options.command == "stop":
+            outcome = "stopped" if host.stop(status.name) else "was not running"
+        else:
+            outcome = f"{status.state}, {status.version}, {status.url}, process {status.pid}"
+        sys.stdout.write(f"{status.name}: {outcome}\n")
+    if not endpoints:
+        sys.stdout.write(f"no endpoints in {options.root}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,59 @@
+"""The feature store in a local folder."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from resources.feature_store.base import FeatureStore, OfflineSnapshot
+from step_scripts.contract import Artifact
+from step_scripts.table import TableSpec
+
+if TYPE_CHECKING:
+    from step_scripts.offline_store import OfflineStore, Snapshot
+
+
+class LocalFeatureStore(FeatureStore):
+    """Groups below one folder, in SageMaker's offline layout. See `step_scripts.offline_store`."""
+
+    root: str = Field(description="Folder of the feature groups; made if it is not there.")
+    mirror: bool = Field(
+        default=False,
+        description="Whether records that an ingested dataset lacks are deleted; an asset may decide otherwise.",
+    )
+
+    def ensure_group(self, name: str, table: TableSpec) -> dict[str, Any]:
+        """Create the group, or check its schema. Returns the step's `target`."""
+        self._store().ensure_group(name, table)
+        return {"kind": "local", "root": self.root, "mirror": self.mirror}
+
+    def find_ingestion(self, name: str, dataset_digest: str) -> Artifact | None:
+        """The group's current files, if to ingest the dataset would change nothing, whether mirrored or appended."""
+        found = self._store().find_ingestion(name, dataset_digest, mirror=True)
+        return found.artifact if found else None
+
+    def offline(self, name: str, as_of: datetime | None = None) -> OfflineSnapshot:
+        """The records of now, or of `as_of`."""
+        found: Snapshot = self._store().snapshot(name, as_of)
+        return OfflineSnapshot(
+            group=name, artifact=found.artifact, deduplicate=found.deduplicate, as_of=found.as_of, commit=found.commit
+        )
+
+    def get_record(self, name: str, record_id: str) -> dict[str, Any] | None:
+        """The latest state of one record; None if unknown or deleted."""
+        return self._store().get_record(name, record_id)
+
+    def delete_group(self, name: str) -> None:
+        """Remove the group with all its records, after any writer has finished."""
+        self._store().delete_group(name)
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """Schema, size, span of event times, number of commits."""
+        return self._store().describe(name)
+
+    def _store(self) -> OfflineStore:
+        from step_scripts.offline_store import OfflineStore
+
+        return OfflineStore(self.root)

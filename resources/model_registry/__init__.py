@@ -1,0 +1,1 @@
+"""Model registries: `base` holds the abstract type, each other module one implementation."""

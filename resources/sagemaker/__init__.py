@@ -1,0 +1,1 @@
+"""SageMaker jobs as Dagster Pipes invocations: client, requests, names, logs, code delivery."""

@@ -1,0 +1,107 @@
+"""The project's code as jobs get it: a source archive, pinned requirements, a start script.
+
+The archive depends on the sources alone (no times, no owners), so its digest names it on S3, and it is uploaded once.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import tarfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHIVE, REQUIREMENTS, BOOTSTRAP = "source.tar.gz", "requirements.txt", "bootstrap.sh"
+# What steps import. The versions are those of the Dagster process, so that both sides of a job agree.
+REQUIRED = {
+    "boto3": "",
+    "dagster-pipes": "",
+    "numpy": "",
+    "optuna": "",
+    "pandera": "[polars]",
+    "polars": "",
+    "psutil": "",
+    "pyarrow": "",
+    "pydantic": "",
+    "ray": "[data,train,tune]",
+    "xgboost": "",
+    "xgboost-ray": "",
+}
+_SUFFIXES = (".py", ".sh")
+
+
+@dataclass(frozen=True)
+class CodePackage:
+    """Files by name, and the first 16 digits of the SHA-256 over all of them."""
+
+    files: dict[str, bytes]
+    digest: str
+
+    def upload(self, client: Any, call: Callable[..., Any], code_root: str) -> str:
+        """Put the files below `<code_root>/<digest>/` unless they are there. Returns that URI, ending with a slash."""
+        bucket, _, root = code_root.removeprefix("s3://").strip("/").partition("/")
+        prefix = "/".join(part for part in (root, self.digest) if part) + "/"
+        found = call(client.list_objects_v2, Bucket=bucket, Prefix=prefix).get("Contents", [])
+        present = {item["Key"] for item in found}
+        for name, content in self.files.items():
+            if prefix + name not in present:
+                call(client.put_object, Bucket=bucket, Key=prefix + name, Body=content)
+        return f"s3://{bucket}/{prefix}"
+
+
+def code_package(packages: Iterable[str], modules: Iterable[str] = ()) -> CodePackage:
+    """The sources of whole packages and of single modules, with pinned requirements and the start script.
+
+    Raises `ModuleNotFoundError` for a name that is not there.
+    """
+    sources: dict[str, Path] = {}
+    for package in packages:
+        folder = _package_folder(package)
+        for path in folder.rglob("*"):
+            if path.suffix in _SUFFIXES and "__pycache__" not in path.parts:
+                sources[f"{package.replace('.', '/')}/{path.relative_to(folder).as_posix()}"] = path
+    for module in modules:
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"there is no module {module}", name=module)
+        sources[module.replace(".", "/") + ".py"] = Path(spec.origin)
+    files = {
+        ARCHIVE: archive({name: path.read_bytes() for name, path in sources.items()}),
+        REQUIREMENTS: requirements().encode(),
+        BOOTSTRAP: (_package_folder("step_scripts") / BOOTSTRAP).read_bytes(),
+    }
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        digest.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\0".encode())
+    return CodePackage(files, digest.hexdigest()[:16])
+
+
+def archive(files: dict[str, bytes]) -> bytes:
+    """A .tar.gz of the files; the same bytes for the same content, whenever and wherever it is made."""
+    buffer = io.BytesIO()
+    with (
+        gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, compresslevel=6) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as opened,
+    ):
+        for name, content in sorted(files.items()):
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode, entry.mtime = len(content), 0o644, 0
+            opened.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def requirements() -> str:
+    """One `name[extras]==version` a line, with the versions installed here."""
+    return "".join(f"{name}{extra}=={importlib.metadata.version(name)}\n" for name, extra in REQUIRED.items())
+
+
+def _package_folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"there is no package {package}", name=package)
+    return Path(next(iter(spec.submodule_search_locations)))

@@ -1,0 +1,95 @@
+"""What differs between training and processing jobs in the API: names of operations, members, places."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from urllib.parse import quote
+
+TERMINAL = ("Completed", "Failed", "Stopped")
+_CONSOLES = {"aws-cn": "console.amazonaws.cn", "aws-us-gov": "console.amazonaws-us-gov.com"}
+
+
+@dataclass(frozen=True)
+class JobKind:
+    """One kind of job: `noun` for people, and how the API spells it."""
+
+    noun: str
+    operation: str
+    console_path: str
+    started: str
+    ended: str
+    environment_limit: int
+
+    @property
+    def name_member(self) -> str:
+        """`TrainingJobName` or `ProcessingJobName`."""
+        return f"{self.operation}Name"
+
+    @property
+    def arn_member(self) -> str:
+        """`TrainingJobArn` or `ProcessingJobArn`."""
+        return f"{self.operation}Arn"
+
+    @property
+    def status_member(self) -> str:
+        """`TrainingJobStatus` or `ProcessingJobStatus`."""
+        return f"{self.operation}Status"
+
+    @property
+    def create_operation(self) -> str:
+        """Name of the operation in the service model."""
+        return f"Create{self.operation}"
+
+    @property
+    def log_group(self) -> str:
+        """CloudWatch log group of all jobs of this kind."""
+        return f"/aws/sagemaker/{self.operation}s"
+
+    def method(self, client: Any, verb: str) -> Any:
+        """The client's method for `create`, `describe`, `stop` or `list`."""
+        noun = self.noun.replace(" ", "_")
+        return getattr(client, f"{verb}_{noun}s" if verb == "list" else f"{verb}_{noun}")
+
+    def console_url(self, arn: str, name: str) -> str:
+        """The job's page in the AWS console."""
+        host, region = _console(arn)
+        return f"https://{region}.{host}/sagemaker/home?region={region}#/{self.console_path}/{name}"
+
+    def log_url(self, arn: str, name: str) -> str:
+        """The job's log streams in the CloudWatch console."""
+        host, region = _console(arn)
+        group = quote(quote(self.log_group, safe=""), safe="").replace("%", "$")
+        streams = quote(quote(f"?logStreamNameFilter={name}/", safe=""), safe="").replace("%", "$")
+        streams = streams.replace("$253F", "$3F").replace("$253D", "$3D")
+        return f"https://{region}.{host}/cloudwatch/home?region={region}#logsV2:log-groups/log-group/{group}{streams}"
+
+    def instances(self, description: Mapping[str, Any]) -> list[tuple[str, int]]:
+        """Instance types and their counts; several only in heterogeneous training."""
+        if self is PROCESSING:
+            config = description["ProcessingResources"]["ClusterConfig"]
+        else:
+            config = description.get("ResourceConfig", {})
+        if groups := config.get("InstanceGroups"):
+            return [(group["InstanceType"], group["InstanceCount"]) for group in groups]
+        return [(config.get("InstanceType", "unknown"), config.get("InstanceCount", 1))]
+
+    def running_seconds(self, description: Mapping[str, Any]) -> float | None:
+        """Seconds from the start of the container to its end; `None` if it never started."""
+        start, end = description.get(self.started), description.get(self.ended)
+        if not isinstance(start, datetime) or not isinstance(end, datetime):
+            return None
+        return max(0.0, (end - start).total_seconds())
+
+
+def _console(arn: str) -> tuple[str, str]:
+    _, partition, _, region, *_ = arn.split(":")
+    return _CONSOLES.get(partition, "console.aws.amazon.com"), region
+
+
+TRAINING = JobKind("training job", "TrainingJob", "jobs", "TrainingStartTime", "TrainingEndTime", 512)
+PROCESSING = JobKind(
+    "processing job", "ProcessingJob", "processing-jobs", "ProcessingStartTime", "ProcessingEndTime", 256
+)

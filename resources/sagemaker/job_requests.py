@@ -1,0 +1,200 @@
+"""Typed configuration of jobs, and the create requests made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import dagster as dg
+from pydantic import Field, model_validator
+
+TRAINING_INPUT = "/opt/ml/input/data"
+PROCESSING_INPUT = "/opt/ml/processing/input"
+
+
+class JobConfig(dg.Config):
+    """A SageMaker job: role, instances, limits, network, encryption.
+
+    Limits that SageMaker's service model gives (instance types, lengths, patterns) are checked against it before a
+    request is sent; here are the rules between fields.
+    """
+
+    role_arn: str = Field(description="ARN of the IAM role that the job runs as.")
+    instance_type: str = Field(default="ml.m5.xlarge", description="SageMaker instance type.")
+    instance_count: int = Field(default=1, ge=1, le=100, description="Hosts. Ray spans all of them.")
+    volume_size_gb: int = Field(default=30, ge=1, le=16384, description="Volume of each host, GB.")
+    max_run_seconds: int = Field(default=86_400, ge=1, description="Longest running time; seconds.")
+    use_spot: bool = Field(default=False, description="Managed spot instances. Training jobs only.")
+    max_wait_seconds: int | None = Field(
+        default=None,
+        ge=1,
+        description="Spot: longest time for waiting and running together; seconds. Empty: twice max_run_seconds.",
+    )
+    checkpoint_uri: str | None = Field(
+        default=None,
+        description="s3:// prefix that /opt/ml/checkpoints is kept in step with. Training jobs only; needed to resume "
+        "after a spot interruption.",
+    )
+    internal_error_retries: int = Field(
+        default=0, ge=0, le=30, description="Times that SageMaker itself starts a training job again after an internal "
+        "error."
+    )  # fmt: skip
+    keep_alive_seconds: int = Field(
+        default=0, ge=0, le=21_600, description="Warm pool: keep the instances this long after a training job; seconds."
+    )
+    subnets: list[str] = Field(default_factory=list, description="VPC subnets. Empty: SageMaker's own network.")
+    security_group_ids: list[str] = Field(default_factory=list, description="Security groups; needed with subnets.")
+    volume_kms_key: str | None = Field(default=None, description="KMS key for the hosts' volumes.")
+    output_kms_key: str | None = Field(default=None, description="KMS key for what SageMaker writes to S3.")
+    network_isolation: bool = Field(
+        default=False,
+        description="No connections but those between hosts: not even to S3, which Pipes messages need. For scripts "
+        "that live on channels alone.",
+    )
+    encrypt_inter_container_traffic: bool = Field(
+        default=False, description="Encrypt traffic between the hosts. Slower with many hosts."
+    )
+    price_per_hour: float | None = Field(
+        default=None, ge=0, description="Price of one instance-hour, for the cost estimate. Empty: no estimate."
+    )
+    environment: dict[str, str] = Field(default_factory=dict, description="Environment variables of the containers.")
+    tags: dict[str, str] = Field(default_factory=dict, description="Tags beside those that come from the Dagster run.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if bool(self.subnets) != bool(self.security_group_ids):
+            raise ValueError("subnets and security_group_ids belong together: give both or neither")
+        if self.max_wait_seconds is not None and not self.use_spot:
+            raise ValueError("max_wait_seconds is for managed spot training: set use_spot, or leave it empty")
+        if self.max_wait_seconds is not None and self.max_wait_seconds < self.max_run_seconds:
+            raise ValueError(
+                f"max_wait_seconds ({self.max_wait_seconds}) must be at least max_run_seconds ({self.max_run_seconds})"
+            )
+        if self.use_spot and self.keep_alive_seconds:
+            raise ValueError("keep_alive_seconds (warm pool) cannot be combined with use_spot")
+        return self
+
+    @property
+    def vpc(self) -> dict[str, list[str]] | None:
+        """The `VpcConfig` member; `None` outside a VPC."""
+        if not self.subnets:
+            return None
+        return {"Subnets": list(self.subnets), "SecurityGroupIds": list(self.security_group_ids)}
+
+
+def training_request(
+    config: JobConfig,
+    *,
+    image: str,
+    entrypoint: Sequence[str],
+    output_uri: str,
+    channels: Mapping[str, str],
+    checkpoint_folder: str = "",
+) -> dict[str, Any]:
+    """Parameters of `create_training_job` without a name. `channels` are s3:// prefixes by name.
+
+    Channels appear below `/opt/ml/input/data/<name>`. `checkpoint_folder` is appended to `config.checkpoint_uri`.
+    """
+    resources: dict[str, Any] = {
+        "InstanceType": config.instance_type,
+        "InstanceCount": config.instance_count,
+        "VolumeSizeInGB": config.volume_size_gb,
+    }
+    if config.keep_alive_seconds:
+        resources["KeepAlivePeriodInSeconds"] = config.keep_alive_seconds
+    if config.volume_kms_key:
+        resources["VolumeKmsKeyId"] = config.volume_kms_key
+    stopping = {"MaxRuntimeInSeconds": config.max_run_seconds}
+    if config.use_spot:
+        stopping["MaxWaitTimeInSeconds"] = config.max_wait_seconds or 2 * config.max_run_seconds
+    output = {"S3OutputPath": output_uri}
+    if config.output_kms_key:
+        output["KmsKeyId"] = config.output_kms_key
+    request: dict[str, Any] = {
+        "RoleArn": config.role_arn,
+        "AlgorithmSpecification": {
+            "TrainingImage": image,
+            "TrainingInputMode": "File",
+            "ContainerEntrypoint": list(entrypoint),
+        },
+        "InputDataConfig": [
+            {
+                "ChannelName": name,
+                "DataSource": {
+                    "S3DataSource": {
+                        "S3DataType": "S3Prefix",
+                        "S3Uri": uri,
+                        "S3DataDistributionType": "FullyReplicated",
+                    }
+                },
+            }
+            for name, uri in channels.items()
+        ],
+        "OutputDataConfig": output,
+        "ResourceConfig": resources,
+        "StoppingCondition": stopping,
+        "EnableManagedSpotTraining": config.use_spot,
+        "EnableNetworkIsolation": config.network_isolation,
+        "EnableInterContainerTrafficEncryption": config.encrypt_inter_container_traffic,
+        **_common(config),
+    }
+    if config.internal_error_retries:
+        request["RetryStrategy"] = {"MaximumRetryAttempts": config.internal_error_retries}
+    if config.checkpoint_uri:
+        request["CheckpointConfig"] = {"S3Uri": "/".join([config.checkpoint_uri.rstrip("/"), checkpoint_folder])}
+    if config.vpc:
+        request["VpcConfig"] = config.vpc
+    return request
+
+
+def processing_request(
+    config: JobConfig, *, image: str, entrypoint: Sequence[str], inputs: Mapping[str, str]
+) -> dict[str, Any]:
+    """Parameters of `create_processing_job` without a name. `inputs` are s3:// prefixes by name.
+
+    Inputs appear below `/opt/ml/processing/input/<name>`. Spot, warm pool and checkpoints do not exist there and are
+    left out.
+    """
+    cluster: dict[str, Any] = {
+        "InstanceType": config.instance_type,
+        "InstanceCount": config.instance_count,
+        "VolumeSizeInGB": config.volume_size_gb,
+    }
+    if config.volume_kms_key:
+        cluster["VolumeKmsKeyId"] = config.volume_kms_key
+    network: dict[str, Any] = {
+        "EnableNetworkIsolation": config.network_isolation,
+        "EnableInterContainerTrafficEncryption": config.encrypt_inter_container_traffic,
+    }
+    if config.vpc:
+        network["VpcConfig"] = config.vpc
+    return {
+        "RoleArn": config.role_arn,
+        "AppSpecification": {"ImageUri": image, "ContainerEntrypoint": list(entrypoint)},
+        "ProcessingInputs": [
+            {
+                "InputName": name,
+                "S3Input": {
+                    "S3Uri": uri,
+                    "LocalPath": f"{PROCESSING_INPUT}/{name}",
+                    "S3DataType": "S3Prefix",
+                    "S3InputMode": "File",
+                    "S3DataDistributionType": "FullyReplicated",
+                },
+            }
+            for name, uri in inputs.items()
+        ],
+        "ProcessingResources": {"ClusterConfig": cluster},
+        "StoppingCondition": {"MaxRuntimeInSeconds": config.max_run_seconds},
+        "NetworkConfig": network,
+        **_common(config),
+    }
+
+
+def _common(config: JobConfig) -> dict[str, Any]:
+    common: dict[str, Any] = {}
+    if config.environment:
+        common["Environment"] = dict(config.environment)
+    if config.tags:
+        common["Tags"] = [{"Key": key, "Value": value} for key, value in config.tags.items()]
+    return common

@@ -1,0 +1,39 @@
+"""Long calls into Ray that can be interrupted."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+Result = TypeVar("Result")
+_POLL_SECONDS = 0.2
+
+
+def run_in_thread(function: Callable[[], Result], on_interrupt: Callable[[], None] = lambda: None) -> Result:
+    """The result of `function`, which runs in a second thread; its exception is raised here.
+
+    A signal reaches Python only when the main thread is not inside Ray, and in the main thread Ray Tune and Ray Train
+    install signal handlers that they leave behind. On an interrupt `on_interrupt` is called, and the thread is left to
+    end by itself.
+    """
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, name="ray-driver", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(_POLL_SECONDS)
+    except BaseException:
+        on_interrupt()
+        raise
+    if errors:
+        raise errors[0]
+    return results[0]

@@ -1,0 +1,104 @@
+"""What all fits have in common: XGBoost's parameters, the matrices, early stopping that survives a restart."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import xgboost as xgb
+
+from step_scripts.training_data import Matrix
+
+_HISTORY = "history"
+_ROWS_PER_THREAD = 20_000
+
+
+def xgboost_parameters(tuned: dict[str, float | int], seed: int) -> dict[str, Any]:
+    """Parameters for `xgboost.train`, from the tuned ones (`max_depth`, `eta`, `min_child_weight`, `subsample`)."""
+    return {
+        "objective": "reg:squarederror",
+        "eval_metric": "rmse",
+        "tree_method": "hist",
+        "seed": seed,
+        **tuned,
+    }
+
+
+def useful_threads(rows: int, cpus: int) -> int:
+    """How many of `cpus` threads help to fit `rows` rows: on small data they mostly wait for each other."""
+    return max(1, min(cpus, -(-rows // _ROWS_PER_THREAD)))
+
+
+def quantile_matrices(train: Matrix, validation: Matrix, threads: int) -> tuple[xgb.DMatrix, xgb.DMatrix]:
+    """Both splits in XGBoost's compressed form (a byte a value); the second in the bins of the first."""
+    binned = xgb.QuantileDMatrix(train.features, train.target, nthread=threads)
+    return binned, xgb.QuantileDMatrix(validation.features, validation.target, ref=binned, nthread=threads)
+
+
+@dataclass
+class History:
+    """RMSE on both splits after each round, in the target's unit."""
+
+    train: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+
+    @property
+    def best_rounds(self) -> int:
+        """Number of rounds with the smallest validation RMSE; the first such. 0 before the first round."""
+        return int(np.argmin(self.validation)) + 1 if self.validation else 0
+
+
+class EarlyStopping(xgb.callback.TrainingCallback):
+    """Records the history and stops `patience` rounds after the best one.
+
+    The history is also kept in the booster, every `interval` rounds, so that a fit that goes on from a checkpoint knows
+    it: XGBoost's own early stopping would start to count again. In a distributed fit the metrics are those of all
+    workers together, so that all of them stop in the same round.
+    """
+
+    def __init__(self, patience: int, interval: int) -> None:
+        super().__init__()
+        self.history = History()
+        self._best_rmse, self._best_rounds = math.inf, 0
+        self._patience = patience
+        self._interval = interval
+
+    def before_training(self, model: Any) -> Any:
+        """Take over the history of the rounds that `model` already has."""
+        if kept := model.attr(_HISTORY):
+            self.history = History(**json.loads(kept))
+            self._best_rounds = self.history.best_rounds
+            self._best_rmse = min(self.history.validation, default=math.inf)
+        return model
+
+    def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
+        """Record the round; whether to stop."""
+        self.history.train.append(evals_log["train"]["rmse"][-1])
+        self.history.validation.append(evals_log["validation"]["rmse"][-1])
+        rounds = len(self.history.validation)
+        if self.history.validation[-1] < self._best_rmse:
+            self._best_rmse, self._best_rounds = self.history.validation[-1], rounds
+        if epoch % self._interval == 0:
+            self._keep(model)
+        return rounds - self._best_rounds >= self._patience
+
+    def after_training(self, model: Any) -> Any:
+        """Keep the whole history in the booster."""
+        self._keep(model)
+        return model
+
+    def _keep(self, model: Any) -> None:
+        model.set_attr(**{_HISTORY: json.dumps(self.history.__dict__)})
+
+
+def finished(booster: xgb.Booster, features: tuple[str, ...]) -> tuple[xgb.Booster, History]:
+    """The booster of the best rounds only, with feature names and without traces of the fit; and the history."""
+    history = History(**json.loads(booster.attr(_HISTORY) or "{}"))
+    best = booster[: history.best_rounds]
+    best.set_attr(**dict.fromkeys(best.attributes()))
+    best.feature_names = list(features)
+    best.feature_types = None
+    return best, history

@@ -1,0 +1,19 @@
+"""What the Ray cluster has, and how to divide it among workers."""
+
+from __future__ import annotations
+
+import ray
+
+
+def node_cpus() -> list[int]:
+    """CPUs of each node that is alive and has any, most first."""
+    counts = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return sorted((c for c in counts if c > 0), reverse=True) or [1]
+
+
+def cpus_per_worker(num_workers: int, nodes: list[int]) -> int:
+    """The most CPUs that each of `num_workers` can have at once, on nodes with so many CPUs; 0 if they do not fit."""
+    for cpus in range(nodes[0], 0, -1):
+        if sum(node // cpus for node in nodes) >= num_workers:
+            return cpus
+    return 0

@@ -1,0 +1,147 @@
+"""The final fit by Ray Train's `XGBoostTrainer`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import xgboost as xgb
+from ray.train.xgboost import XGBoostTrainer
+
+from step_scripts import storage
+from step_scripts.contract import StepError
+from step_scripts.engines import EngineResult, FitRequest, boost, boost_in_task
+
+_MODEL = "model.ubj"
+_NODES = "nodes"
+_SETTINGS = {
+    # The controller takes a worker's reports, and notices its end, once an interval; Ray's own is 2 s.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
+
+
+def train_booster(request: FitRequest) -> EngineResult:
+    """Fit on a group of workers; a single worker needs no group and is a plain task.
+
+    A group that loses a worker is started again once, and goes on from the latest checkpoint.
+    """
+    if request.num_workers == 1:
+        return boost_in_task(request)
+    with _settings(), _checkpoints(request) as uri:
+        filesystem, path = storage.filesystem(uri)
+        trainer = XGBoostTrainer(
+            _train_loop,
+            train_loop_config={"request": request},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=request.num_workers or 1,
+                resources_per_worker={"CPU": request.cpus_per_worker},
+                placement_strategy="SPREAD",
+            ),
+            run_config=ray.train.RunConfig(
+                name=f"fit-{uuid.uuid4().hex[:12]}",
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=ray.train.FailureConfig(max_failures=1),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except ray.train.WorkerGroupError as error:
+            for failure in error.worker_failures.values():
+                for cause in (failure, getattr(failure, "cause", None), failure.__cause__):
+                    if isinstance(cause, StepError):
+                        raise cause from error
+            raise
+        booster = _load(result.checkpoint)
+    nodes = tuple(sorted(set((booster.attr(_NODES) or "").split())))
+    return EngineResult(booster, nodes)
+
+
+def _train_loop(config: dict[str, Any]) -> None:
+    context = ray.train.get_context()
+    request: FitRequest = config["request"]
+    kept = ray.train.get_checkpoint()
+    checkpoint = _load(kept) if kept else None
+    report = _Checkpoint(request.checkpoint_rounds, context.get_world_rank())
+    boost(request, context.get_world_rank(), context.get_world_size(), checkpoint, (report,))
+
+
+class _Checkpoint(xgb.callback.TrainingCallback):
+    """Hands the booster to Ray Train now and then, and at the end. Metrics are not reported: that would be slow."""
+
+    def __init__(self, interval: int, rank: int) -> None:
+        super().__init__()
+        self._interval = interval
+        self._rank = rank
+
+    def before_training(self, model: Any) -> Any:
+        """Note on which nodes the workers are."""
+        addresses = _gather(ray.util.get_node_ip_address())
+        model.set_attr(**{_NODES: " ".join(addresses)})
+        return model
+
+    def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
+        """Keep a checkpoint if it is time."""
+        if epoch > 0 and epoch % self._interval == 0:
+            self._report(model)
+        return False
+
+    def after_training(self, model: Any) -> Any:
+        """Keep the result."""
+        self._report(model)
+        return model
+
+    def _report(self, model: xgb.Booster) -> None:
+        rounds = {"rounds": model.num_boosted_rounds()}
+        if self._rank != 0:
+            ray.train.report(rounds, checkpoint=None)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_model(Path(folder, _MODEL))
+            ray.train.report(rounds, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def _gather(address: str) -> list[str]:
+    size, rank = xgb.collective.get_world_size(), xgb.collective.get_rank()
+    return sorted({xgb.collective.broadcast(address if root == rank else None, root) for root in range(size)})
+
+
+def _load(checkpoint: ray.train.Checkpoint | None) -> xgb.Booster:
+    if checkpoint is None:
+        raise RuntimeError("the workers of Ray Train ended without a checkpoint")
+    with checkpoint.as_directory() as folder:
+        return xgb.Booster(model_file=Path(folder, _MODEL))
+
+
+@contextlib.contextmanager
+def _checkpoints(request: FitRequest) -> Iterator[str]:
+    """Where the run keeps its checkpoints: a folder of its own, removed at the end."""
+    if request.checkpoint_uri is None:
+        with tempfile.TemporaryDirectory(prefix="fit-", ignore_cleanup_errors=True) as folder:
+            yield folder
+        return
+    uri = storage.join(request.checkpoint_uri, f"fit-{uuid.uuid4().hex[:12]}")
+    try:
+        yield uri
+    finally:
+        storage.delete(uri)
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    added = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

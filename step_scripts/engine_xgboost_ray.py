@@ -1,0 +1,205 @@
+"""The final fit by xgboost_ray, which was written for XGBoost 1 and 2 and is adapted here to XGBoost 3.
+
+Only the driver is adapted: the tracker, through which workers find each other, has another interface since XGBoost 2.1.
+Partitions go to the actors by the `__partitioned__` protocol: Ray datasets would be split evenly, and so lose rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pandas as pd
+import ray
+import xgboost as xgb
+
+from step_scripts.boosting import EarlyStopping
+from step_scripts.contract import StepError
+from step_scripts.engines import EngineResult, FitRequest
+from step_scripts.training_data import TrainingSplit
+
+_REPLACED = (
+    "_start_rabit_tracker",
+    "_stop_rabit_tracker",
+    "_create_actor",
+    "_create_communication_processes",
+    "_create_placement_group",
+)
+_TRACKER_STOP_SECONDS = 5.0
+
+
+def train_booster(request: FitRequest) -> EngineResult:
+    """Fit on one actor a worker. A lost actor is started again once, and all go on from the latest checkpoint.
+
+    Raises `StepError` if the installed xgboost_ray cannot be adapted.
+    """
+    num_workers = request.num_workers or 1
+    with _adapted() as (main, started):
+        matrices = [_matrix(split, num_workers) for split in (request.train, request.validation)]
+        booster = main.train(
+            request.parameters | {"nthread": request.threads},
+            matrices[0],
+            request.num_boost_round,
+            evals=[(matrices[0], "train"), (matrices[1], "validation")],
+            ray_params=main.RayParams(
+                num_actors=num_workers,
+                cpus_per_actor=request.cpus_per_worker,
+                gpus_per_actor=0,
+                max_actor_restarts=1,
+                checkpoint_frequency=request.checkpoint_rounds,
+                verbose=False,
+            ),
+            verbose_eval=False,
+            callbacks=[EarlyStopping(request.early_stopping_rounds, request.checkpoint_rounds)],
+        )
+        return EngineResult(booster, started.nodes())
+
+
+class _Partitions:
+    """Data frames in Ray's object store, one a worker, as the `__partitioned__` protocol describes them."""
+
+    def __init__(self, references: list[Any], addresses: list[str], shape: tuple[int, int]) -> None:
+        self.__partitioned__ = {
+            "shape": shape,
+            "partition_tiling": (len(references), 1),
+            "partitions": {
+                (i, 0): {"data": reference, "location": [address]}
+                for i, (reference, address) in enumerate(zip(references, addresses, strict=True))
+            },
+            "get": ray.get,
+        }
+
+
+def _matrix(split: TrainingSplit, num_workers: int) -> Any:
+    """A `RayDMatrix` of the split, read and scaled in parallel."""
+    from xgboost_ray import RayDMatrix
+
+    def part(rank: int) -> tuple[pd.DataFrame, str]:
+        matrix = split.load(rank, num_workers)
+        frame = pd.DataFrame(matrix.features, columns=list(split.scaler.features), copy=False)
+        frame[split.target] = matrix.target
+        return frame, ray.util.get_node_ip_address()
+
+    read = ray.remote(part).options(num_cpus=1, num_returns=2, scheduling_strategy="SPREAD", max_retries=2)
+    parts: list[Any] = [read.remote(rank) for rank in range(num_workers)]
+    try:
+        addresses = ray.get([address for _, address in parts])
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, StepError):
+            raise error.cause from error
+        raise
+    shape = (split.rows, len(split.scaler.features) + 1)
+    return RayDMatrix(_Partitions([frame for frame, _ in parts], addresses, shape), label=split.target)
+
+
+class _Started:
+    """What xgboost_ray has started. It cleans up after itself only when all went well."""
+
+    def __init__(self) -> None:
+        self.actors: list[Any] = []
+        self.communication: list[Any] = []
+        self.placement_groups: list[Any] = []
+        self._addresses: list[Any] = []
+
+    def recording(self, create: Callable[..., Any], into: list[Any]) -> Callable[..., Any]:
+        """`create`, whose results are noted in `into`."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            made = create(*args, **kwargs)
+            into.extend(made if isinstance(made, tuple) else [made])
+            if into is self.actors:
+                self._addresses.append(made.ip.remote())
+            return made
+
+        return call
+
+    def nodes(self) -> tuple[str, ...]:
+        """Addresses of the nodes that had an actor, in order."""
+        addresses = set()
+        for reference in self._addresses:
+            with contextlib.suppress(ray.exceptions.RayActorError):  # it was lost and replaced
+                addresses.add(ray.get(reference))
+        return tuple(sorted(addresses))
+
+    def end(self) -> None:
+        """End all that is left."""
+        for actor in self.actors:
+            ray.kill(actor)
+        for process in self.communication:
+            process.shutdown()
+        for group in self.placement_groups:
+            ray.util.remove_placement_group(group)
+
+
+class _Tracker:
+    """XGBoost's tracker for a group of workers, ended by the workers themselves when they are done."""
+
+    def __init__(self, num_workers: int) -> None:
+        self._tracker = xgb.RabitTracker(n_workers=num_workers, host_ip=ray.util.get_node_ip_address(), sortby="task")
+        self._tracker.start()
+        # The tracker serves only while somebody waits for it. A group that lost a member never ends, hence a daemon.
+        self._thread = threading.Thread(target=self._wait, name="xgboost-tracker", daemon=True)
+        self._thread.start()
+        self.arguments = dict(self._tracker.worker_args())
+
+    def _wait(self) -> None:
+        with contextlib.suppress(xgb.core.XGBoostError):  # reported by the workers
+            self._tracker.wait_for()
+
+    def stop(self) -> None:
+        """Wait for the end of the group, for a while."""
+        self._thread.join(_TRACKER_STOP_SECONDS)
+
+
+def _start_tracker(num_workers: int) -> tuple[_Tracker, dict[str, Any]]:
+    tracker = _Tracker(num_workers)
+    return tracker, tracker.arguments
+
+
+@contextlib.contextmanager
+def _adapted() -> Iterator[tuple[ModuleType, _Started]]:
+    """xgboost_ray's main module, adapted for the block; and what it starts, which is ended with the block."""
+    with warnings.catch_warnings():
+        # One actor is a legal number, and what it imports is old.
+        warnings.simplefilter("ignore")
+        main = _import_main()
+        original = {name: getattr(main, name) for name in _REPLACED}
+        environment = os.environ.get("RAY_IGNORE_UNHANDLED_ERRORS")
+        started = _Started()
+        main.__dict__.update(
+            _start_rabit_tracker=_start_tracker,
+            _stop_rabit_tracker=_Tracker.stop,
+            _create_actor=started.recording(original["_create_actor"], started.actors),
+            _create_communication_processes=started.recording(
+                original["_create_communication_processes"], started.communication
+            ),
+            _create_placement_group=started.recording(original["_create_placement_group"], started.placement_groups),
+        )
+        try:
+            yield main, started
+        finally:
+            main.__dict__.update(original)
+            if environment is None:
+                os.environ.pop("RAY_IGNORE_UNHANDLED_ERRORS", None)
+            started.end()
+
+
+def _import_main() -> ModuleType:
+    try:
+        main = importlib.import_module("xgboost_ray.main")
+    except ImportError as error:
+        raise StepError(f"engine xgboost_ray cannot be used here ({error}): choose engine ray_train") from error
+    if missing := [name for name in _REPLACED if not hasattr(main, name)]:
+        version = importlib.metadata.version("xgboost-ray")
+        raise StepError(
+            f"engine xgboost_ray cannot be adapted: version {version} of xgboost-ray lacks {missing}; "
+            "install xgboost-ray 0.1.19, or choose engine ray_train"
+        )
+    return main

@@ -1,0 +1,284 @@
+"""What runs in parallel in an ingestion: hash a file, compare a bucket of records, write files, read them back.
+
+Records are divided into buckets by the hash of their id. Hashes go through scratch files in NumPy's format, ordered by
+bucket and mapped into memory, so that memory depends on the size of a piece and not of the group. Every function can
+be repeated: it overwrites what an earlier attempt has left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from step_scripts import storage
+from step_scripts.column_types import polars_schema
+from step_scripts.contract import StepError
+from step_scripts.event_hash import Lanes, add_sums, content_hashes, event_hashes, lane_sums, text_hashes, text_prefixes
+from step_scripts.event_timeline import Changes, Events, changes, joined
+from step_scripts.group_folder import StoredFile
+from step_scripts.ingestion_plan import Hashed, Selection, Source, WriteItem, WriteTarget
+from step_scripts.table import TableSpec
+
+HOUR = 3_600_000_000  # microseconds
+SHOWN = 20  # ids in a message
+ROW_GROUP_ROWS = 1 << 15  # a look-up decodes one row group a file
+_TIMESTAMP = pl.Datetime("us", "UTC")
+_NAME_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_LANES = 8  # of a scratch file: record id 2, time, content 2, row, commit, deleted
+
+
+def to_datetime(microseconds: int) -> datetime:
+    """Microseconds since 1970 as a time."""
+    return _EPOCH + timedelta(microseconds=microseconds)
+
+
+def to_microseconds(time: datetime) -> int:
+    """A time as microseconds since 1970, exactly."""
+    return (time - _EPOCH) // timedelta(microseconds=1)
+
+
+def content_columns(table: TableSpec) -> list[str]:
+    """Columns that make up a record's content: all but the event time."""
+    return [name for name in table.column_names if name != table.event_time_column]
+
+
+def hash_source(source: Source, table: TableSpec, buckets: int, folder: str, wanted: Sequence[Hashed] | None) -> Hashed:
+    """Hash the events of `source`; with `wanted`, only those of records that are in these sources.
+
+    Raises `StepError` if it lacks a column, has one of another type, or has empty record ids or event times.
+    """
+    ids = _read(source, ["record_id", "event_time"], table)
+    _check_ids(ids, source)
+    record = text_hashes(ids["record_id"])
+    rows = np.arange(source.rows, dtype=np.uint64)
+    if wanted is not None:
+        known = pl.concat([pl.Series(np.load(w.path, mmap_mode="r")[0]) for w in wanted])
+        chosen = pl.Series(record[0]).is_in(known.implode()).to_numpy()
+        record, rows, ids = (record[0][chosen], record[1][chosen]), rows[chosen], ids.filter(chosen)
+    frame = _read(source, [*content_columns(table), "is_deleted"], table, rows)
+    content = content_hashes(frame, content_columns(table))
+    time = ids["event_time"].to_physical().to_numpy()
+    lanes = np.zeros((_LANES, len(rows)), np.uint64)
+    lanes[0:2], lanes[2], lanes[3:5], lanes[5] = record, time.view(np.uint64), content, rows
+    lanes[6] = source.commit or 0
+    if source.commit is not None:
+        lanes[7] = frame["is_deleted"].to_numpy()
+    starts = (0, len(rows))
+    if buckets > 1:
+        bucket = (record[0] >> np.uint64(64 - buckets.bit_length() + 1)).astype(np.uint16)
+        lanes = lanes[:, np.argsort(bucket, kind="stable")]
+        starts = (0, *np.cumsum(np.bincount(bucket, minlength=buckets)).tolist())
+    path = str(Path(folder) / f"hashes-{source.index}.npy")
+    np.save(path, lanes)
+    return Hashed(path, starts, int(time.min()) if len(time) else None, int(time.max()) if len(time) else None)
+
+
+def compare_bucket(
+    bucket: int, incoming: Sequence[tuple[int, Hashed]], stored: Sequence[tuple[int, Hashed]], folder: str,
+    mirror_time: int | None,
+) -> tuple[Changes, list[Selection], list[tuple[int, int, int]], tuple[int, int]]:  # fmt: skip
+    """Compare the events of one bucket, given sources' indices and hashes.
+
+    Returns what changes (without the events), where the rows to store are listed, how many they are of each (source,
+    hour), and their digest. Raises nothing for conflicts: they are returned.
+    """
+    result = changes(_bucket_events(bucket, incoming), _bucket_events(bucket, stored), mirror_time)
+    news = joined(result.stored) if result.stored else _bucket_events(bucket, ())
+    order = np.argsort(news.source, kind="stable")
+    source, row, time = news.source[order], news.row[order], news.time[order]
+    path = str(Path(folder) / f"selected-{bucket}.npy")
+    np.save(path, np.stack([row.astype(np.int64), time]))
+    numbers, counts = np.unique(source, return_counts=True)
+    stops = np.cumsum(counts)
+    selections = [
+        Selection(int(n), path, int(stop - count), int(stop))
+        for n, stop, count in zip(numbers, stops, counts, strict=True)
+    ]
+    histogram = [
+        (int(s.source), int(hour), int(count))
+        for s in selections
+        for hour, count in zip(*np.unique(time[s.start : s.stop] // HOUR, return_counts=True), strict=True)
+    ]
+    light = replace(result, stored=[], conflicts=[c.take(np.arange(min(len(c), SHOWN))) for c in result.conflicts])
+    return light, selections, histogram, news.sums(with_deleted=True)
+
+
+def write_files(item: WriteItem, target: WriteTarget) -> list[str]:
+    """Write the files of `item`, one an hour; their paths relative to `target.data`."""
+    frames = [_selected_rows(source, selections, item, target.table) for source, selections in item.sources]
+    frame = pl.concat(frames).rechunk()  # reordering many chunks takes longer
+    hours = frame["event_time"].to_physical().to_numpy() // HOUR
+    order = _storage_order(frame["record_id"], hours)
+    frame, hours = frame[order], hours[order]
+    bounds = [0, *(np.flatnonzero(hours[1:] != hours[:-1]) + 1).tolist(), frame.height]
+    written = []
+    for start, stop in pairwise(bounds):
+        events = frame[start:stop].with_columns(
+            pl.lit(target.write_time, _TIMESTAMP).alias("write_time"),
+            pl.lit(target.write_time, _TIMESTAMP).alias("api_invocation_time"),
+        )
+        latest = to_datetime(int(events["event_time"].to_physical().max()))  # pyright: ignore[reportArgumentType]
+        path = event_file_path(latest, f"{target.ingestion}/{item.number}/{hours[start]}")
+        write_parquet(Path(target.data) / path, events.select(stored_columns(target.table)))
+        written.append(path)
+    return written
+
+
+def stored_columns(table: TableSpec) -> list[str]:
+    """Columns of a stored file, in order."""
+    return ["record_id", "event_time", *table.column_names, "write_time", "api_invocation_time", "is_deleted"]
+
+
+def write_parquet(path: Path, events: pl.DataFrame) -> None:
+    """Write one stored file, and see that it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        events.write_parquet(file, compression="zstd", compression_level=1, row_group_size=ROW_GROUP_ROWS)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def event_file_path(latest: datetime, unique: str) -> str:
+    """SageMaker's layout of offline stores: partitions by event time, names by the latest event time."""
+    number = int.from_bytes(hashlib.blake2b(unique.encode(), digest_size=16).digest(), "big")
+    characters = "".join(_digits(number, 16))
+    day = f"year={latest.year:04d}/month={latest.month:02d}/day={latest.day:02d}/hour={latest.hour:02d}"
+    stamp = (
+        f"{latest.year:04d}{latest.month:02d}{latest.day:02d}T{latest.hour:02d}{latest.minute:02d}{latest.second:02d}Z"
+    )
+    return f"{day}/{stamp}_{characters}.parquet"
+
+
+def read_back(data: str, paths: Sequence[str], table: TableSpec) -> tuple[list[StoredFile], tuple[int, int]]:
+    """Read stored files again, from their bytes: their descriptions, and the digest of all their events.
+
+    A file that is not there, or cannot be decoded, is left out.
+    """
+    files, sums = [], (0, 0)
+    for path in paths:
+        try:
+            content = (Path(data) / path).read_bytes()
+            frame = pl.read_parquet(io.BytesIO(content))
+        except (FileNotFoundError, pl.exceptions.ComputeError):
+            continue
+        time = frame["event_time"].to_physical().to_numpy()
+        deleted = frame["is_deleted"].to_numpy()
+        hashes = content_hashes(frame, content_columns(table))
+        sums = add_sums(sums, lane_sums(event_hashes(text_hashes(frame["record_id"]), time, hashes, deleted)))
+        files.append(
+            StoredFile(
+                path=path,
+                rows=frame.height,
+                bytes=len(content),
+                sha256=hashlib.sha256(content).hexdigest(),
+                first_event_time=to_datetime(int(time.min())),
+                last_event_time=to_datetime(int(time.max())),
+            )
+        )
+    return files, sums
+
+
+def _read(source: Source, columns: Sequence[str], table: TableSpec, rows: np.ndarray | None = None) -> pl.DataFrame:
+    """Columns of `source`, of the rows given only; of a stored file those that it has."""
+    types: dict[str, Any] = {"record_id": pl.String(), "event_time": _TIMESTAMP, "is_deleted": pl.Boolean()}
+    types |= polars_schema(table)
+    try:
+        frame = _scan(source.uri)
+        schema = frame.collect_schema()
+        present = [name for name in columns if name in schema]
+        if source.commit is None and (missing := [c for c in columns if c not in schema and c != "is_deleted"]):
+            raise StepError(f"{source.uri} lacks the columns {missing}; it has {list(schema)}. Make its asset again")
+        if wrong := [f"{c} is {schema[c]}, not {types[c]}" for c in present if schema[c] != types[c]]:
+            raise StepError(f"{source.uri}: column {'; '.join(wrong)}. Make its asset again")
+        result = frame.slice(source.offset, source.rows).select(present).collect()
+    except (FileNotFoundError, pl.exceptions.ComputeError) as error:
+        raise StepError(f"{source.uri} cannot be read ({error}); make it again, or restore it from a backup") from error
+    return result if rows is None or len(rows) == source.rows else result[rows]
+
+
+def _scan(uri: str) -> pl.LazyFrame:
+    if not storage.is_remote(uri):
+        return pl.scan_parquet(storage.local_path(uri), hive_partitioning=False, glob=False)
+    return pl.read_parquet(io.BytesIO(storage.read_bytes(uri))).lazy()
+
+
+def _check_ids(ids: pl.DataFrame, source: Source) -> None:
+    for name in ("record_id", "event_time"):
+        if empty := ids[name].null_count():
+            raise StepError(f"{source.uri}: {empty:,} of {source.rows:,} rows have no {name}. Make its asset again")
+
+
+def _bucket_events(bucket: int, sources: Sequence[tuple[int, Hashed]]) -> Events:
+    parts = []
+    for index, hashed in sources:
+        lanes = np.load(hashed.path, mmap_mode="r")[:, hashed.starts[bucket] : hashed.starts[bucket + 1]]
+        if not lanes.shape[1]:
+            continue
+        lanes = np.ascontiguousarray(lanes)
+        record: Lanes = (lanes[0], lanes[1])
+        where = np.full(lanes.shape[1], index)
+        deleted = lanes[7].astype(bool)
+        parts.append(
+            Events(
+                record, lanes[2].view(np.int64), (lanes[3], lanes[4]), where, lanes[5], lanes[6].view(np.int64), deleted
+            )
+        )
+    if parts:
+        return joined(parts)
+    none, whole = np.empty(0, np.uint64), np.empty(0, np.int64)
+    return Events((none, none), whole, (none, none), whole, none, whole, np.empty(0, bool))
+
+
+def _selected_rows(source: Source, selections: Sequence[Selection], item: WriteItem, table: TableSpec) -> pl.DataFrame:
+    """The events to store from one source: its rows, or tombstones of its records."""
+    chosen = np.concatenate([np.load(s.path, mmap_mode="r")[:, s.start : s.stop] for s in selections], axis=1)
+    hours = chosen[1] // HOUR
+    inside = (hours >= item.first_hour) & (hours <= item.last_hour)
+    row, time = (chosen[0], chosen[1]) if inside.all() else (chosen[0][inside], chosen[1][inside])
+    if source.commit is not None:
+        ids = _read(source, ["record_id"], table)[row]
+        return tombstones(ids["record_id"], time, table)
+    frame = _read(source, ["record_id", "event_time", *table.column_names], table)
+    if len(row) < source.rows:
+        frame = frame[row]
+    else:
+        time = time[np.argsort(row)]
+    return frame.with_columns(
+        pl.Series("event_time", time).cast(_TIMESTAMP), pl.lit(False).alias("is_deleted")
+    )  # the comparison may have moved an event behind what is stored
+
+
+def tombstones(record_ids: pl.Series, time: np.ndarray, table: TableSpec) -> pl.DataFrame:
+    """Deletions of records at times given in microseconds: nothing but id and time."""
+    frame = pl.DataFrame([record_ids.alias("record_id"), pl.Series("event_time", time).cast(_TIMESTAMP)])
+    empty = (pl.lit(None, dtype).alias(name) for name, dtype in polars_schema(table).items())
+    return frame.with_columns(*empty, pl.lit(True).alias("is_deleted"))
+
+
+def _storage_order(record_ids: pl.Series, hours: np.ndarray) -> np.ndarray:
+    """Positions that order rows by hour, then by record id: by its first 8 bytes, if these tell most ids apart."""
+    prefixes = text_prefixes(record_ids)
+    if pl.Series(prefixes).n_unique() < len(prefixes) * 0.9:
+        both = pl.DataFrame({"hour": hours, "id": record_ids})
+        return both.select(pl.arg_sort_by(["hour", "id"])).to_series().to_numpy()
+    order = np.argsort(prefixes)
+    if len(hours) and (hours != hours[0]).any():
+        order = order[np.argsort(hours[order], kind="stable")]
+    return order
+
+
+def _digits(number: int, count: int) -> Iterator[str]:
+    for _ in range(count):
+        number, digit = divmod(number, len(_NAME_ALPHABET))
+        yield _NAME_ALPHABET[digit]

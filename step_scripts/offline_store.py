@@ -1,0 +1,276 @@
+"""The local feature store: groups of records in SageMaker's offline layout, read at a point in time.
+
+There is no second copy for look-ups: stored files are sorted by record id, so that one record is found by the
+statistics in the files' footers. The online view cannot disagree with the offline one. For the layout on disk see
+`step_scripts.group_folder`, for ingestion `step_scripts.feature_ingestion`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from step_scripts import storage
+from step_scripts.column_types import polars_schema
+from step_scripts.contract import Artifact, StepError
+from step_scripts.event_hash import content_hashes, event_hashes, lane_sums, subtract_sums, text_hashes
+from step_scripts.feature_files import (
+    content_columns,
+    event_file_path,
+    read_back,
+    stored_columns,
+    to_microseconds,
+    tombstones,
+    write_parquet,
+)
+from step_scripts.feature_ingestion import ingested_by
+from step_scripts.group_folder import EMPTY_DIGEST, GROUP_NAME, Commit, GroupFolder, StoredFile, digest_of
+from step_scripts.group_schema import adopts, check_columns
+from step_scripts.table import TableSpec
+
+_TIMESTAMP = pl.Datetime("us", "UTC")
+_EVENT_ORDER = ("event_time", "api_invocation_time", "write_time")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Files that hold the records of a group at one point in time.
+
+    `deduplicate`: a record may have several events or be deleted, so readers take the latest event of each. `as_of`:
+    readers leave out later events. `commit`: number of the latest commit.
+    """
+
+    artifact: Artifact
+    deduplicate: bool
+    commit: int
+    as_of: datetime | None = None
+
+
+def latest_events(events: pl.LazyFrame, as_of: datetime | None = None) -> pl.LazyFrame:
+    """The latest event of each record up to `as_of`, without deleted records. Columns stay as they are."""
+    if as_of is not None:
+        events = events.filter(pl.col("event_time") <= as_utc(as_of))
+    latest = events.sort(_EVENT_ORDER).unique("record_id", keep="last", maintain_order=False)
+    return latest.filter(~pl.col("is_deleted"))
+
+
+def as_utc(time: datetime) -> datetime:
+    """`time` in UTC; without a time zone it is taken to be in UTC."""
+    return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+
+
+class OfflineStore:
+    """The groups below one local folder. Methods raise `StepError` for a group that is not there or damaged."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def groups(self) -> list[str]:
+        """Names of all groups."""
+        root = storage.local_path(self.root)
+        names = [p.name for p in root.iterdir() if GROUP_NAME.fullmatch(p.name)] if root.is_dir() else []
+        return sorted(name for name in names if self.folder(name).info())
+
+    def folder(self, group: str) -> GroupFolder:
+        """The group's folder, there or not."""
+        return GroupFolder(self.root, group)
+
+    def ensure_group(self, group: str, table: TableSpec) -> None:
+        """Create the group, or check that its schema accepts rows of `table`: `StepError` names what does not fit."""
+        check_columns(group, table)
+        folder = self.folder(group)
+        commits = folder.commits()
+        if commits:
+            adopts(group, commits[-1].table, table)
+            return
+        if (info := folder.info()) is None or info.table != table:
+            with folder.lock(create=True):
+                if not folder.commits():
+                    folder.create(table)
+
+    def commits(self, group: str, upto: int | None = None) -> list[Commit]:
+        """The group's commits in order, all or up to a number."""
+        return self._existing(group).commits(upto)
+
+    def files(self, group: str, commit: int | None = None) -> list[StoredFile]:
+        """Files that make up the group after `commit`, or now."""
+        return [f for c in self.commits(group, commit) for f in c.files]
+
+    def scan(self, group: str, as_of: datetime | None = None, commit: int | None = None) -> pl.LazyFrame:
+        """Records at a point in time: record_id, event_time and the table's columns, no order.
+
+        `as_of`: the latest event of each record up to this time, inclusive. `commit`: as if later commits had not
+        been made. Deleted records are left out.
+        """
+        folder = self._existing(group)
+        commits = folder.commits(commit)
+        table = commits[-1].table if commits else self.table(group)
+        columns = ["record_id", "event_time", *table.column_names]
+        events = _scan(folder, [f for c in commits for f in c.files], table)
+        if commits and commits[-1].deduplicate:
+            events = latest_events(events, as_of)
+        elif as_of is not None:
+            events = events.filter(pl.col("event_time") <= as_utc(as_of))
+        return events.select(columns)
+
+    def snapshot(self, group: str, as_of: datetime | None = None) -> Snapshot:
+        """The files to read for the records of now, or of `as_of`. Raises `StepError` if the group has no commit."""
+        folder = self._existing(group)
+        commits = folder.commits()
+        if not commits:
+            raise StepError(f"nothing has been ingested into feature group {group} yet")
+        last = commits[-1]
+        files = [f for c in commits for f in c.files]
+        if as_of is None or all(f.last_event_time <= as_utc(as_of) for f in files):
+            artifact = folder.artifact(files, last.live_digest, last.live_rows)
+            return Snapshot(artifact, last.deduplicate, last.number, as_utc(as_of) if as_of else None)
+        moment = as_utc(as_of)
+        files = [f for f in files if f.first_event_time <= moment]
+        names = "\n".join([moment.isoformat(), *sorted(f.sha256 for f in files)])
+        artifact = folder.artifact(files, hashlib.sha256(names.encode()).hexdigest(), None)
+        return Snapshot(artifact, last.deduplicate, last.number, moment)
+
+    def find_ingestion(self, group: str, dataset_digest: str, *, mirror: bool) -> Snapshot | None:
+        """The group's snapshot if to ingest this dataset (again) would change nothing, and no file is missing."""
+        folder = self.folder(group)
+        if folder.info() is None:
+            return None
+        commits = folder.commits()
+        if not ingested_by(commits, dataset_digest, mirror=mirror):
+            return None
+        if folder.missing_files([f for c in commits for f in c.files]):
+            return None
+        return self.snapshot(group)
+
+    def table(self, group: str) -> TableSpec:
+        """The group's columns."""
+        folder = self._existing(group)
+        commits = folder.commits()
+        if commits:
+            return commits[-1].table
+        info = folder.info()
+        assert info is not None
+        return info.table
+
+    def get_record(self, group: str, record_id: str) -> dict[str, Any] | None:
+        """The record's latest event (record_id, event_time, the table's columns); None if unknown or deleted."""
+        table = self.table(group)
+        found = self._events(group, record_id, table)
+        latest = found.sort(_EVENT_ORDER).tail(1)
+        if not latest.height or latest["is_deleted"].item():
+            return None
+        return latest.select("record_id", "event_time", *table.column_names).row(0, named=True)
+
+    def delete_record(self, group: str, record_id: str, event_time: datetime) -> bool:
+        """Store that the record does not exist from `event_time` on. False, and nothing stored, if it did not then."""
+        folder = self._existing(group)
+        with folder.lock():
+            commits = folder.commits()
+            table = self.table(group)
+            events = self._events(group, record_id, table).sort(_EVENT_ORDER)
+            before = events.filter(pl.col("event_time") <= as_utc(event_time))
+            if not before.height or before["is_deleted"].last():
+                return False
+            last = commits[-1]
+            was_live, becomes_latest = not events["is_deleted"].last(), before.height == events.height
+            dies = was_live and becomes_latest
+            write_time = max(datetime.now(UTC), last.write_time + timedelta(microseconds=1))
+            time = np.array([to_microseconds(as_utc(event_time))])
+            stamp = pl.lit(write_time, _TIMESTAMP)
+            stone = tombstones(pl.Series([record_id]), time, table).with_columns(
+                stamp.alias("write_time"), stamp.alias("api_invocation_time")
+            )
+            path = event_file_path(as_utc(event_time), uuid.uuid4().hex)
+            write_parquet(folder.data / path, stone.select(stored_columns(table)))
+            live_digest = last.live_digest
+            if dies:
+                live_digest = digest_of(subtract_sums(last.live_sums, _sums(events.tail(1), table)))
+            folder.append(
+                Commit(
+                    number=last.number + 1,
+                    created_at=datetime.now(UTC),
+                    write_time=write_time,
+                    dataset_digest=None,
+                    table=table,
+                    files=tuple(read_back(str(folder.data), [path], table)[0]),
+                    added=0,
+                    unchanged=0,
+                    superseded=0,
+                    deleted=1,
+                    live_rows=last.live_rows - dies,
+                    live_digest=live_digest,
+                    mirrors=False,
+                    deduplicate=True,
+                )
+            )
+        return True
+
+    def delete_group(self, group: str) -> None:
+        """Remove the group and all its records. Waits for a writer to finish."""
+        folder = self._existing(group)
+        with folder.lock():
+            folder.remove()
+
+    def describe(self, group: str) -> dict[str, Any]:
+        """Facts about the group, as plain data: schema, size, span of event times, commits."""
+        folder = self._existing(group)
+        info, commits = folder.info(), folder.commits()
+        files = [f for c in commits for f in c.files]
+        last = commits[-1] if commits else None
+        assert info is not None
+        return {
+            "name": group,
+            "path": str(folder.path),
+            "created_at": info.created_at.isoformat(),
+            "columns": {c.name: c.dtype for c in self.table(group).columns},
+            "commits": len(commits),
+            "last_commit_at": last.created_at.isoformat() if last else None,
+            "live_rows": last.live_rows if last else 0,
+            "live_digest": last.live_digest if last else EMPTY_DIGEST,
+            "events": sum(f.rows for f in files),
+            "deduplicate": last.deduplicate if last else False,
+            "files": len(files),
+            "bytes": sum(f.bytes for f in files),
+            "first_event_time": min(f.first_event_time for f in files).isoformat() if files else None,
+            "last_event_time": max(f.last_event_time for f in files).isoformat() if files else None,
+        }
+
+    def _existing(self, group: str) -> GroupFolder:
+        folder = self.folder(group)
+        if folder.info() is None:
+            raise StepError(f"there is no feature group {group} in {self.root}; it has {self.groups() or 'none'}")
+        return folder
+
+    def _events(self, group: str, record_id: str, table: TableSpec) -> pl.DataFrame:
+        """All events of one record."""
+        folder = self._existing(group)
+        events = _scan(folder, [f for c in folder.commits() for f in c.files], table)
+        return events.filter(pl.col("record_id") == record_id).collect()
+
+
+def _scan(folder: GroupFolder, files: Sequence[StoredFile], table: TableSpec) -> pl.LazyFrame:
+    """All events in the files; columns that older files lack are null."""
+    flags = {"write_time": _TIMESTAMP, "api_invocation_time": _TIMESTAMP, "is_deleted": pl.Boolean()}
+    schema = {"record_id": pl.String(), "event_time": _TIMESTAMP} | polars_schema(table) | flags
+    if not files:
+        return pl.LazyFrame(schema=schema)
+    if missing := folder.missing_files(files):
+        raise StepError(
+            f"{len(missing)} of {len(files)} files of feature group {folder.name} are missing or cut off, the first is "
+            f"{folder.data / missing[0].path}: restore them from a backup, or delete the group and ingest again"
+        )
+    paths = [folder.data / f.path for f in files]
+    return pl.scan_parquet(paths, schema=schema, missing_columns="insert", hive_partitioning=False, glob=False)
+
+
+def _sums(events: pl.DataFrame, table: TableSpec) -> tuple[int, int]:
+    time = events["event_time"].to_physical().to_numpy()
+    content = content_hashes(events, content_columns(table))
+    return lane_sums(event_hashes(text_hashes(events["record_id"]), time, content))

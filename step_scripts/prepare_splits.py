@@ -1,0 +1,248 @@
+"""Step `prepare_splits`: every record of the feature store goes to train, validation or test by a hash of its id.
+
+One pass over the store, in parallel, without a shuffle: each task reads a piece, writes the piece's three parts, and
+returns partial statistics of its training rows. Only where the store may hold several events of one record are the
+rows exchanged first, by another hash of the id, so that one task sees all events of a record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import ray
+
+from step_scripts import storage
+from step_scripts.contract import Artifact, StepContext, StepDefinition, StepError, StepOutcome, file_info, write_json
+from step_scripts.distributions import MOST_VALUES, TableSketch, quantile
+from step_scripts.moments import Moments
+from step_scripts.parameters import PrepareSplitsParams
+from step_scripts.ray_tasks import Piece, Progress, completed_tasks, pieces_of
+from step_scripts.row_set_digest import RowSetDigest
+from step_scripts.split_tasks import SPLITS, TIMES, SplitPlan, SplitReport, scatter_piece, split_bucket, split_piece
+from step_scripts.table import TableSpec
+
+_MOST_BUCKETS = 512
+_SMALLEST_DIVIDED_PIECE = 1000
+
+
+def run(context: StepContext, params: PrepareSplitsParams) -> StepOutcome:
+    """Write the three splits and the training split's statistics.
+
+    Raises `StepError` if a split would be empty, a file lacks a column, or `as_of` is no time.
+    """
+    table, features = params.table, context.inputs["features"]
+    with context.phase("plan"):
+        pieces = pieces_of(features, len(table.columns) + len(TIMES) + 1)
+        plan = SplitPlan(
+            table=table,
+            uris={split: context.output_uri(split) for split in SPLITS},
+            limits=(params.train_size, params.train_size + params.validation_size),
+            salt=params.split_salt,
+            as_of=_parsed_time(params.as_of),
+            parts=2 if len(pieces) == 1 and pieces[0].rows >= _SMALLEST_DIVIDED_PIECE else 1,
+        )
+    work = _split_after_exchange if params.deduplicate else _split
+    totals = work(context, plan, pieces)
+    return _outcome(context, params, plan, totals)
+
+
+@dataclass
+class _Totals:
+    """Reports of all tasks. Samples are merged as they come, so that only one is held."""
+
+    sketch: TableSketch
+    reports: dict[int, SplitReport] = field(default_factory=dict)
+    rows_read: int = 0
+    rows_later: int = 0
+
+    def add(self, index: int, report: SplitReport) -> None:
+        """Add the report of call `index`."""
+        if report.sketch is not None:
+            self.sketch = self.sketch.merge(report.sketch)
+        self.reports[index] = replace(report, sketch=None)
+        self.rows_read += report.rows_read
+        self.rows_later += report.rows_later
+
+    def in_order(self) -> list[SplitReport]:
+        """The reports in the order of the calls, whichever task was the first to finish."""
+        return [self.reports[index] for index in sorted(self.reports)]
+
+    def counts(self) -> dict[str, int]:
+        """Rows read, and how many of them went nowhere, by reason."""
+        return {
+            "rows_read": self.rows_read,
+            "rows_later": self.rows_later,
+            "rows_superseded": sum(report.rows_superseded for report in self.reports.values()),
+            "rows_deleted": sum(report.rows_deleted for report in self.reports.values()),
+        }
+
+
+def _split(context: StepContext, plan: SplitPlan, pieces: list[Piece]) -> _Totals:
+    totals = _Totals(TableSketch.empty(len(plan.statistics_columns)))
+    with context.phase("split"):
+        progress = Progress(context.log, "prepare_splits", sum(piece.rows for piece in pieces))
+        for index, report in completed_tasks(split_piece, [(plan, i, piece) for i, piece in enumerate(pieces)]):
+            totals.add(index, report)
+            progress.add(report.rows_read)
+    return totals
+
+
+def _split_after_exchange(context: StepContext, plan: SplitPlan, pieces: list[Piece]) -> _Totals:
+    """Bring all events of a record together, then split. What is exchanged lies in the object store, or is spilled."""
+    totals = _Totals(TableSketch.empty(len(plan.statistics_columns)))
+    total = sum(piece.rows for piece in pieces)
+    buckets = min(len(pieces), _MOST_BUCKETS)
+    scattered: list[list[Any]] = [[] for _ in pieces]
+    with context.phase("exchange"):
+        progress = Progress(context.log, "prepare_splits, bringing events of a record together", total)
+        calls = [(plan, piece, buckets) for piece in pieces]
+        for index, (counts, *tables) in completed_tasks(scatter_piece, calls, results_each=buckets + 1):
+            rows, later = ray.get(counts)
+            totals.rows_read += rows
+            totals.rows_later += later
+            scattered[index] = tables
+            progress.add(rows)
+    with context.phase("split"):
+        progress = Progress(context.log, "prepare_splits", total - totals.rows_later)
+        # Popped, so that Ray drops the rows of a bucket as soon as its task is done.
+        gathered = ((plan, bucket, *[tables.pop() for tables in scattered]) for bucket in reversed(range(buckets)))
+        for index, report in completed_tasks(split_bucket, gathered):
+            totals.add(buckets - 1 - index, report)
+            progress.add(report.rows_live + report.rows_superseded + report.rows_deleted)
+    return totals
+
+
+def _outcome(context: StepContext, params: PrepareSplitsParams, plan: SplitPlan, totals: _Totals) -> StepOutcome:
+    counts, reports = totals.counts(), totals.in_order()
+    splits: dict[str, Artifact] = {}
+    for split in SPLITS:
+        digest = RowSetDigest()
+        for report in reports:
+            digest = digest.merge(report.digests[split])
+        files = [file for report in reports for file in report.files[split]]
+        splits[split] = Artifact.of(plan.uris[split], files, digest=digest.hexdigest(_schema_text(plan.table)))
+    rows = {split: splits[split].rows or 0 for split in SPLITS}
+    _require_rows(params, rows, counts)
+    with context.phase("statistics"):
+        scaler = _scaler(plan, reports)
+        distributions = totals.sketch.distributions(plan.statistics_columns)
+        statistics = _write_statistics(context, plan, splits["train"], scaler, distributions)
+    total = sum(rows.values())
+    wanted = {"train": params.train_size, "validation": params.validation_size, "test": params.test_size}
+    return StepOutcome(
+        outputs={**splits, "statistics": statistics},
+        metrics={
+            **{f"{split}_rows": float(rows[split]) for split in SPLITS},
+            **{f"{split}_fraction": rows[split] / total for split in SPLITS},
+            **{name: float(count) for name, count in counts.items()},
+        },
+        details={
+            "splits": [
+                {
+                    "split": split,
+                    "rows": rows[split],
+                    "fraction": _shown(rows[split] / total),
+                    "configured": wanted[split],
+                    "files": len(splits[split].files),
+                }
+                for split in SPLITS
+            ],
+            "columns": _summary(distributions, scaler),
+            "scaler": scaler,
+        },
+    )
+
+
+def _require_rows(params: PrepareSplitsParams, rows: dict[str, int], counts: dict[str, int]) -> None:
+    empty = [split for split in SPLITS if not rows[split]]
+    if not empty:
+        return
+    total = sum(rows.values())
+    left_out = (
+        f"{counts['rows_read']:,} rows were read, {counts['rows_deleted']:,} of them deleted, "
+        f"{counts['rows_superseded']:,} superseded, {counts['rows_later']:,} later than {params.as_of or 'now'}"
+    )
+    if not total:
+        raise StepError(
+            f"the feature store has no live records to split ({left_out}): "
+            "ingest rows first, or choose a later `as_of`",
+            details={**rows, **counts},
+        )
+    shares = ", ".join(f"{split} {rows[split]:,}" for split in SPLITS)
+    raise StepError(
+        f"no records for {' and '.join(empty)}: of {total:,} records, {shares}. Records go by a hash of their id, so "
+        "that a few may all fall on one side: bring more rows, or give the empty split a larger fraction "
+        "(train_size, validation_size, test_size)",
+        details={**rows, **counts},
+    )
+
+
+def _scaler(plan: SplitPlan, reports: list[SplitReport]) -> dict[str, Any]:
+    """Mean and population standard deviation of each feature in the training split."""
+    features = plan.table.features
+    moments = Moments.empty(len(features))
+    for report in reports:
+        moments = moments.merge(report.moments)
+    # A column without any value, or with one value only, is left as it is.
+    mean = np.nan_to_num(moments.mean)
+    scale = np.where(moments.deviation > 0, moments.deviation, 1.0)
+    return {
+        "mean": dict(zip(features, mean.tolist(), strict=True)),
+        "scale": dict(zip(features, scale.tolist(), strict=True)),
+        "rows": sum(report.digests["train"].rows for report in reports),
+    }
+
+
+def _write_statistics(
+    context: StepContext, plan: SplitPlan, train: Artifact, scaler: dict[str, Any], distributions: dict[str, Any]
+) -> Artifact:
+    uri = context.output_uri("statistics")
+    described = {"rows": scaler["rows"], "target": plan.table.target, "distributions": distributions}
+    write_json(storage.join(uri, "scaler.json"), scaler)
+    write_json(storage.join(uri, "statistics.json"), described)
+    files = [file_info(storage.join(uri, name), uri) for name in ("scaler.json", "statistics.json")]
+    # They follow from the training rows alone. The last binary digit of a mean also depends on how rows were divided
+    # into files; it must not make the same data look changed.
+    digest = hashlib.sha256(f"statistics\0{train.digest}\0{','.join(plan.statistics_columns)}".encode()).hexdigest()
+    return Artifact.of(uri, files, digest=digest)
+
+
+def _summary(distributions: dict[str, Any], scaler: dict[str, Any]) -> list[dict[str, Any]]:
+    summary = []
+    for name, distribution in distributions.items():
+        few = distribution["kind"] == "counts"
+        row: dict[str, Any] = {"column": name, "role": "feature" if name in scaler["mean"] else "target"}
+        for label, fraction in (("minimum", 0.0), ("median", 0.5), ("maximum", 1.0)):
+            row[label] = _shown(quantile(distribution, fraction))
+        row["missing"] = distribution["missing"]
+        row["distinct"] = str(len(distribution["values"])) if few else f"more than {MOST_VALUES}"
+        row["mean"] = _shown(scaler["mean"][name]) if name in scaler["mean"] else ""
+        row["standard_deviation"] = _shown(scaler["scale"][name]) if name in scaler["scale"] else ""
+        summary.append(row)
+    return summary
+
+
+def _shown(value: float) -> float:
+    """For people: six significant digits."""
+    return float(f"{value:.6g}")
+
+
+def _schema_text(table: TableSpec) -> str:
+    return ",".join(f"{column.name}:{column.dtype}" for column in table.columns)
+
+
+def _parsed_time(text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        parsed = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise StepError(f"as_of = {text!r} is not a time in ISO 8601, for example 2024-05-01T00:00:00+00:00") from error
+    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+
+
+STEP = StepDefinition(params=PrepareSplitsParams, run=run, inputs=("features",), outputs=(*SPLITS, "statistics"))

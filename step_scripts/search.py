@@ -1,0 +1,232 @@
+"""The hyperparameter search: Ray Tune, with Optuna's samplers and an early-stopping scheduler."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import optuna
+from optuna.distributions import FloatDistribution, IntDistribution
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from step_scripts.background import run_in_thread
+from step_scripts.cluster_resources import cpus_per_worker, node_cpus
+from step_scripts.contract import Reporter, StepError
+from step_scripts.parameters import TuneModelParams
+from step_scripts.search_progress import LivesInDriver, SearchProgress, TrialRecord, TrialStore
+from step_scripts.search_trial import BoostingTrial, TrialTask, matrix_holder
+from step_scripts.training_data import TrainingSplit
+
+TUNED = ("max_depth", "eta", "min_child_weight", "subsample")
+# Where people would begin; the ranges clip it.
+_FIRST_TRIAL = {"max_depth": 3, "eta": 0.1, "min_child_weight": 1.0, "subsample": 0.8}
+_REPORTS_PER_TRIAL = 12
+_REDUCTION_FACTOR = 3
+_HOPELESS_AFTER = 3  # failed trials, and none that was completed
+# What Ray Tune would otherwise write, print or check.
+_QUIET = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_THRESHOLD_S": "60",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+def search_space(params: TuneModelParams) -> dict[str, IntDistribution | FloatDistribution]:
+    """Optuna's distributions of the tuned parameters; both ends of a range belong to it. `eta` is logarithmic."""
+    v = params.resolved()
+    return {
+        "max_depth": IntDistribution(v["max_depth_min"], v["max_depth_max"]),
+        "eta": FloatDistribution(v["eta_min"], v["eta_max"], log=True),
+        "min_child_weight": FloatDistribution(v["min_child_weight_min"], v["min_child_weight_max"]),
+        "subsample": FloatDistribution(v["subsample_min"], v["subsample_max"]),
+    }
+
+
+def first_trial(params: TuneModelParams) -> dict[str, float | int]:
+    """Parameters of the first trial: customary values, moved into the ranges."""
+    return {name: min(max(_FIRST_TRIAL[name], d.low), d.high) for name, d in search_space(params).items()}
+
+
+def searcher(params: TuneModelParams, finished: list[TrialRecord]) -> OptunaSearch:
+    """The search algorithm, told of the trials that have already been finished."""
+    resolved = params.resolved()
+    # Another seed after a resume: the same one would propose the finished trials again.
+    seed = (resolved["seed"] + len(finished)) % 2**32
+    if resolved["search_algorithm"] == "random":
+        sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
+    else:
+        startup = max(3, min(10, resolved["num_trials"] // 3))
+        # constant_liar: trials that run at the same time shall not be alike.
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)
+    search = OptunaSearch(
+        search_space(params),  # pyright: ignore[reportArgumentType]  # invariant dict
+        metric="rmse",
+        mode="min",
+        sampler=sampler,
+        points_to_evaluate=None if finished else [first_trial(params)],
+    )
+    for record in finished:
+        if record.rmse is not None:
+            search.add_evaluated_point(record.parameters, record.rmse)
+    return search
+
+
+def scheduler(params: TuneModelParams, report_rounds: int) -> TrialScheduler:
+    """What stops bad trials early. Both wait for a quarter of the rounds: a small `eta` begins slowly."""
+    resolved = params.resolved()
+    grace = max(report_rounds, resolved["num_boost_round"] // 8)
+    if resolved["scheduler"] == "asha":
+        return ASHAScheduler(
+            time_attr="rounds",
+            max_t=max(resolved["num_boost_round"], grace),
+            grace_period=grace,
+            reduction_factor=_REDUCTION_FACTOR,
+        )
+    if resolved["scheduler"] == "median":
+        return MedianStoppingRule(time_attr="rounds", grace_period=grace, min_samples_required=2)
+    return FIFOScheduler()
+
+
+def fingerprint(params: TuneModelParams, input_digests: dict[str, str]) -> str:
+    """Identifies a search: trials with the same one are comparable, whatever the number of trials."""
+    ignored = {
+        "num_trials",
+        "max_concurrent_trials",
+        "engine",
+        "num_workers",
+        "preset",
+        "search_algorithm",
+        "scheduler",
+    }
+    content = {name: value for name, value in params.resolved().items() if name not in ignored}
+    text = json.dumps({"params": content, "inputs": input_digests}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_search(
+    params: TuneModelParams,
+    train: TrainingSplit,
+    validation: TrainingSplit,
+    store: TrialStore | None,
+    log: Reporter,
+) -> list[TrialRecord]:
+    """Run the trials that `store` does not hold yet; all records, by number.
+
+    Raises `StepError` if no trial succeeded.
+    """
+    resolved = params.resolved()
+    finished = store.load()[: resolved["num_trials"]] if store is not None else []
+    remaining = resolved["num_trials"] - len(finished)
+    if finished:
+        log.info(f"{len(finished)} of {resolved['num_trials']} trials were finished before and are not run again")
+    records = finished
+    if remaining > 0:
+        progress = SearchProgress(finished, store, log, resolved["num_trials"])
+        with matrix_holder(train, validation) as holder:
+            _run_tune(params, holder, progress, remaining)
+        records = sorted(progress.records, key=lambda r: r.trial)
+    if not any(record.rmse is not None for record in records):
+        reason = next((r.error for r in records if r.error), "none ran")
+        raise StepError(
+            f"all {len(records)} trials failed; the first: {reason}",
+            details={"trials": [r.model_dump(mode="json") for r in records]},
+        )
+    return records
+
+
+def _run_tune(params: TuneModelParams, holder: str, progress: SearchProgress, num_trials: int) -> None:
+    resolved = params.resolved()
+    nodes = node_cpus()
+    concurrent = min(resolved["max_concurrent_trials"] or sum(nodes), num_trials, sum(nodes))
+    cpus = cpus_per_worker(concurrent, nodes)
+    report_rounds = max(1, min(100, -(-resolved["num_boost_round"] // _REPORTS_PER_TRIAL)))
+    task = TrialTask(
+        holder=holder,
+        num_boost_round=resolved["num_boost_round"],
+        early_stopping_rounds=resolved["early_stopping_rounds"],
+        report_rounds=report_rounds,
+        cpus=cpus,
+        seed=resolved["seed"],
+    )
+    stopped = threading.Event()
+
+    def stop() -> None:
+        stopped.set()
+        progress.kill_actors()
+
+    with _quiet(), tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as folder:
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(BoostingTrial, task=task), {"cpu": cpus}),
+            tune_config=tune.TuneConfig(
+                metric="rmse",
+                mode="min",
+                num_samples=num_trials,
+                max_concurrent_trials=concurrent,
+                search_alg=searcher(params, progress.records),
+                scheduler=scheduler(params, report_rounds),
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name=f"search-{uuid.uuid4().hex[:12]}",
+                storage_path=folder,
+                verbose=0,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                callbacks=[progress],
+                stop=_StopEarly(stopped, progress),
+            ),
+        )
+        try:
+            run_in_thread(tuner.fit, on_interrupt=stop)
+        finally:
+            for leftover in progress.folders:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+class _StopEarly(LivesInDriver, tune.Stopper):
+    """Ends the search when whoever waits for it was interrupted, or when nothing but failures can be expected."""
+
+    def __init__(self, interrupted: threading.Event, progress: SearchProgress) -> None:
+        self._interrupted = interrupted
+        self._progress = progress
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return self._interrupted.is_set()
+
+    def stop_all(self) -> bool:
+        """Whether no trial shall start any more."""
+        records = self._progress.records
+        hopeless = len(records) >= _HOPELESS_AFTER and all(r.status == "failed" for r in records)
+        return hopeless or self._interrupted.is_set()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in _QUIET}
+    loggers = {name: logging.getLogger(name).level for name in ("ray.tune", "ray.train", "ray.air", "optuna")}
+    os.environ.update(_QUIET)
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for name, level in loggers.items():
+            logging.getLogger(name).setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

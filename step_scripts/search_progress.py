@@ -1,0 +1,170 @@
+"""Records of trials: followed while Ray Tune runs them, and kept so that an interrupted search can go on."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import ray
+from pydantic import BaseModel, ConfigDict, ValidationError
+from ray import tune
+from ray.tune.experiment import Trial
+
+from step_scripts import storage
+from step_scripts.contract import Reporter
+
+_SECONDS_BETWEEN_MESSAGES = 15.0
+_ERROR_LINE = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)(:|$)")
+
+
+class TrialRecord(BaseModel):
+    """One trial. `rmse` is the smallest on the validation split, reached after `best_rounds` of `rounds` rounds."""
+
+    model_config = ConfigDict(frozen=True)
+
+    trial: int
+    parameters: dict[str, float | int]
+    rmse: float | None
+    rounds: int
+    best_rounds: int
+    seconds: float
+    status: Literal["completed", "failed"]
+    stopped_by: Literal["early_stopping", "all_rounds", "scheduler", "error"]
+    error: str | None = None
+
+    def describe(self) -> str:
+        """The trial in one line."""
+        parameters = ", ".join(f"{name} {value:.4g}" for name, value in self.parameters.items())
+        if self.rmse is None:
+            return f"trial {self.trial} failed after {self.seconds:.1f} s ({parameters}): {self.error}"
+        return (
+            f"trial {self.trial}: RMSE {self.rmse:,.6g} at round {self.best_rounds} of {self.rounds}, "
+            f"{self.seconds:.1f} s ({parameters}), ended by {self.stopped_by.replace('_', ' ')}"
+        )
+
+
+class _KeptTrial(BaseModel):
+    fingerprint: str
+    record: TrialRecord
+
+
+class TrialStore:
+    """Completed trials as one small JSON file each below `uri`. Those of another search (`fingerprint`) are ignored."""
+
+    def __init__(self, uri: str, fingerprint: str) -> None:
+        self._uri = storage.join(uri, "trials")
+        self._fingerprint = fingerprint
+
+    def load(self) -> list[TrialRecord]:
+        """The kept trials, by number."""
+        found = []
+        for uri in storage.list_files(self._uri):
+            if not uri.endswith(".json"):
+                continue
+            try:
+                kept = _KeptTrial.model_validate_json(storage.read_bytes(uri))
+            except ValidationError:  # of another version
+                continue
+            if kept.fingerprint == self._fingerprint:
+                found.append(kept.record)
+        return sorted(found, key=lambda r: r.trial)
+
+    def save(self, record: TrialRecord) -> None:
+        """Keep one completed trial, atomically."""
+        kept = _KeptTrial(fingerprint=self._fingerprint, record=record)
+        name = f"{self._fingerprint[:8]}-{record.trial:05d}.json"
+        storage.write_bytes(storage.join(self._uri, name), kept.model_dump_json(indent=2).encode())
+
+
+class LivesInDriver:
+    """For what Ray Tune would copy or write to a file that is never read, though it belongs to the running search."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class SearchProgress(LivesInDriver, tune.Callback):
+    """Numbers the trials, reports each that ends, and keeps it. `records` holds what ended, in that order."""
+
+    def __init__(self, finished: list[TrialRecord], store: TrialStore | None, log: Reporter, num_trials: int) -> None:
+        self.records = list(finished)
+        self.folders: set[Path] = set()
+        self._store = store
+        self._log = log
+        self._num_trials = num_trials
+        taken = {record.trial for record in finished}
+        self._free_numbers: Iterator[int] = (number for number in count(1) if number not in taken)
+        self._numbers: dict[str, int] = {}
+        self._started: dict[str, float] = {}
+        self._actors: dict[str, Any] = {}
+        self._last_message = time.monotonic()
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Give the trial its number."""
+        self._numbers[trial.trial_id] = next(self._free_numbers)
+        self._started[trial.trial_id] = time.monotonic()
+        self._actors[trial.trial_id] = trial.temporary_state.ray_actor
+        if trial.storage is not None:
+            self.folders.add(Path(trial.storage.experiment_driver_staging_path).parent)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Report an unfinished trial if nothing has been said for a while."""
+        if not result["done"] and time.monotonic() - self._last_message > _SECONDS_BETWEEN_MESSAGES:
+            number = self._numbers[trial.trial_id]
+            self._say(f"trial {number} of {self._num_trials}: round {result['rounds']}, RMSE {result['rmse']:,.6g}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Record, keep and report a trial that ended well, or was stopped by the scheduler."""
+        result = trial.last_result
+        if "rmse" not in result:  # the search was interrupted before the trial's first report
+            return
+        names = ("rmse", "rounds", "best_rounds", "stopped_by")
+        record = self._record(trial, status="completed", **{name: result[name] for name in names})
+        if self._store is not None:
+            try:
+                self._store.save(record)
+            except OSError as error:
+                self._log.warning(f"trial {record.trial} could not be kept for a resume: {error}")
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Record and report a trial that failed."""
+        self._record(
+            trial, rmse=None, rounds=0, best_rounds=0, status="failed", stopped_by="error", error=_reason(trial)
+        )
+
+    def kill_actors(self) -> None:
+        """End the actors of all trials that ran or run."""
+        for actor in self._actors.values():
+            if actor is not None:
+                ray.kill(actor)
+
+    def _record(self, trial: Trial, **values: Any) -> TrialRecord:
+        number = self._numbers.pop(trial.trial_id, None) or next(self._free_numbers)
+        seconds = time.monotonic() - self._started.get(trial.trial_id, time.monotonic())
+        record = TrialRecord(trial=number, parameters=dict(trial.config), seconds=round(seconds, 4), **values)
+        self.records.append(record)
+        self._say(f"{len(self.records)} of {self._num_trials} done, {record.describe()}")
+        return record
+
+    def _say(self, message: str) -> None:
+        self._log.info(message)
+        self._last_message = time.monotonic()
+
+
+def _reason(trial: Trial) -> str:
+    """The line of the trial's error that says what happened."""
+    text = Path(trial.error_file).read_text() if trial.error_file else ""
+    lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
+    # The error of a task is a traceback that ends with it (and, for XGBoost's, with a stack of C++ functions); that of a
+    # lost process begins with it.
+    named = [line for line in lines if _ERROR_LINE.match(line)]
+    return named[-1] if named else lines[0] if lines else "unknown error"

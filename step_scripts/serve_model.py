@@ -1,0 +1,259 @@
+"""Serves one model over HTTP.
+
+As the local endpoint: `python -m step_scripts.serve_model --deployment <state folder>/deployment.json`. SIGHUP makes
+it read that file again, load the model it names beside the old one, and change over; if that fails, the old model stays
+and `reload.json` says why. As a SageMaker container: `python -m step_scripts.serve_model serve`. SIGTERM ends it after
+the requests it has accepted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import errno
+import fcntl
+import logging
+import logging.handlers
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+import uvicorn
+import uvloop
+
+from step_scripts.contract import Artifact, file_info
+from step_scripts.deployment import (
+    DEPLOYMENT_FILE,
+    LOCK_FILE,
+    LOG_FILE,
+    RELOAD_FILE,
+    SERVER_FILE,
+    DamagedArtifactError,
+    DeploymentRecord,
+    ReloadRecord,
+    ServerRecord,
+)
+from step_scripts.model_artifact import FILES
+from step_scripts.served_model import load_served_model
+from step_scripts.serving_app import InferenceApp
+
+_GRACE_SECONDS = 25  # SageMaker kills a container 30 s after SIGTERM
+_KEEP_ALIVE_SECONDS = 75
+_LOG_BYTES, _LOG_FILES = 1 << 20, 2
+
+logger = logging.getLogger("housing.serving")
+
+
+class StartError(Exception):
+    """The server cannot start; the message says why."""
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # uvicorn would raise the signal again at the end, and the exit status would not be 0
+
+
+class ModelServer:
+    """One serving process: a listening socket, an application, and the deployment it follows."""
+
+    def __init__(self, record: DeploymentRecord, state: Path | None) -> None:
+        self.record = record
+        self.state = state
+        self.app = InferenceApp()
+        self._reload = asyncio.Event()
+        self._failure = ""
+
+    async def serve(self, until_input_closes: bool = False) -> None:
+        """Listen, load, serve until SIGTERM or SIGINT. Raises `StartError`."""
+        listening = bind(self.record)
+        host, port = listening.getsockname()[:2]
+        config = uvicorn.Config(
+            self.app,  # pyright: ignore[reportArgumentType]  # ASGI messages as plain dicts
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=_GRACE_SECONDS,
+        )
+        server = _Server(config)
+
+        def stop() -> None:
+            server.should_exit = True
+
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, stop)
+        loop.add_signal_handler(signal.SIGINT, stop)
+        if self.state is not None:
+            loop.add_signal_handler(signal.SIGHUP, self._reload.set)
+        if until_input_closes:
+            threading.Thread(target=_call_at_end_of_input, args=(loop, stop), daemon=True).start()
+        tasks = [asyncio.create_task(self._load_first(stop)), asyncio.create_task(self._follow())]
+        if self.state is not None:
+            _record_server(self.state, host, port)
+        logger.info("listening on http://%s:%d", host, port)
+        try:
+            await server.serve(sockets=[listening])
+        finally:
+            for task in tasks:
+                task.cancel()
+            if self.state is not None:
+                (self.state / SERVER_FILE).unlink(missing_ok=True)
+        if self._failure:
+            raise StartError(self._failure)
+        logger.info("stopped")
+
+    async def _load_first(self, stop: Callable[[], None]) -> None:
+        if error := await self._load(self.record):
+            self._failure = error
+            stop()
+
+    async def _follow(self) -> None:
+        """At each SIGHUP, change to the deployment that the file then describes."""
+        while self.state is not None:
+            await self._reload.wait()
+            self._reload.clear()
+            try:
+                record = DeploymentRecord.read(self.state / DEPLOYMENT_FILE)
+            except (OSError, ValueError) as error:
+                logger.error("the deployment file cannot be read, %s keeps serving: %s", self.record.version, error)
+                continue
+            error = await self._load(record)
+            if error:
+                logger.error("%s was not deployed, %s keeps serving: %s", record.version, self.record.version, error)
+            else:
+                self.record = record
+            outcome = ReloadRecord(deployment_id=record.deployment_id, error=error, at=datetime.now(UTC))
+            outcome.write(self.state / RELOAD_FILE)
+
+    async def _load(self, record: DeploymentRecord) -> str:
+        """Load the model of `record` in a thread and serve it from then on. Returns why that failed, or nothing."""
+        try:
+            self.app.model = await asyncio.to_thread(
+                load_served_model,
+                record.model,
+                endpoint_name=record.endpoint_name,
+                version=record.version,
+                deployment_id=record.deployment_id,
+            )
+        except (DamagedArtifactError, OSError) as error:
+            return str(error)
+        logger.info("serving %s, model %s, as %s", record.version, record.model.digest[:12], record.endpoint_name)
+        return ""
+
+
+def bind(record: DeploymentRecord) -> socket.socket:
+    """A bound socket. Raises `StartError` if the port is in use and no other may be taken."""
+    wanted = [record.port] if record.port_is_required or not record.port else [record.port, 0]
+    for port in wanted:
+        bound = socket.socket(socket.AF_INET6 if ":" in record.host else socket.AF_INET)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind((record.host, port))
+            bound.listen(2048)  # before the state is recorded: from then on connections succeed
+        except OSError as error:
+            bound.close()
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise StartError(f"cannot listen on {record.host}:{port}: {error.strerror}") from error
+            if port == wanted[-1]:
+                raise StartError(
+                    f"port {port} of {record.host} cannot be used ({error.strerror}); choose another"
+                ) from error
+            continue
+        return bound
+    raise AssertionError("unreachable: port 0 or the last port returns or raises")
+
+
+def _record_server(state: Path, host: str, port: int) -> None:
+    created = psutil.Process().create_time()
+    record = ServerRecord(pid=os.getpid(), create_time=created, host=host, port=port, started_at=datetime.now(UTC))
+    record.write(state / SERVER_FILE)
+
+
+def _call_at_end_of_input(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
+    sys.stdin.buffer.read()
+    loop.call_soon_threadsafe(stop)
+
+
+def model_folder(folder: str) -> Artifact:
+    """The artifact in a folder that has no record of its own. Raises `StartError` naming a missing file."""
+    try:
+        return Artifact.of(folder, [file_info(f"{folder.rstrip('/')}/{name}", folder) for name in FILES])
+    except FileNotFoundError as error:
+        raise StartError(f"{folder} is no model artifact: {error}") from error
+
+
+def _log_to(handler: logging.Handler) -> None:
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+
+
+def serve_deployment(path: Path, until_input_closes: bool) -> None:
+    """Serve what the file describes; its folder is the state folder. Raises `StartError`."""
+    try:
+        record = DeploymentRecord.read(path)
+    except (OSError, ValueError) as error:
+        raise StartError(f"{path} cannot be read: {error}") from error
+    with (path.parent / LOCK_FILE).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StartError(f"another process serves {path.parent}") from None
+        _log_to(
+            logging.handlers.RotatingFileHandler(path.parent / LOG_FILE, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES)
+        )
+        _run(ModelServer(record, path.parent), until_input_closes)
+
+
+def _run(server: ModelServer, until_input_closes: bool = False) -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(server.serve(until_input_closes))
+
+
+def main(arguments: list[str]) -> int:
+    """Serve until told to stop. Returns the exit status: 0 after SIGTERM, 1 with a message if it cannot start."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it is handled; its default action would end the process
+    parser = argparse.ArgumentParser(prog="serve_model", description=__doc__)
+    parser.add_argument("command", nargs="?", choices=["serve"], help="as SageMaker starts a container")
+    parser.add_argument("--deployment", type=Path, help="deployment.json in the state folder of an endpoint")
+    parser.add_argument("--until-input-closes", action="store_true", help="also stop at the end of standard input")
+    parser.add_argument("--model-dir", default="/opt/ml/model", help="folder of the model artifact (%(default)s)")
+    parser.add_argument("--endpoint-name", default="model", help="name in /endpoints/<name>/invocations")
+    parser.add_argument("--host", help="address to listen on; 0.0.0.0 with `serve`, else 127.0.0.1")
+    parser.add_argument("--port", type=int, default=8080, help="port, 0 for any free one (%(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        if options.deployment is not None:
+            serve_deployment(options.deployment.absolute(), options.until_input_closes)
+            return 0
+        _log_to(logging.StreamHandler())
+        record = DeploymentRecord(
+            deployment_id="",
+            endpoint_name=options.endpoint_name,
+            version=options.endpoint_name,
+            model=model_folder(options.model_dir),
+            host=options.host or ("0.0.0.0" if options.command else "127.0.0.1"),
+            port=options.port,
+            port_is_required=True,
+            deployed_at=datetime.now(UTC),
+        )
+        _run(ModelServer(record, None), options.until_input_closes)
+    except StartError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,152 @@
+"""Requests and responses of the inference server: media types, encodings, errors."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+CSV = "text/csv"
+JSON = "application/json"
+JSON_LINES = "application/jsonlines"
+MAX_REPORTED_PROBLEMS = 100
+_MEDIA = {CSV: CSV, JSON: JSON, JSON_LINES: JSON_LINES, "application/x-jsonlines": JSON_LINES}
+_MEDIA |= {"application/jsonl": JSON_LINES, "application/x-ndjson": JSON_LINES, "application/ndjson": JSON_LINES}
+_WILDCARDS = {"*/*": "", "text/*": CSV, "application/*": ""}
+_CHARSETS = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
+_MAX_SHOWN = 100  # characters of a wrong value
+
+
+class RequestError(Exception):
+    """A request that cannot be answered: HTTP status, reason, and for bad rows a table of what is wrong.
+
+    `rows` holds at most `MAX_REPORTED_PROBLEMS` entries `{"row", "column", "value", "reason"}`, `problems` their number
+    without that limit. Rows count from 1; a header line is not counted.
+    """
+
+    def __init__(self, status: int, reason: str, rows: Sequence[dict[str, Any]] = (), problems: int = 0) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.rows = rows
+        self.problems = problems
+
+    def body(self) -> dict[str, Any]:
+        """The response's JSON. AWS clients read `message`."""
+        value: dict[str, Any] = {"error": str(self), "message": str(self)}
+        if self.problems:
+            value |= {"problems": self.problems, "rows": self.rows}
+        return value
+
+
+@lru_cache(maxsize=256)
+def request_media(content_type: str) -> str:
+    """`CSV`, `JSON` or `JSON_LINES`. Raises `RequestError` 415 for another type or an encoding other than UTF-8."""
+    name, *parameters = (part.strip() for part in content_type.lower().split(";"))
+    for parameter in parameters:
+        key, _, value = parameter.partition("=")
+        if key.strip() == "charset" and value.strip().strip('"') not in _CHARSETS:
+            raise RequestError(415, f"charset {value} is not supported; send UTF-8")
+    if name not in _MEDIA:
+        given = f"content type {name!r} is not supported" if name else "the request has no Content-Type"
+        raise RequestError(415, f"{given}; send {CSV}, {JSON} or {JSON_LINES}")
+    return _MEDIA[name]
+
+
+@lru_cache(maxsize=256)
+def response_media(accept: str, default: str) -> str:
+    """The type among those of an Accept header with the highest weight; `default` where it leaves the choice.
+
+    Raises `RequestError` 406 if it names none that can be sent.
+    """
+    best, best_weight = "", 0.0
+    for entry in accept.lower().split(","):
+        name, *parameters = (part.strip() for part in entry.split(";"))
+        weight = 1.0
+        for parameter in parameters:
+            key, _, value = parameter.partition("=")
+            if key.strip() == "q":
+                try:
+                    weight = float(value)
+                except ValueError:
+                    weight = 0.0
+        media = _WILDCARDS[name] or default if name in _WILDCARDS else _MEDIA.get(name, "")
+        if media and weight > best_weight:
+            best, best_weight = media, weight
+    if not accept.strip():
+        return default
+    if not best:
+        raise RequestError(406, f"{accept!r} cannot be sent; accepted are {CSV}, {JSON} and {JSON_LINES}")
+    return best
+
+
+def encode(predictions: np.ndarray, media: str) -> bytes:
+    """Predictions as a body: one a line (CSV), `{"predictions": [...]}` (JSON), `{"prediction": x}` lines."""
+    values: list[float] = predictions.tolist()
+    if media == CSV:
+        return ("\n".join(map(repr, values)) + "\n").encode()
+    if media == JSON:
+        return json.dumps({"predictions": values}).encode()
+    return "".join(f'{{"prediction": {value!r}}}\n' for value in values).encode()
+
+
+def decode_text(body: bytes) -> str:
+    """The body as text. Raises `RequestError` 400 if it is not UTF-8 or blank."""
+    try:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RequestError(400, f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
+    if not text.strip():
+        raise RequestError(400, "the body is empty")
+    return text
+
+
+def csv_records(text: str) -> Iterator[list[str]]:
+    """The lines as lists of fields. Raises `RequestError` 400 where the text is not CSV."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise RequestError(400, f"the body is not CSV: line {reader.line_num}: {error}") from error
+
+
+def load_json(text: str, where: str) -> Any:
+    """The JSON value. Raises `RequestError` 400; `where` names the text in the message."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise RequestError(400, f"{where} is nested too deeply") from error
+    except ValueError as error:
+        raise RequestError(400, f"{where} is not JSON: {error}") from error
+
+
+def json_rows(value: Any) -> list[Any]:
+    """The rows in a JSON body: `instances`, a list of rows, or a row by itself. Raises `RequestError` 400."""
+    if isinstance(value, dict):
+        if "instances" not in value:
+            return [value]
+        if others := sorted(set(value) - {"instances"}):
+            raise RequestError(400, f"unknown members beside instances: {', '.join(others[:20])}")
+        if not isinstance(value["instances"], list):
+            raise RequestError(400, "instances is not a list")
+        return value["instances"]
+    if not isinstance(value, list):
+        raise RequestError(400, "the body is neither an object nor a list")
+    if value and not any(isinstance(row, list | dict) for row in value):
+        return [value]
+    return value
+
+
+def shown(value: Any) -> Any:
+    """`value` as it is reported: short, and valid JSON."""
+    if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, int) and abs(value) < 10**18:
+        return value
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"

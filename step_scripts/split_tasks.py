@@ -1,0 +1,139 @@
+"""The tasks of step `prepare_splits`: divide the records of a piece, or of a bucket of records, among the splits."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from step_scripts import storage
+from step_scripts.contract import FileInfo
+from step_scripts.distributions import TableSketch
+from step_scripts.moments import Moments
+from step_scripts.ray_tasks import Piece, read_part
+from step_scripts.record_ids import split_fraction
+from step_scripts.row_set_digest import RowSetDigest
+from step_scripts.table import TableSpec
+from step_scripts.validation import polars_schema
+
+SPLITS = ("train", "validation", "test")
+# In order of precedence: the latest event wins; of equal ones, the one that was written last.
+TIMES = ("event_time", "api_invocation_time", "write_time")
+_UTC_TIME = pl.Datetime("us", "UTC")
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """What every task has to know. `uris` are the prefixes of the three outputs."""
+
+    table: TableSpec
+    uris: dict[str, str]
+    limits: tuple[float, float]
+    salt: str
+    as_of: datetime | None
+    parts: int
+
+    @property
+    def statistics_columns(self) -> tuple[str, ...]:
+        """Features, then the target."""
+        return (*self.table.features, self.table.target)
+
+
+@dataclass
+class SplitReport:
+    """What one task has done: rows read and left out, files written, and statistics of the training rows."""
+
+    files: dict[str, list[FileInfo]]
+    digests: dict[str, RowSetDigest]
+    moments: Moments
+    sketch: TableSketch | None
+    rows_read: int = 0
+    rows_later: int = 0
+    rows_superseded: int = 0
+    rows_deleted: int = 0
+
+    @property
+    def rows_live(self) -> int:
+        """Rows written."""
+        return sum(digest.rows for digest in self.digests.values())
+
+
+def split_piece(plan: SplitPlan, index: int, piece: Piece) -> SplitReport:
+    """Divide the records of one piece, none of which has two events."""
+    frame, later = _read(plan, piece)
+    live = frame.filter(~pl.col("is_deleted"))
+    report = _write(plan, index, live)
+    report.rows_read, report.rows_later = frame.height + later, later
+    report.rows_deleted = frame.height - live.height
+    return report
+
+
+def _read(plan: SplitPlan, piece: Piece) -> tuple[pl.DataFrame, int]:
+    """Rows up to `as_of`, in the table's types, and the number of later ones."""
+    needed = dict.fromkeys(("record_id", "event_time", "is_deleted", *plan.table.column_names))
+    frame = pl.concat([read_part(part, list(needed), optional=TIMES[1:]) for part in piece.parts], how="diagonal")
+    times = [name for name in TIMES if name in frame.columns]
+    types: dict[Any, Any] = {**dict(polars_schema(plan.table)), **dict.fromkeys(times, _UTC_TIME)}
+    frame = frame.cast(types).with_columns(pl.col("is_deleted").fill_null(False))
+    if plan.as_of is None:
+        return frame, 0
+    current = frame.filter(pl.col("event_time") <= plan.as_of)
+    return current, frame.height - current.height
+
+
+def _write(plan: SplitPlan, index: int, live: pl.DataFrame) -> SplitReport:
+    fractions = split_fraction(live["record_id"], plan.salt)
+    sides = np.searchsorted(plan.limits, fractions, side="right")
+    rows = live.select("record_id", *plan.table.column_names)
+    chosen = {split: rows.filter(pl.Series(sides == side)) for side, split in enumerate(SPLITS)}
+    values = chosen["train"].select(pl.col(plan.statistics_columns).cast(pl.Float64)).to_numpy()
+    return SplitReport(
+        files={split: _write_parts(plan, plan.uris[split], index, frame) for split, frame in chosen.items()},
+        digests={split: RowSetDigest.of(frame, plan.table.column_names) for split, frame in chosen.items()},
+        moments=Moments.of(values[:, :-1]),
+        sketch=TableSketch.of(values, fractions[sides == 0]),
+    )
+
+
+def _write_parts(plan: SplitPlan, uri: str, index: int, rows: pl.DataFrame) -> list[FileInfo]:
+    files = []
+    size = max(1, -(-rows.height // plan.parts))
+    for part, frame in enumerate(rows.iter_slices(size) if rows.height else ()):
+        path = f"part-{index * plan.parts + part:05d}.parquet"
+        buffer = io.BytesIO()
+        frame.write_parquet(buffer, compression="zstd", compression_level=1)
+        content = buffer.getvalue()
+        storage.write_bytes(storage.join(uri, path), content)
+        checksum = hashlib.sha256(content).hexdigest()
+        files.append(FileInfo(path=path, rows=frame.height, bytes=len(content), sha256=checksum))
+    return files
+
+
+def scatter_piece(plan: SplitPlan, piece: Piece, buckets: int) -> tuple[Any, ...]:
+    """(Rows read, rows later than `as_of`), then one Arrow table a bucket."""
+    frame, later = _read(plan, piece)
+    # Not the splits' own hash: a bucket would then hold rows of one split only.
+    bucket = (split_fraction(frame["record_id"], f"{plan.salt}/bucket") * buckets).astype(np.int32)
+    tables = [frame.filter(pl.Series(bucket == index)).to_arrow() for index in range(buckets)]
+    return ((frame.height + later, later), *tables)
+
+
+def split_bucket(plan: SplitPlan, index: int, *tables: pa.Table) -> SplitReport:
+    """Keep the latest event of each record of a bucket, unless it says that the record is deleted, and divide them."""
+    frames = [pl.DataFrame(table) for table in tables]
+    frame = pl.concat([f for f in frames if f.height] or frames[:1], how="diagonal")
+    times = [name for name in TIMES if name in frame.columns]
+    latest = frame.sort("record_id", *times, maintain_order=True, nulls_last=False).unique(
+        "record_id", keep="last", maintain_order=True
+    )
+    live = latest.filter(~pl.col("is_deleted"))
+    report = _write(plan, index, live)
+    report.rows_superseded = frame.height - latest.height
+    report.rows_deleted = latest.height - live.height
+    return report

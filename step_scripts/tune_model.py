@@ -1,0 +1,180 @@
+"""Step `tune_model`: a hyperparameter search on Ray Tune, then the final fit, by the engine that was chosen.
+
+Inputs: `train` and `validation` (Parquet files of raw rows), `statistics` (`scaler.json`, `statistics.json`).
+Outputs: `model` (see `step_scripts.model_artifact`) and `report`:
+`trials.json` (a list of `TrialRecord`), `learning_curve.json` (RMSE of both splits by round of the final fit) and
+`importance.json` (gain, weight and cover of each feature).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from typing import Any
+
+import numpy as np
+import xgboost as xgb
+
+from step_scripts import storage
+from step_scripts.boosting import History, xgboost_parameters
+from step_scripts.contract import Artifact, StepContext, StepDefinition, StepError, StepOutcome, file_info, write_json
+from step_scripts.engines import FitRequest, FitResult, fit
+from step_scripts.model_artifact import Scaler, save_model
+from step_scripts.parameters import TuneModelParams
+from step_scripts.search import fingerprint, run_search
+from step_scripts.search_progress import TrialRecord, TrialStore
+from step_scripts.training_data import TrainingSplit
+
+_CURVE_POINTS = 500
+_SHOWN_POINTS = 100
+_SHOWN_TRIALS = 100
+_VERSIONS = ("xgboost", "xgboost-ray", "ray", "optuna", "numpy", "polars")
+
+
+def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
+    """Search, fit, and write model and report. Raises `StepError` for unusable splits or if every trial fails."""
+    resolved = params.resolved()
+    statistics = context.inputs["statistics"]
+    scaler_json = _read_json(statistics, "scaler.json")
+    try:
+        scaler = Scaler.from_json(scaler_json, params.table.features)
+    except KeyError as error:
+        raise StepError(
+            f"{statistics.file_uri('scaler.json')} lacks the feature {error}: prepare the splits again"
+        ) from error
+    train, validation = (
+        TrainingSplit.of(name, context.inputs[name], scaler, params.table.target) for name in ("train", "validation")
+    )
+    store = None
+    if params.checkpoint_uri is not None:
+        digests = {name: artifact.digest for name, artifact in context.inputs.items()}
+        store = TrialStore(params.checkpoint_uri, fingerprint(params, digests))
+
+    with context.phase("tune"):
+        trials = run_search(params, train, validation, store, context.log)
+    best = min((t for t in trials if t.rmse is not None), key=lambda t: t.rmse if t.rmse is not None else np.inf)
+    context.log.info(
+        f"best of {len(trials)} trials in {context.seconds['tune']:.1f} s: {best.describe()}; now the final fit"
+    )
+    parameters = xgboost_parameters(best.parameters, resolved["seed"])
+    with context.phase("fit"):
+        fitted = fit(
+            resolved["engine"],
+            FitRequest(
+                train=train,
+                validation=validation,
+                parameters=parameters,
+                num_boost_round=resolved["num_boost_round"],
+                early_stopping_rounds=resolved["early_stopping_rounds"],
+                num_workers=resolved["num_workers"],
+                checkpoint_uri=_checkpoint_uri(context, params),
+            ),
+        )
+    context.log.info(
+        f"final fit by {resolved['engine']} with {fitted.num_workers} worker(s): validation RMSE "
+        f"{fitted.validation_rmse:,.6g}, train RMSE {fitted.train_rmse:,.6g}, {fitted.best_rounds} rounds, "
+        f"{fitted.seconds:.1f} s"
+    )
+    with context.phase("write"):
+        model = save_model(
+            context.output_uri("model"),
+            booster=fitted.booster,
+            scaler=scaler_json,
+            table=params.table,
+            statistics=_read_json(statistics, "statistics.json"),
+            parameters=parameters,
+            metrics={
+                "validation_rmse": fitted.validation_rmse,
+                "train_rmse": fitted.train_rmse,
+                "rounds": fitted.best_rounds,
+            },
+            versions={name: importlib.metadata.version(name) for name in _VERSIONS},
+        )
+        importance = feature_importance(fitted.booster)
+        report = _write_report(context.output_uri("report"), trials, fitted, importance)
+    return _outcome(context, resolved["engine"], {"model": model, "report": report}, trials, best, fitted, importance)
+
+
+def learning_curve(history: History, best_rounds: int, points: int) -> dict[str, Any]:
+    """RMSE by round, thinned to about `points` rounds; the first, the best and the last round are among them."""
+    rounds = len(history.train)
+    kept = {1, best_rounds, rounds} | {int(r) for r in np.linspace(1, rounds, min(rounds, max(points - 3, 1)))}
+    chosen = sorted(kept)
+    return {
+        "round": chosen,
+        "train": [history.train[r - 1] for r in chosen],
+        "validation": [history.validation[r - 1] for r in chosen],
+        "best_rounds": best_rounds,
+    }
+
+
+def feature_importance(booster: xgb.Booster) -> dict[str, dict[str, float]]:
+    """For each feature: mean gain of its splits, their number (`weight`), and rows they saw on average (`cover`)."""
+    scores = {kind: booster.get_score(importance_type=kind) for kind in ("gain", "weight", "cover")}
+    return {
+        name: {kind: float(np.sum(score.get(name, 0.0))) for kind, score in scores.items()}
+        for name in booster.feature_names or []
+    }
+
+
+def _write_report(
+    uri: str, trials: list[TrialRecord], fitted: FitResult, importance: dict[str, dict[str, float]]
+) -> Artifact:
+    contents = {
+        "trials.json": [t.model_dump(mode="json") for t in trials],
+        "learning_curve.json": learning_curve(fitted.history, fitted.best_rounds, _CURVE_POINTS),
+        "importance.json": importance,
+    }
+    for name, content in contents.items():
+        write_json(storage.join(uri, name), content)
+    return Artifact.of(uri, [file_info(storage.join(uri, name), uri) for name in contents])
+
+
+def _outcome(
+    context: StepContext,
+    engine: str,
+    outputs: dict[str, Artifact],
+    trials: list[TrialRecord],
+    best: TrialRecord,
+    fitted: FitResult,
+    importance: dict[str, dict[str, float]],
+) -> StepOutcome:
+    by_rmse = sorted(trials, key=lambda t: t.rmse if t.rmse is not None else np.inf)
+    return StepOutcome(
+        outputs=outputs,
+        metrics={
+            "validation_rmse": fitted.validation_rmse,
+            "train_rmse": fitted.train_rmse,
+            "best_rounds": float(fitted.best_rounds),
+            "num_trials": float(len(trials)),
+            "trials_failed": float(sum(t.status == "failed" for t in trials)),
+            "tuning_seconds": round(context.seconds["tune"], 4),
+            "fit_seconds": round(fitted.seconds, 4),
+        },
+        details={
+            "best_parameters": best.parameters,
+            "best_trial": best.trial,
+            "trials": [t.model_dump(mode="json") for t in by_rmse[:_SHOWN_TRIALS]],
+            "learning_curve": learning_curve(fitted.history, fitted.best_rounds, _SHOWN_POINTS),
+            "importance": importance,
+            "engine": engine,
+            "num_workers": fitted.num_workers,
+            "nodes": list(fitted.nodes),
+        },
+    )
+
+
+def _checkpoint_uri(context: StepContext, params: TuneModelParams) -> str | None:
+    """Where all nodes can keep checkpoints: as configured, or beside remote outputs; None: on this machine."""
+    if params.checkpoint_uri is not None:
+        return storage.join(params.checkpoint_uri, "fit")
+    return context.output_uri("checkpoints") if storage.is_remote(context.attempt_uri) else None
+
+
+def _read_json(artifact: Artifact, name: str) -> dict[str, Any]:
+    return json.loads(storage.read_bytes(artifact.file_uri(name)))
+
+
+STEP = StepDefinition(
+    params=TuneModelParams, run=run, inputs=("train", "validation", "statistics"), outputs=("model", "report")
+)

@@ -1,0 +1,299 @@
+"""Step `validate_source`: CSV files of any size to validated Parquet, with a table of the rows that were rejected.
+
+Headers are checked first, in the driver. Then the files are cut into pieces (`csv_chunks`), and Ray Data streams the
+pieces through `validate_chunk`, which writes one part each; only small reports come back. What the step writes does not
+depend on how many pieces there were, other than the names of the parts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+
+import ray
+import ray.data
+
+from step_scripts import storage
+from step_scripts.contract import Artifact, StepContext, StepDefinition, StepError, StepOutcome, file_info
+from step_scripts.csv_chunks import Chunk, ChunkFault, plan_chunks, safe_cuts
+from step_scripts.csv_header import CsvFile, read_header
+from step_scripts.duplicate_rows import bucket_count, find_duplicates, rewrite_part
+from step_scripts.parameters import ValidateSourceParams
+from step_scripts.ray_tasks import completed_tasks
+from step_scripts.rejected_rows import LineNumbers, as_details, reasons, rejected_table, rejection_message
+from step_scripts.source_parts import merged_statistics, rows_digest
+from step_scripts.validate_chunk import ChunkReport, ChunkTask, ids_uri, validate_chunk
+
+_SMALLEST_SHARE = 4 << 20  # of a file that is divided only to occupy all CPUs; bytes
+_HEADER_THREADS = 16
+_SECONDS_BETWEEN_MESSAGES = 2.0
+_FILES_SHOWN = 200
+
+
+def run(context: StepContext, params: ValidateSourceParams) -> StepOutcome:
+    """Write outputs `rows` and `rejected`.
+
+    Raises `StepError` for files that are no such table, and if too many rows are rejected.
+    """
+    with context.phase("read headers"):
+        files = _read_headers(context, params)
+    scratch_uri = storage.join(context.attempt_uri, "scratch")
+    try:
+        return _run(context, params, files, scratch_uri)
+    finally:
+        storage.delete(scratch_uri)
+
+
+def _run(context: StepContext, params: ValidateSourceParams, files: list[CsvFile], scratch_uri: str) -> StepOutcome:
+    buckets = bucket_count(sum(f.bytes for f in files))
+    with context.phase("validate"):
+        chunks, reports = _validate(context, params, files, scratch_uri, buckets)
+        lines = LineNumbers.of(chunks, reports)
+        _check_rows(files, chunks, reports)
+    with context.phase("find duplicates"):
+        duplicates, duplicate_uris = _find_duplicates(context, reports, scratch_uri, buckets)
+        _rewrite(context, params, reports, duplicates, duplicate_uris)
+    keep = params.duplicate_rows == "keep"
+    dropped = 0 if keep else sum(duplicates.values())
+    with context.phase("list rejected rows"):
+        keys = params.table.key_columns
+        table, duplicate_rows = rejected_table(scratch_uri, reports, lines, [] if keep else duplicate_uris, keys)
+        why = reasons(reports, lines, dropped, duplicate_rows, keys)
+        rejected_uri = storage.join(context.output_uri("rejected"), "rejected_rows.csv")
+        storage.write_bytes(rejected_uri, table.write_csv().encode())
+    total = sum(r.records for r in reports)
+    rejected = sum(r.rejected_rows for r in reports) + dropped
+    details = as_details(table, why)
+    if rejected > params.max_rejected_fraction * total or rejected == total:
+        message = rejection_message(rejected, total, why, params)
+        raise StepError(message, details=details, keep={"rejected_rows.csv": rejected_uri})
+    if rejected:
+        context.log.warning(f"{rejected:,} of {total:,} rows are rejected: {'; '.join(r.sentence() for r in why[:5])}")
+    rejected_file = file_info(rejected_uri, context.output_uri("rejected"), rows=table.height)
+    extra = {f.uri: list(f.extra_columns) for f in files if f.extra_columns}
+    return StepOutcome(
+        outputs={
+            "rows": _rows_artifact(context.output_uri("rows"), reports, params),
+            "rejected": Artifact.of(context.output_uri("rejected"), [rejected_file]),
+        },
+        metrics={
+            "rows": total - rejected,
+            "rejected_rows": rejected,
+            "rejected_fraction": rejected / total,
+            "duplicate_rows": sum(duplicates.values()),
+            "extra_columns": len({name for names in extra.values() for name in names}),
+            "files": len(files),
+        },
+        details={
+            **details,
+            "extra_columns": dict(list(extra.items())[:_FILES_SHOWN]),
+            "files": _files(chunks, reports)[:_FILES_SHOWN],
+            "statistics": {k: v.model_dump() for k, v in merged_statistics([r.part for r in reports]).items()},
+        },
+    )
+
+
+def _read_headers(context: StepContext, params: ValidateSourceParams) -> list[CsvFile]:
+    if not params.files:
+        raise StepError("there are no source files: name a CSV file, a folder, a glob or an s3:// URI as source")
+    if not params.delimiter.isascii() or params.delimiter in '"\r\n':
+        raise StepError(f"delimiter {params.delimiter!r} must be one ASCII character, neither a quote nor a line end")
+    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+        files = list(pool.map(lambda file: read_header(file, params), params.files))
+    for file in files[:_FILES_SHOWN]:
+        if file.extra_columns:
+            context.log.warning(
+                f"{file.uri}: columns that the table lacks are left out: {', '.join(file.extra_columns)}"
+            )
+    return files
+
+
+def _validate(
+    context: StepContext, params: ValidateSourceParams, files: list[CsvFile], scratch_uri: str, buckets: int
+) -> tuple[list[Chunk], list[ChunkReport]]:
+    """All pieces, and the report of each."""
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    share = max(-(-sum(f.bytes for f in files) // cpus), _SMALLEST_SHARE)
+    chunks = plan_chunks(files, min(params.chunk_bytes, share))
+    reports: dict[int, ChunkReport] = {}
+    progress = _Progress(context, len(chunks))
+
+    def process(pieces: Sequence[Chunk]) -> None:
+        tasks = (
+            ChunkTask(
+                chunk=chunk,
+                params=params,
+                rows_uri=context.output_uri("rows"),
+                scratch_uri=scratch_uri,
+                buckets=buckets,
+            )
+            for chunk in pieces
+        )
+        for report in _in_ray_data(tasks):
+            reports[report.index] = report
+            progress.add(report)
+            if report.fault:
+                _raise_fault(chunks, reports)
+
+    process(chunks)
+    if odd := [uri for uri, pieces in _by_file(chunks) if any(reports[c.index].odd_quotes for c in pieces)]:
+        context.log.info(f"fields span lines in {', '.join(odd[:5])}: cutting the files again between records")
+        chunks = _cut_again(params, chunks, odd)
+        again = [c for c in chunks if c.file.uri in odd]
+        for chunk in again:
+            del reports[chunk.index]
+        process(again)
+    _raise_fault(chunks, reports)
+    return chunks, [reports[c.index] for c in chunks]
+
+
+def _in_ray_data(tasks: Iterable[ChunkTask]) -> Iterator[ChunkReport]:
+    items = [{"task": task.model_dump_json()} for task in tasks]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(validate_chunk)
+    for row in dataset.iter_rows():
+        yield ChunkReport.model_validate_json(row["report"])
+
+
+def _by_file(chunks: Sequence[Chunk]) -> Iterator[tuple[str, list[Chunk]]]:
+    for uri, pieces in groupby(chunks, key=lambda c: c.file.uri):
+        yield uri, list(pieces)
+
+
+def _raise_fault(chunks: Sequence[Chunk], reports: dict[int, ChunkReport]) -> None:
+    """Raise `StepError` for the first damaged piece of a file whose earlier pieces are all known to be cut rightly."""
+    for uri, pieces in _by_file(chunks):
+        line = pieces[0].file.header_lines
+        for chunk in pieces:
+            report = reports.get(chunk.index)
+            if report is None or report.odd_quotes:
+                break
+            if report.fault:
+                raise StepError(f"{uri}, line {line + report.fault[0]}: {report.fault[1]}")
+            line += report.lines
+
+
+def _cut_again(params: ValidateSourceParams, chunks: list[Chunk], uris: Sequence[str]) -> list[Chunk]:
+    """The same number of pieces, those of `uris` cut between records."""
+    pieces_of = {uri: pieces for uri, pieces in _by_file(chunks) if uri in uris}
+    calls = [
+        (pieces[0].file, [c.start for c in pieces[1:]], params.delimiter, params.max_line_bytes)
+        for pieces in pieces_of.values()
+    ]
+    cut = list(chunks)
+    for index, (cuts, fault) in completed_tasks(_safe_cuts, calls):
+        pieces = pieces_of[uris[index]]
+        if fault is not None:
+            line, problem = fault
+            raise StepError(f"{uris[index]}, line {pieces[0].file.header_lines + line}: {problem}")
+        bounds = [pieces[0].start, *cuts, pieces[-1].end]
+        for chunk, start, end in zip(pieces, bounds, bounds[1:], strict=False):
+            cut[chunk.index] = chunk.model_copy(update={"start": start, "end": end})
+    return cut
+
+
+def _safe_cuts(
+    file: CsvFile, cuts: Sequence[int], delimiter: str, max_line_bytes: int
+) -> tuple[list[int], tuple[int, str] | None]:
+    try:
+        return safe_cuts(file, cuts, delimiter, max_line_bytes), None
+    except ChunkFault as fault:
+        return [], (fault.line, fault.problem)
+
+
+def _check_rows(files: Sequence[CsvFile], chunks: Sequence[Chunk], reports: Sequence[ChunkReport]) -> None:
+    """Raise `StepError` for a file without rows, and for one in which no row has the header's number of fields."""
+    by_index = {r.index: r for r in reports}
+    header = {f.uri: f for f in files}
+    for uri, pieces in _by_file(chunks):
+        mine = [by_index[c.index] for c in pieces]
+        records = sum(r.records for r in mine)
+        if not records:
+            raise StepError(f"{uri} has a header and no rows: export it again with its rows")
+        if records == sum(r.misfits for r in mine):
+            problem = next(p for r in mine for p in r.problems)
+            raise StepError(
+                f"{uri}, line {header[uri].header_lines + problem.line}: the {problem.problem}, and no row fits the "
+                f"header ({records:,} rows). Does the header lack a name, does each line end with a delimiter, or are "
+                "decimals written with a comma? Export the file again so that header and rows agree"
+            )
+
+
+def _find_duplicates(
+    context: StepContext, reports: Sequence[ChunkReport], scratch_uri: str, buckets: int
+) -> tuple[dict[int, int], list[str]]:
+    """How many rows of which part equal an earlier row, and the files that tell which."""
+    parts = [r.index for r in reports if r.part.rows]
+    if not parts:
+        return {}, []
+    id_uris = [ids_uri(scratch_uri, index) for index in parts]
+    uris = [storage.join(scratch_uri, f"duplicates-{bucket:05d}.parquet") for bucket in range(buckets)]
+    calls = [(id_uris, parts, buckets, bucket, uris[bucket]) for bucket in range(buckets)]
+    duplicates: dict[int, int] = {}
+    written: list[str] = []
+    for bucket, found in completed_tasks(find_duplicates, calls):
+        for part, count in found.items():
+            duplicates[part] = duplicates.get(part, 0) + count
+        if found:
+            written.append(uris[bucket])
+    if duplicates:
+        context.log.info(f"{sum(duplicates.values()):,} rows equal an earlier row")
+    return duplicates, sorted(written)
+
+
+def _rewrite(
+    context: StepContext,
+    params: ValidateSourceParams,
+    reports: Sequence[ChunkReport],
+    duplicates: dict[int, int],
+    duplicate_uris: list[str],
+) -> None:
+    """Write the parts again that hold duplicates, and correct their reports."""
+    keep = params.duplicate_rows == "keep"
+    parts = sorted(duplicates)
+    calls = [(duplicate_uris, part, context.output_uri("rows"), params.table, keep) for part in parts]
+    by_index = {r.index: r for r in reports}
+    for index, part in completed_tasks(rewrite_part, calls):
+        by_index[parts[index]].part = part
+
+
+def _rows_artifact(uri: str, reports: Sequence[ChunkReport], params: ValidateSourceParams) -> Artifact:
+    """The digest is one of the set of rows: cutting the source otherwise does not change it."""
+    schema = params.table.model_dump_json(include={"columns": {"__all__": {"name", "dtype"}}, "key_columns": True})
+    files = [r.part.file for r in reports if r.part.file is not None]
+    return Artifact.of(uri, files, digest=rows_digest([r.part for r in reports], schema))
+
+
+def _files(chunks: Sequence[Chunk], reports: Sequence[ChunkReport]) -> list[dict[str, int | str]]:
+    by_index = {r.index: r for r in reports}
+    listed = []
+    for uri, pieces in _by_file(chunks):
+        mine = [by_index[c.index] for c in pieces]
+        rows = sum(r.part.rows for r in mine)
+        records = sum(r.records for r in mine)
+        listed.append({"file": uri, "bytes": pieces[0].file.bytes, "rows": rows, "rejected_rows": records - rows})
+    return listed
+
+
+class _Progress:
+    """Reports rows and seconds, not more often than every `_SECONDS_BETWEEN_MESSAGES`."""
+
+    def __init__(self, context: StepContext, pieces: int) -> None:
+        self._context, self._pieces = context, pieces
+        self._start = self._last = time.monotonic()
+        self._done = self._rows = 0
+
+    def add(self, report: ChunkReport) -> None:
+        self._done += 1
+        self._rows += report.records
+        now = time.monotonic()
+        if self._done == self._pieces or now - self._last >= _SECONDS_BETWEEN_MESSAGES:
+            self._last = now
+            message = (
+                f"{self._rows:,} rows validated in {now - self._start:.1f} s, {self._done} of {self._pieces} pieces"
+            )
+            self._context.log.info(message)
+
+
+STEP = StepDefinition(params=ValidateSourceParams, run=run, outputs=("rows", "rejected"))

@@ -1,0 +1,97 @@
+"""Datasets for the feature store's tests: small `rows` artifacts as step `validate_source` makes them."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from step_scripts.column_types import polars_schema
+from step_scripts.contract import Artifact, file_info
+from step_scripts.feature_ingestion import IngestionResult, ingest, run_here
+from step_scripts.offline_store import OfflineStore
+from step_scripts.table import ColumnSpec, TableSpec
+
+NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
+TABLE = TableSpec(
+    name="sales",
+    columns=(
+        ColumnSpec(name="PRICE", dtype="float64"),
+        ColumnSpec(name="ROOMS", dtype="int64", nullable=True),
+        ColumnSpec(name="SOLD", dtype="bool"),
+    ),
+    target="PRICE",
+)
+Row = tuple[str, datetime, float, int | None, bool]
+
+
+def record_id(number: int) -> str:
+    """A record id in the form that rows have: 32 hexadecimal digits."""
+    return uuid.uuid5(uuid.NAMESPACE_OID, str(number)).hex
+
+
+def row(number: int, price: float = 1.0, *, hours: float = 0, rooms: int | None = 3, sold: bool = True) -> Row:
+    """One row; its event time is noon of a day plus `hours`."""
+    return record_id(number), NOON + timedelta(hours=hours), price, rooms, sold
+
+
+class Log:
+    """Keeps messages."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def info(self, message: str) -> None:
+        self.messages.append(message)
+
+    warning = info
+
+
+def write_frame(folder: Path, frame: pl.DataFrame, *, parts: int = 1, digest: str | None = None) -> Artifact:
+    """An artifact of `frame`, in a new folder below `folder`."""
+    target = folder / uuid.uuid4().hex
+    target.mkdir(parents=True)
+    files = []
+    size = -(-frame.height // parts) or 1
+    for number, at in enumerate(range(0, max(frame.height, 1), size)):
+        path = target / f"part-{number:05d}.parquet"
+        part = frame[at : at + size]
+        part.write_parquet(path)
+        files.append(file_info(str(path), str(target), part.height))
+    return Artifact.of(str(target), files, digest=digest)
+
+
+def rows_frame(rows: Sequence[Row], table: TableSpec = TABLE) -> pl.DataFrame:
+    """Rows with the columns of the artifact."""
+    types = {"record_id": pl.String(), "event_time": pl.Datetime("us", "UTC")} | polars_schema(table)
+    return pl.DataFrame(rows, schema=types, orient="row")
+
+
+def write_rows(folder: Path, rows: Sequence[Row], *, parts: int = 1, digest: str | None = None) -> Artifact:
+    """An artifact of rows."""
+    return write_frame(folder, rows_frame(rows), parts=parts, digest=digest)
+
+
+def ingest_rows(
+    store: OfflineStore,
+    dataset: Artifact,
+    *,
+    group: str = "sales",
+    table: TableSpec = TABLE,
+    run: Callable[..., Iterator[tuple[int, Any]]] = run_here,
+    **options: Any,
+) -> IngestionResult:
+    """Ingest in this process."""
+    return ingest(store.folder(group), table, dataset, run, Log(), **options)
+
+
+def records(frame: pl.LazyFrame) -> dict[str, tuple[Any, ...]]:
+    """Rows by record id; fails if an id occurs twice."""
+    rows = frame.collect().rows()
+    by_id = {r[0]: r[1:] for r in rows}
+    assert len(by_id) == len(rows), "a record was read twice"
+    return by_id

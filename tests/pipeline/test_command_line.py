@@ -1,0 +1,201 @@
+"""The whole graph through `dagster asset materialize`: exit codes, the gate, caching, the endpoint, termination.
+
+The tests of this file share one installation and follow each other, as the life of an installation does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import httpx
+import psutil
+import pytest
+
+from tests.platform_cli import ROOT, Platform
+
+REAL_DATA = ROOT.parent / "shared" / "data" / "house_pricing.csv"
+STEPS = ["raw_csv", "feature_group", "train_split", "tuned_model", "evaluation_report"]
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    platform = Platform(tmp_path_factory.mktemp("platform"))
+    yield platform
+    platform.stop()
+
+
+@pytest.fixture(scope="module")
+def materialized(platform: Platform) -> Platform:
+    done = platform.materialize(config={"evaluation_report": {"rmse_threshold": 1e6}})
+    assert done.returncode == 0, done.stdout
+    return platform
+
+
+def test_everything_is_materialized_and_every_check_evaluated(materialized: Platform) -> None:
+    from housing_assets.definitions import defs
+
+    graph = defs.resolve_asset_graph()
+    with materialized.instance() as instance:
+        for key in graph.get_all_asset_keys():
+            assert instance.get_latest_materialization_event(key) is not None, key
+        found = instance.event_log_storage.get_latest_asset_check_execution_by_key(list(graph.asset_check_keys))
+    assert set(found) == set(graph.asset_check_keys)
+    blocking = [key for key in graph.asset_check_keys if graph.get(key).blocking]
+    assert {str(found[key].status.value) for key in blocking} == {"SUCCEEDED"}
+
+
+def test_the_summary_prints_a_curl_line_that_works(materialized: Platform) -> None:
+    printed = materialized.run("-m", "housing_assets.summary")
+    assert printed.returncode == 0, printed.stdout
+    assert "RMSE" in printed.stdout
+    line = next(line.strip() for line in printed.stdout.splitlines() if line.strip().startswith("curl "))
+    answer = subprocess.run(shlex.split(line), capture_output=True, text=True, check=True)
+    assert float(answer.stdout) > 0
+
+
+def test_metadata_shows_plots_tables_and_figures(materialized: Platform) -> None:
+    model, evaluation = materialized.metadata("tuned_model"), materialized.metadata("evaluation_report")
+    for plot in (model["learning_curve"], model["importance"], evaluation["predicted_against_actual"]):
+        assert plot.startswith("![")
+        assert "data:image/png;base64," in plot
+    assert evaluation["rmse"] > 0
+    assert evaluation["baseline_linear_rmse"] > 0
+    assert materialized.metadata("raw_csv")["dagster/row_count"] > 1400
+
+
+def test_an_unchanged_run_trains_nothing_and_starts_no_ray(materialized: Platform) -> None:
+    before = materialized.reference("tuned_model"), materialized.reference("registered_model")
+    done = materialized.materialize(config={"evaluation_report": {"rmse_threshold": 1e6}})
+    assert done.returncode == 0, done.stdout
+    assert [materialized.metadata(step)["reused"] for step in STEPS] == [True] * len(STEPS)
+    assert (materialized.reference("tuned_model"), materialized.reference("registered_model")) == before
+    assert done.stdout.count("reused the result") == 4
+    assert "start Ray" not in done.stdout
+
+
+def test_a_failed_gate_blocks_its_run_and_all_later_ones(materialized: Platform) -> None:
+    registered = materialized.materializations("registered_model")
+    done = materialized.materialize(config={"evaluation_report": {"rmse_threshold": 1.0}})
+    assert done.returncode != 0
+    assert materialized.materializations("registered_model") == registered
+
+    alone = materialized.materialize("registered_model")
+    assert alone.returncode != 0
+    assert re.search(r"refused by the quality gate: model \w+ has RMSE [\d,.]+, the threshold is 1\.0", alone.stdout)
+    served = materialized.materialize("endpoint")
+    assert served.returncode != 0
+    assert "refused by the quality gate" in served.stdout
+    assert materialized.materializations("registered_model") == registered
+
+    evaluated = materialized.materialize("evaluation_report", {"evaluation_report": {"rmse_threshold": 1e6}})
+    assert evaluated.returncode == 0, evaluated.stdout
+    again = materialized.materialize("registered_model endpoint")
+    assert again.returncode == 0, again.stdout
+
+
+def test_a_wrong_value_ends_the_run_before_any_work(materialized: Platform) -> None:
+    before = materialized.materializations("raw_csv")
+    done = materialized.materialize(config={"tuned_model": {"subsample_max": 1.5}})
+    assert done.returncode != 0
+    assert "tuned_model.subsample_max = 1.5: Input should be less than or equal to 1" in done.stdout
+    assert materialized.materializations("raw_csv") == before
+
+
+def test_a_model_that_waits_for_approval_is_not_served_until_it_is_approved(materialized: Platform) -> None:
+    serving = materialized.reference("endpoint")["model_digest"]
+    config = {
+        "tuned_model": {"num_trials": 1, "num_boost_round": 20, "eta_min": 0.2, "seed": 7},
+        "evaluation_report": {"rmse_threshold": 1e6},
+        "registered_model": {"approval": "manual"},
+    }
+    done = materialized.materialize("tuned_model evaluation_report registered_model endpoint", config)
+    assert done.returncode != 0
+    version = materialized.reference("registered_model")
+    assert version["status"] == "PendingManualApproval"
+    assert "approve" in done.stdout
+    assert materialized.reference("endpoint")["model_digest"] == serving
+
+    decision = f"{{ops: {{approve: {{config: {{version: {version['version']}, who: ann, why: good}}}}}}}}"
+    file = materialized.folder / "approve.yaml"
+    file.write_text(decision)
+    approved = materialized.run(
+        "-m", "dagster", "job", "execute", "-m", "housing_assets.definitions", "-j", "approve_model", "-c", str(file)
+    )
+    assert approved.returncode == 0, approved.stdout
+    deployed = materialized.materialize("endpoint")
+    assert deployed.returncode == 0, deployed.stdout
+    endpoint = materialized.reference("endpoint")
+    assert endpoint["model_digest"] == version["artifact"]["digest"]
+    ping = httpx.get(endpoint["url"].replace("/invocations", "/ping"))
+    assert ping.json()["model_digest"] == endpoint["model_digest"]
+
+
+@pytest.mark.parametrize("when", ["Started execution of step \"raw_csv\"", "trial"])
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_terminated_run_is_canceled_within_ten_seconds(
+    tmp_path: Path, when: str, signal_number: signal.Signals
+) -> None:
+    platform = Platform(tmp_path)
+    slow = {"tuned_model": {"num_trials": 200, "num_boost_round": 5000, "scheduler": "none", "eta_max": 0.01, "eta_min": 0.01}}
+    log = tmp_path / "log.txt"
+    with log.open("w") as output:
+        run = subprocess.Popen(
+            platform.command("*", slow), cwd=ROOT, env=platform.env, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while when not in log.read_text():
+                assert run.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+            family = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+            run.send_signal(signal_number)
+            run.wait(10)
+        finally:
+            run.kill()
+    _, alive = psutil.wait_procs(family, timeout=1)
+    assert alive == []
+    assert platform.runs()[0].status == dg.DagsterRunStatus.CANCELED
+    artifacts = tmp_path / "data" / "artifacts"
+    assert [p for p in artifacts.glob("tune_model/*/*") if p.is_dir()] == []
+
+    again = platform.materialize("raw_csv feature_group")
+    assert again.returncode == 0, again.stdout
+
+
+def test_two_runs_at_once_both_succeed(tmp_path: Path) -> None:
+    platform = Platform(tmp_path, {"HOUSING_NUM_CPUS": "1"})
+    config = {"evaluation_report": {"rmse_threshold": 1e6}}
+    runs = [
+        subprocess.Popen(
+            platform.command("*", config), cwd=ROOT, env=platform.env,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        for _ in range(2)
+    ]
+    try:
+        outputs = [run.communicate(timeout=300)[0] for run in runs]
+        assert [run.returncode for run in runs] == [0, 0], "\n".join(outputs)
+    finally:
+        platform.stop()
+        for run in runs:
+            run.kill()
+
+
+@pytest.mark.skipif(not REAL_DATA.exists(), reason=f"{REAL_DATA.name} is not beside the project")
+def test_the_article_s_data_reaches_the_promised_error(tmp_path: Path) -> None:
+    platform = Platform(tmp_path, {"HOUSING_RAW_CSV": os.fspath(REAL_DATA)})
+    command = platform.command("*", {"tuned_model": {}})
+    done = platform.run(*command[1:])
+    platform.stop()
+    assert done.returncode == 0, done.stdout
+    assert platform.metadata("raw_csv")["rejected_rows"] == 1
+    assert platform.metadata("evaluation_report")["rmse"] <= 6000

@@ -1,0 +1,179 @@
+"""Both engines of the final fit on a real Ray, against plain XGBoost."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import xgboost as xgb
+
+from step_scripts.boosting import xgboost_parameters
+from step_scripts.contract import StepError
+from step_scripts.engines import ENGINES, FitRequest, FitResult, fit
+from step_scripts.ray_session import RaySession
+from tests.split_files import sales, splits_of, write_inputs
+
+PATIENCE = 5
+PARAMETERS = xgboost_parameters({"max_depth": 3, "eta": 0.5, "min_child_weight": 1.0, "subsample": 1.0}, seed=7)
+ENGINE_NAMES = list(ENGINES)
+
+
+@pytest.fixture(scope="module")
+def request_(tmp_path_factory: pytest.TempPathFactory) -> FitRequest:
+    train, validation = sales(900), sales(301, seed=1)
+    inputs = write_inputs(tmp_path_factory.mktemp("splits"), train, validation, files=3)
+    return FitRequest(*splits_of(inputs, train), PARAMETERS, num_boost_round=120, early_stopping_rounds=PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def plain(request_: FitRequest) -> tuple[xgb.Booster, dict[str, list[float]]]:
+    """Booster and validation history of `xgboost.train`."""
+    matrices = [xgb.DMatrix(*split.load()) for split in (request_.train, request_.validation)]
+    evals: dict[str, dict[str, list[float]]] = {}
+    booster = xgb.train(
+        PARAMETERS | {"nthread": 1},
+        matrices[0],
+        request_.num_boost_round,
+        evals=[(matrices[0], "train"), (matrices[1], "validation")],
+        evals_result=evals,  # pyright: ignore[reportArgumentType]
+        early_stopping_rounds=PATIENCE,
+        verbose_eval=False,
+    )
+    return booster[: booster.best_iteration + 1], {name: values["rmse"] for name, values in evals.items()}
+
+
+def _wait_for_free_cpus() -> None:
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(0.1)
+
+
+def _processes(name: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def _check(result: FitResult, request: FitRequest) -> None:
+    """What must hold for any fit."""
+    history = result.history
+    assert len(history.train) == len(history.validation)
+    assert result.best_rounds == int(np.argmin(history.validation)) + 1
+    assert len(history.validation) in (result.best_rounds + PATIENCE, request.num_boost_round)
+    assert result.booster.num_boosted_rounds() == result.best_rounds
+    # The reported figures are those of the booster on the whole splits, whoever saw which rows.
+    for split, rmse in ((request.train, result.train_rmse), (request.validation, result.validation_rmse)):
+        features, target = split.load()
+        predicted = result.booster.predict(xgb.DMatrix(features, feature_names=list(request.features)))
+        assert rmse == pytest.approx(float(np.sqrt(np.mean((predicted - target) ** 2))), rel=1e-4)
+    assert result.nodes == (ray.util.get_node_ip_address(),)
+
+
+@pytest.mark.parametrize("engine", ENGINE_NAMES)
+def test_one_worker_equals_plain_xgboost(
+    ray_session: RaySession,
+    request_: FitRequest,
+    plain: tuple[xgb.Booster, dict[str, list[float]]],
+    engine: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    result = fit(engine, request_)
+    _check(result, request_)
+    booster, history = plain
+    assert result.num_workers == 1
+    np.testing.assert_allclose(result.history.validation, history["validation"], rtol=1e-5)
+    np.testing.assert_allclose(result.history.train, history["train"], rtol=1e-5)
+    matrix = xgb.DMatrix(request_.validation.load().features, feature_names=list(request_.features))
+    expected = booster.predict(xgb.DMatrix(request_.validation.load().features))
+    np.testing.assert_allclose(result.booster.predict(matrix), expected, rtol=1e-4)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("engine", ENGINE_NAMES)
+def test_two_workers_agree_within_tolerance(
+    ray_session: RaySession,
+    request_: FitRequest,
+    plain: tuple[xgb.Booster, dict[str, list[float]]],
+    engine: str,
+    tmp_path: Path,
+) -> None:
+    _wait_for_free_cpus()
+    uri = str(tmp_path / "checkpoints") if engine == "ray_train" else None
+    result = fit(engine, replace(request_, num_workers=2, checkpoint_uri=uri))
+    _check(result, request_)
+    assert result.num_workers == 2
+    # Bins are made from both workers' summaries of their rows, and so are not quite the same.
+    assert result.validation_rmse == pytest.approx(min(plain[1]["validation"]), rel=0.05)
+    assert uri is None or not [path for path in Path(uri).rglob("*") if path.is_file()]
+    _wait_for_free_cpus()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "process_name"), [("ray_train", "RayTrainWorker."), ("xgboost_ray", "_RemoteRayXGBoostActor.train")]
+)
+def test_a_lost_worker_is_replaced_and_the_history_goes_on(
+    ray_session: RaySession, request_: FitRequest, engine: str, process_name: str
+) -> None:
+    _wait_for_free_cpus()
+    rounds = 3000
+    request = replace(request_, num_boost_round=rounds, early_stopping_rounds=rounds, num_workers=2)
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            workers = _processes(process_name)
+            if len(workers) == 2:
+                time.sleep(1.5)
+                workers[1].kill()
+                killed.append(workers[1].pid)
+                return
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    result = fit(engine, request)
+    killer.join()
+    assert killed
+    assert len(result.history.validation) == rounds
+    assert result.history.validation[result.best_rounds - 1] == min(result.history.validation)
+    assert result.booster.num_boosted_rounds() == result.best_rounds
+    _wait_for_free_cpus()
+
+
+@pytest.mark.slow
+def test_xgboost_ray_leaves_nothing_behind_when_it_fails(ray_session: RaySession, request_: FitRequest) -> None:
+    _wait_for_free_cpus()
+    with pytest.raises(RuntimeError, match="maximum number of retries"):
+        fit("xgboost_ray", replace(request_, parameters=PARAMETERS | {"max_depth": -3}, num_workers=2))
+    _wait_for_free_cpus()
+    _check(fit("xgboost_ray", request_), request_)
+
+
+def test_more_workers_than_cpus_are_refused(ray_session: RaySession, request_: FitRequest) -> None:
+    with pytest.raises(StepError, match="num_workers is 3, but the Ray cluster has 2 CPUs"):
+        fit("ray_train", replace(request_, num_workers=3))
+
+
+def test_more_workers_than_rows_are_refused(ray_session: RaySession, request_: FitRequest) -> None:
+    with pytest.raises(StepError, match="num_workers is 302, but a split has only 301 rows"):
+        fit("xgboost_ray", replace(request_, num_workers=302))
+
+
+def test_a_bad_split_is_reported_as_such(ray_session: RaySession, request_: FitRequest) -> None:
+    bad = replace(request_.train, target="prize")
+    for engine in ENGINE_NAMES:
+        with pytest.raises(StepError, match=r"lacks the columns \['prize'\]"):
+            fit(engine, replace(request_, train=bad))

@@ -1,0 +1,201 @@
+"""Step `tune_model` on a real Ray: search, final fit, artifact, failures, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import psutil
+import pytest
+import ray
+import xgboost as xgb
+
+from step_scripts.contract import Artifact, StepError, StepRequest, StepResult
+from step_scripts.model_artifact import load_model
+from step_scripts.ray_session import RaySession
+from step_scripts.runner import run_step
+from step_scripts.search_progress import TrialRecord, TrialStore
+from tests.split_files import TABLE, sales, scaler_of, write_inputs, write_split
+
+FAST = {"num_boost_round": 40, "early_stopping_rounds": 10, "num_trials": 3, "eta_min": 0.1, "eta_max": 0.3}
+
+
+class Messages:
+    """Collects what a step reports, and reacts to it."""
+
+    def __init__(self, react: Callable[[list[str]], None] = lambda texts: None) -> None:
+        self.texts: list[str] = []
+        self._react = react
+
+    def info(self, message: str) -> None:
+        self.texts.append(message)
+        self._react(self.texts)
+
+    warning = info
+
+    def trials(self) -> list[str]:
+        return [text for text in self.texts if " done, trial " in text]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    return write_inputs(tmp_path_factory.mktemp("splits"), sales(600), sales(200, seed=1), files=2)
+
+
+@pytest.fixture
+def tune(ray_session: RaySession, inputs: dict[str, Artifact], tmp_path: Path) -> Callable[..., StepResult]:
+    def call(messages: Messages | None = None, changed: dict[str, Artifact] | None = None, **params: Any) -> StepResult:
+        request = StepRequest(
+            step="tune_model",
+            params={"table": TABLE.model_dump(mode="json"), **FAST, **params},
+            inputs=inputs | (changed or {}),
+            output_root=str(tmp_path / "out"),
+            code_version="1",
+        )
+        return run_step(request, messages or Messages(), ray_session)
+
+    return call
+
+
+def _json(artifact: Artifact, name: str) -> Any:
+    return json.loads(Path(artifact.file_uri(name)).read_bytes())
+
+
+def _wait_for_free_cpus() -> None:
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(0.1)
+
+
+def test_model_and_report(tune: Callable[..., StepResult], inputs: dict[str, Artifact]) -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    environment = dict(os.environ)
+    folders = set(Path(tempfile.gettempdir()).glob("tune-*"))
+    messages = Messages()
+    result = tune(messages)
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+    assert dict(os.environ) == environment
+    assert set(Path(tempfile.gettempdir()).glob("tune-*")) <= folders
+    assert len(messages.trials()) == 3
+
+    frame = sales(200, seed=1)
+    model = load_model(result.outputs["model"].uri)
+    predicted = model.predict(frame)
+    scaled = scaler_of(sales(600)).transform(frame)
+    booster = xgb.Booster(model_file=result.outputs["model"].file_uri("model.ubj"))
+    np.testing.assert_array_equal(predicted, booster.predict(xgb.DMatrix(scaled, feature_names=list(TABLE.features))))
+    rmse = float(np.sqrt(np.mean((predicted - frame["price"].to_numpy()) ** 2)))
+    assert result.metrics["validation_rmse"] == pytest.approx(rmse, rel=1e-4)
+    assert rmse < 0.25 * float(np.std(frame["price"].to_numpy()))
+    assert not booster.attributes()
+    assert booster.num_boosted_rounds() == result.metrics["best_rounds"]
+
+    trials = [TrialRecord.model_validate(t) for t in _json(result.outputs["report"], "trials.json")]
+    assert [t.trial for t in trials] == [1, 2, 3]
+    assert all(0.1 <= t.parameters["eta"] <= 0.3 for t in trials)
+    best = min(trials, key=lambda t: t.rmse or np.inf)
+    assert result.details["best_parameters"] == best.parameters
+    # The final fit repeats the best trial.
+    assert result.metrics["validation_rmse"] == pytest.approx(best.rmse, rel=1e-3)
+    assert result.metrics["best_rounds"] == best.best_rounds
+
+    curve = _json(result.outputs["report"], "learning_curve.json")
+    assert curve["validation"][curve["round"].index(curve["best_rounds"])] == result.metrics["validation_rmse"]
+    importance = _json(result.outputs["report"], "importance.json")
+    assert set(importance) == set(TABLE.features)
+    assert max(importance, key=lambda name: importance[name]["gain"]) == "area"
+    metrics = _json(result.outputs["model"], "metrics.json")
+    assert metrics["rounds"] == result.metrics["best_rounds"]
+    assert "seconds" not in json.dumps([_json(result.outputs["model"], "parameters.json"), metrics])
+    assert _json(result.outputs["model"], "versions.json")["xgboost"] == xgb.__version__
+
+
+def test_one_trial_with_fixed_parameters_is_reproducible(tune: Callable[..., StepResult]) -> None:
+    fixed = {"max_depth": 2, "eta": 0.2, "min_child_weight": 3.0, "subsample": 0.7}
+    bounds = {f"{name}_{end}": value for name, value in fixed.items() for end in ("min", "max")}
+    digests = set()
+    for scheduler in ("median", "asha"):
+        result = tune(**bounds, num_trials=1, search_algorithm="random", scheduler=scheduler)
+        assert result.details["best_parameters"] == fixed
+        digests.add(result.outputs["model"].digest)
+    assert len(digests) == 1
+
+
+def test_an_interrupted_search_goes_on(tune: Callable[..., StepResult], tmp_path: Path) -> None:
+    def interrupt(texts: list[str]) -> None:
+        if " done, trial " in texts[-1] and len(texts) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    settings = {"num_trials": 6, "checkpoint_uri": str(tmp_path / "kept"), "num_boost_round": 400, "scheduler": "none"}
+    with pytest.raises(KeyboardInterrupt):
+        tune(Messages(interrupt), **settings)
+    _wait_for_free_cpus()
+    kept = [json.loads(path.read_bytes())["record"] for path in sorted((tmp_path / "kept" / "trials").iterdir())]
+    assert 2 <= len(kept) < 6
+
+    messages = Messages()
+    result = tune(messages, **settings)
+    assert len(messages.trials()) == 6 - len(kept)
+    trials = _json(result.outputs["report"], "trials.json")
+    assert [t["trial"] for t in trials] == list(range(1, 7))
+    assert all(record in trials for record in kept)
+    assert len({json.dumps(t["parameters"]) for t in trials}) == 6
+
+
+def test_trials_of_another_search_are_not_taken_over(tmp_path: Path) -> None:
+    record = TrialRecord(
+        trial=4, parameters={"eta": 0.1}, rmse=1.0, rounds=9, best_rounds=8, seconds=0.5,
+        status="completed", stopped_by="scheduler",
+    )  # fmt: skip
+    TrialStore(str(tmp_path), "a" * 64).save(record)
+    assert TrialStore(str(tmp_path), "a" * 64).load() == [record]
+    assert TrialStore(str(tmp_path), "b" * 64).load() == []
+    next((tmp_path / "trials").iterdir()).write_text("{")
+    assert TrialStore(str(tmp_path), "a" * 64).load() == []
+
+
+def test_a_lost_trial_is_in_the_table_and_the_others_count(tune: Callable[..., StepResult]) -> None:
+    def kill_trial(texts: list[str]) -> None:
+        if " done, trial " in texts[-1] and len(texts) == 1:
+            for process in psutil.Process().children(recursive=True):
+                if "BoostingTrial" in " ".join(process.cmdline()):
+                    process.kill()
+                    process.wait(10)
+
+    result = tune(Messages(kill_trial), max_concurrent_trials=1)
+    trials = _json(result.outputs["report"], "trials.json")
+    assert [t["status"] for t in trials] == ["completed", "failed", "completed"]
+    assert trials[1]["stopped_by"] == "error"
+    assert "died" in trials[1]["error"]
+    assert result.metrics["trials_failed"] == 1
+
+
+def test_the_first_reason_is_told_if_all_trials_fail(tune: Callable[..., StepResult], tmp_path: Path) -> None:
+    infinite = sales(600).with_columns(area=pl.lit(float("inf")))
+    with pytest.raises(StepError, match=r"all 3 trials failed; the first: .*XGBoostError.*inf") as caught:
+        tune(changed={"train": write_split(tmp_path / "infinite", infinite)})
+    assert len(caught.value.details["trials"]) == 3  # pyright: ignore[reportArgumentType]
+    _wait_for_free_cpus()
+
+
+def test_an_unreadable_split_is_named(tune: Callable[..., StepResult], tmp_path: Path) -> None:
+    bad = write_split(tmp_path / "bad", sales(50).with_columns(price=pl.lit(None, dtype=pl.Float64)))
+    with pytest.raises(StepError, match="50 of 50 rows of the validation split have no finite price"):
+        tune(changed={"validation": bad})
+
+
+def test_the_article_preset(tune: Callable[..., StepResult]) -> None:
+    unset = dict.fromkeys(FAST)
+    result = tune(**unset | {"preset": "article", "num_boost_round": 30})
+    assert result.metrics["num_trials"] == 4
+    assert all(0.2 <= t["parameters"]["eta"] <= 1 for t in result.details["trials"])
+    assert all(t["rounds"] <= 30 for t in result.details["trials"])

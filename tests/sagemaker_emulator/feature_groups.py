@@ -1,0 +1,235 @@
+"""Feature groups: definitions and life cycle."""
+
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.sagemaker_emulator.common import ACCOUNT, Call, Handler, Listing, Params, arn, list_page, name_of, now, pick
+from tests.sagemaker_emulator.errors import ApiError, in_use, not_emulated, not_found, validation
+from tests.sagemaker_emulator.services import Services
+
+_ECHOED = ("FeatureGroupName", "RecordIdentifierFeatureName", "EventTimeFeatureName", "RoleArn", "Description",
+           "OnlineStoreConfig", "ThroughputConfig")  # fmt: skip
+_RESERVED = ("is_deleted", "write_time", "api_invocation_time")
+_LISTING = Listing("FeatureGroupSummaries", "FeatureGroupName", "FeatureGroupStatus", order_default="Ascending")
+_LIMIT_FEATURES = 2500
+
+
+@dataclass
+class OnlineRecord:
+    """Latest record of one identifier in the online store."""
+
+    event_time: float
+    values: dict[str, str]
+    deleted: bool = False
+    expires: float | None = None
+
+
+@dataclass
+class FeatureGroup:
+    """One feature group."""
+
+    request: Params
+    region: str
+    delay: float
+    created: float = field(default_factory=now)
+    ready_at: float = 0.0
+    updating_until: float = 0.0
+    updated: bool = False
+    deleted_at: float | None = None
+    blocked_reason: str | None = None
+    records: dict[str, OnlineRecord] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.ready_at = time.monotonic() + self.delay
+        self.name: str = self.request["FeatureGroupName"]
+        self.arn = arn(self.region, "feature-group", self.name)
+        self.types: dict[str, str] = {d["FeatureName"]: d["FeatureType"] for d in self.request["FeatureDefinitions"]}
+        self.identifier: str = self.request["RecordIdentifierFeatureName"]
+        self.event_time: str = self.request["EventTimeFeatureName"]
+
+    @property
+    def online(self) -> bool:
+        """Whether there is an online store."""
+        return bool(self.request.get("OnlineStoreConfig", {}).get("EnableOnlineStore"))
+
+    @property
+    def offline(self) -> bool:
+        """Whether there is an offline store."""
+        return "OfflineStoreConfig" in self.request
+
+    @property
+    def status(self) -> str:
+        """Creating, Created or Deleting."""
+        if self.deleted_at is not None:
+            return "Deleting"
+        return "Creating" if time.monotonic() < self.ready_at else "Created"
+
+    @property
+    def resolved_uri(self) -> str:
+        """Where the offline store lies."""
+        base = self.request["OfflineStoreConfig"]["S3StorageConfig"]["S3Uri"].rstrip("/")
+        return f"{base}/{ACCOUNT}/sagemaker/{self.region}/offline-store/{self.name}-{int(self.created)}/data"
+
+    def block(self, reason: str) -> None:
+        """Show that the offline store cannot be written."""
+        self.blocked_reason = reason[:300]
+
+    def describe(self) -> Params:
+        """DescribeFeatureGroup's answer."""
+        answer: Params = pick(self.request, _ECHOED)
+        answer |= {
+            "FeatureGroupArn": self.arn,
+            "FeatureDefinitions": self.request["FeatureDefinitions"],
+            "CreationTime": self.created,
+            "FeatureGroupStatus": self.status,
+            "NextToken": "",
+        }
+        if self.offline:
+            config = {**self.request["OfflineStoreConfig"]}
+            storage = {**config["S3StorageConfig"], "ResolvedOutputS3Uri": self.resolved_uri}
+            answer["OfflineStoreConfig"] = {**config, "S3StorageConfig": storage}
+            answer["OfflineStoreStatus"] = {"Status": "Active"}
+            if self.blocked_reason:
+                answer["OfflineStoreStatus"] = {"Status": "Blocked", "BlockedReason": self.blocked_reason}
+        if self.updated:
+            busy = time.monotonic() < self.updating_until
+            answer["LastUpdateStatus"] = {"Status": "InProgress" if busy else "Successful"}
+        return answer
+
+
+class FeatureGroups:
+    """The feature-group part of the control API."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._groups: dict[tuple[str, str], FeatureGroup] = {}
+        self._lock = threading.Lock()
+
+    def operations(self) -> dict[str, Handler]:
+        """Handlers by operation name."""
+        return {
+            "CreateFeatureGroup": self._create,
+            "DescribeFeatureGroup": lambda call: self.find(call.region, call.params["FeatureGroupName"]).describe(),
+            "ListFeatureGroups": self._list,
+            "UpdateFeatureGroup": self._update,
+            "DeleteFeatureGroup": self._delete,
+        }
+
+    def find(self, region: str, name_or_arn: str) -> FeatureGroup:
+        """A group by name or ARN."""
+        name = name_of(name_or_arn)
+        with self._lock:
+            self._purge()
+            group = self._groups.get((region, name))
+            if group is None and name_or_arn.startswith("arn:"):
+                group = next((g for g in self._groups.values() if g.arn == name_or_arn), None)
+        if group is None:
+            raise not_found(f"Resource Not Found: Amazon SageMaker can't find a FeatureGroup with name {name}")
+        return group
+
+    def _create(self, call: Call) -> Params:
+        check_feature_group(call.params)
+        key = (call.region, call.params["FeatureGroupName"])
+        with self._lock:
+            self._purge()
+            if key in self._groups:
+                raise in_use(
+                    f"Resource Already Exists: FeatureGroup with name {key[1]} already exists. Choose a different name."
+                )
+            group = FeatureGroup(dict(call.params), call.region, self._services.settings.feature_group_delay)
+            self._groups[key] = group
+        self._services.tag(group.arn, call.params.get("Tags"))
+        return {"FeatureGroupArn": group.arn}
+
+    def _update(self, call: Call) -> Params:
+        group = self.find(call.region, call.params["FeatureGroupName"])
+        for member in ("OnlineStoreConfig", "ThroughputConfig"):
+            if call.params.get(member):
+                raise not_emulated(f"UpdateFeatureGroup with {member}")
+        additions = call.params.get("FeatureAdditions", [])
+        if group.status != "Created" or time.monotonic() < group.updating_until:
+            raise validation(f"FeatureGroup {group.name} is not in a state that allows updates.")
+        for addition in additions:
+            if addition["FeatureName"] in group.types:
+                raise validation(f"Feature {addition['FeatureName']} already exists in FeatureGroup {group.name}.")
+        _check_definitions(additions)
+        with group.lock:
+            group.request["FeatureDefinitions"] = [*group.request["FeatureDefinitions"], *additions]
+            group.types |= {d["FeatureName"]: d["FeatureType"] for d in additions}
+            group.updated = True
+            group.updating_until = time.monotonic() + self._services.settings.feature_group_delay
+        return {"FeatureGroupArn": group.arn}
+
+    def _delete(self, call: Call) -> Params:
+        group = self.find(call.region, call.params["FeatureGroupName"])
+        group.deleted_at = time.monotonic() + self._services.settings.feature_group_delay
+        return {}
+
+    def _list(self, call: Call) -> Params:
+        with self._lock:
+            self._purge()
+            groups = [group for group in self._groups.values() if group.region == call.region]
+        items: list[dict[str, Any]] = [
+            pick(group.describe(), (
+                "FeatureGroupName", "FeatureGroupArn", "CreationTime", "FeatureGroupStatus", "OfflineStoreStatus",
+            ))
+            for group in groups
+        ]  # fmt: skip
+        if wanted := call.params.get("FeatureGroupStatusEquals"):
+            items = [item for item in items if item["FeatureGroupStatus"] == wanted]
+        return list_page(call.params, items, _LISTING)
+
+    def _purge(self) -> None:
+        gone = [k for k, g in self._groups.items() if g.deleted_at is not None and g.deleted_at < time.monotonic()]
+        for key in gone:
+            self._services.tags.pop(self._groups.pop(key).arn, None)
+
+
+def check_feature_group(params: Params) -> None:
+    """The rules that are not in the service model, and what is not emulated."""
+    definitions = params["FeatureDefinitions"]
+    _check_definitions(definitions)
+    types = {d["FeatureName"]: d["FeatureType"] for d in definitions}
+    if len(types) != len(definitions):
+        raise validation("Validation Error: feature names must be unique.")
+    for member in ("RecordIdentifierFeatureName", "EventTimeFeatureName"):
+        if params[member] not in types:
+            raise validation(f"Validation Error: {member} {params[member]} is not among the FeatureDefinitions.")
+    if types[params["EventTimeFeatureName"]] not in ("String", "Fractional"):
+        raise validation("Validation Error: the event time feature must be of type String or Fractional.")
+    online = params.get("OnlineStoreConfig", {})
+    if online.get("StorageType", "Standard") != "Standard":
+        raise not_emulated("the InMemory online store")
+    offline = params.get("OfflineStoreConfig")
+    if not online.get("EnableOnlineStore") and not offline:
+        raise validation("Validation Error: at least one of the online and the offline store must be configured.")
+    if offline:
+        if offline.get("TableFormat", "Glue") not in ("Glue", "Default"):
+            raise not_emulated(f"offline stores in {offline['TableFormat']} format")
+        if not params.get("RoleArn"):
+            raise validation("Validation Error: RoleArn is required with an OfflineStoreConfig.")
+
+
+def _check_definitions(definitions: list[Params]) -> None:
+    if len(definitions) > _LIMIT_FEATURES:
+        raise validation(f"Validation Error: at most {_LIMIT_FEATURES} features.")
+    for definition in definitions:
+        name = definition.get("FeatureName")
+        if not name or not definition.get("FeatureType"):
+            raise validation("Validation Error: FeatureName and FeatureType are required.")
+        if name.lower() in _RESERVED:
+            raise validation(f"Validation Error: feature name {name} is reserved.")
+        if definition.get("CollectionType"):
+            raise not_emulated("collection features")
+
+
+def require_created(group: FeatureGroup) -> None:
+    """Refuse records while the group is not ready."""
+    if group.status != "Created":
+        raise ApiError(
+            "ValidationError",
+            f"Validation Error: FeatureGroup {group.name} is in status {group.status}; records need status Created.",
+        )

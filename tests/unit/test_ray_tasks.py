@@ -1,0 +1,111 @@
+"""How tables are cut into pieces, and how Ray tasks over them behave."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from step_scripts.contract import Artifact, FileInfo, StepError
+from step_scripts.ray_session import RaySession
+from step_scripts.ray_tasks import FilePart, Progress, completed_tasks, pieces_of, read_part
+
+
+def table(folder: Path, sizes: list[int], *, row_group_size: int = 100, counted: bool = True) -> Artifact:
+    folder.mkdir(exist_ok=True)
+    infos, start = [], 0
+    for index, size in enumerate(sizes):
+        path = folder / f"{index:04}.parquet"
+        pl.DataFrame({"n": range(start, start + size)}).write_parquet(path, row_group_size=row_group_size)
+        infos.append(FileInfo(path=path.name, rows=size if counted else None, bytes=1, sha256=str(index)))
+        start += size
+    infos.append(FileInfo(path="notes.txt", bytes=1, sha256="x"))
+    return Artifact.of(str(folder), infos)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("sizes", [[1000], [10] * 100, [0, 350, 0, 5, 5, 400], [30], []])
+def test_pieces_hold_every_row_once_in_order(tmp_path: Path, sizes: list[int], counted: bool) -> None:
+    pieces = pieces_of(table(tmp_path, sizes, counted=counted), columns=1, piece_rows=200)
+    frames = [read_part(part, ["n"]) for piece in pieces for part in piece.parts]
+    values = pl.concat(frames)["n"].to_list() if frames else []
+    assert values == list(range(sum(sizes)))
+    assert all(0 < piece.rows <= 200 for piece in pieces)
+    assert len(pieces) <= -(-sum(sizes) // 200) * 2
+
+
+def test_small_files_share_a_piece_and_large_ones_are_divided(tmp_path: Path) -> None:
+    many = pieces_of(table(tmp_path / "many", [10] * 100), columns=1, piece_rows=200)
+    assert [len(piece.parts) for piece in many] == [20] * 5
+    one = pieces_of(table(tmp_path / "one", [1000], row_group_size=250), columns=1, piece_rows=600)
+    assert [piece.parts[0].row_groups for piece in one] == [(0, 1), (2, 3)]
+    wide = pieces_of(table(tmp_path / "one", [1000], row_group_size=250), columns=24_000)
+    assert len(wide) == 4  # a row takes more memory
+
+
+def test_unreadable_and_foreign_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.parquet").write_bytes(b"a,b\n1,2\n")
+    with pytest.raises(StepError, match=r"bad\.parquet is not a readable Parquet file"):
+        read_part(FilePart(str(tmp_path / "bad.parquet"), None, 1), ["a"])
+    pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "foreign.parquet")
+    with pytest.raises(StepError, match=r"foreign\.parquet lacks the columns \['b'\]; it has \['a'\]"):
+        read_part(FilePart(str(tmp_path / "foreign.parquet"), None, 1), ["a", "b"])
+
+
+# Tasks are defined inside the tests: workers cannot import test modules, so their code is sent along.
+
+
+def test_results_come_with_their_index(ray_session: RaySession) -> None:
+    def squared(number: int) -> int:
+        return number * number
+
+    found = dict(completed_tasks(squared, [(i,) for i in range(20)]))
+    assert found == {i: i * i for i in range(20)}
+    assert dict(completed_tasks(squared, [])) == {}
+
+
+def test_several_results_stay_in_the_object_store(ray_session: RaySession) -> None:
+    import ray
+
+    def parts(number: int) -> tuple[int, str, str]:
+        return number, "a" * number, "b" * number
+
+    answers = dict(completed_tasks(parts, [(1,), (2,)], results_each=3))
+    assert [ray.get(answers[i]) for i in (0, 1)] == [[1, "a", "b"], [2, "aa", "bb"]]
+
+
+def test_an_input_error_of_a_task_ends_the_others(ray_session: RaySession) -> None:
+    def refuse_three(number: int) -> int:
+        if number == 3:
+            raise StepError("three is refused", details={"number": 3})
+        if number > 3:
+            time.sleep(30)
+        return number
+
+    start = time.monotonic()
+    with pytest.raises(StepError, match="three is refused") as caught:
+        list(completed_tasks(refuse_three, [(i,) for i in range(8)]))
+    assert caught.value.details == {"number": 3}
+    # The CPUs are free again: nobody waits for the sleeping tasks.
+    assert dict(completed_tasks(lambda: 5, [()])) == {0: 5}
+    assert time.monotonic() - start < 25
+
+
+def test_progress_is_reported_at_the_end_and_not_for_every_piece() -> None:
+    class Log:
+        def __init__(self) -> None:
+            self.messages: list[str] = []
+
+        def info(self, message: str) -> None:
+            self.messages.append(message)
+
+        warning = info
+
+    log = Log()
+    progress = Progress(log, "reading", 50_000)
+    for _ in range(50):
+        progress.add(1000)
+    assert len(log.messages) < 10
+    assert log.messages[-1].startswith("reading: 50,000 of 50,000 rows, ")

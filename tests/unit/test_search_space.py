@@ -1,0 +1,131 @@
+"""What the search proposes, and how the cluster is divided among workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from step_scripts.boosting import useful_threads
+from step_scripts.cluster_resources import cpus_per_worker
+from step_scripts.parameters import PRESETS, TuneModelParams
+from step_scripts.search import TUNED, fingerprint, first_trial, searcher
+from step_scripts.search_progress import TrialRecord
+from tests.split_files import TABLE
+
+
+def _range(values: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Any, Any]]:
+    """Two values in order; often the same."""
+    return st.one_of(st.tuples(values, values).map(lambda pair: (min(pair), max(pair))), values.map(lambda v: (v, v)))
+
+
+_FRACTION = st.floats(1e-4, 1.0)
+_RANGES = st.fixed_dictionaries(
+    {
+        "max_depth": _range(st.integers(1, 20)),
+        "eta": _range(_FRACTION),
+        "min_child_weight": _range(st.floats(0.0, 1e4)),
+        "subsample": _range(_FRACTION),
+    }
+)
+
+
+def _params(ranges: dict[str, tuple[Any, Any]], **others: Any) -> TuneModelParams:
+    bounds = {f"{name}_{end}": pair[i] for name, pair in ranges.items() for i, end in enumerate(("min", "max"))}
+    return TuneModelParams(table=TABLE, **bounds, **others)
+
+
+def _record(number: int, parameters: dict[str, float | int], rmse: float | None) -> TrialRecord:
+    return TrialRecord(
+        trial=number, parameters=parameters, rmse=rmse, rounds=1, best_rounds=1, seconds=0.1,
+        status="failed" if rmse is None else "completed", stopped_by="error" if rmse is None else "all_rounds",
+    )  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(ranges=_RANGES, algorithm=st.sampled_from(["optuna", "random"]), seed=st.integers(0, 2**31 - 1))
+def test_proposals_stay_within_the_ranges(ranges: dict[str, tuple[Any, Any]], algorithm: str, seed: int) -> None:
+    params = _params(ranges, search_algorithm=algorithm, seed=seed, num_trials=9)
+    search = searcher(params, [])
+    for number in range(9):
+        proposed = search.suggest(str(number))
+        assert proposed is not None
+        assert set(proposed) == set(TUNED)
+        if number == 0:
+            assert proposed == pytest.approx(first_trial(params))
+        for name, (low, high) in ranges.items():
+            assert low <= proposed[name] <= high
+        assert isinstance(proposed["max_depth"], int)
+        search.on_trial_complete(str(number), {"rmse": 1.0 + abs(proposed["eta"] - 0.3)})
+
+
+@pytest.mark.parametrize("algorithm", ["optuna", "random"])
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_a_resumed_search_proposes_other_trials(algorithm: str, preset: str) -> None:
+    params = TuneModelParams.model_validate({"table": TABLE, "preset": preset, "search_algorithm": algorithm})
+    search, done = searcher(params, []), []
+    for number in range(3):
+        proposed = search.suggest(str(number))
+        assert proposed is not None
+        done.append(_record(number + 1, proposed, 10.0 + number))
+    resumed = searcher(params, done)
+    again = [resumed.suggest(str(number)) for number in range(3)]
+    assert not [p for p in again if p in [r.parameters for r in done]]
+
+
+def test_the_search_learns_from_finished_trials() -> None:
+    params = _params(
+        {"subsample": (0.2, 1.0), "eta": (0.1, 0.1), "max_depth": (3, 3), "min_child_weight": (1, 1)}, num_trials=60
+    )
+    near = [0.2 + 0.016 * i for i in range(51)]
+    done = [
+        _record(i + 1, {"max_depth": 3, "eta": 0.1, "min_child_weight": 1.0, "subsample": s}, abs(s - 0.7))
+        for i, s in enumerate(near)
+    ]
+    search = searcher(params, done)
+    proposed = [search.suggest(str(i)) for i in range(5)]
+    assert all(p is not None and abs(p["subsample"] - 0.7) < 0.15 for p in proposed)
+
+
+def test_fingerprint_changes_with_what_makes_trials_comparable() -> None:
+    def of(digest: str = "a", **values: Any) -> str:
+        return fingerprint(TuneModelParams(table=TABLE, **values), {"train": digest})
+
+    assert of() == of(num_trials=100, engine="xgboost_ray", max_concurrent_trials=1)
+    assert len({of(), of("b"), of(eta_max=0.15), of(seed=1), of(num_boost_round=7), of(preset="article")}) == 6
+
+
+@settings(max_examples=200)
+@given(nodes=st.lists(st.integers(1, 16), min_size=1, max_size=5), num_workers=st.integers(1, 40))
+def test_workers_fit_and_use_what_there_is(nodes: list[int], num_workers: int) -> None:
+    nodes = sorted(nodes, reverse=True)
+    cpus = cpus_per_worker(num_workers, nodes)
+    if cpus == 0:
+        assert num_workers > sum(nodes)
+    else:
+        assert sum(n // cpus for n in nodes) >= num_workers
+        assert sum(n // (cpus + 1) for n in nodes) < num_workers
+
+
+@given(rows=st.integers(1, 10**9), cpus=st.integers(1, 256))
+def test_threads_are_between_one_and_the_cpus(rows: int, cpus: int) -> None:
+    threads = useful_threads(rows, cpus)
+    assert 1 <= threads <= cpus
+    assert threads == 1 or rows > 20_000
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"eta_min": 0.5, "eta_max": 0.1}, "eta_min"),
+        ({"max_depth_min": 7}, "max_depth_min"),
+        ({"num_trials": 0}, "num_trials"),
+        ({"subsample_max": 1.5}, "subsample_max"),
+    ],
+)
+def test_impossible_ranges_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TuneModelParams(table=TABLE, **values)
