@@ -23,7 +23,7 @@ def run_in_thread(function: Callable[[], Result], on_interrupt: Callable[[], Non
     def call() -> None:
         try:
             results.append(function())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # raised again, in the thread that waits
             errors.append(error)
 
     thread = threading.Thread(target=call, name="ray-driver", daemon=True)

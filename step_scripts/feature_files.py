@@ -15,24 +15,21 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 
-from step_scripts import storage
 from step_scripts.column_types import polars_schema
-from step_scripts.contract import StepError
-from step_scripts.event_hash import Lanes, add_sums, content_hashes, event_hashes, lane_sums, text_hashes, text_prefixes
+from step_scripts.event_hash import Lanes, content_hashes, event_hashes, lane_sums, text_hashes, text_prefixes
+from step_scripts.event_sources import TIMESTAMP, Source, check_complete, read_source
 from step_scripts.event_timeline import Changes, Events, changes, joined
 from step_scripts.group_folder import StoredFile
-from step_scripts.ingestion_plan import Hashed, Selection, Source, WriteItem, WriteTarget
+from step_scripts.ingestion_plan import Hashed, Selection, WriteItem, WriteTarget
 from step_scripts.table import TableSpec
 
 HOUR = 3_600_000_000  # microseconds
 SHOWN = 20  # ids in a message
 ROW_GROUP_ROWS = 1 << 15  # a look-up decodes one row group a file
-_TIMESTAMP = pl.Datetime("us", "UTC")
 _NAME_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LANES = 8  # of a scratch file: record id 2, time, content 2, row, commit, deleted
@@ -58,21 +55,22 @@ def hash_source(source: Source, table: TableSpec, buckets: int, folder: str, wan
 
     Raises `StepError` if it lacks a column, has one of another type, or has empty record ids or event times.
     """
-    ids = _read(source, ["record_id", "event_time"], table)
-    _check_ids(ids, source)
+    ids = read_source(source, ["record_id", "event_time"], table)
+    check_complete(ids, source)
     record = text_hashes(ids["record_id"])
     rows = np.arange(source.rows, dtype=np.uint64)
     if wanted is not None:
         known = pl.concat([pl.Series(np.load(w.path, mmap_mode="r")[0]) for w in wanted])
         chosen = pl.Series(record[0]).is_in(known.implode()).to_numpy()
         record, rows, ids = (record[0][chosen], record[1][chosen]), rows[chosen], ids.filter(chosen)
-    frame = _read(source, [*content_columns(table), "is_deleted"], table, rows)
+    flags = [] if source.commits is None else ["is_deleted"]
+    frame = read_source(source, [*content_columns(table), *flags], table, rows)
     content = content_hashes(frame, content_columns(table))
     time = ids["event_time"].to_physical().to_numpy()
     lanes = np.zeros((_LANES, len(rows)), np.uint64)
     lanes[0:2], lanes[2], lanes[3:5], lanes[5] = record, time.view(np.uint64), content, rows
-    lanes[6] = source.commit or 0
-    if source.commit is not None:
+    if source.commits is not None:
+        lanes[6] = np.repeat(*np.array(source.commits).T)[rows]
         lanes[7] = frame["is_deleted"].to_numpy()
     starts = (0, len(rows))
     if buckets > 1:
@@ -125,8 +123,8 @@ def write_files(item: WriteItem, target: WriteTarget) -> list[str]:
     written = []
     for start, stop in pairwise(bounds):
         events = frame[start:stop].with_columns(
-            pl.lit(target.write_time, _TIMESTAMP).alias("write_time"),
-            pl.lit(target.write_time, _TIMESTAMP).alias("api_invocation_time"),
+            pl.lit(target.write_time, TIMESTAMP).alias("write_time"),
+            pl.lit(target.write_time, TIMESTAMP).alias("api_invocation_time"),
         )
         latest = to_datetime(int(events["event_time"].to_physical().max()))  # pyright: ignore[reportArgumentType]
         path = event_file_path(latest, f"{target.ingestion}/{item.number}/{hours[start]}")
@@ -165,17 +163,15 @@ def read_back(data: str, paths: Sequence[str], table: TableSpec) -> tuple[list[S
 
     A file that is not there, or cannot be decoded, is left out.
     """
-    files, sums = [], (0, 0)
+    files, frames = [], []
     for path in paths:
         try:
             content = (Path(data) / path).read_bytes()
             frame = pl.read_parquet(io.BytesIO(content))
         except (FileNotFoundError, pl.exceptions.ComputeError):
             continue
+        frames.append(frame)
         time = frame["event_time"].to_physical().to_numpy()
-        deleted = frame["is_deleted"].to_numpy()
-        hashes = content_hashes(frame, content_columns(table))
-        sums = add_sums(sums, lane_sums(event_hashes(text_hashes(frame["record_id"]), time, hashes, deleted)))
         files.append(
             StoredFile(
                 path=path,
@@ -186,37 +182,12 @@ def read_back(data: str, paths: Sequence[str], table: TableSpec) -> tuple[list[S
                 last_event_time=to_datetime(int(time.max())),
             )
         )
-    return files, sums
-
-
-def _read(source: Source, columns: Sequence[str], table: TableSpec, rows: np.ndarray | None = None) -> pl.DataFrame:
-    """Columns of `source`, of the rows given only; of a stored file those that it has."""
-    types: dict[str, Any] = {"record_id": pl.String(), "event_time": _TIMESTAMP, "is_deleted": pl.Boolean()}
-    types |= polars_schema(table)
-    try:
-        frame = _scan(source.uri)
-        schema = frame.collect_schema()
-        present = [name for name in columns if name in schema]
-        if source.commit is None and (missing := [c for c in columns if c not in schema and c != "is_deleted"]):
-            raise StepError(f"{source.uri} lacks the columns {missing}; it has {list(schema)}. Make its asset again")
-        if wrong := [f"{c} is {schema[c]}, not {types[c]}" for c in present if schema[c] != types[c]]:
-            raise StepError(f"{source.uri}: column {'; '.join(wrong)}. Make its asset again")
-        result = frame.slice(source.offset, source.rows).select(present).collect()
-    except (FileNotFoundError, pl.exceptions.ComputeError) as error:
-        raise StepError(f"{source.uri} cannot be read ({error}); make it again, or restore it from a backup") from error
-    return result if rows is None or len(rows) == source.rows else result[rows]
-
-
-def _scan(uri: str) -> pl.LazyFrame:
-    if not storage.is_remote(uri):
-        return pl.scan_parquet(storage.local_path(uri), hive_partitioning=False, glob=False)
-    return pl.read_parquet(io.BytesIO(storage.read_bytes(uri))).lazy()
-
-
-def _check_ids(ids: pl.DataFrame, source: Source) -> None:
-    for name in ("record_id", "event_time"):
-        if empty := ids[name].null_count():
-            raise StepError(f"{source.uri}: {empty:,} of {source.rows:,} rows have no {name}. Make its asset again")
+    if not frames:
+        return [], (0, 0)
+    events = pl.concat(frames)
+    time, deleted = events["event_time"].to_physical().to_numpy(), events["is_deleted"].to_numpy()
+    content = content_hashes(events, content_columns(table))
+    return files, lane_sums(event_hashes(text_hashes(events["record_id"]), time, content, deleted))
 
 
 def _bucket_events(bucket: int, sources: Sequence[tuple[int, Hashed]]) -> Events:
@@ -246,22 +217,22 @@ def _selected_rows(source: Source, selections: Sequence[Selection], item: WriteI
     hours = chosen[1] // HOUR
     inside = (hours >= item.first_hour) & (hours <= item.last_hour)
     row, time = (chosen[0], chosen[1]) if inside.all() else (chosen[0][inside], chosen[1][inside])
-    if source.commit is not None:
-        ids = _read(source, ["record_id"], table)[row]
+    if source.commits is not None:
+        ids = read_source(source, ["record_id"], table)[row]
         return tombstones(ids["record_id"], time, table)
-    frame = _read(source, ["record_id", "event_time", *table.column_names], table)
+    frame = read_source(source, ["record_id", "event_time", *table.column_names], table)
     if len(row) < source.rows:
         frame = frame[row]
     else:
         time = time[np.argsort(row)]
     return frame.with_columns(
-        pl.Series("event_time", time).cast(_TIMESTAMP), pl.lit(False).alias("is_deleted")
+        pl.Series("event_time", time).cast(TIMESTAMP), pl.lit(False).alias("is_deleted")
     )  # the comparison may have moved an event behind what is stored
 
 
 def tombstones(record_ids: pl.Series, time: np.ndarray, table: TableSpec) -> pl.DataFrame:
     """Deletions of records at times given in microseconds: nothing but id and time."""
-    frame = pl.DataFrame([record_ids.alias("record_id"), pl.Series("event_time", time).cast(_TIMESTAMP)])
+    frame = pl.DataFrame([record_ids.alias("record_id"), pl.Series("event_time", time).cast(TIMESTAMP)])
     empty = (pl.lit(None, dtype).alias(name) for name, dtype in polars_schema(table).items())
     return frame.with_columns(*empty, pl.lit(True).alias("is_deleted"))
 

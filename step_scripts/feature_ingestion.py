@@ -19,6 +19,7 @@ import polars as pl
 from step_scripts import storage
 from step_scripts.contract import Artifact, Reporter, StepError
 from step_scripts.event_hash import add_sums, subtract_sums
+from step_scripts.event_sources import dataset_sources, read_source, stored_sources
 from step_scripts.event_timeline import Changes
 from step_scripts.feature_files import SHOWN, compare_bucket, hash_source, read_back, write_files
 from step_scripts.group_folder import LOCK_SECONDS, Commit, GroupFolder, StoredFile, digest_of
@@ -26,11 +27,9 @@ from step_scripts.group_schema import adopts, check_columns
 from step_scripts.ingestion_plan import (
     BUCKET_EVENTS,
     Selection,
-    Source,
     WriteItem,
     WriteTarget,
     bucket_count,
-    dataset_sources,
     piece_rows,
     write_groups,
 )
@@ -130,7 +129,7 @@ class _Ingestion:
         self._run = run
         self.commits = folder.commits()
         self.stored_files = [(c.number, f) for c in self.commits for f in c.files]
-        self.inputs = dataset_sources(dataset, workers)
+        self.inputs = dataset_sources(dataset, piece_rows(dataset.rows or 0, workers))
         self.rows_in = sum(s.rows for s in self.inputs)
         if not self.rows_in:
             raise StepError(f"the dataset {dataset.uri} has no rows, so there is nothing to ingest")
@@ -189,10 +188,8 @@ class _Ingestion:
         buckets = bucket_count(self.rows_in + (self.rows_in if filtered else stored_rows))
         calls = [(source, self.table, buckets, scratch, None) for source in self.inputs]
         incoming = self._all(hash_source, calls, "rows read", [s.rows for s in self.inputs])
-        self.sources = self.inputs + [
-            Source(len(self.inputs) + n, str(self.folder.data / f.path), 0, f.rows, number)
-            for n, (number, f) in enumerate(self.stored_files)
-        ]
+        paths = [(number, str(self.folder.data / f.path), f.rows) for number, f in self.stored_files]
+        self.sources = self.inputs + stored_sources(len(self.inputs), paths, piece_rows(stored_rows, self.workers))
         old = self.sources[len(self.inputs) :]
         calls = [(source, self.table, buckets, scratch, incoming if filtered else None) for source in old]
         stored = self._all(hash_source, calls, "stored rows compared", [s.rows for s in old])
@@ -267,7 +264,7 @@ class _Ingestion:
         stored = [self.folder.data / path for path in readable]
         found = pl.scan_parquet(stored, hive_partitioning=False).select("record_id") if stored else None
         lost: set[str] = set()
-        for uri in dict.fromkeys(s.uri for s in self.inputs):
+        for uri in dict.fromkeys(uri for s in self.inputs for uri in s.uris):
             with storage.open_input(uri) as file:
                 ids = pl.read_parquet(file, columns=["record_id"]).unique()
             lost.update(
@@ -283,11 +280,7 @@ class _Ingestion:
 
     def _contradiction(self, found: Changes) -> StepError:
         places = [(int(n), int(row)) for c in found.conflicts for n, row in zip(c.source, c.row, strict=True)][:SHOWN]
-        ids = []
-        for number, row in places:
-            source = self.sources[number]
-            with storage.open_input(source.uri) as file:
-                ids.append(pl.read_parquet(file, columns=["record_id"])["record_id"][source.offset + row])
+        ids = [read_source(self.sources[n], ["record_id"], self.table)["record_id"][row] for n, row in places]
         return StepError(
             f"the dataset has different rows for the same record and event time, so that none of them is the latest: "
             f"record ids {', '.join(sorted(set(ids)))}{' and maybe others' if len(places) == SHOWN else ''}. "

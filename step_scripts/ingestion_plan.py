@@ -6,26 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-import pyarrow.parquet as pq
-
-from step_scripts import storage
-from step_scripts.contract import Artifact
+from step_scripts.event_sources import Source
 from step_scripts.table import TableSpec
 
 _PIECE_ROWS = (1 << 17, 1 << 20)  # fewest and most rows of a piece: a worker holds one piece, about 0.4 kB a row
 BUCKET_EVENTS = 1 << 19
 _MOST_BUCKETS = 1 << 12
-
-
-@dataclass(frozen=True)
-class Source:
-    """Rows `offset` to `offset + rows` of a Parquet file: of the dataset, or (`commit` is not None) of the group."""
-
-    index: int
-    uri: str
-    offset: int
-    rows: int
-    commit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,20 +66,6 @@ def bucket_count(events: int) -> int:
     while buckets < _MOST_BUCKETS and buckets * BUCKET_EVENTS < events:
         buckets *= 2
     return buckets
-
-
-def dataset_sources(dataset: Artifact, workers: int) -> list[Source]:
-    """The Parquet files of a dataset, divided into pieces."""
-    uris = [(storage.join(dataset.uri, f.path), f.rows) for f in dataset.files if f.path.endswith(".parquet")]
-    counted = [(uri, rows if rows is not None else _rows_of(uri)) for uri, rows in uris]
-    most = piece_rows(sum(rows for _, rows in counted), workers)
-    pieces = [(uri, at, min(most, rows - at)) for uri, rows in counted for at in range(0, rows, most)]
-    return [Source(index, uri, at, rows) for index, (uri, at, rows) in enumerate(pieces)]
-
-
-def _rows_of(uri: str) -> int:
-    with storage.open_input(uri) as file:
-        return pq.ParquetFile(file).metadata.num_rows
 
 
 def write_groups(histogram: Sequence[tuple[int, int, int]], most_rows: int) -> list[tuple[int, int, list[int], int]]:

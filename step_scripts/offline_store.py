@@ -21,6 +21,7 @@ from step_scripts import storage
 from step_scripts.column_types import polars_schema
 from step_scripts.contract import Artifact, StepError
 from step_scripts.event_hash import content_hashes, event_hashes, lane_sums, subtract_sums, text_hashes
+from step_scripts.event_sources import TIMESTAMP
 from step_scripts.feature_files import (
     content_columns,
     event_file_path,
@@ -35,7 +36,6 @@ from step_scripts.group_folder import EMPTY_DIGEST, GROUP_NAME, Commit, GroupFol
 from step_scripts.group_schema import adopts, check_columns
 from step_scripts.table import TableSpec
 
-_TIMESTAMP = pl.Datetime("us", "UTC")
 _EVENT_ORDER = ("event_time", "api_invocation_time", "write_time")
 
 
@@ -183,7 +183,7 @@ class OfflineStore:
             dies = was_live and becomes_latest
             write_time = max(datetime.now(UTC), last.write_time + timedelta(microseconds=1))
             time = np.array([to_microseconds(as_utc(event_time))])
-            stamp = pl.lit(write_time, _TIMESTAMP)
+            stamp = pl.lit(write_time, TIMESTAMP)
             stone = tombstones(pl.Series([record_id]), time, table).with_columns(
                 stamp.alias("write_time"), stamp.alias("api_invocation_time")
             )
@@ -257,8 +257,8 @@ class OfflineStore:
 
 def _scan(folder: GroupFolder, files: Sequence[StoredFile], table: TableSpec) -> pl.LazyFrame:
     """All events in the files; columns that older files lack are null."""
-    flags = {"write_time": _TIMESTAMP, "api_invocation_time": _TIMESTAMP, "is_deleted": pl.Boolean()}
-    schema = {"record_id": pl.String(), "event_time": _TIMESTAMP} | polars_schema(table) | flags
+    flags = {"write_time": TIMESTAMP, "api_invocation_time": TIMESTAMP, "is_deleted": pl.Boolean()}
+    schema = {"record_id": pl.String(), "event_time": TIMESTAMP} | polars_schema(table) | flags
     if not files:
         return pl.LazyFrame(schema=schema)
     if missing := folder.missing_files(files):

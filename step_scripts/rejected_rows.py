@@ -142,7 +142,7 @@ def rejection_message(rejected: int, total: int, why: Sequence[Reason], params: 
     return (
         f"{rejected:,} of {total:,} rows are rejected ({fraction:.3%}); "
         f"at most {limit:.3%} may be (max_rejected_fraction). Reasons: {kinds}{more}. "
-        f"Remedy: {', or '.join(remedies)}. The rows are listed in rejected_rows.csv, up to {LISTED_REJECTIONS:,} of them"
+        f"Remedy: {', or '.join(remedies)}. rejected_rows.csv lists them, up to {LISTED_REJECTIONS:,}"
     )
 
 

@@ -50,8 +50,14 @@ class Platform:
         """Run Python with `arguments` in this installation; standard output and error come together."""
         return subprocess.run(
             [sys.executable, *arguments],
-            cwd=ROOT, env=self.env, text=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
-        )  # fmt: skip
+            cwd=ROOT,
+            env=self.env,
+            text=True,
+            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=300,
+        )
 
     def instance(self) -> dg.DagsterInstance:
         """Its Dagster instance, to read what happened."""

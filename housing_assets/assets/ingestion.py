@@ -56,12 +56,12 @@ def raw_csv(
         rows_rejected=int(result.metrics["rejected_rows"]),
     )
     metadata = {
-        **artifact_metadata(rows),
+        "source": source,
         **result.metrics,
         **as_metadata(result.details),
-        **run_metadata(result),
-        "source": source,
         "dagster/column_schema": column_schema(table),
+        **artifact_metadata(rows),
+        **run_metadata(result),
     }
     return dg.MaterializeResult(value=value, metadata=metadata, data_version=dg.DataVersion(rows.digest))
 

@@ -46,14 +46,18 @@ def tuned_model(
         parameters=details["best_parameters"],
         request_digest=result.request_digest,
     )
-    metadata = {
-        **artifact_metadata(model),
-        **result.metrics,
-        **as_metadata(details),
-        **run_metadata(result),
+    plots = {
         "learning_curve": to_markdown(learning_curve_plot(details["learning_curve"], HOUSING_TABLE), "learning curve"),
         "importance": to_markdown(importance_plot(details["importance"]), "feature importance"),
         "search": to_markdown(trials_plot(details["trials"]), "trials"),
+    }
+    others = {name: value for name, value in details.items() if name not in plots}
+    metadata = {
+        **result.metrics,
+        **plots,
+        **as_metadata(others),
+        **artifact_metadata(model),
+        **run_metadata(result),
     }
     return dg.MaterializeResult(value=value, metadata=metadata, data_version=dg.DataVersion(model.digest))
 
@@ -144,12 +148,12 @@ def registered_model(
         status="Approved" if config.approval == "automatic" else "PendingManualApproval",
     )
     metadata = {
-        **artifact_metadata(version.artifact),
         "model_version": version.reference,
         "version": version.version,
         "approval_status": version.status,
         "rmse": evidence.value,
         "rmse_threshold": evidence.threshold,
         "lineage": dg.MetadataValue.json(version.lineage),
+        **artifact_metadata(version.artifact),
     }
     return dg.MaterializeResult(value=version, metadata=metadata, data_version=dg.DataVersion(version.artifact.digest))

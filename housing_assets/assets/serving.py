@@ -30,7 +30,9 @@ def endpoint(
     if version.artifact.digest != registered_model.artifact.digest:
         raise refusal(f"{version.reference} in the registry is another model", "materialize registered_model again")
     if not version.gate.passed:
-        raise refusal(f"{version.reference} has no passed evaluation", "materialize evaluation_report and registered_model")
+        raise refusal(
+            f"{version.reference} has no passed evaluation", "materialize evaluation_report and registered_model"
+        )
     require_not_failed_since(context.instance, version.artifact.digest)
     smoke_test = smoke_test_from(version.artifact, test_split.rows, config.smoke_test_rows)
     try:

@@ -70,11 +70,11 @@ def splits(
             statistics=result.outputs["statistics"] if split == "train" else None,
         )
         metadata = {
-            **artifact_metadata(rows),
-            **run_metadata(result),
             "fraction": round(value.fraction, 6),
             "configured_fraction": value.configured_fraction,
             "dagster/column_schema": column_schema(HOUSING_TABLE),
+            **artifact_metadata(rows),
+            **run_metadata(result),
         }
         if split == "train":
             metadata |= as_metadata(result.details)

@@ -88,7 +88,9 @@ def feature_drift(train_split: SplitRef, model_registry: ModelRegistry) -> dg.As
     return dg.AssetCheckResult(
         passed=not drifted,
         severity=dg.AssetCheckSeverity.WARN,
-        description=f"shifted against {champion.reference}: {', '.join(drifted)}" if drifted else f"as in {champion.reference}",
+        description=f"shifted against {champion.reference}: {', '.join(drifted)}"
+        if drifted
+        else f"as in {champion.reference}",
         metadata={
             "champion": champion.reference,
             "threshold": PSI_THRESHOLD,

@@ -138,13 +138,14 @@ def test_a_model_that_waits_for_approval_is_not_served_until_it_is_approved(mate
     assert ping.json()["model_digest"] == endpoint["model_digest"]
 
 
-@pytest.mark.parametrize("when", ["Started execution of step \"raw_csv\"", "trial"])
+@pytest.mark.parametrize("when", ['Started execution of step "raw_csv"', "trial"])
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
 def test_a_terminated_run_is_canceled_within_ten_seconds(
     tmp_path: Path, when: str, signal_number: signal.Signals
 ) -> None:
     platform = Platform(tmp_path)
-    slow = {"tuned_model": {"num_trials": 200, "num_boost_round": 5000, "scheduler": "none", "eta_max": 0.01, "eta_min": 0.01}}
+    endless = {"num_trials": 200, "num_boost_round": 5000, "scheduler": "none", "eta_max": 0.01, "eta_min": 0.01}
+    slow = {"tuned_model": endless}
     log = tmp_path / "log.txt"
     with log.open("w") as output:
         run = subprocess.Popen(
@@ -176,9 +177,13 @@ def test_two_runs_at_once_both_succeed(tmp_path: Path) -> None:
     config = {"evaluation_report": {"rmse_threshold": 1e6}}
     runs = [
         subprocess.Popen(
-            platform.command("*", config), cwd=ROOT, env=platform.env,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            platform.command("*", config),
+            cwd=ROOT,
+            env=platform.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for _ in range(2)
     ]
     try:

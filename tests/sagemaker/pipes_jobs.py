@@ -22,6 +22,7 @@ FAST = JobPolling(
 # Only the first host speaks Pipes, as Ray's head does.
 PREAMBLE = """
 import contextlib, json, os, sys, time
+os.environ |= {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "30"}
 import boto3
 from dagster_pipes import PipesS3ContextLoader, PipesS3MessageWriter, open_dagster_pipes
 for place in ("/opt/ml/input/config", "/opt/ml/config"):
@@ -39,6 +40,7 @@ def training_request(aws: Any, script: str, hosts: int = 1, **changes: Any) -> d
     """Parameters of `create_training_job`, without a name. The script is delivered by a channel."""
     request = aws.training_request(f"script-{abs(hash(script)) % 10**9}", PREAMBLE + script, hosts, **changes)
     del request["TrainingJobName"]
+    request["StoppingCondition"] = {"MaxRuntimeInSeconds": 600}
     return request
 
 

@@ -41,7 +41,7 @@ def test_both_locations(tmp_path: Path, place: str, kind: str, file: str) -> Non
     assert hosts.failure_file == tmp_path / file
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(count=st.integers(1, 40), data=st.data())
 def test_every_host_finds_the_same_head_and_order(
     tmp_path_factory: pytest.TempPathFactory, count: int, data: st.DataObject
