@@ -17,14 +17,9 @@ WORKDIR /opt/housing
 COPY pyproject.toml README.md constraints.txt ./
 COPY step_scripts step_scripts
 COPY housing_assets housing_assets
-COPY resources resources
-# pip compiles bytecode: without it Ray's workers start several times slower.
-RUN pip install --no-cache-dir --disable-pip-version-check -c constraints.txt boto3 . \
- && rm -rf resources
-
-ENV PYTHONPATH=/opt/housing \
-    PYTHONUNBUFFERED=1 \
-    RAY_USAGE_STATS_ENABLED=0
+# pip compiles bytecode: without it Ray's workers start several times slower. The versions are those that
+# `make constraints` wrote; a job checks them against those of the Dagster process and installs what differs.
+RUN pip install --no-cache-dir --disable-pip-version-check -c constraints.txt boto3 .
 
 # `docker run housing train`, `… serve`, `… step_scripts.cluster` (processing).
 EXPOSE 8080

@@ -64,8 +64,14 @@ format: $(VENV)/.installed-dev  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The emulated SageMaker gives every host a network namespace of its own where it may: as root, with iproute2.
+.PHONY: system-packages
+system-packages:
+	@if [ "$$(id -u)" = 0 ] && ! command -v ip >/dev/null && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq iproute2; fi
+
 .PHONY: test
-test: lint  ## Run ruff, pyright and all tests
+test: system-packages lint  ## Run ruff, pyright and all tests
 	$(BIN)/pytest
 
 .PHONY: bench

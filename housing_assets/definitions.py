@@ -9,6 +9,7 @@ from housing_assets.checks import model as model_checks
 from housing_assets.checks import serving as serving_checks
 from housing_assets.checks import splits as splits_checks
 from housing_assets.deployments import load_resources
+from housing_assets.executor import in_process_executor
 
 OWNERS = ["team:ml-platform"]
 
@@ -30,5 +31,5 @@ defs = dg.Definitions(
     jobs=[refresh, approve_model, reject_model],
     resources=load_resources(),
     # The graph is a chain, and Ray is the parallelism: one process a run, and one Ray session in it.
-    executor=dg.in_process_executor,
+    executor=in_process_executor,
 )

@@ -7,37 +7,43 @@ latest evaluation up itself, and refuses unless it passed for exactly the model 
 from __future__ import annotations
 
 import dagster as dg
+from dagster._core.storage.asset_check_execution_record import (  # has no public name
+    AssetCheckExecutionRecordStatus,
+)
 
 from resources.model_registry.base import GateEvidence
 from resources.references import EvaluationRef, ModelRef
 
 EVALUATION = dg.AssetKey("evaluation_report")
 GATE_CHECK = "rmse_threshold"
+_FINISHED = {AssetCheckExecutionRecordStatus.SUCCEEDED, AssetCheckExecutionRecordStatus.FAILED}
+_HISTORY = 1000
 
 
 def require_gate_passed(context: dg.AssetExecutionContext, model: ModelRef, evaluation: EvaluationRef) -> GateEvidence:
     """Evidence that `model` passed the gate.
 
-    Raises `dagster.Failure` if `evaluation` is of another model, if its check has not run since it was made, or failed.
+    Raises `dagster.Failure` if `evaluation` is of another model, if the check has not judged exactly this evaluation
+    with exactly this threshold, or if it failed.
     """
     if evaluation.model_digest != model.model.digest:
         raise refusal(
             f"the evaluation is of model {evaluation.model_digest[:12]}, not of model {model.model.digest[:12]}",
             "materialize evaluation_report again",
         )
-    found = latest_gate_evaluation(context.instance)
+    # By content and not by "latest": another run may have planned or finished a check of its own in the meantime.
+    found = _latest_check(
+        context.instance,
+        model_digest=model.model.digest,
+        evaluation_digest=evaluation.report.digest,
+        threshold=evaluation.rmse_threshold,
+    )
     if found is None:
-        raise refusal(f"check {GATE_CHECK} never ran on evaluation_report", "materialize evaluation_report")
-    check, run_id = found
-    made = context.instance.get_latest_materialization_event(EVALUATION)
-    target = check.target_materialization_data
-    if made is None or target is None or target.storage_id != _storage_id(context.instance):
         raise refusal(
-            f"check {GATE_CHECK} has not run since evaluation_report was last materialized",
+            f"check {GATE_CHECK} has not judged the evaluation of model {model.model.digest[:12]}",
             "materialize evaluation_report with its checks",
         )
-    if _text(check, "evaluation_digest") != evaluation.report.digest:
-        raise refusal("the latest gate check is of another evaluation", "materialize evaluation_report again")
+    check, run_id = found
     rmse = evaluation.metrics["rmse"]
     if not check.passed:
         raise refusal(
@@ -54,36 +60,30 @@ def require_gate_passed(context: dg.AssetExecutionContext, model: ModelRef, eval
     )
 
 
-def latest_gate_evaluation(instance: dg.DagsterInstance) -> tuple[dg.AssetCheckEvaluation, str] | None:
-    """The latest finished evaluation of the gate's check, with its run's id; `None` if it never ran."""
-    record = instance.event_log_storage.get_latest_asset_check_execution_by_key(
-        [dg.AssetCheckKey(EVALUATION, GATE_CHECK)]
-    ).get(dg.AssetCheckKey(EVALUATION, GATE_CHECK))
-    if record is None or record.event is None or record.event.dagster_event is None:
-        return None
-    return record.event.dagster_event.asset_check_evaluation_data, record.run_id
-
-
 def require_not_failed_since(instance: dg.DagsterInstance, model_digest: str) -> None:
-    """Raise `dagster.Failure` if the latest gate evaluation is of this very model and failed."""
-    found = latest_gate_evaluation(instance)
-    if found is not None and not found[0].passed and _text(found[0], "model_digest") == model_digest:
+    """Raise `dagster.Failure` if the latest finished check of this very model failed."""
+    found = _latest_check(instance, model_digest=model_digest)
+    if found is not None and not found[0].passed:
         raise refusal(
             f"the latest evaluation of model {model_digest[:12]} failed check {GATE_CHECK}",
             "improve the model, or evaluate it again with another threshold",
         )
 
 
+def _latest_check(instance: dg.DagsterInstance, **facts: str | float) -> tuple[dg.AssetCheckEvaluation, str] | None:
+    """The latest finished evaluation of the check whose metadata holds `facts`, with its run's id."""
+    history = instance.event_log_storage.get_asset_check_execution_history(
+        dg.AssetCheckKey(EVALUATION, GATE_CHECK), limit=_HISTORY, status=_FINISHED
+    )
+    for record in history:
+        if record.event is None or record.event.dagster_event is None:
+            continue
+        check = record.event.dagster_event.asset_check_evaluation_data
+        if all(name in check.metadata and check.metadata[name].value == value for name, value in facts.items()):
+            return check, record.run_id
+    return None
+
+
 def refusal(reason: str, remedy: str) -> dg.Failure:
     """The failure that everything behind the gate raises."""
     return dg.Failure(f"refused by the quality gate: {reason}. Remedy: {remedy}.", allow_retries=False)
-
-
-def _storage_id(instance: dg.DagsterInstance) -> int | None:
-    records = instance.fetch_materializations(EVALUATION, limit=1).records
-    return records[0].storage_id if records else None
-
-
-def _text(check: dg.AssetCheckEvaluation, name: str) -> str | None:
-    value = check.metadata.get(name)
-    return str(value.value) if value is not None else None

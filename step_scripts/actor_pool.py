@@ -91,8 +91,8 @@ class ActorPool:
             return ray.get(reference)
         except RayActorError as error:
             raise StepError(
-                f"the process of a Ray actor ended {_RESTARTS + 1} times in {what}: {error}. If memory is short, "
-                "use fewer actors"
+                f"the process of a Ray actor ended {_RESTARTS + 1} times in {what}: {str(error).splitlines()[0]} "
+                "If memory is short, use fewer actors"
             ) from error
         except RayTaskError as error:
             if isinstance(error.cause, StepError):

@@ -8,14 +8,15 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 _POLL_SECONDS = 0.2
+_END_SECONDS = 4.0
 
 
-def run_in_thread(function: Callable[[], Result], on_interrupt: Callable[[], None] = lambda: None) -> Result:
+def run_in_thread(function: Callable[[], Result], on_interrupt: Callable[[], None] | None = None) -> Result:
     """The result of `function`, which runs in a second thread; its exception is raised here.
 
     A signal reaches Python only when the main thread is not inside Ray, and in the main thread Ray Tune and Ray Train
-    install signal handlers that they leave behind. On an interrupt `on_interrupt` is called, and the thread is left to
-    end by itself.
+    install signal handlers that they leave behind. On an interrupt `on_interrupt` is called, and the thread has a few
+    seconds to end; without it, the thread is left to end with the process.
     """
     results: list[Result] = []
     errors: list[BaseException] = []
@@ -32,7 +33,9 @@ def run_in_thread(function: Callable[[], Result], on_interrupt: Callable[[], Non
         while thread.is_alive():
             thread.join(_POLL_SECONDS)
     except BaseException:
-        on_interrupt()
+        if on_interrupt is not None:
+            on_interrupt()
+            thread.join(_END_SECONDS)
         raise
     if errors:
         raise errors[0]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import xgboost as xgb
+from xgboost.callback import TrainingCallback
 
 from step_scripts.training_data import Matrix
 
@@ -51,7 +52,7 @@ class History:
         return int(np.argmin(self.validation)) + 1 if self.validation else 0
 
 
-class EarlyStopping(xgb.callback.TrainingCallback):
+class EarlyStopping(TrainingCallback):
     """Records the history and stops `patience` rounds after the best one.
 
     The history is also kept in the booster, every `interval` rounds, so that a fit that goes on from a checkpoint knows

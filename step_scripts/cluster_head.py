@@ -47,12 +47,11 @@ class Head(Role):
             failure = failure_of(error)
             _log.error("failed: %s", failure["message"], exc_info=None if isinstance(error, ClusterError) else error)
             self.tools.children.end(driver, 0)
-        if failure is not None:
-            self._remove_attempt()
-            if not stopped:
-                write_failure(self.hosts.failure_file, failure)
+        if failure is not None and not stopped:
+            write_failure(self.hosts.failure_file, failure)
         self._tell(End(failure))
         if failure is not None:
+            self._remove_attempt()
             return STOPPED if stopped else FAILED
         if self.hosts.kind == "training":
             model = str(self.hosts.root / "model" / "manifest.json")

@@ -15,8 +15,8 @@ PREFIX = "HOUSING_CLUSTER_"
 class ClusterLimits(BaseModel):
     """Seconds, each a field of `cluster.json` in the job's folder, or a variable `HOUSING_CLUSTER_<FIELD>`.
 
-    The variable wins. After SIGTERM the platform waits for 120 seconds: the sum of `checkpoint_seconds`,
-    `farewell_seconds` and twice `stop_seconds` should stay below it.
+    The variable wins. After SIGTERM the platform waits for 120 seconds. `checkpoint_seconds`, `farewell_seconds` and
+    twice `stop_seconds` should leave about 30 of them for the removal of the attempt's files.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,7 +37,7 @@ class ClusterLimits(BaseModel):
     lost_host_seconds: float = Field(
         default=1800.0, gt=0, description="How long the step may go on after a host was lost."
     )
-    checkpoint_seconds: float = Field(default=60.0, ge=0, description="What a step has after SIGTERM to save its work.")
+    checkpoint_seconds: float = Field(default=45.0, ge=0, description="What a step has after SIGTERM to save its work.")
     farewell_seconds: float = Field(
         default=15.0, ge=0, description="How long the head waits until workers know the end."
     )

@@ -21,7 +21,8 @@ from step_scripts.job_files import JobFiles
 from step_scripts.job_hosts import JobHosts, own_address, resolve
 
 SUCCEEDED, FAILED, STOPPED = 0, 1, 143
-_TAIL_LINES = 40
+_TAIL_LINES = 20
+_NOISE = ("[state-dump]", "scripts.py:")  # what Ray prints behind what matters
 _QUICK = 0.2
 _log = logging.getLogger(__name__)
 Found = TypeVar("Found")
@@ -87,7 +88,8 @@ class Role(ABC):
         """Start Ray on this host. The process lasts as long as Ray's own processes do, and takes them along."""
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
         command += ["--node-ip-address", address, "--node-name", self.hosts.current]
-        command += ["--disable-usage-stats", "--temp-dir", str(self.tools.folder), "--include-log-monitor=false"]
+        # A folder in ours, because Ray opens it to all users.
+        command += ["--disable-usage-stats", "--temp-dir", str(self.tools.folder / "r"), "--include-log-monitor=false"]
         if cpus := os.environ.get("HOUSING_NODE_CPUS"):
             command += ["--num-cpus", cpus]
         if size := os.environ.get("HOUSING_OBJECT_STORE_BYTES"):
@@ -100,9 +102,10 @@ class Role(ABC):
             lines = (self.tools.folder / "ray_start.log").read_text(errors="replace").strip().splitlines()
         except FileNotFoundError:
             return "it printed nothing"
-        for line in lines[-_TAIL_LINES:]:
+        telling = [line.strip() for line in lines if line.strip() and not any(word in line for word in _NOISE)]
+        for line in telling[-_TAIL_LINES:]:
             _log.info("| %s", line)
-        return " ".join(line.strip() for line in lines[-3:]) or "it printed nothing"
+        return " ".join(telling[-2:]) or "it printed nothing"
 
 
 class Worker(Role):
@@ -189,8 +192,10 @@ class Worker(Role):
             if leaving is not None and leaving.passed:
                 return None
             if node.poll() is not None and leaving is None:
-                lost = " after the head became unreachable" if trouble else ""
-                raise ClusterError(f"Ray on host {self.hosts.current} ended{lost}: {self.ray_output()}")
+                if trouble:
+                    where = f"{self._link.address}:{self.port}"
+                    raise ClusterError(f"lost the head {self.hosts.head}: Ray on this host ended without it ({where})")
+                raise ClusterError(f"Ray on host {self.hosts.current} ended: {self.ray_output()}")
             alarm.wait(_QUICK if leaving else pause)
             self.tools.children.reap()
         raise AssertionError("unreachable")

@@ -9,7 +9,11 @@ from functools import cache
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
-_IMPORT = re.compile(r"^\s*(?:from|import)\s+step_scripts\.(\w+)", re.MULTILINE)
+# `from step_scripts.a import x`, `import step_scripts.a`, `from step_scripts import a, b`
+_IMPORT = re.compile(
+    r"^\s*(?:(?:from|import)\s+step_scripts\.(?P<module>\w+)|from\s+step_scripts\s+import\s+(?P<modules>[\w, ]+))",
+    re.MULTILINE,
+)
 
 
 @cache
@@ -25,7 +29,9 @@ def step_version(step: str) -> str:
         if module in sources:
             continue
         sources[module] = _source(module).read_bytes()
-        pending += _IMPORT.findall(sources[module].decode())
+        for found in _IMPORT.finditer(sources[module].decode()):
+            names = found["module"] or found["modules"]
+            pending += [name.split()[0] for name in names.split(",") if name.strip()]
     digest = hashlib.sha256()
     for module in sorted(sources):
         digest.update(module.encode() + b"\0" + sources[module] + b"\0")

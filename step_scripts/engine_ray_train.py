@@ -14,6 +14,7 @@ import ray
 import ray.train
 import xgboost as xgb
 from ray.train.xgboost import XGBoostTrainer
+from xgboost.callback import TrainingCallback
 
 from step_scripts import storage
 from step_scripts.contract import StepError
@@ -75,7 +76,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     boost(request, context.get_world_rank(), context.get_world_size(), checkpoint, (report,))
 
 
-class _Checkpoint(xgb.callback.TrainingCallback):
+class _Checkpoint(TrainingCallback):
     """Hands the booster to Ray Train now and then, and at the end. Metrics are not reported: that would be slow."""
 
     def __init__(self, interval: int, rank: int) -> None:
@@ -112,7 +113,8 @@ class _Checkpoint(xgb.callback.TrainingCallback):
 
 def _gather(address: str) -> list[str]:
     size, rank = xgb.collective.get_world_size(), xgb.collective.get_rank()
-    return sorted({xgb.collective.broadcast(address if root == rank else None, root) for root in range(size)})
+    addresses = [xgb.collective.broadcast(address if root == rank else None, root) for root in range(size)]
+    return sorted({found for found in addresses if found is not None})
 
 
 def _load(checkpoint: ray.train.Checkpoint | None) -> xgb.Booster:

@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 import ray
 import xgboost as xgb
+from ray.exceptions import RayActorError, RayTaskError
 
 from step_scripts.boosting import EarlyStopping
 from step_scripts.contract import StepError
@@ -31,14 +32,15 @@ _REPLACED = (
     "_create_actor",
     "_create_communication_processes",
     "_create_placement_group",
+    "_train",
 )
-_TRACKER_STOP_SECONDS = 5.0
+_TRACKER_STOP_SECONDS = 2.0
 
 
 def train_booster(request: FitRequest) -> EngineResult:
     """Fit on one actor a worker. A lost actor is started again once, and all go on from the latest checkpoint.
 
-    Raises `StepError` if the installed xgboost_ray cannot be adapted.
+    Raises `StepError` if the installed xgboost_ray cannot be adapted, and `RuntimeError` if XGBoost fails.
     """
     num_workers = request.num_workers or 1
     with _adapted() as (main, started):
@@ -91,12 +93,13 @@ def _matrix(split: TrainingSplit, num_workers: int) -> Any:
     parts: list[Any] = [read.remote(rank) for rank in range(num_workers)]
     try:
         addresses = ray.get([address for _, address in parts])
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
         if isinstance(error.cause, StepError):
             raise error.cause from error
         raise
     shape = (split.rows, len(split.scaler.features) + 1)
-    return RayDMatrix(_Partitions([frame for frame, _ in parts], addresses, shape), label=split.target)
+    partitions: Any = _Partitions([frame for frame, _ in parts], addresses, shape)
+    return RayDMatrix(partitions, label=split.target)
 
 
 class _Started:
@@ -113,8 +116,9 @@ class _Started:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             made = create(*args, **kwargs)
-            into.extend(made if isinstance(made, tuple) else [made])
-            if into is self.actors:
+            several = isinstance(made, tuple)
+            into.extend(made if several else [made])
+            if into is self.actors and not several:
                 self._addresses.append(made.ip.remote())
             return made
 
@@ -124,7 +128,7 @@ class _Started:
         """Addresses of the nodes that had an actor, in order."""
         addresses = set()
         for reference in self._addresses:
-            with contextlib.suppress(ray.exceptions.RayActorError):  # it was lost and replaced
+            with contextlib.suppress(RayActorError):  # it was lost and replaced
                 addresses.add(ray.get(reference))
         return tuple(sorted(addresses))
 
@@ -158,6 +162,20 @@ class _Tracker:
         self._thread.join(_TRACKER_STOP_SECONDS)
 
 
+def _without_vain_restarts(train: Callable[..., Any]) -> Callable[..., Any]:
+    """`train`, whose failure is final unless an actor was lost: XGBoost would fail again."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return train(*args, **kwargs)
+        except RayActorError as error:
+            if isinstance(error.__cause__, RayTaskError) and not kwargs["_training_state"].failed_actor_ranks:
+                raise RuntimeError(f"xgboost_ray failed: {error.__cause__}") from error
+            raise
+
+    return call
+
+
 def _start_tracker(num_workers: int) -> tuple[_Tracker, dict[str, Any]]:
     tracker = _Tracker(num_workers)
     return tracker, tracker.arguments
@@ -181,6 +199,7 @@ def _adapted() -> Iterator[tuple[ModuleType, _Started]]:
                 original["_create_communication_processes"], started.communication
             ),
             _create_placement_group=started.recording(original["_create_placement_group"], started.placement_groups),
+            _train=_without_vain_restarts(original["_train"]),
         )
         try:
             yield main, started

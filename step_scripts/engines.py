@@ -10,6 +10,8 @@ from typing import Any
 
 import ray
 import xgboost as xgb
+from ray.exceptions import RayTaskError
+from xgboost.callback import TrainingCallback
 
 from step_scripts.background import run_in_thread
 from step_scripts.boosting import EarlyStopping, History, finished, quantile_matrices, useful_threads
@@ -118,7 +120,7 @@ def boost(
     rank: int = 0,
     num_workers: int = 1,
     checkpoint: xgb.Booster | None = None,
-    callbacks: tuple[xgb.callback.TrainingCallback, ...] = (),
+    callbacks: tuple[TrainingCallback, ...] = (),
 ) -> xgb.Booster:
     """The loop of one worker, which reads its own part of both splits. Goes on from `checkpoint`.
 
@@ -149,7 +151,7 @@ def boost_in_task(request: FitRequest) -> EngineResult:
     remote = ray.remote(task).options(num_cpus=request.cpus_per_worker, max_retries=1)
     try:
         return ray.get(remote.remote())
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
         if isinstance(error.cause, StepError):
             raise error.cause from error
         raise

@@ -225,7 +225,8 @@ class _Ingestion:
     def _read_back(self, written: list[str], expected: tuple[int, int], rows: int) -> list[StoredFile]:
         """Prove that the written files hold exactly the events to store. Raises `StepError` if they do not."""
         data = str(self.folder.data)
-        size = min(_FILES_READ_AT_ONCE, -(-len(written) // self.workers)) or 1
+        wanted = len(written) * piece_rows(rows, self.workers) // max(rows, 1)
+        size = max(1, min(_FILES_READ_AT_ONCE, wanted, -(-len(written) // self.workers)))
         calls = [(data, written[at : at + size], self.table) for at in range(0, len(written), size)]
         files, sums = list[StoredFile](), (0, 0)
         for described, part in self._all(read_back, calls):

@@ -128,12 +128,7 @@ class SearchProgress(LivesInDriver, tune.Callback):
         if "rmse" not in result:  # the search was interrupted before the trial's first report
             return
         names = ("rmse", "rounds", "best_rounds", "stopped_by")
-        record = self._record(trial, status="completed", **{name: result[name] for name in names})
-        if self._store is not None:
-            try:
-                self._store.save(record)
-            except OSError as error:
-                self._log.warning(f"trial {record.trial} could not be kept for a resume: {error}")
+        self._record(trial, status="completed", **{name: result[name] for name in names})
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Record and report a trial that failed."""
@@ -147,13 +142,17 @@ class SearchProgress(LivesInDriver, tune.Callback):
             if actor is not None:
                 ray.kill(actor)
 
-    def _record(self, trial: Trial, **values: Any) -> TrialRecord:
+    def _record(self, trial: Trial, **values: Any) -> None:
         number = self._numbers.pop(trial.trial_id, None) or next(self._free_numbers)
         seconds = time.monotonic() - self._started.get(trial.trial_id, time.monotonic())
         record = TrialRecord(trial=number, parameters=dict(trial.config), seconds=round(seconds, 4), **values)
+        if self._store is not None and record.status == "completed":
+            try:
+                self._store.save(record)
+            except OSError as error:
+                self._log.warning(f"trial {record.trial} could not be kept for a resume: {error}")
         self.records.append(record)
         self._say(f"{len(self.records)} of {self._num_trials} done, {record.describe()}")
-        return record
 
     def _say(self, message: str) -> None:
         self._log.info(message)
@@ -164,7 +163,7 @@ def _reason(trial: Trial) -> str:
     """The line of the trial's error that says what happened."""
     text = Path(trial.error_file).read_text() if trial.error_file else ""
     lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
-    # The error of a task is a traceback that ends with it (and, for XGBoost's, with a stack of C++ functions); that of a
-    # lost process begins with it.
+    # The error of a task ends with its name (and, for XGBoost's, a stack of C++ functions); that of a lost process
+    # begins with what happened.
     named = [line for line in lines if _ERROR_LINE.match(line)]
     return named[-1] if named else lines[0] if lines else "unknown error"

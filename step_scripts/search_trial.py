@@ -12,6 +12,7 @@ from typing import Any
 import ray
 import xgboost as xgb
 from ray import tune
+from ray.exceptions import RayTaskError
 
 from step_scripts.background import run_in_thread
 from step_scripts.boosting import quantile_matrices, useful_threads, xgboost_parameters
@@ -34,7 +35,7 @@ class MatrixHolder:
         self._error: StepError | None = None
 
     def references(self) -> list[ray.ObjectRef]:
-        """References to the `Matrix` of each split, which are read on the first call. Raises `StepError`, every time."""
+        """References to the `Matrix` of each split, read on the first call. Raises `StepError` on every call."""
         if self._error is None and not self._references:
             try:
                 self._references = [ray.put(split.load()) for split in self._splits]
@@ -52,12 +53,12 @@ def matrix_holder(train: TrainingSplit, validation: TrainingSplit) -> Iterator[s
     Raises the `StepError` of a split that cannot be read, at the end of the block.
     """
     name = f"matrices-{uuid.uuid4().hex[:12]}"
-    holder = ray.remote(MatrixHolder).options(name=name, num_cpus=0).remote(train, validation)
+    holder: Any = ray.remote(MatrixHolder).options(name=name, num_cpus=0).remote(train, validation)
     reading = holder.references.remote()
     try:
         yield name
         run_in_thread(lambda: ray.get(reading))
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
         if isinstance(error.cause, StepError):
             raise error.cause from error
         raise
@@ -83,10 +84,12 @@ class BoostingTrial(tune.Trainable):
     The matrices are made once an actor: their bins do not depend on what is tuned.
     """
 
-    def setup(self, config: dict[str, Any], *, task: TrialTask) -> None:
+    def setup(  # pyright: ignore[reportIncompatibleMethodOverride]  # `tune.with_parameters` adds the task
+        self, config: dict[str, Any], *, task: TrialTask
+    ) -> None:
         """Map the matrices (no copy is made of what is in the object store) and bin them."""
         self._task = task
-        holder = ray.get_actor(task.holder)
+        holder: Any = ray.get_actor(task.holder)
         train, validation = ray.get(ray.get(holder.references.remote()))
         self._threads = useful_threads(len(train.target), task.cpus)
         self._train, self._validation = quantile_matrices(train, validation, self._threads)

@@ -55,10 +55,13 @@ def raw_csv(
         rows_total=int(result.metrics["rows"] + result.metrics["rejected_rows"]),
         rows_rejected=int(result.metrics["rejected_rows"]),
     )
+    details = dict(result.details)
+    examples, source_files = details.pop("rejected_rows"), details.pop("files")
     metadata = {
         "source": source,
         **result.metrics,
-        **as_metadata(result.details),
+        **as_metadata({"rejected_examples": examples, "source_files": source_files, **details}),
+        "rejected_rows_file": result.outputs["rejected"].uri,
         "dagster/column_schema": column_schema(table),
         **artifact_metadata(rows),
         **run_metadata(result),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import dagster as dg
 from pydantic import Field, PrivateAttr, model_validator
@@ -17,6 +17,7 @@ from resources.sagemaker.job_failures import JobFailure
 from resources.sagemaker.job_files import JobInputs
 from resources.sagemaker.job_kinds import PROCESSING, TRAINING
 from resources.sagemaker.job_names import digest_of, request_digest
+from resources.sagemaker.job_polling import JobPolling
 from resources.sagemaker.job_requests import (
     PROCESSING_INPUT,
     TRAINING_INPUT,
@@ -24,7 +25,7 @@ from resources.sagemaker.job_requests import (
     processing_request,
     training_request,
 )
-from resources.sagemaker.pipes_client import JobPolling, PipesSageMakerClient
+from resources.sagemaker.pipes_client import PipesSageMakerClient
 from resources.sagemaker.request_validation import check_request
 from step_scripts import storage
 from step_scripts.cluster_failure import failure_from
@@ -36,7 +37,9 @@ _LONGEST_NAME = "x" * 63
 class StepJob(dg.Config):
     """What is different for the jobs of one step. Empty fields: as for all."""
 
-    job_type: Literal["training", "processing"] | None = Field(default=None, description="Kind of job.")
+    job_type: str | None = Field(
+        default=None, pattern="^(training|processing)$", description="Kind of job: training or processing."
+    )
     instance_type: str | None = Field(default=None, description="SageMaker instance type.")
     instance_count: int | None = Field(default=None, ge=1, le=100, description="Hosts.")
     volume_size_gb: int | None = Field(default=None, ge=1, le=16384, description="Volume of each host, GB.")

@@ -18,7 +18,7 @@ LEASE = "lease.json"
 
 
 class JobLease:
-    """This process's claim on one job. Renewing it costs one S3 put every `interval_seconds`."""
+    """This process's claim on one job; deleting the object gives it up. Renewed every `interval_seconds`."""
 
     def __init__(self, prefix: JobPrefix, run_id: str, *, interval_seconds: float = 15.0) -> None:
         self._prefix = prefix
@@ -44,10 +44,6 @@ class JobLease:
             )
         except (ClientError, BotoCoreError):
             self._next = time.monotonic() + 1.0
-
-    def release(self) -> None:
-        """Give the claim up."""
-        self._prefix.delete(LEASE)
 
     def adopt(self) -> bool:
         """Take the claim over if its holder is gone; whether that succeeded.

@@ -58,15 +58,19 @@ class JobLogs:
         self._next_discovery = 0.0
         self._not_before = 0.0
         self._backoff = 0.0
+        self._refused = False
         self.lines = 0
 
     def poll(self) -> bool:
         """Forward what has arrived in the streams that are due. Whether there was anything.
 
-        Throttling and outages put the next poll off, up to 30 seconds; they are never raised.
+        Throttling and outages put the next poll off, up to 30 seconds. Any other error (missing permissions) is
+        reported once and ends the forwarding. Neither is raised: a job does not end for its log.
         """
+        from botocore.exceptions import BotoCoreError, ClientError
+
         now = time.monotonic()
-        if now < self._not_before:
+        if self._refused or now < self._not_before:
             return False
         found = False
         try:
@@ -74,9 +78,11 @@ class JobLogs:
             due = sorted((s for s in self._streams.values() if s.due <= now), key=lambda s: s.due)
             for stream in due[: self._limits.calls_per_poll]:
                 found = self._read(stream) or found
-        except Exception as error:
+        except (ClientError, BotoCoreError) as error:
             if not is_transient(error):
-                raise
+                self._refused = True
+                self._emit(f"The job's log lines cannot be read: {error}")
+                return found
             self._backoff = min(30.0, 2 * self._backoff or 1.0)
             self._not_before = time.monotonic() + self._backoff
             return found
@@ -91,7 +97,7 @@ class JobLogs:
         """
         deadline = time.monotonic() + seconds
         quiet_since = time.monotonic()
-        while True:
+        while not self._refused:
             self._next_discovery = 0.0
             for stream in self._streams.values():
                 stream.due = 0.0
@@ -105,6 +111,7 @@ class JobLogs:
             if now >= deadline:
                 return settled and self._all_asked()
             time.sleep(min(0.5, max(0.05, deadline - now), max(0.05, self._limits.quiet_seconds / 4)))
+        return True
 
     def tail(self, host: str) -> list[str]:
         """The last lines of one host, at most 30."""
@@ -126,6 +133,8 @@ class JobLogs:
         return all(stream.due > 0.0 for stream in self._streams.values())
 
     def _discover(self, now: float) -> None:
+        from botocore.exceptions import ClientError
+
         if now < self._next_discovery:
             return
         self._next_discovery = now + (self._limits.discovery_interval if self._streams else self._limits.interval)
@@ -136,7 +145,7 @@ class JobLogs:
                 answer = self._client.describe_log_streams(
                     logGroupName=self._group, logStreamNamePrefix=f"{self._job}/", **params
                 )
-            except Exception as error:
+            except ClientError as error:
                 if is_missing(error):  # the group appears with the account's first job
                     return
                 raise

@@ -18,10 +18,11 @@ from resources.sagemaker.aws_calls import AwsCaller, aws_client, error_code
 from resources.sagemaker.job_failures import job_failure, start_failure
 from resources.sagemaker.job_files import BOOTSTRAP, JobInputs, JobPrefix
 from resources.sagemaker.job_kinds import PROCESSING, TERMINAL, TRAINING, JobKind
-from resources.sagemaker.job_lease import JobLease
-from resources.sagemaker.job_logs import JobLogs, LogLimits
+from resources.sagemaker.job_lease import LEASE, JobLease
+from resources.sagemaker.job_logs import JobLogs
 from resources.sagemaker.job_metadata import job_metadata
 from resources.sagemaker.job_names import JobName, Work, given_name, job_name, request_digest
+from resources.sagemaker.job_polling import JobPolling
 from resources.sagemaker.job_search import JobSearch
 from resources.sagemaker.job_stop import stop_job
 from resources.sagemaker.job_tags import WORK_TAG, asset_names, run_tags, tag_list
@@ -33,25 +34,6 @@ if TYPE_CHECKING:
     from resources.sagemaker.job_metadata import StatusChange
 
 Context = dg.OpExecutionContext | dg.AssetExecutionContext
-
-
-@dataclass(frozen=True)
-class JobPolling:
-    """How often to ask, and how long to wait. Seconds.
-
-    `interval` grows to `longest_interval` while a job's status does not change. `patience` bounds a row of throttled
-    or failed calls. `drain` bounds the wait for the last messages and log lines after a job's end, `stop` the wait
-    for a job that was told to stop.
-    """
-
-    interval: float = 2.0
-    longest_interval: float = 20.0
-    patience: float = 900.0
-    message_interval: float = 1.0
-    drain: float = 20.0
-    stop: float = 30.0
-    lease: float = 15.0
-    logs: LogLimits = field(default_factory=LogLimits)
 
 
 @dataclass
@@ -219,26 +201,26 @@ class PipesSageMakerClient(dg.PipesClient, TreatAsResourceParam):
             with dg.open_pipes_session(
                 context=context, context_injector=injector, message_reader=reader, extras=extras
             ) as session:
-                run.lease.take()
-                if found.description is None:
-                    bootstrap = session.get_bootstrap_env_vars()
-                    request = self._enrich_params(kind, context, params, inputs, work, run.name, bootstrap)
-                    check_request(kind.create_operation, request)
-                    arn = self._start(run, call, request, inputs, bootstrap, search)
-                    context.log.info(f"Started {kind.noun} {run.name}: {kind.console_url(arn, run.name)}")
-                else:
-                    run.started = True
-                    state = found.description[kind.status_member]
-                    context.log.info(f"Attached to {kind.noun} {run.name}, which is {state}")
-                session.report_launched({"extras": {"job_name": run.name}})
-                description = self._wait_for_completion(context, run, call, reader)
-                metadata = self._extract_dagster_metadata(run, description, price_per_hour)
-                self._check_success(run, description, reader, metadata, session.get_custom_messages())
-                run.done = True
-        except BaseException:
-            if run.started and not run.done:
-                self._terminate(context, run)
-            raise
+                try:
+                    run.lease.take()
+                    if found.description is None:
+                        bootstrap = session.get_bootstrap_env_vars()
+                        request = self._enrich_params(kind, context, params, inputs, work, run.name, bootstrap)
+                        check_request(kind.create_operation, request)
+                        arn = self._start(run, call, request, inputs, bootstrap, search)
+                        context.log.info(f"Started {kind.noun} {run.name}: {kind.console_url(arn, run.name)}")
+                    else:
+                        run.started = True
+                        state = found.description[kind.status_member]
+                        context.log.info(f"Attached to {kind.noun} {run.name}, which is {state}")
+                    session.report_launched({"extras": {"job_name": run.name}})
+                    description = self._wait_for_completion(context, run, call, reader)
+                    metadata = self._extract_dagster_metadata(run, description, price_per_hour)
+                    self._check_success(run, description, reader, metadata, session.get_custom_messages())
+                except BaseException:
+                    if run.started and not run.done:
+                        self._terminate(context, run)
+                    raise
         finally:
             self._clean_up(context, run, inputs)
         context.log.info(f"{kind.noun} {run.name} completed")
@@ -330,8 +312,10 @@ class PipesSageMakerClient(dg.PipesClient, TreatAsResourceParam):
             time.sleep(min(self.polling.interval, max(0.05, due - time.monotonic())))
         run.done = True  # there is nothing left to stop
         deadline = time.monotonic() + self.polling.drain
-        reader.drain(self.polling.drain)
-        if self.forward_logs or description[run.kind.status_member] != "Completed":
+        completed = description[run.kind.status_member] == "Completed"
+        # A job that failed may never have closed its session; what it wrote before is there.
+        reader.drain(self.polling.drain if completed else min(3.0, self.polling.drain))
+        if self.forward_logs or not completed:
             left = max(self.polling.drain / 2, deadline - time.monotonic())
             if not run.logs.drain(left, expect_lines=run.kind.started in description):
                 context.log.warning(
@@ -378,9 +362,9 @@ class PipesSageMakerClient(dg.PipesClient, TreatAsResourceParam):
 
         if run.started and not run.done and self.detach:
             return
+        prefix = self.prefix(run.name, AwsCaller(min(self.polling.stop, self.polling.patience)))
         try:
-            for name in inputs.secrets:
-                run.prefix.delete(name)
-            run.lease.release()
+            for name in (*inputs.secrets, LEASE):
+                prefix.delete(name)
         except (ClientError, BotoCoreError) as error:
             context.log.warning(f"{run.prefix.uri} could not be cleaned up: {error}")

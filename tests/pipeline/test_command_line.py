@@ -134,7 +134,7 @@ def test_a_model_that_waits_for_approval_is_not_served_until_it_is_approved(mate
     assert deployed.returncode == 0, deployed.stdout
     endpoint = materialized.reference("endpoint")
     assert endpoint["model_digest"] == version["artifact"]["digest"]
-    ping = httpx.get(endpoint["url"].replace("/invocations", "/ping"))
+    ping = httpx.get(httpx.URL(endpoint["url"]).join("/ping"))
     assert ping.json()["model_digest"] == endpoint["model_digest"]
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,12 @@ class Messages:
     warning = info
 
     def trials(self) -> list[str]:
-        return [text for text in self.texts if " done, trial " in text]
+        return _done(self.texts)
+
+
+def _done(texts: list[str]) -> list[str]:
+    """The messages of trials that have ended."""
+    return [text for text in texts if " done, trial " in text]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,13 @@ def tune(ray_session: RaySession, inputs: dict[str, Artifact], tmp_path: Path) -
 
 def _json(artifact: Artifact, name: str) -> Any:
     return json.loads(Path(artifact.file_uri(name)).read_bytes())
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return ""
 
 
 def _wait_for_free_cpus() -> None:
@@ -132,7 +145,7 @@ def test_one_trial_with_fixed_parameters_is_reproducible(tune: Callable[..., Ste
 
 def test_an_interrupted_search_goes_on(tune: Callable[..., StepResult], tmp_path: Path) -> None:
     def interrupt(texts: list[str]) -> None:
-        if " done, trial " in texts[-1] and len(texts) == 2:
+        if len(_done(texts)) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
     settings = {"num_trials": 6, "checkpoint_uri": str(tmp_path / "kept"), "num_boost_round": 400, "scheduler": "none"}
@@ -164,14 +177,14 @@ def test_trials_of_another_search_are_not_taken_over(tmp_path: Path) -> None:
 
 
 def test_a_lost_trial_is_in_the_table_and_the_others_count(tune: Callable[..., StepResult]) -> None:
-    def kill_trial(texts: list[str]) -> None:
-        if " done, trial " in texts[-1] and len(texts) == 1:
-            for process in psutil.Process().children(recursive=True):
-                if "BoostingTrial" in " ".join(process.cmdline()):
-                    process.kill()
-                    process.wait(10)
+    def during_the_second_trial(texts: list[str]) -> None:
+        if _done(texts) == [texts[-1]]:
+            # Between two trials the actor's process has the name of its class.
+            [actor] = [p for p in psutil.Process().children(recursive=True) if "BoostingTrial" in _title(p)]
+            threading.Timer(0.3, actor.kill).start()
 
-    result = tune(Messages(kill_trial), max_concurrent_trials=1)
+    long = {"num_boost_round": 5000, "early_stopping_rounds": 5000, "scheduler": "none"}
+    result = tune(Messages(during_the_second_trial), max_concurrent_trials=1, **long)
     trials = _json(result.outputs["report"], "trials.json")
     assert [t["status"] for t in trials] == ["completed", "failed", "completed"]
     assert trials[1]["stopped_by"] == "error"

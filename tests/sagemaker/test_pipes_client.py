@@ -346,22 +346,13 @@ time.sleep(60)
 
 
 def test_throttling_on_every_call_is_survived(aws: "Aws", client: PipesSageMakerClient) -> None:
-    aws.faults.throttle("*", "*:*", seconds=2)
-    threading.Timer(4.0, aws.faults.throttle, ("*", "*:*"), {"seconds": 4}).start()
-    script = "with pipes() as context:\n    print('line', flush=True)\n    time.sleep(3)\n"
-    run = Materialized(asset_on(client, processing_request_untouched(aws, script)))
+    params = processing_request(aws, "with pipes() as context:\n    print('line', flush=True)\n    time.sleep(3)\n")
+    aws.faults.throttle("*", "*:*", seconds=4)
+    threading.Timer(6.0, aws.faults.throttle, ("*", "*:*"), {"seconds": 4}).start()
+    run = Materialized(asset_on(client, params))
     assert run.success, run.error
     assert "trying again for up to" in run.text
     assert "[algo-1] line" in run.text
-
-
-def processing_request_untouched(aws: "Aws", script: str) -> dict[str, Any]:
-    """A request whose script is uploaded although everything is throttled."""
-    saved = list(aws.faults._active.values())
-    aws.faults.clear()
-    params = processing_request(aws, script)
-    aws.faults._active.update({fault.id: fault for fault in saved})
-    return params
 
 
 def test_wrong_requests_are_errors_before_anything_is_sent(aws: "Aws", client: PipesSageMakerClient) -> None:

@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import os
 import re
+import secrets
 import subprocess
 import tempfile
 import threading
@@ -43,7 +44,7 @@ class Bridge:
             self.subnet = _free_subnet()
             state.add_link(self.name)
             ip_batch(
-                f"link add {self.name} type bridge",
+                f"link add {self.name} address {_fixed_mac()} type bridge",
                 f"addr add {self.subnet}.254/24 dev {self.name}",
                 f"link set {self.name} up",
             )
@@ -97,6 +98,11 @@ def _free_subnet() -> str:
         if str(number) not in taken:
             return f"{_SUBNETS}.{number}"
     raise NetworkError(f"no free subnet in {_SUBNETS}.0.0/16")
+
+
+def _fixed_mac() -> str:
+    """A local MAC address. Left alone, a bridge takes over one of its ports', and changes it as hosts come and go."""
+    return "02:" + secrets.token_bytes(5).hex(":")
 
 
 def _base36(number: int) -> str:

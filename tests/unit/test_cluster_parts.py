@@ -76,7 +76,7 @@ def test_limits_from_file_and_environment() -> None:
 
 def test_default_limits_after_sigterm_fit_into_the_platforms_two_minutes() -> None:
     limits = ClusterLimits()
-    assert limits.checkpoint_seconds + limits.farewell_seconds + 2 * limits.stop_seconds < 120
+    assert limits.checkpoint_seconds + limits.farewell_seconds + 2 * limits.stop_seconds <= 90
 
 
 def test_pauses_grow_to_their_limit() -> None:

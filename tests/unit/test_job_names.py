@@ -8,7 +8,7 @@ import tarfile
 from itertools import islice
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resources.sagemaker.code_package import archive, code_package
@@ -20,6 +20,7 @@ VALID = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 TEXT = st.text(max_size=80)
 
 
+@settings(deadline=None)
 @given(TEXT, st.lists(TEXT, min_size=1, max_size=3), st.none() | TEXT, TEXT, TEXT)
 def test_names_are_valid_for_any_input(
     prefix: str, assets: list[str], partition: str | None, digest: str, run: str
@@ -31,6 +32,7 @@ def test_names_are_valid_for_any_input(
     assert name.work in name.base
 
 
+@settings(deadline=None)
 @given(TEXT, TEXT)
 def test_different_work_has_different_names_and_equal_work_equal_ones(one: str, other: str) -> None:
     def base(asset: str = "a", partition: str | None = None, digest: str = "d", run: str = "r") -> str:
@@ -56,6 +58,7 @@ def test_the_request_digest_ignores_name_and_tags_alone() -> None:
     assert request_digest(request) != request_digest({**request, "Environment": {"A": "2"}})
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.dictionaries(st.text(max_size=200), st.text(max_size=400), max_size=80))
 def test_tags_of_any_text_fit_the_rules(tags: dict[str, str]) -> None:
     found = tag_list({"first": "kept"}, tags)
@@ -87,6 +90,7 @@ def test_links_lead_to_the_console_of_the_partition(arn: str, host: str) -> None
     assert "$252Faws$252Fsagemaker$252FProcessingJobs$3FlogStreamNameFilter$3Dj$252F" in PROCESSING.log_url(arn, "j")
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.dictionaries(st.from_regex(r"[a-z]{1,8}/[a-z]{1,8}\.py", fullmatch=True), st.binary(max_size=50)))
 def test_an_archive_depends_on_its_files_alone(files: dict[str, bytes]) -> None:
     packed = archive(files)

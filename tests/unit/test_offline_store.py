@@ -53,7 +53,6 @@ class Model:
 
     def __init__(self) -> None:
         self.timelines: dict[str, list[Event]] = {}
-        self.everything: dict[str, list[Event]] = {}  # all events, also those that need not be stored
         self.number = 0
 
     def ingest(self, rows: Sequence[Row], *, mirror: bool) -> None:
@@ -68,7 +67,6 @@ class Model:
                 latest = stored[-1]
                 if latest[2] != events[-1][2] and latest[0] > events[-1][0]:
                     events[-1] = (latest[0] + timedelta(microseconds=1), *events[-1][1:])
-            self.everything.setdefault(key, []).extend(events)
             self.timelines[key] = sorted([*stored, *self._news(stored, events)], key=_order)
         if mirror:
             end = max(time for _, time, *_ in rows)
@@ -101,8 +99,7 @@ class Model:
     def _delete(self, key: str, time: datetime) -> None:
         if self.timelines[key][-1][2] is None and time >= self.timelines[key][-1][0]:
             return
-        for line in (self.timelines, self.everything):
-            line[key] = sorted([*line[key], (time, self.number, None)], key=_order)
+        self.timelines[key] = sorted([*self.timelines[key], (time, self.number, None)], key=_order)
 
     def read(self, as_of: datetime | None = None) -> dict[str, tuple[Any, ...]]:
         found = {}
@@ -111,11 +108,6 @@ class Model:
             if past and past[-1][2] is not None:
                 found[key] = (past[-1][0], *past[-1][2])
         return found
-
-    def latest_content(self) -> dict[str, tuple[Any, ...]]:
-        """By the plain rule: the last of all events wins."""
-        last = {key: max(line, key=_order) for key, line in self.everything.items()}
-        return {key: event[2] for key, event in last.items() if event[2] is not None}
 
 
 def _order(event: Event) -> tuple[datetime, int]:
@@ -142,7 +134,6 @@ def test_any_history_reads_as_the_model_says(operations: list[tuple[Any, ...]], 
             patch.setattr(ingestion_plan, "_PIECE_ROWS", (1, 2))
         folder = Path(name)
         store, model = OfflineStore(str(folder / "store")), Model()
-        mirrored = False
         for kind, *arguments in operations:
             if kind == "delete":
                 number, hours = arguments
@@ -151,7 +142,6 @@ def test_any_history_reads_as_the_model_says(operations: list[tuple[Any, ...]], 
                 model.delete(record_id(number), NOON + timedelta(hours=hours))
             else:
                 batch, mirror, parts = arguments
-                mirrored |= mirror
                 rows = [row(n, price, hours=hours, rooms=rooms) for (n, hours), (price, rooms) in batch.items()]
                 dataset = write_rows(folder, rows, parts=parts, digest=uuid.uuid4().hex)
                 result = ingest_rows(store, dataset, mirror=mirror)
@@ -165,8 +155,31 @@ def test_any_history_reads_as_the_model_says(operations: list[tuple[Any, ...]], 
                 )
                 assert (again.added, again.superseded, again.deleted, again.commit.files) == (0, 0, 0, ())
             _assert_same(store, model)
-        if not mirrored:
-            assert {k: v[1:] for k, v in model.read().items()} == model.latest_content()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(_batches, st.none() | st.integers(0, 4)), min_size=1, max_size=4))
+def test_data_that_arrives_in_order_reads_as_its_last_event_says(batches: list[tuple[Any, ...]]) -> None:
+    """Against the plain log of all events ever sent in, of which the store keeps only what is news."""
+    with tempfile.TemporaryDirectory() as name:
+        store = OfflineStore(str(Path(name) / "store"))
+        log: list[tuple[datetime, str, tuple[Any, ...] | None]] = []
+        for number, (batch, deleted) in enumerate(batches):
+            # From one batch to the next time goes on, or stands still.
+            since = 26.0 * number
+            rows = [row(n, p, hours=since + h % 27, rooms=r) for (n, h), (p, r) in batch.items() if h >= 0]
+            if rows:
+                ingest_rows(store, write_rows(Path(name), rows))
+                log += [(time, key, tuple(content)) for key, time, *content in rows]
+            if deleted is not None and log:
+                moment = NOON + timedelta(hours=since + 26)
+                store.delete_record("sales", record_id(deleted), moment)
+                log.append((moment, record_id(deleted), None))
+        log.sort(key=lambda event: event[0])  # stable: of one time, the later sent wins
+        for moment in sorted({event[0] for event in log}):
+            state = {key: content for time, key, content in log if time <= moment}
+            expected = {key: content for key, content in state.items() if content is not None}
+            assert {k: v[1:] for k, v in records(store.scan("sales", as_of=moment)).items()} == expected
 
 
 def _assert_same(store: OfflineStore, model: Model) -> None:
@@ -279,6 +292,18 @@ def test_mirror_follows_the_dataset_also_back_to_an_older_file(store: OfflineSto
         record_id(n): (1.0, 3, True) for n in range(3)
     }
     assert set(records(store.scan("sales", as_of=NOON + timedelta(hours=2)))) == {record_id(0), record_id(2)}
+
+
+def test_mirror_takes_an_older_row_for_the_latest(store: OfflineStore, tmp_path: Path) -> None:
+    ingest_rows(store, write_rows(tmp_path, [row(0, 2.0, hours=2), row(1)]))
+    result = ingest_rows(store, write_rows(tmp_path, [row(0, 1.0), row(1)]), mirror=True)
+    assert (result.superseded, result.unchanged, result.outdated) == (1, 1, 0)
+    moment = NOON + timedelta(hours=2)
+    just_after = moment + timedelta(microseconds=1)
+    assert records(store.scan("sales"))[record_id(0)] == (just_after, 1.0, 3, True)
+    assert records(store.scan("sales", as_of=moment))[record_id(0)] == (moment, 2.0, 3, True)
+    again = ingest_rows(store, write_rows(tmp_path, [row(1), row(0, 1.0)]), mirror=True)
+    assert (again.unchanged, again.commit.files) == (2, ())
 
 
 def test_order_of_rows_and_parts_does_not_matter(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -102,6 +102,7 @@ def test_all_problems_are_reported_at_once() -> None:
     assert len(problems("CreateProcessingJob", request)) == 3
 
 
+@settings(deadline=None)
 @given(st.integers(0, 600))
 def test_the_length_of_environment_values_decides(length: int) -> None:
     environment = {"Environment": {"VALUE": "v" * length}}
@@ -109,6 +110,7 @@ def test_the_length_of_environment_values_decides(length: int) -> None:
     assert bool(problems("CreateTrainingJob", training() | environment)) == (length > 512)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=st.characters(categories=["L", "Nd", "Zs"]), max_size=50))
 def test_tags_in_any_script_pass(value: str) -> None:
     assert problems("CreateTrainingJob", training() | {"Tags": [{"Key": "key", "Value": value}]}) == []

@@ -49,7 +49,7 @@ def test_unknown_values_become_nan(tmp_path: Path) -> None:
 
 def test_empty_split_is_refused(tmp_path: Path) -> None:
     frame = sales(5)
-    with pytest.raises(StepError, match="the validation split at .* holds no rows"):
+    with pytest.raises(StepError, match=r"the validation split at .* holds no rows"):
         TrainingSplit.of("validation", write_split(tmp_path / "v", frame[:0]), scaler_of(frame), "price")
 
 

@@ -1,0 +1,53 @@
+"""Dagster's in-process executor, with runs that end as canceled when they are interrupted.
+
+Dagster calls a run canceled only if its termination was requested through the instance (the UI does that). A run on the
+command line that is ended by Ctrl-C or SIGTERM would count as failed, and alert whoever watches failures.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+from dagster._core.errors import DagsterExecutionInterruptedError  # has no public name
+
+_GRACEFUL = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
+
+
+class CancelingExecutor(dg.Executor):
+    """Delegates to another executor, and reports an interruption as the request that it is."""
+
+    def __init__(self, executor: dg.Executor) -> None:
+        self._executor = executor
+
+    @property
+    def retries(self) -> Any:
+        """The other executor's retry mode."""
+        return self._executor.retries
+
+    @property
+    def step_dependency_config(self) -> Any:
+        """The other executor's rule for when a step may start."""
+        return self._executor.step_dependency_config
+
+    def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
+        """Execute the plan in this process."""
+        try:
+            yield from self._executor.execute(plan_context, execution_plan)
+        except (DagsterExecutionInterruptedError, KeyboardInterrupt):
+            instance: dg.DagsterInstance = plan_context.instance
+            run = instance.get_run_by_id(plan_context.run_id)
+            if run is not None and run.status not in _GRACEFUL:
+                instance.report_run_canceling(run, message="The run was interrupted by a signal.")
+            raise
+
+
+@dg.executor(
+    name="in_process",
+    config_schema=dg.in_process_executor.config_schema,  # pyright: ignore[reportArgumentType]  # already normalized
+    requirements=[],
+)
+def in_process_executor(context: dg.InitExecutorContext) -> CancelingExecutor:
+    """Run all steps in the run's process: the graph is a chain, and Ray is the parallelism."""
+    create = dg.in_process_executor.executor_creation_fn
+    assert create is not None
+    return CancelingExecutor(create(context))
