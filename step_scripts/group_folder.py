@@ -166,7 +166,9 @@ class GroupFolder:
     def _locked_descriptor(self, deadline: float, create: bool) -> int:
         while True:
             if create:
-                self.path.mkdir(parents=True, exist_ok=True)
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileExistsError):  # `exist_ok` still raises if a deletion comes in between
+                    self.path.mkdir()
             try:
                 descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
             except FileNotFoundError:
