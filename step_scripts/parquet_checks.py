@@ -30,7 +30,7 @@ def schema_violations(uris: Sequence[str], table: TableSpec, *, sample_rows: int
             if not violations and validated < sample_rows:
                 batch = next(parquet.iter_batches(sample_rows - validated, columns=list(table.column_names)), None)
                 if batch is not None:
-                    frame = pl.DataFrame(batch).cast(dict(polars_schema(table)))
+                    frame = pl.DataFrame(batch).cast(pl.Schema(polars_schema(table)))
                     validated += frame.height
                     violations += [f"{uri}: {problem}" for problem in pandera_violations(frame, table)]
     return violations, {"rows": rows, "files": len(uris), "rows_validated": validated}
