@@ -76,8 +76,13 @@ def split_piece(plan: SplitPlan, index: int, piece: Piece) -> SplitReport:
 
 def _read(plan: SplitPlan, piece: Piece) -> tuple[pl.DataFrame, int]:
     """Rows up to `as_of`, in the table's types, and the number of later ones."""
+    # Files from before a nullable column was added to the table do not have it.
+    added = [column.name for column in plan.table.columns if column.nullable]
     needed = dict.fromkeys(("record_id", "event_time", "is_deleted", *plan.table.column_names))
-    frame = pl.concat([read_part(part, list(needed), optional=TIMES[1:]) for part in piece.parts], how="diagonal")
+    required = [name for name in needed if name not in added]
+    parts = [read_part(part, required, optional=(*TIMES[1:], *added)) for part in piece.parts]
+    frame = pl.concat(parts, how="diagonal")
+    frame = frame.with_columns(pl.lit(None).alias(name) for name in added if name not in frame.columns)
     times = [name for name in TIMES if name in frame.columns]
     types: dict[Any, Any] = {**dict(polars_schema(plan.table)), **dict.fromkeys(times, _UTC_TIME)}
     frame = frame.cast(types).with_columns(pl.col("is_deleted").fill_null(False))

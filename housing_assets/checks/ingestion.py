@@ -44,7 +44,8 @@ def reconciliation(
     expected, share = sampled_record_ids(raw_csv.rows.file_uris(".parquet"), at_most=COMPARED_IDS, total=total)
     stored, _ = sampled_record_ids(feature_group.artifact.file_uris(".parquet"), at_most=COMPARED_IDS, total=total)
     missing = expected.filter(~expected.is_in(stored.implode()))
-    passed = missing.is_empty() and readable >= rows_in
+    # Several events of one record are one readable record.
+    passed = missing.is_empty() and (share < 1 or readable >= expected.n_unique())
     return dg.AssetCheckResult(
         passed=passed,
         description=f"{rows_in:,} rows in, {readable:,} readable, {missing.len():,} of {expected.len():,} ids missing",

@@ -318,9 +318,20 @@ def test_a_store_without_live_records_is_explained(ray_session: RaySession, tmp_
 
 
 def test_a_missing_column_names_file_and_columns(ray_session: RaySession, tmp_path: Path) -> None:
-    features = feature_files(tmp_path / "in", [events(50), events(50).drop("AREA", "ROOMS")])
-    with pytest.raises(StepError, match=r"001\.parquet lacks the columns \['AREA', 'ROOMS'\]"):
+    features = feature_files(tmp_path / "in", [events(50), events(50).drop("VALUE", "ROOMS")])
+    with pytest.raises(StepError, match=r"001\.parquet lacks the columns \['VALUE', 'ROOMS'\]"):
         split(ray_session, features, tmp_path)
+
+
+def test_files_older_than_a_nullable_column_have_it_empty(ray_session: RaySession, tmp_path: Path) -> None:
+    frame = events(400)
+    older, newer = frame[:200].drop("AREA"), frame[200:]
+    for name, files in (("mixed", [older, newer]), ("old", [older, newer.drop("AREA")])):
+        result = split(ray_session, feature_files(tmp_path / name, files), tmp_path)
+        written = all_rows(result)
+        assert written.height == 400
+        assert written["AREA"].null_count() >= 200
+        assert written.schema["AREA"] == pl.Float64
 
 
 def test_a_wrong_time_is_refused(ray_session: RaySession, tmp_path: Path) -> None:
