@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
+
 import ray
+import ray._private.worker
+
+
+@contextlib.contextmanager
+def scratch_folder(prefix: str) -> Iterator[str]:
+    """A folder for the block, inside the folder of the Ray session, with which it goes if the process is killed."""
+    node = ray._private.worker._global_node
+    parent = node.get_session_dir_path() if node is not None else None
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True) as folder:
+        yield folder
 
 
 def node_cpus() -> list[int]:

@@ -17,6 +17,7 @@ from ray.train.xgboost import XGBoostTrainer
 from xgboost.callback import TrainingCallback
 
 from step_scripts import storage
+from step_scripts.cluster_resources import scratch_folder
 from step_scripts.contract import StepError
 from step_scripts.engines import EngineResult, FitRequest, boost, boost_in_task
 
@@ -128,7 +129,7 @@ def _load(checkpoint: ray.train.Checkpoint | None) -> xgb.Booster:
 def _checkpoints(request: FitRequest) -> Iterator[str]:
     """Where the run keeps its checkpoints: a folder of its own, removed at the end."""
     if request.checkpoint_uri is None:
-        with tempfile.TemporaryDirectory(prefix="fit-", ignore_cleanup_errors=True) as folder:
+        with scratch_folder("fit-") as folder:
             yield folder
         return
     uri = storage.join(request.checkpoint_uri, f"fit-{uuid.uuid4().hex[:12]}")

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search.optuna import OptunaSearch
 
 from step_scripts.background import run_in_thread
-from step_scripts.cluster_resources import cpus_per_worker, node_cpus
+from step_scripts.cluster_resources import cpus_per_worker, node_cpus, scratch_folder
 from step_scripts.contract import Reporter, StepError
 from step_scripts.parameters import TuneModelParams
 from step_scripts.search_progress import LivesInDriver, SearchProgress, TrialRecord, TrialStore
@@ -168,7 +167,7 @@ def _run_tune(params: TuneModelParams, holder: str, progress: SearchProgress, nu
         stopped.set()
         progress.kill_actors()
 
-    with _quiet(), tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as folder:
+    def search(folder: str) -> None:
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(BoostingTrial, task=task), {"cpu": cpus}),
             tune_config=tune.TuneConfig(
@@ -189,11 +188,18 @@ def _run_tune(params: TuneModelParams, holder: str, progress: SearchProgress, nu
                 stop=_StopEarly(stopped, progress),
             ),
         )
-        try:
-            run_in_thread(tuner.fit, on_interrupt=stop)
-        finally:
-            for leftover in progress.folders:
-                shutil.rmtree(leftover, ignore_errors=True)
+        tuner.fit()
+
+    def search_and_clean_up() -> None:
+        # In the thread that searches: after an interrupt it may be the last to end.
+        with _quiet(), scratch_folder("tune-") as folder:
+            try:
+                search(folder)
+            finally:
+                for leftover in progress.folders:
+                    shutil.rmtree(leftover, ignore_errors=True)
+
+    run_in_thread(search_and_clean_up, on_interrupt=stop)
 
 
 class _StopEarly(LivesInDriver, tune.Stopper):
