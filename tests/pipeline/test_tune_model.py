@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -83,10 +82,9 @@ def _title(process: psutil.Process) -> str:
 
 
 def _leftovers() -> list[Path]:
-    """Files of a search, wherever Ray Tune puts some."""
-    roots = [Path(tempfile.gettempdir()), *Path(tempfile.gettempdir()).glob("ray-*/session_*")]
-    folders = [folder for root in roots for folder in root.glob("tune-*")]
-    return folders + [folder for root in roots for folder in root.glob("artifacts/*/search-*")]
+    """Files of a search in this Ray session's folder, where Ray Tune and the search put theirs."""
+    session = Path(ray._private.worker._global_node.get_session_dir_path())  # pyright: ignore
+    return [*session.glob("tune-*"), *session.glob("artifacts/*/search-*")]
 
 
 def _wait_for_free_cpus() -> None:
