@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from step_scripts.ray_session import RaySession, RaySettings
+
+# Tests, and the processes that they start, see the defaults and no account, whatever is set where they run.
+for _name in [n for n in os.environ if n.startswith(("HOUSING_", "DAGSTER_", "AWS_")) or n == "RAY_ADDRESS"]:
+    del os.environ[_name]
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,8 @@ def test_loading_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize("arguments", [["-m", "housing_assets.definitions"], ["-w", "workspace.yaml"]])
 def test_dagster_validates_the_code_location(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "dagster", "definitions", "validate", *arguments]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_definitions_load() -> None:
