@@ -1,8 +1,13 @@
-"""The one place that reads environment variables and decides which implementation every resource has."""
+"""The one place that reads environment variables and decides which implementation every resource has.
+
+`HOUSING_DEPLOYMENT=local` (default) runs everything on this machine, `HOUSING_DEPLOYMENT=sagemaker` runs steps as
+SageMaker jobs with data, feature store, registry and endpoint on AWS. Nothing here connects to anything.
+"""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,15 +21,18 @@ from resources.endpoints.local import LocalEndpointHost
 from resources.feature_store.local import LocalFeatureStore
 from resources.io_manager import ReferenceIOManager
 from resources.model_registry.local import LocalModelRegistry
+from step_scripts import storage
 
-DEPLOYMENTS = ("local",)
+DEPLOYMENTS = ("local", "sagemaker")
+# What a file named by HOUSING_SAGEMAKER_CONFIG may configure, field by field.
+SECTIONS = ("compute", "feature_store", "model_registry", "endpoint_host")
 
 
 class SourceLocation(dg.ConfigurableResource):
     """Where the source files are when run configuration does not say, and where generated data goes."""
 
     source: str | None = Field(default=None, description="Path, folder, glob or s3:// URI. Empty: generated data.")
-    sample_folder: str = Field(description="Folder for generated data.")
+    sample_folder: str = Field(description="Folder or s3:// prefix for generated data.")
     sample_rows: int = Field(default=10_000, ge=1, description="Rows to generate.")
 
     def resolve(self) -> str:
@@ -33,10 +41,17 @@ class SourceLocation(dg.ConfigurableResource):
             return self.source
         from housing_assets.sample_data import write_sample
 
-        sample = Path(self.sample_folder) / f"house_sales_{self.sample_rows}.csv"
-        if not sample.exists():
-            write_sample(sample, rows=self.sample_rows)
-        return str(sample)
+        sample = storage.join(self.sample_folder, f"house_sales_{self.sample_rows}.csv")
+        if storage.exists(sample):
+            return sample
+        if not storage.is_remote(sample):
+            write_sample(storage.local_path(sample), rows=self.sample_rows)
+            return sample
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "sample.csv"
+            write_sample(file, rows=self.sample_rows)
+            storage.upload(file, sample)
+        return sample
 
 
 class CheckedReferenceIOManager(ReferenceIOManager):
@@ -48,14 +63,52 @@ class CheckedReferenceIOManager(ReferenceIOManager):
             check_run_config(dict(context.run.run_config))
 
 
-def _number(environment: Mapping[str, str], name: str, kind: type[int] | type[float]) -> Any:
-    text = environment.get(name, "").strip()
-    if not text:
-        return None
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise ValueError(f"{name}={text!r} is not {'an integer' if kind is int else 'a number'}") from error
+class Settings:
+    """Typed reading of environment variables. Raises `ValueError` naming the variable for a value without sense."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+
+    def text(self, name: str) -> str | None:
+        """The value; `None` if it is not set, or empty."""
+        return self._environment.get(name, "").strip() or None
+
+    def required(self, name: str, what: str) -> str:
+        """The value. Raises `ValueError` saying what is missing."""
+        value = self.text(name)
+        if value is None:
+            raise ValueError(f"{name} is not set: {what}")
+        return value
+
+    def number(self, name: str, kind: type[int] | type[float]) -> Any:
+        """A number, or `None`."""
+        text = self.text(name)
+        if text is None:
+            return None
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise ValueError(f"{name}={text!r} is not {'an integer' if kind is int else 'a number'}") from error
+
+    def switch(self, name: str, default: bool) -> bool:
+        """`on` or `off`."""
+        text = (self.text(name) or ("on" if default else "off")).lower()
+        if text not in ("on", "off"):
+            raise ValueError(f"{name}={text!r}: choose on or off")
+        return text == "on"
+
+    def words(self, name: str) -> list[str]:
+        """Values separated by commas."""
+        return [word.strip() for word in (self.text(name) or "").split(",") if word.strip()]
+
+    def given(self, **variables: tuple[str, Any]) -> dict[str, Any]:
+        """By field name: the values of those variables that are set, each (variable, kind)."""
+        readers = {str: self.text, list: self.words}
+        found = {
+            field: readers[kind](name) if kind in readers else self.number(name, kind)
+            for field, (name, kind) in variables.items()
+        }
+        return {field: value for field, value in found.items() if value not in (None, [])}
 
 
 def load_resources(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -63,31 +116,103 @@ def load_resources(environment: Mapping[str, str] | None = None) -> dict[str, An
 
     Raises `ValueError` naming the variable for a value that makes no sense.
     """
-    environment = os.environ if environment is None else environment
-    deployment = environment.get("HOUSING_DEPLOYMENT", "local")
+    settings = Settings(os.environ if environment is None else environment)
+    deployment = settings.text("HOUSING_DEPLOYMENT") or "local"
     if deployment not in DEPLOYMENTS:
         raise ValueError(f"HOUSING_DEPLOYMENT={deployment!r}: choose one of {', '.join(DEPLOYMENTS)}")
-    root = Path(environment.get("HOUSING_ROOT") or "data").absolute()
-    caching = environment.get("HOUSING_CACHE", "on").lower()
-    if caching not in ("on", "off"):
-        raise ValueError(f"HOUSING_CACHE={caching!r}: choose on or off")
+    return _sagemaker(settings) if deployment == "sagemaker" else _local(settings)
+
+
+def _common(settings: Settings, root: str) -> dict[str, Any]:
     return {
-        "io_manager": CheckedReferenceIOManager(root=str(root / "references")),
+        "io_manager": CheckedReferenceIOManager(root=storage.join(root, "references")),
         "source_location": SourceLocation(
-            source=environment.get("HOUSING_RAW_CSV") or None,
-            sample_folder=str(root / "sample"),
-            sample_rows=_number(environment, "HOUSING_SAMPLE_ROWS", int) or 10_000,
+            source=settings.text("HOUSING_RAW_CSV"),
+            sample_folder=storage.join(root, "sample"),
+            sample_rows=settings.number("HOUSING_SAMPLE_ROWS", int) or 10_000,
         ),
+    }
+
+
+def _caching(settings: Settings) -> dict[str, Any]:
+    hours = settings.number("HOUSING_CACHE_HOURS", float) or 12.0
+    return {"use_cache": settings.switch("HOUSING_CACHE", default=True), "cache_expiry_hours": hours}
+
+
+def _local(settings: Settings) -> dict[str, Any]:
+    root = Path(settings.text("HOUSING_ROOT") or "data").absolute()
+    return {
+        **_common(settings, str(root)),
         "compute": LocalRay(
             artifact_root=str(root / "artifacts"),
-            use_cache=caching == "on",
-            cache_expiry_hours=_number(environment, "HOUSING_CACHE_HOURS", float) or 12.0,
-            address=environment.get("RAY_ADDRESS") or None,
-            num_cpus=_number(environment, "HOUSING_NUM_CPUS", int),
+            address=settings.text("RAY_ADDRESS"),
+            num_cpus=settings.number("HOUSING_NUM_CPUS", int),
+            **_caching(settings),
         ),
         "feature_store": LocalFeatureStore(root=str(root / "feature_store")),
         "model_registry": LocalModelRegistry(root=str(root / "model_registry")),
         "endpoint_host": LocalEndpointHost(
-            root=str(root / "endpoints"), port=_number(environment, "HOUSING_ENDPOINT_PORT", int)
+            root=str(root / "endpoints"), port=settings.number("HOUSING_ENDPOINT_PORT", int)
         ),
     }
+
+
+def _sagemaker(settings: Settings) -> dict[str, Any]:
+    from resources.compute.sagemaker import SageMakerCompute
+    from resources.endpoints.sagemaker import SageMakerEndpointHost
+    from resources.feature_store.sagemaker import SageMakerFeatureStore
+    from resources.model_registry.sagemaker import SageMakerModelRegistry
+
+    root = settings.required(
+        "HOUSING_ROOT", "the s3:// prefix below which everything is kept, for example s3://bucket/housing"
+    ).rstrip("/")
+    if not root.startswith("s3://"):
+        raise ValueError(f"HOUSING_ROOT={root!r}: with HOUSING_DEPLOYMENT=sagemaker it must be an s3:// prefix")
+    role = settings.required("HOUSING_ROLE_ARN", "the ARN of the IAM role that SageMaker runs jobs and endpoints as")
+    region = settings.given(region_name=("AWS_REGION", str)) or settings.given(region_name=("AWS_DEFAULT_REGION", str))
+    more = _sections(settings)
+    job = settings.given(
+        instance_type=("HOUSING_INSTANCE_TYPE", str),
+        instance_count=("HOUSING_INSTANCE_COUNT", int),
+        subnets=("HOUSING_SUBNETS", list),
+        security_group_ids=("HOUSING_SECURITY_GROUPS", list),
+        price_per_hour=("HOUSING_PRICE_PER_HOUR", float),
+    )
+    image = settings.given(image=("HOUSING_IMAGE", str))
+    compute = {
+        "artifact_root": f"{root}/artifacts",
+        "job_root": f"{root}/jobs",
+        **region,
+        **image,
+        **_caching(settings),
+        **more["compute"],
+        "job": {"role_arn": role, **job, **more["compute"].get("job", {})},
+    }
+    store = {"root": f"{root}/feature_store", "role_arn": role, **region, **more["feature_store"]}
+    registry = {"root": f"{root}/model_registry", **image, **region, **more["model_registry"]}
+    endpoints = {"root": f"{root}/endpoints", "role_arn": role, **image, **region, **more["endpoint_host"]}
+    return {
+        **_common(settings, root),
+        "compute": SageMakerCompute(**compute),
+        "feature_store": SageMakerFeatureStore(**store),
+        "model_registry": SageMakerModelRegistry(**registry),
+        "endpoint_host": SageMakerEndpointHost(**endpoints),
+    }
+
+
+def _sections(settings: Settings) -> dict[str, dict[str, Any]]:
+    """What the file named by `HOUSING_SAGEMAKER_CONFIG` says, by resource."""
+    empty: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    path = settings.text("HOUSING_SAGEMAKER_CONFIG")
+    if path is None:
+        return empty
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"HOUSING_SAGEMAKER_CONFIG={path!r} cannot be read: {error}") from error
+    if not isinstance(content, dict) or (unknown := set(content) - set(SECTIONS)):
+        wrong = ", ".join(sorted(unknown)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"HOUSING_SAGEMAKER_CONFIG={path!r} has {wrong}; its sections are {', '.join(SECTIONS)}")
+    return empty | {name: dict(section or {}) for name, section in content.items()}

@@ -59,9 +59,10 @@ def read_bytes(uri: str) -> bytes:
 def write_bytes(uri: str, data: bytes) -> None:
     """Write `data` atomically: locally by renaming a temporary file, on S3 because a put is atomic."""
     if is_remote(uri):
+        content = memoryview(data)  # whatever cannot be written must fail before: Arrow stores what it has got
         filesystem_, path = filesystem(uri)
         with filesystem_.open_output_stream(path) as stream:
-            stream.write(data)
+            stream.write(content)
         return
     target = local_path(uri)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +75,20 @@ def write_bytes(uri: str, data: bytes) -> None:
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+def upload(file: Path, uri: str) -> None:
+    """Copy a local file to `uri` on S3, in pieces. If that fails, there is nothing at `uri`."""
+    filesystem_, path = filesystem(uri)
+    if not is_remote(uri):
+        raise ValueError(f"{uri} is a local path: write the file there")
+    try:
+        with file.open("rb") as source, filesystem_.open_output_stream(path) as stream:
+            while chunk := source.read(8 << 20):
+                stream.write(chunk)
+    except BaseException:
+        delete(uri)  # Arrow stores what it has got
         raise
 
 

@@ -1,0 +1,67 @@
+"""The tests of storage that take a root, on S3; references between assets there; generated data there."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+import pytest
+
+from housing_assets.deployments import SourceLocation
+from resources.io_manager import ReferenceIOManager
+from resources.references import SplitRef
+from resources.sources import find_source_files
+from step_scripts import storage
+from step_scripts.contract import Artifact
+from tests.unit.test_storage import (
+    test_a_failed_write_keeps_the_old_content as test_a_failed_write_keeps_the_old_content,
+)
+from tests.unit.test_storage import test_listing_deleting_and_existence as test_listing_deleting_and_existence
+from tests.unit.test_storage import test_missing_files as test_missing_files
+from tests.unit.test_storage import test_reading_parts_of_a_file as test_reading_parts_of_a_file
+from tests.unit.test_storage import (
+    test_write_replaces_and_leaves_nothing_else as test_write_replaces_and_leaves_nothing_else,
+)
+
+if TYPE_CHECKING:
+    from tests.sagemaker_emulator.testing import Aws
+
+
+@pytest.fixture
+def root(aws: "Aws", aws_environment: Any) -> str:
+    return aws.uri("root")
+
+
+def test_an_upload_in_pieces(root: str, tmp_path: Path) -> None:
+    file = tmp_path / "large"
+    file.write_bytes(bytes(range(256)) * (1 << 16) + b"end")
+    storage.upload(file, storage.join(root, "large"))
+    assert storage.read_bytes(storage.join(root, "large")) == file.read_bytes()
+
+
+def test_references_go_from_asset_to_asset_through_s3(root: str) -> None:
+    artifact = Artifact.of("s3://b/k", [], digest="0")
+    value = SplitRef(rows=artifact, fraction=0.5, configured_fraction=0.5)
+
+    @dg.asset
+    def split() -> SplitRef:
+        return value
+
+    @dg.asset
+    def reader(split: SplitRef) -> None:
+        assert split == value
+
+    assert dg.materialize([split, reader], resources={"io_manager": ReferenceIOManager(root=root)}).success
+    assert storage.list_files(root) == [storage.join(root, "split.json")]
+
+
+def test_generated_data_and_source_files_are_found_on_s3(root: str) -> None:
+    location = SourceLocation(sample_folder=root, sample_rows=50)
+    uri = location.resolve()
+    assert uri == storage.join(root, "house_sales_50.csv")
+    [found] = find_source_files(uri)
+    assert found.bytes == len(storage.read_bytes(uri))
+    assert find_source_files(storage.join(root, "*.csv")) == (found,)
+    assert find_source_files(root) == (found,)
+    storage.write_bytes(uri, b"kept")
+    assert location.resolve() == uri
+    assert storage.read_bytes(uri) == b"kept"
