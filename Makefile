@@ -79,7 +79,8 @@ bench: $(VENV)/.installed-dev  ## Run the benchmarks (see benchmarks/README.md)
 	$(BIN)/python -m benchmarks
 
 .PHONY: constraints
-constraints: $(VENV)/.installed-dev  ## Write the versions of .venv to constraints.txt
+constraints: $(VENV)/.installed-dev  ## Write the versions of .venv, with all extras, to constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,mlflow,sagemaker]'
 	@{ echo '# Versions that are tested together. Written by `make constraints`.'; \
 	  $(BIN)/python -m pip freeze --exclude-editable --exclude housing-assets; } > constraints.txt
 

@@ -2,6 +2,7 @@
 
 import dagster as dg
 
+from housing_assets import automation
 from housing_assets.approval import approve_model, reject_model
 from housing_assets.assets import ingestion, model, serving, splits
 from housing_assets.checks import ingestion as ingestion_checks
@@ -14,7 +15,7 @@ from housing_assets.executor import in_process_executor
 OWNERS = ["team:ml-platform"]
 
 assets = [
-    asset.map_asset_specs(lambda spec: spec.replace_attributes(owners=OWNERS))
+    asset.map_asset_specs(lambda spec: automation.automated(spec.replace_attributes(owners=OWNERS)))
     for asset in dg.load_assets_from_modules([ingestion, splits, model, serving])
     if isinstance(asset, dg.AssetsDefinition)
 ]
@@ -28,7 +29,9 @@ refresh = dg.define_asset_job(
 defs = dg.Definitions(
     assets=assets,
     asset_checks=dg.load_asset_checks_from_modules([ingestion_checks, splits_checks, model_checks, serving_checks]),
-    jobs=[refresh, approve_model, reject_model],
+    jobs=[refresh, approve_model, reject_model, *automation.jobs],
+    schedules=automation.schedules,
+    sensors=automation.sensors,
     resources=load_resources(),
     # The graph is a chain, and Ray is the parallelism: one process a run, and one Ray session in it.
     executor=in_process_executor,

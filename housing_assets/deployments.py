@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
-from pydantic import Field
+from pydantic import BaseModel, Field, ValidationError
 
 from housing_assets.config import check_run_config
 from resources.compute.local_ray import LocalRay
@@ -21,6 +22,7 @@ from resources.endpoints.local import LocalEndpointHost
 from resources.feature_store.local import LocalFeatureStore
 from resources.io_manager import ReferenceIOManager
 from resources.model_registry.local import LocalModelRegistry
+from resources.notifier import EmailNotifier, LogNotifier, Notifier, SlackNotifier, SnsNotifier
 from step_scripts import storage
 
 DEPLOYMENTS = ("local", "sagemaker")
@@ -31,6 +33,8 @@ SECTIONS = ("compute", "feature_store", "model_registry", "endpoint_host")
 class SourceLocation(dg.ConfigurableResource):
     """Where the source files are when run configuration does not say, and where generated data goes."""
 
+    landing: str | None = Field(default=None, description="Folder or s3:// prefix where new files arrive.")
+    settle_seconds: float = Field(default=60.0, ge=0, description="A file is read once it is unchanged for so long.")
     source: str | None = Field(default=None, description="Path, folder, glob or s3:// URI. Empty: generated data.")
     sample_folder: str = Field(description="Folder or s3:// prefix for generated data.")
     sample_rows: int = Field(default=10_000, ge=1, description="Rows to generate.")
@@ -67,11 +71,11 @@ class Settings:
     """Typed reading of environment variables. Raises `ValueError` naming the variable for a value without sense."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = environment
+        self.environment = environment
 
     def text(self, name: str) -> str | None:
         """The value; `None` if it is not set, or empty."""
-        return self._environment.get(name, "").strip() or None
+        return self.environment.get(name, "").strip() or None
 
     def required(self, name: str, what: str) -> str:
         """The value. Raises `ValueError` saying what is missing."""
@@ -111,6 +115,35 @@ class Settings:
         return {field: value for field, value in found.items() if value not in (None, [])}
 
 
+class AutomationSettings(BaseModel):
+    """What makes the platform run by itself. Everything is off until it is switched on in the UI."""
+
+    landing: str | None = Field(default=None, description="Folder or s3:// prefix where new CSV files arrive.")
+    landing_start: date = Field(default=date(2025, 1, 1), description="First day of ingestion that can be backfilled.")
+    settle_seconds: float = Field(default=60.0, ge=0, description="A file is taken once it is unchanged for so long.")
+    retrain_cron: str = Field(default="0 3 * * 1", description="When to retrain: Mondays at three.")
+    timezone: str = Field(default="UTC", description="Time zone of the schedule.")
+    freshness_days: float = Field(default=8.0, gt=0, description="A model or an endpoint older than this is stale.")
+
+    @property
+    def stale_after(self) -> timedelta:
+        """`freshness_days` as a time span."""
+        return timedelta(days=self.freshness_days)
+
+
+def load_automation(environment: Mapping[str, str] | None = None) -> AutomationSettings:
+    """`HOUSING_LANDING` and the others. Raises `ValueError` naming the variable for a value that makes no sense."""
+    settings = Settings(os.environ if environment is None else environment)
+    variables = {field: f"HOUSING_{field.upper()}" for field in AutomationSettings.model_fields}
+    given = {field: value for field, name in variables.items() if (value := settings.text(name)) is not None}
+    try:
+        return AutomationSettings.model_validate(given)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = variables[str(problem["loc"][0])]
+        raise ValueError(f"{name}={problem['input']!r}: {problem['msg']}") from error
+
+
 def load_resources(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """All resources of the deployment that `HOUSING_DEPLOYMENT` names (default `local`).
 
@@ -124,14 +157,39 @@ def load_resources(environment: Mapping[str, str] | None = None) -> dict[str, An
 
 
 def _common(settings: Settings, root: str) -> dict[str, Any]:
+    automation = load_automation(settings.environment)
     return {
+        "notifier": _notifier(settings),
         "io_manager": CheckedReferenceIOManager(root=storage.join(root, "references")),
         "source_location": SourceLocation(
+            landing=automation.landing,
+            settle_seconds=automation.settle_seconds,
             source=settings.text("HOUSING_RAW_CSV"),
             sample_folder=storage.join(root, "sample"),
             sample_rows=settings.number("HOUSING_SAMPLE_ROWS", int) or 10_000,
         ),
     }
+
+
+def _notifier(settings: Settings) -> Notifier:
+    kind = settings.text("HOUSING_NOTIFIER") or "log"
+    if kind == "log":
+        return LogNotifier()
+    if kind == "slack":
+        # Read where a message is sent: the URL is a secret, and never part of the definitions.
+        return SlackNotifier(webhook_url=dg.EnvVar("HOUSING_SLACK_WEBHOOK"))
+    if kind == "sns":
+        return SnsNotifier(topic_arn=settings.required("HOUSING_SNS_TOPIC", "the ARN of the topic to publish to"))
+    if kind == "email":
+        login = {"user": dg.EnvVar("HOUSING_SMTP_USER"), "password": dg.EnvVar("HOUSING_SMTP_PASSWORD")}
+        return EmailNotifier(
+            host=settings.required("HOUSING_SMTP_HOST", "the SMTP server that sends the messages"),
+            port=settings.number("HOUSING_SMTP_PORT", int) or 587,
+            sender=settings.required("HOUSING_SMTP_SENDER", "the address that messages come from"),
+            recipients=settings.words("HOUSING_SMTP_RECIPIENTS"),
+            **(login if settings.text("HOUSING_SMTP_USER") else {}),
+        )
+    raise ValueError(f"HOUSING_NOTIFIER={kind!r}: choose one of log, slack, email, sns")
 
 
 def _caching(settings: Settings) -> dict[str, Any]:
@@ -212,7 +270,9 @@ def _sections(settings: Settings) -> dict[str, dict[str, Any]]:
         content = yaml.safe_load(Path(path).read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"HOUSING_SAGEMAKER_CONFIG={path!r} cannot be read: {error}") from error
-    if not isinstance(content, dict) or (unknown := set(content) - set(SECTIONS)):
-        wrong = ", ".join(sorted(unknown)) if isinstance(content, dict) else type(content).__name__
+    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+        raise ValueError(f"HOUSING_SAGEMAKER_CONFIG={path!r} must hold sections with fields, as YAML")
+    if unknown := set(content) - set(SECTIONS):
+        wrong = ", ".join(sorted(unknown))
         raise ValueError(f"HOUSING_SAGEMAKER_CONFIG={path!r} has {wrong}; its sections are {', '.join(SECTIONS)}")
-    return empty | {name: dict(section or {}) for name, section in content.items()}
+    return empty | {name: dict(section) for name, section in content.items()}

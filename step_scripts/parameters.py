@@ -216,6 +216,10 @@ class DeployEndpointSettings(BaseModel):
     endpoint_name: str = Field(
         default="housing", pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}$", description="Name of the endpoint."
     )
+    version: int | None = Field(
+        default=None, ge=1, description="Version of the model group to serve. Empty: the one registered last."
+    )
+    rollback: bool = Field(default=False, description="Serve what the endpoint served before, instead of a `version`.")
     smoke_test_rows: int = Field(
         default=50, ge=1, le=1000, description="Test rows whose served predictions must equal the offline ones."
     )

@@ -1,11 +1,14 @@
 """From CSV files to the feature store."""
 
 import hashlib
+import time
+from datetime import date
 
 import dagster as dg
 
 from housing_assets.config import FeatureGroupConfig, RawCsvConfig, settings_of
-from housing_assets.deployments import SourceLocation
+from housing_assets.deployments import SourceLocation, load_automation
+from housing_assets.landing import files_of_days
 from housing_assets.metadata import artifact_metadata, column_schema, run_metadata
 from resources.compute.base import ComputeBackend, as_metadata
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
@@ -16,16 +19,24 @@ from step_scripts.contract import StepError
 from step_scripts.parameters import (
     IngestFeaturesParams,
     IngestFeaturesSettings,
+    SourceFile,
     ValidateSourceParams,
     ValidateSourceSettings,
 )
 from step_scripts.table import ColumnRange
+
+_AUTOMATION = load_automation()
+# With a landing place, a day's files can be ingested again without the others; without one there is one source.
+PARTITIONS = dg.DailyPartitionsDefinition(str(_AUTOMATION.landing_start), end_offset=1) if _AUTOMATION.landing else None
+BACKFILL = dg.BackfillPolicy.single_run() if PARTITIONS else None
 
 
 @dg.asset(
     group_name="ingestion",
     kinds={"csv", "parquet", "ray", "pandera"},
     code_version=step_version("validate_source"),
+    partitions_def=PARTITIONS,
+    backfill_policy=BACKFILL,
 )
 def raw_csv(
     context: dg.AssetExecutionContext, config: RawCsvConfig, compute: ComputeBackend, source_location: SourceLocation
@@ -37,10 +48,9 @@ def raw_csv(
     """
     from housing_assets.schema import HOUSING_TABLE
 
-    source = config.source or source_location.resolve()
     ranges = {name: ColumnRange(**bounds.model_dump()) for name, bounds in config.column_ranges.items()}
     try:
-        files = find_source_files(source)
+        source, files = _source_files(context, config, source_location)
         table = HOUSING_TABLE.with_ranges(ranges)
     except (StepError, ValueError) as error:
         raise dg.Failure(str(error), allow_retries=False) from error
@@ -69,10 +79,29 @@ def raw_csv(
     return dg.MaterializeResult(value=value, metadata=metadata, data_version=dg.DataVersion(rows.digest))
 
 
+def _source_files(
+    context: dg.AssetExecutionContext, config: RawCsvConfig, location: SourceLocation
+) -> tuple[str, tuple[SourceFile, ...]]:
+    """What was asked for, and its files. Raises `StepError` if there are none."""
+    if location.landing is None or config.source:
+        source = config.source or location.resolve()
+        return source, find_source_files(source)
+    days = sorted(date.fromisoformat(key) for key in context.partition_keys)
+    files, unready = files_of_days(location.landing, days, time.time(), location.settle_seconds)
+    if unready:
+        context.log.info(f"{unready} files were modified less than {location.settle_seconds:g} s ago and are left out")
+    if not files:
+        span = f"{days[0]}" if len(days) == 1 else f"{days[0]} to {days[-1]}"
+        raise StepError(f"no file of {span} is ready in {location.landing}")
+    return location.landing, files
+
+
 @dg.asset(
     group_name="ingestion",
     kinds={"featurestore", "parquet", "ray"},
     code_version=step_version("ingest_features"),
+    partitions_def=PARTITIONS,
+    backfill_policy=BACKFILL,
 )
 def feature_group(
     context: dg.AssetExecutionContext,
@@ -89,8 +118,10 @@ def feature_group(
     from housing_assets.schema import HOUSING_TABLE
 
     name = config.feature_group_name or default_group_name(HOUSING_TABLE.name, raw_csv.source)
+    # A day's files are not all there is.
+    mirror = config.ingestion == "mirror" and not context.has_partition_key
     try:
-        target = feature_store.ensure_group(name, HOUSING_TABLE) | {"mirror": config.ingestion == "mirror"}
+        target = feature_store.ensure_group(name, HOUSING_TABLE) | {"mirror": mirror}
     except StepError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
     metadata = {"feature_group_name": name, "rows_in": raw_csv.rows.rows or 0}

@@ -5,7 +5,7 @@ import dagster as dg
 from housing_assets.config import EndpointConfig
 from housing_assets.gate import refusal, require_not_failed_since
 from resources.endpoints.base import EndpointDeploymentFailed, EndpointHost, EndpointStatus, VersionNotApproved
-from resources.model_registry.base import ModelRegistry, ModelVersion
+from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound
 from resources.references import SplitRef
 from step_scripts.code_version import step_version
 
@@ -26,9 +26,7 @@ def endpoint(
     """
     from housing_assets.smoke_test import smoke_test_from
 
-    version = model_registry.get(registered_model.group, registered_model.version)
-    if version.artifact.digest != registered_model.artifact.digest:
-        raise refusal(f"{version.reference} in the registry is another model", "materialize registered_model again")
+    version = _chosen_version(config, registered_model, model_registry, endpoint_host)
     if not version.gate.passed:
         raise refusal(
             f"{version.reference} has no passed evaluation", "materialize evaluation_report and registered_model"
@@ -58,3 +56,26 @@ def endpoint(
     return dg.MaterializeResult(
         value=status, metadata=metadata, data_version=dg.DataVersion(f"{status.name}:{status.model_digest}")
     )
+
+
+def _chosen_version(
+    config: EndpointConfig, registered_model: ModelVersion, model_registry: ModelRegistry, endpoint_host: EndpointHost
+) -> ModelVersion:
+    """The registered version, the one asked for, or the one that was served before."""
+    group, number = registered_model.group, config.version
+    if config.rollback:
+        status = endpoint_host.describe(config.endpoint_name)
+        if status is None or status.previous_version is None:
+            raise dg.Failure(
+                f"endpoint {config.endpoint_name} has served no other version that one could go back to",
+                allow_retries=False,
+            )
+        group, _, text = status.previous_version.rpartition("/")
+        number = int(text)
+    try:
+        version = model_registry.get(group, number or registered_model.version)
+    except ModelVersionNotFound as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+    if number is None and version.artifact.digest != registered_model.artifact.digest:
+        raise refusal(f"{version.reference} in the registry is another model", "materialize registered_model again")
+    return version

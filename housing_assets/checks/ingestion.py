@@ -2,6 +2,7 @@
 
 import dagster as dg
 
+from housing_assets.assets.ingestion import PARTITIONS
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
 from resources.references import SourceRef
 
@@ -9,7 +10,7 @@ PANDERA_ROWS = 10_000
 COMPARED_IDS = 2_000_000
 
 
-@dg.asset_check(asset="raw_csv", blocking=True)
+@dg.asset_check(asset="raw_csv", blocking=True, partitions_def=PARTITIONS)
 def schema(raw_csv: SourceRef) -> dg.AssetCheckResult:
     """Every validated row has the schema's columns, types and ranges, and rejected rows are within the limit.
 
@@ -32,7 +33,12 @@ def schema(raw_csv: SourceRef) -> dg.AssetCheckResult:
     )
 
 
-@dg.asset_check(asset="feature_group", additional_ins={"raw_csv": dg.AssetIn("raw_csv")}, blocking=True)
+@dg.asset_check(
+    asset="feature_group",
+    additional_ins={"raw_csv": dg.AssetIn("raw_csv")},
+    blocking=True,
+    partitions_def=PARTITIONS,
+)
 def reconciliation(
     feature_group: OfflineSnapshot, raw_csv: SourceRef, feature_store: FeatureStore
 ) -> dg.AssetCheckResult:

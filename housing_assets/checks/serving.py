@@ -6,7 +6,7 @@ import time
 import dagster as dg
 
 from resources.endpoints.base import EndpointHost, EndpointStatus
-from resources.model_registry.base import ModelVersion
+from resources.model_registry.base import ModelRegistry
 from resources.references import SplitRef
 
 ROWS = 100
@@ -14,16 +14,17 @@ ROWS = 100
 
 @dg.asset_check(
     asset="endpoint",
-    additional_ins={"registered_model": dg.AssetIn("registered_model"), "test_split": dg.AssetIn("test_split")},
+    additional_ins={"test_split": dg.AssetIn("test_split")},
     blocking=True,
 )
 def serves_offline_predictions(
-    endpoint: EndpointStatus, registered_model: ModelVersion, test_split: SplitRef, endpoint_host: EndpointHost
+    endpoint: EndpointStatus, test_split: SplitRef, endpoint_host: EndpointHost, model_registry: ModelRegistry
 ) -> dg.AssetCheckResult:
-    """What the endpoint answers to known raw rows equals what the registered model predicts offline."""
+    """What the endpoint answers to known raw rows equals what the version that it serves predicts offline."""
     from housing_assets.smoke_test import smoke_test_from
 
-    test = smoke_test_from(registered_model.artifact, test_split.rows, ROWS)
+    group, _, number = endpoint.version.rpartition("/")
+    test = smoke_test_from(model_registry.get(group, int(number)).artifact, test_split.rows, ROWS)
     served: list[float] = []
     milliseconds: list[float] = []
     for row in test.body.splitlines():

@@ -1,0 +1,1 @@
+"""Tests of the platform, and the emulated SageMaker that they run on."""

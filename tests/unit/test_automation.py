@@ -1,0 +1,191 @@
+"""Sensors, the schedule and the conditions of automation, evaluated as the daemon does it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from housing_assets import automation
+from housing_assets.definitions import defs
+from housing_assets.deployments import AutomationSettings, load_automation
+from resources.endpoints.local import LocalEndpointHost
+from resources.model_registry.local import LocalModelRegistry
+from resources.notifier import Notifier
+from tests.registry_contract import artifact, register
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.ephemeral() as ephemeral:
+        yield ephemeral
+
+
+def test_everything_is_stopped_until_somebody_starts_it_and_says_what_it_does() -> None:
+    repository = defs.get_repository_def()
+    assert {s.name for s in repository.sensor_defs} >= {
+        *("landing_files", "approved_models", "failed_runs", "keep_up_to_date")
+    }
+    for sensor in repository.sensor_defs:
+        assert sensor.default_status == dg.DefaultSensorStatus.STOPPED, sensor.name
+        assert len(sensor.description or "") > 40, sensor.name
+    [schedule] = repository.schedule_defs
+    assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
+    assert (schedule.cron_schedule, schedule.execution_timezone) == ("0 3 * * 1", "UTC")
+    assert len(schedule.description or "") > 40
+
+
+def test_settings_come_from_the_environment() -> None:
+    settings = load_automation({"HOUSING_LANDING": "s3://b/in", "HOUSING_RETRAIN_CRON": "5 4 * * *"})
+    assert (settings.landing, settings.retrain_cron) == ("s3://b/in", "5 4 * * *")
+    with pytest.raises(ValueError, match="HOUSING_SETTLE_SECONDS='soon'"):
+        load_automation({"HOUSING_SETTLE_SECONDS": "soon"})
+
+
+def look(sensor: Any, cursor: str | None, **resources: Any) -> tuple[list[dg.RunRequest], str | None, str | None]:
+    """One look of a sensor: what it asks for, what it remembers, why it did nothing."""
+    context = dg.build_sensor_context(cursor=cursor, repository_def=defs.get_repository_def())
+    result = sensor(context, **resources)
+    if isinstance(result, dg.SkipReason):
+        return [], cursor, result.skip_message
+    reason = result.skip_reason
+    message = reason.skip_message if isinstance(reason, dg.SkipReason) else reason
+    return list(result.run_requests or []), result.cursor or cursor, message
+
+
+def test_landed_files_are_ingested_by_day_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests, _, why = look(automation.landing_files, None)
+    assert requests == []
+    assert "HOUSING_LANDING is not set" in (why or "")
+
+    monkeypatch.setattr(automation, "_SETTINGS", AutomationSettings(landing=str(tmp_path)))
+    for day in ("2026-03-04", "2026-03-05"):
+        (tmp_path / day).mkdir()
+        (tmp_path / day / "sales.csv").write_text("x")
+        os.utime(tmp_path / day / "sales.csv", (1e9, 1e9))
+    first, cursor, _ = look(automation.landing_files, None)
+    second, cursor, _ = look(automation.landing_files, cursor)
+    third, cursor, why = look(automation.landing_files, cursor)
+    assert (first, third) == ([], [])
+    assert [request.partition_key for request in second] == ["2026-03-04", "2026-03-05"]
+    assert len({request.run_key for request in second}) == 2
+    assert "no new files" in (why or "")
+
+
+def test_an_approved_version_is_deployed_once(tmp_path: Path) -> None:
+    registry = LocalModelRegistry(root=str(tmp_path / "registry"))
+    resources = {"model_registry": registry, "endpoint_host": LocalEndpointHost(root=str(tmp_path / "endpoints"))}
+    for name in ("one", "two"):
+        register(registry, artifact(tmp_path / name, name))
+    requests, cursor, why = look(automation.approved_models, None, **resources)
+    assert (requests, why) == ([], "model group housing has no approved version")
+
+    registry.set_status("housing", 1, "Approved", who="ann", why="good")
+    [request], cursor, _ = look(automation.approved_models, cursor, **resources)
+    assert request.run_config == {"ops": {"endpoint": {"config": {"version": 1}}}}
+    assert look(automation.approved_models, cursor, **resources)[0] == [], "asked for once, even if the run failed"
+
+    registry.set_status("housing", 2, "Approved", who="ann", why="better")
+    [request], cursor, _ = look(automation.approved_models, cursor, **resources)
+    assert request.run_config == {"ops": {"endpoint": {"config": {"version": 2}}}}
+    registry.set_status("housing", 2, "Rejected", who="ann", why="worse after all")
+    assert look(automation.approved_models, cursor, **resources)[0] == [], "going back is rollback_endpoint's business"
+
+
+class Recorder(Notifier):
+    def notify(self, title: str, text: str) -> None:
+        _messages.append((title, text))
+
+
+_messages: list[tuple[str, str]] = []
+
+
+def test_a_failed_run_is_told_with_step_and_reason(instance: dg.DagsterInstance) -> None:
+    @dg.op
+    def breaks() -> None:
+        raise dg.Failure("file x.csv is bad: mend it", allow_retries=False)
+
+    @dg.job
+    def broken() -> None:
+        breaks()
+
+    result = broken.execute_in_process(instance=instance, raise_on_error=False)
+    context = dg.build_run_status_sensor_context(
+        "failed_runs",
+        dagster_event=result.get_run_failure_event(),
+        dagster_instance=instance,
+        dagster_run=result.dagster_run,
+        resources={"notifier": Recorder()},
+    ).for_run_failure()
+    _messages.clear()
+    automation.failed_runs(context)
+    assert _messages == [
+        (f"Run {result.run_id[:8]} of job broken failed", "breaks: file x.csv is bad: mend it"),
+    ]
+
+
+def passed(instance: dg.DagsterInstance, asset: str, check: str, *, ok: bool, blocking: bool = True) -> None:
+    instance.report_runless_asset_event(
+        dg.AssetCheckEvaluation(
+            asset_key=dg.AssetKey(asset), check_name=check, passed=ok, metadata={}, blocking=blocking
+        )
+    )
+
+
+def materialized(instance: dg.DagsterInstance, *assets: str) -> None:
+    for asset in assets:
+        instance.report_runless_asset_event(dg.AssetMaterialization(asset))
+
+
+SPLITS = ("train_split", "validation_split", "test_split")
+
+
+class Daemon:
+    """Looks at all conditions, one tick after the other; the assets that it would materialize."""
+
+    def __init__(self, instance: dg.DagsterInstance) -> None:
+        self._instance = instance
+        self._cursor: Any = None
+
+    def tick(self) -> set[str]:
+        result = dg.evaluate_automation_conditions(defs, self._instance, cursor=self._cursor)
+        self._cursor = result.cursor
+        keys = defs.resolve_asset_graph().get_all_asset_keys()
+        return {key.to_user_string() for key in keys if result.get_num_requested(key)}
+
+
+def test_assets_follow_their_inputs_only_behind_passed_checks(instance: dg.DagsterInstance) -> None:
+    daemon = Daemon(instance)
+    assert daemon.tick() == set()
+    materialized(instance, "raw_csv", "feature_group")
+    passed(instance, "raw_csv", "schema", ok=True)
+    passed(instance, "feature_group", "reconciliation", ok=False)
+    assert daemon.tick() == set()
+    materialized(instance, "feature_group")
+    passed(instance, "feature_group", "reconciliation", ok=True)
+    assert daemon.tick() == set(SPLITS), "new data does not retrain"
+
+    materialized(instance, *SPLITS, "tuned_model")
+    for check in ("no_leakage", "split_fractions"):
+        passed(instance, "train_split", check, ok=True)
+    for check in defs.resolve_asset_graph().asset_check_keys:
+        if check.asset_key.to_user_string() == "tuned_model":
+            passed(instance, "tuned_model", check.name, ok=True)
+    assert "evaluation_report" in daemon.tick()
+
+
+def test_drift_retrains(instance: dg.DagsterInstance) -> None:
+    daemon = Daemon(instance)
+    materialized(instance, "raw_csv", "feature_group", *SPLITS, "tuned_model")
+    for check in ("no_leakage", "split_fractions", "feature_drift"):
+        passed(instance, "train_split", check, ok=True, blocking=check != "feature_drift")
+    daemon.tick()
+    assert "tuned_model" not in daemon.tick()
+    passed(instance, "train_split", "feature_drift", ok=False, blocking=False)
+    assert "tuned_model" in daemon.tick()
+    materialized(instance, "tuned_model")
+    assert "tuned_model" not in daemon.tick(), "once a finding"
