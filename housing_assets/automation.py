@@ -152,9 +152,8 @@ def approved_models(
 def failed_runs(context: dg.RunFailureSensorContext, notifier: Notifier) -> None:
     """One message a failed run, with the steps that failed and why."""
     run = context.dagster_run
-    notifier.notify(
-        f"Run {run.run_id[:8]} of {_what(run)} failed", "\n".join(_reasons(context)) or context.failure_event.message
-    )
+    reasons = "\n".join(_reasons(context)) or context.failure_event.message or ""
+    notifier.notify(f"Run {run.run_id[:8]} of {_what(run)} failed", reasons)
 
 
 def _what(run: dg.DagsterRun) -> str:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, ValidationError
 from housing_assets.config import check_run_config
 from resources.compute.local_ray import LocalRay
 from resources.endpoints.local import LocalEndpointHost
+from resources.experiments import ExperimentTracker, MlflowTracking, NoTracking
 from resources.feature_store.local import LocalFeatureStore
 from resources.io_manager import ReferenceIOManager
 from resources.model_registry.local import LocalModelRegistry
@@ -160,6 +161,7 @@ def _common(settings: Settings, root: str) -> dict[str, Any]:
     automation = load_automation(settings.environment)
     return {
         "notifier": _notifier(settings),
+        "experiments": _experiments(settings),
         "io_manager": CheckedReferenceIOManager(root=storage.join(root, "references")),
         "source_location": SourceLocation(
             landing=automation.landing,
@@ -190,6 +192,16 @@ def _notifier(settings: Settings) -> Notifier:
             **(login if settings.text("HOUSING_SMTP_USER") else {}),
         )
     raise ValueError(f"HOUSING_NOTIFIER={kind!r}: choose one of log, slack, email, sns")
+
+
+def _experiments(settings: Settings) -> ExperimentTracker:
+    uri = settings.text("HOUSING_MLFLOW_URI")
+    if uri is None:
+        return NoTracking()
+    more = settings.given(
+        experiment=("HOUSING_MLFLOW_EXPERIMENT", str), artifact_location=("HOUSING_MLFLOW_ARTIFACTS", str)
+    )
+    return MlflowTracking(tracking_uri=uri, **more)
 
 
 def _caching(settings: Settings) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from housing_assets.config import SLICES, EvaluationConfig, RegistrationConfig, 
 from housing_assets.gate import require_gate_passed
 from housing_assets.metadata import artifact_metadata, run_metadata
 from resources.compute.base import ComputeBackend, as_metadata
+from resources.experiments import ExperimentTracker, TrackedSearch
 from resources.model_registry.base import ModelRegistry, ModelVersion
 from resources.references import EvaluationRef, ModelRef, SplitRef
 from step_scripts.code_version import step_version
@@ -22,6 +23,7 @@ def tuned_model(
     train_split: SplitRef,
     validation_split: SplitRef,
     compute: ComputeBackend,
+    experiments: ExperimentTracker,
 ) -> dg.MaterializeResult[ModelRef]:
     """The best XGBoost model of a hyperparameter search, with all that is needed to predict from raw features.
 
@@ -39,6 +41,19 @@ def tuned_model(
         {"train": train_split.rows, "validation": validation_split.rows, "statistics": train_split.statistics},
     )
     model, details = result.outputs["model"], result.details
+    tracked = experiments.record(
+        TrackedSearch(
+            name=f"search {result.request_digest[:8]}",
+            request_digest=result.request_digest,
+            run_id=context.run.run_id,
+            made_at=result.created_at,
+            settings=config.resolved(),
+            parameters=details["best_parameters"],
+            metrics=result.metrics,
+            model=model,
+            report=result.outputs["report"],
+        )
+    )
     value = ModelRef(
         model=model,
         report=result.outputs["report"],
@@ -55,6 +70,7 @@ def tuned_model(
     metadata = {
         **result.metrics,
         **plots,
+        **tracked,
         **as_metadata(others),
         **artifact_metadata(model),
         **run_metadata(result),

@@ -1,0 +1,81 @@
+"""Tuning runs in MLflow: the real client, a SQLite database, artifacts in a folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
+
+from housing_assets.deployments import load_resources
+from resources.experiments import MlflowTracking, NoTracking, TrackedSearch
+from step_scripts.contract import Artifact, file_info
+
+TRIALS = [
+    {
+        **{"trial": n, "parameters": {"max_depth": 3 + n, "eta": 0.1}, "rmse": rmse, "rounds": 20, "best_rounds": 18},
+        **{"seconds": 1.5, "status": "completed" if rmse else "failed", "stopped_by": "all_rounds"},
+    }
+    for n, rmse in enumerate([5000.0, None, 4000.0])
+]
+CURVE = {"round": [1, 10, 20], "train": [9.0, 5.0, 3.0], "validation": [9.5, 6.0, 4.0], "best_rounds": 20}
+
+
+def search(folder: Path) -> TrackedSearch:
+    for name, content in (("report/trials.json", TRIALS), ("report/learning_curve.json", CURVE), ("model/m.json", {})):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+
+    def artifact(name: str) -> Artifact:
+        root = folder / name
+        return Artifact.of(str(root), [file_info(str(p), str(root)) for p in sorted(root.iterdir())])
+
+    return TrackedSearch(
+        name="search 1",
+        request_digest="d" * 32,
+        run_id="run-1",
+        made_at=datetime(2026, 11, 23, tzinfo=UTC),
+        settings={"num_trials": 3},
+        parameters={"max_depth": 5},
+        metrics={"validation_rmse": 4000.0},
+        model=artifact("model"),
+        report=artifact("report"),
+    )
+
+
+def test_a_search_is_recorded_once_with_trials_curve_and_artifacts(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracking = MlflowTracking(tracking_uri=uri, experiment="e", artifact_location=f"file://{tmp_path}/artifacts")
+    found = tracking.record(search(tmp_path))
+    assert tracking.record(search(tmp_path))["mlflow_run_id"] == found["mlflow_run_id"]
+
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("e")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 4
+    parent = client.get_run(found["mlflow_run_id"])
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params == {"num_trials": "3", "max_depth": "5"}
+    assert parent.data.metrics["validation_rmse"] == 4000.0
+    assert parent.data.tags["dagster.run_id"] == "run-1"
+    curve = client.get_metric_history(parent.info.run_id, "validation_rmse_by_round")
+    assert [(point.step, point.value) for point in curve] == [(1, 9.5), (10, 6.0), (20, 4.0)]
+    trials = {r.info.run_name: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
+    assert sorted(trials) == ["trial 0", "trial 1", "trial 2"]
+    assert trials["trial 1"].info.status == "FAILED"
+    assert trials["trial 2"].data.metrics["rmse"] == 4000.0
+    assert (tmp_path / "artifacts" / parent.info.run_id / "artifacts" / "model" / "m.json").exists()
+    assert (tmp_path / "artifacts" / parent.info.run_id / "artifacts" / "report" / "trials.json").exists()
+
+
+def test_without_configuration_nothing_is_imported_or_written(tmp_path: Path) -> None:
+    assert isinstance(load_resources({})["experiments"], NoTracking)
+    program = "import sys; from housing_assets.definitions import defs; print('mlflow' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+    assert NoTracking().record(search(tmp_path)) == {}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "report"]
