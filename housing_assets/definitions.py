@@ -11,6 +11,7 @@ from housing_assets.checks import serving as serving_checks
 from housing_assets.checks import splits as splits_checks
 from housing_assets.deployments import load_resources
 from housing_assets.executor import in_process_executor
+from housing_assets.retention import prune
 
 OWNERS = ["team:ml-platform"]
 
@@ -29,7 +30,7 @@ refresh = dg.define_asset_job(
 defs = dg.Definitions(
     assets=assets,
     asset_checks=dg.load_asset_checks_from_modules([ingestion_checks, splits_checks, model_checks, serving_checks]),
-    jobs=[refresh, approve_model, reject_model, *automation.jobs],
+    jobs=[refresh, approve_model, reject_model, *automation.jobs, prune],
     schedules=automation.schedules,
     sensors=automation.sensors,
     resources=load_resources(),
