@@ -85,6 +85,11 @@ def verify_file(uri: str, expected: FileInfo) -> None:
         content = Path(uri).read_bytes() if not storage.is_remote(uri) else storage.read_bytes(uri)
     except FileNotFoundError as error:
         raise DamagedArtifactError(f"{uri} is missing; it was {expected.bytes} bytes") from error
+    verify_content(uri, content, expected)
+
+
+def verify_content(uri: str, content: bytes, expected: FileInfo) -> None:
+    """Raises `DamagedArtifactError` if `content`, read from `uri`, is not that of the file described."""
     if len(content) != expected.bytes:
         raise DamagedArtifactError(f"{uri} has {len(content)} bytes, recorded were {expected.bytes}")
     if (found := hashlib.sha256(content).hexdigest()) != expected.sha256:

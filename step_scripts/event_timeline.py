@@ -71,12 +71,14 @@ def joined(parts: list[Events]) -> Events:
 class Changes:
     """What a set of incoming events changes.
 
-    `stored`: the events to store, tombstones included. `live_added` and `live_removed`: digests of the live events that
-    come and go. `outdated`: rows that are not the record's latest state. `conflicts`: rows that contradict another row
-    of the dataset: same record, same event time, other content; if there are any, nothing else is filled in.
+    `stored`: the events to store, tombstones included; `latest`: whether each is its record's latest from then on.
+    `live_added` and `live_removed`: digests of the live events that come and go. `outdated`: rows that are not the
+    record's latest state. `conflicts`: rows that contradict another row of the dataset: same record, same event time,
+    other content; if there are any, nothing else is filled in.
     """
 
     stored: list[Events] = field(default_factory=list)
+    latest: list[np.ndarray] = field(default_factory=list)
     added: int = 0
     unchanged: int = 0
     superseded: int = 0
@@ -92,6 +94,7 @@ class Changes:
         """Both, of different records."""
         return Changes(
             self.stored + other.stored,
+            self.latest + other.latest,
             self.added + other.added,
             self.unchanged + other.unchanged,
             self.superseded + other.superseded,
@@ -164,6 +167,7 @@ def _single_changes(incoming: Events, stored: Events, mirror_time: int | None) -
     news = incoming.take(~same)
     result = Changes(
         stored=[news],
+        latest=[(~known | replaces)[~same]],
         added=int((~known).sum() + (known & ~same & ~later).sum()),
         unchanged=int(same.sum()),
         superseded=int(replaces.sum()),
@@ -207,6 +211,7 @@ def _deletions(latest: Events, mirror_time: int) -> Changes:
     )
     return Changes(
         stored=[tombstones],
+        latest=[np.ones(len(latest), bool)],
         deleted=len(latest),
         live_rows=-len(latest),
         live_removed=latest.sums(with_deleted=False),
@@ -251,6 +256,7 @@ def _timeline_changes(incoming: Events, stored: Events, mirror_time: int | None)
     current = as_latest & new_live[record]
     result = Changes(
         stored=[line.take(news)],
+        latest=[(places == new_last[record])[news]],
         added=int(news.sum() - superseded.sum()),
         unchanged=rows - int(news.sum()),
         superseded=int(superseded.sum()),

@@ -1,8 +1,8 @@
 """What runs in parallel in an ingestion: hash a file, compare a bucket of records, write files, read them back.
 
-Records are divided into buckets by the hash of their id. Hashes go through scratch files in NumPy's format, ordered by
-bucket and mapped into memory, so that memory depends on the size of a piece and not of the group. Every function can
-be repeated: it overwrites what an earlier attempt has left.
+Records are divided into buckets by the hash of their id. Hashes go through scratch files, ordered by
+bucket (see `step_scripts.scratch_arrays`), so that memory depends on the size of a piece and not of the group. Every
+function can be repeated: it overwrites what an earlier attempt has left.
 """
 
 from __future__ import annotations
@@ -10,21 +10,31 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 
+from step_scripts import storage
 from step_scripts.column_types import polars_schema
 from step_scripts.event_hash import Lanes, content_hashes, event_hashes, lane_sums, text_hashes, text_prefixes
 from step_scripts.event_sources import TIMESTAMP, Source, check_complete, read_source
 from step_scripts.event_timeline import Changes, Events, changes, joined
 from step_scripts.group_folder import StoredFile
-from step_scripts.ingestion_plan import Hashed, Selection, WriteItem, WriteTarget
+from step_scripts.ingestion_plan import (
+    ATTEMPT_CHARACTERS,
+    HASH_LANES,
+    SELECTION_LANES,
+    Hashed,
+    Selection,
+    WriteItem,
+    WriteTarget,
+)
+from step_scripts.scratch_arrays import load_lanes, save_lanes
 from step_scripts.table import TableSpec
 
 HOUR = 3_600_000_000  # microseconds
@@ -32,7 +42,6 @@ SHOWN = 20  # ids in a message
 ROW_GROUP_ROWS = 1 << 15  # a look-up decodes one row group a file
 _NAME_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_LANES = 8  # of a scratch file: record id 2, time, content 2, row, commit, deleted
 
 
 def to_datetime(microseconds: int) -> datetime:
@@ -60,14 +69,16 @@ def hash_source(source: Source, table: TableSpec, buckets: int, folder: str, wan
     record = text_hashes(ids["record_id"])
     rows = np.arange(source.rows, dtype=np.uint64)
     if wanted is not None:
-        known = pl.concat([pl.Series(np.load(w.path, mmap_mode="r")[0]) for w in wanted])
+        known = pl.concat(
+            [pl.Series(np.ascontiguousarray(load_lanes(w.path, HASH_LANES, np.uint64)[0])) for w in wanted]
+        )
         chosen = pl.Series(record[0]).is_in(known.implode()).to_numpy()
         record, rows, ids = (record[0][chosen], record[1][chosen]), rows[chosen], ids.filter(chosen)
     flags = [] if source.commits is None else ["is_deleted"]
     frame = read_source(source, [*content_columns(table), *flags], table, rows)
     content = content_hashes(frame, content_columns(table))
     time = ids["event_time"].to_physical().to_numpy()
-    lanes = np.zeros((_LANES, len(rows)), np.uint64)
+    lanes = np.zeros((HASH_LANES, len(rows)), np.uint64)
     lanes[0:2], lanes[2], lanes[3:5], lanes[5] = record, time.view(np.uint64), content, rows
     if source.commits is not None:
         lanes[6] = np.repeat(*np.array(source.commits).T)[rows]
@@ -77,26 +88,27 @@ def hash_source(source: Source, table: TableSpec, buckets: int, folder: str, wan
         bucket = (record[0] >> np.uint64(64 - buckets.bit_length() + 1)).astype(np.uint16)
         lanes = lanes[:, np.argsort(bucket, kind="stable")]
         starts = (0, *np.cumsum(np.bincount(bucket, minlength=buckets)).tolist())
-    path = str(Path(folder) / f"hashes-{source.index}.npy")
-    np.save(path, lanes)
+    path = storage.join(folder, f"hashes-{source.index}.npy")
+    save_lanes(path, lanes)
     return Hashed(path, starts, int(time.min()) if len(time) else None, int(time.max()) if len(time) else None)
 
 
 def compare_bucket(
     bucket: int, incoming: Sequence[tuple[int, Hashed]], stored: Sequence[tuple[int, Hashed]], folder: str,
     mirror_time: int | None,
-) -> tuple[Changes, list[Selection], list[tuple[int, int, int]], tuple[int, int]]:  # fmt: skip
+) -> tuple[Changes, list[Selection], list[tuple[int, int, int]], tuple[int, int], int]:  # fmt: skip
     """Compare the events of one bucket, given sources' indices and hashes.
 
     Returns what changes (without the events), where the rows to store are listed, how many they are of each (source,
-    hour), and their digest. Raises nothing for conflicts: they are returned.
+    hour), their digest, and how many are their records' latest events. Raises nothing for conflicts: they are returned.
     """
     result = changes(_bucket_events(bucket, incoming), _bucket_events(bucket, stored), mirror_time)
     news = joined(result.stored) if result.stored else _bucket_events(bucket, ())
     order = np.argsort(news.source, kind="stable")
     source, row, time = news.source[order], news.row[order], news.time[order]
-    path = str(Path(folder) / f"selected-{bucket}.npy")
-    np.save(path, np.stack([row.astype(np.int64), time]))
+    latest = np.concatenate([*result.latest, np.empty(0, bool)])[order]
+    path = storage.join(folder, f"selected-{bucket}.npy")
+    save_lanes(path, np.stack([row.astype(np.int64), time, latest.astype(np.int64)]))
     numbers, counts = np.unique(source, return_counts=True)
     stops = np.cumsum(counts)
     selections = [
@@ -108,14 +120,16 @@ def compare_bucket(
         for s in selections
         for hour, count in zip(*np.unique(time[s.start : s.stop] // HOUR, return_counts=True), strict=True)
     ]
-    light = replace(result, stored=[], conflicts=[c.take(np.arange(min(len(c), SHOWN))) for c in result.conflicts])
-    return light, selections, histogram, news.sums(with_deleted=True)
+    light = replace(
+        result, stored=[], latest=[], conflicts=[c.take(np.arange(min(len(c), SHOWN))) for c in result.conflicts]
+    )
+    return light, selections, histogram, news.sums(with_deleted=True), int(latest.sum())
 
 
 def write_files(item: WriteItem, target: WriteTarget) -> list[str]:
     """Write the files of `item`, one an hour; their paths relative to `target.data`."""
-    frames = [_selected_rows(source, selections, item, target.table) for source, selections in item.sources]
-    frame = pl.concat(frames).rechunk()  # reordering many chunks takes longer
+    frames = [selected_rows(source, selections, item, target.table) for source, selections in item.sources]
+    frame = pl.concat(frames).drop("is_latest").rechunk()  # reordering many chunks takes longer
     hours = frame["event_time"].to_physical().to_numpy() // HOUR
     order = _storage_order(frame["record_id"], hours)
     frame, hours = frame[order], hours[order]
@@ -127,8 +141,8 @@ def write_files(item: WriteItem, target: WriteTarget) -> list[str]:
             pl.lit(target.write_time, TIMESTAMP).alias("api_invocation_time"),
         )
         latest = to_datetime(int(events["event_time"].to_physical().max()))  # pyright: ignore[reportArgumentType]
-        path = event_file_path(latest, f"{target.ingestion}/{item.number}/{hours[start]}")
-        write_parquet(Path(target.data) / path, events.select(stored_columns(target.table)))
+        path = event_file_path(latest, target.ingestion, f"{target.ingestion}/{item.number}/{hours[start]}")
+        write_parquet(storage.join(target.data, path), events.select(stored_columns(target.table)))
         written.append(path)
     return written
 
@@ -138,8 +152,14 @@ def stored_columns(table: TableSpec) -> list[str]:
     return ["record_id", "event_time", *table.column_names, "write_time", "api_invocation_time", "is_deleted"]
 
 
-def write_parquet(path: Path, events: pl.DataFrame) -> None:
-    """Write one stored file, and see that it is on the disk."""
+def write_parquet(uri: str, events: pl.DataFrame) -> None:
+    """Write one stored file, and see that it is stored for good."""
+    if storage.is_remote(uri):
+        content = io.BytesIO()
+        events.write_parquet(content, compression="zstd", compression_level=1, row_group_size=ROW_GROUP_ROWS)
+        storage.write_bytes(uri, content.getvalue())
+        return
+    path = storage.local_path(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         events.write_parquet(file, compression="zstd", compression_level=1, row_group_size=ROW_GROUP_ROWS)
@@ -147,10 +167,18 @@ def write_parquet(path: Path, events: pl.DataFrame) -> None:
         os.fsync(file.fileno())
 
 
-def event_file_path(latest: datetime, unique: str) -> str:
-    """SageMaker's layout of offline stores: partitions by event time, names by the latest event time."""
+def attempt_token() -> str:
+    """Characters that tell the files of one ingestion, or deletion, from those of all others."""
+    return "".join(secrets.choice(_NAME_ALPHABET) for _ in range(ATTEMPT_CHARACTERS))
+
+
+def event_file_path(latest: datetime, token: str, unique: str) -> str:
+    """SageMaker's layout of offline stores: partitions by event time, names by the latest event time.
+
+    `token`: the first of the 16 characters at the end.
+    """
     number = int.from_bytes(hashlib.blake2b(unique.encode(), digest_size=16).digest(), "big")
-    characters = "".join(_digits(number, 16))
+    characters = token + "".join(_digits(number, 16 - len(token)))
     day = f"year={latest.year:04d}/month={latest.month:02d}/day={latest.day:02d}/hour={latest.hour:02d}"
     stamp = (
         f"{latest.year:04d}{latest.month:02d}{latest.day:02d}T{latest.hour:02d}{latest.minute:02d}{latest.second:02d}Z"
@@ -166,7 +194,7 @@ def read_back(data: str, paths: Sequence[str], table: TableSpec) -> tuple[list[S
     files, frames = [], []
     for path in paths:
         try:
-            content = (Path(data) / path).read_bytes()
+            content = storage.read_bytes(storage.join(data, path))
             frame = pl.read_parquet(io.BytesIO(content))
         except (FileNotFoundError, pl.exceptions.ComputeError):
             continue
@@ -193,7 +221,7 @@ def read_back(data: str, paths: Sequence[str], table: TableSpec) -> tuple[list[S
 def _bucket_events(bucket: int, sources: Sequence[tuple[int, Hashed]]) -> Events:
     parts = []
     for index, hashed in sources:
-        lanes = np.load(hashed.path, mmap_mode="r")[:, hashed.starts[bucket] : hashed.starts[bucket + 1]]
+        lanes = load_lanes(hashed.path, HASH_LANES, np.uint64, hashed.starts[bucket], hashed.starts[bucket + 1])
         if not lanes.shape[1]:
             continue
         lanes = np.ascontiguousarray(lanes)
@@ -211,22 +239,30 @@ def _bucket_events(bucket: int, sources: Sequence[tuple[int, Hashed]]) -> Events
     return Events((none, none), whole, (none, none), whole, none, whole, np.empty(0, bool))
 
 
-def _selected_rows(source: Source, selections: Sequence[Selection], item: WriteItem, table: TableSpec) -> pl.DataFrame:
-    """The events to store from one source: its rows, or tombstones of its records."""
-    chosen = np.concatenate([np.load(s.path, mmap_mode="r")[:, s.start : s.stop] for s in selections], axis=1)
-    hours = chosen[1] // HOUR
+def selected_rows(source: Source, selections: Sequence[Selection], item: WriteItem, table: TableSpec) -> pl.DataFrame:
+    """The events to store from one source: its rows, or tombstones of its records.
+
+    Columns: record_id, event_time, those of the table, is_deleted, is_latest.
+    """
+    parts = [load_lanes(s.path, SELECTION_LANES, np.int64, s.start, s.stop) for s in selections]
+    row, time, latest = np.concatenate(parts, axis=1)
+    hours = time // HOUR
     inside = (hours >= item.first_hour) & (hours <= item.last_hour)
-    row, time = (chosen[0], chosen[1]) if inside.all() else (chosen[0][inside], chosen[1][inside])
+    if not inside.all():
+        row, time, latest = row[inside], time[inside], latest[inside]
     if source.commits is not None:
         ids = read_source(source, ["record_id"], table)[row]
-        return tombstones(ids["record_id"], time, table)
+        return tombstones(ids["record_id"], time, table).with_columns(pl.lit(True).alias("is_latest"))
     frame = read_source(source, ["record_id", "event_time", *table.column_names], table)
     if len(row) < source.rows:
         frame = frame[row]
     else:
-        time = time[np.argsort(row)]
+        order = np.argsort(row)
+        time, latest = time[order], latest[order]
     return frame.with_columns(
-        pl.Series("event_time", time).cast(TIMESTAMP), pl.lit(False).alias("is_deleted")
+        pl.Series("event_time", time).cast(TIMESTAMP),
+        pl.lit(False).alias("is_deleted"),
+        pl.Series("is_latest", latest.astype(bool)),
     )  # the comparison may have moved an event behind what is stored
 
 

@@ -7,7 +7,6 @@ last. What fails or is killed before has changed nothing for readers.
 from __future__ import annotations
 
 import contextlib
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -21,8 +20,8 @@ from step_scripts.contract import Artifact, Reporter, StepError
 from step_scripts.event_hash import add_sums, subtract_sums
 from step_scripts.event_sources import dataset_sources, read_source, stored_sources
 from step_scripts.event_timeline import Changes
-from step_scripts.feature_files import SHOWN, compare_bucket, hash_source, read_back, write_files
-from step_scripts.group_folder import LOCK_SECONDS, Commit, GroupFolder, StoredFile, digest_of
+from step_scripts.feature_files import SHOWN, attempt_token, compare_bucket, hash_source, read_back, write_files
+from step_scripts.group_folder import LOCK_SECONDS, Commit, GroupFolder, StoredFile, digest_of, until_committed
 from step_scripts.group_schema import adopts, check_columns
 from step_scripts.ingestion_plan import (
     BUCKET_EVENTS,
@@ -33,6 +32,7 @@ from step_scripts.ingestion_plan import (
     piece_rows,
     write_groups,
 )
+from step_scripts.online_store import OnlineTarget, write_online
 from step_scripts.table import TableSpec
 
 # Runs `function(*call)` for each call, in any order and anywhere; yields (index of the call, result).
@@ -60,6 +60,7 @@ class IngestionResult:
     deleted: int = 0
     outdated: int = 0
     hour_partitions: int = 0
+    written_online: int = 0
     strays_removed: int = 0
     already_ingested: bool = False
 
@@ -90,12 +91,15 @@ def ingest(
     mirror: bool = False,
     workers: int = 1,
     lock_seconds: float = LOCK_SECONDS,
+    online: OnlineTarget | None = None,
     phase: Callable[[str], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> IngestionResult:
     """Ingest `dataset` (columns record_id, event_time and those of `table`); the group is made if there is none.
 
     With `mirror`, the group's live records become those of the dataset: others are deleted. A dataset that is known
-    already makes no commit, one that is not makes one even if it changes nothing.
+    already makes no commit, one that is not makes one even if it changes nothing. Where writers cannot keep each other
+    out, one that was overtaken compares again with what the other has stored. With `online`, the latest event of every
+    record that changes goes to the online store before the commit.
 
     Raises `StepError`, having changed nothing, if the schema does not fit the group's, rows contradict each other,
     files of the group are missing, a row cannot be read back, or others hold the lock for `lock_seconds`.
@@ -106,26 +110,31 @@ def ingest(
             stack.enter_context(folder.lock(lock_seconds, create=True))
         if (strays := folder.remove_strays()) > 0:
             log.info(f"removed {strays:,} files that an earlier, unfinished ingestion has left")
-        ingestion = _Ingestion(folder, table, dataset, run, log, mirror, workers, phase)
-        new_columns = bool(ingestion.commits) and adopts(folder.name, ingestion.commits[-1].table, table)
-        if not ingestion.commits:
-            folder.create(table)
-        try:
-            result = ingestion.result(new_columns)
-        except BaseException:
-            with contextlib.suppress(StepError, OSError):  # the next ingestion removes them too
-                folder.remove_strays()
-            raise
+
+        def attempt() -> IngestionResult:
+            ingestion = _Ingestion(folder, table, dataset, run, log, mirror, workers, online, phase)
+            new_columns = bool(ingestion.commits) and adopts(folder.name, ingestion.commits[-1].table, table)
+            if not ingestion.commits:
+                folder.create(table)
+            try:
+                return ingestion.result(new_columns)
+            except BaseException:
+                with contextlib.suppress(StepError, OSError):  # a later ingestion removes them too
+                    folder.remove_attempt(ingestion.token)
+                raise
+
+        result = until_committed(attempt, lambda reason: log.info(f"{reason}: comparing again"))
     return replace(result, strays_removed=strays)
 
 
 class _Ingestion:
     def __init__(
         self, folder: GroupFolder, table: TableSpec, dataset: Artifact, run: ParallelRun, log: Reporter, mirror: bool,
-        workers: int, phase: Callable[[str], AbstractContextManager[None]],
+        workers: int, online: OnlineTarget | None, phase: Callable[[str], AbstractContextManager[None]],
     ) -> None:  # fmt: skip
         self.folder, self.table, self.dataset, self.log, self.mirror = folder, table, dataset, log, mirror
-        self.phase, self.workers = phase, workers
+        self.phase, self.workers, self.online = phase, workers, online
+        self.token = attempt_token()
         self._run = run
         self.commits = folder.commits()
         self.stored_files = [(c.number, f) for c in self.commits for f in c.files]
@@ -139,7 +148,7 @@ class _Ingestion:
         if missing := self.folder.missing_files(files):
             raise self._unreadable(
                 f"{len(missing)} of {len(files)} files of feature group {self.folder.name} are missing or cut off, the "
-                f"first is {self.folder.data / missing[0].path}",
+                f"first is {storage.join(self.folder.data_uri, missing[0].path)}",
                 [f.path for f in files if f not in missing],
                 "restore them from a backup, or delete the group and ingest its sources again",
             )
@@ -150,17 +159,21 @@ class _Ingestion:
             return IngestionResult(last, False, tuple(files), rows, rows, unchanged=rows, already_ingested=True)
         with self.folder.staging() as scratch:
             with self.phase("compare"):
-                found, selections, histogram, expected = self._compare(str(scratch))
+                found, selections, histogram, expected, latest = self._compare(scratch)
             counts = {
                 name: getattr(found, name) for name in ("added", "unchanged", "superseded", "deleted", "outdated")
             }
             now = datetime.now(UTC)
             write_time = max(now, last.write_time + timedelta(microseconds=1)) if last else now
-            target = WriteTarget(str(self.folder.data), self.table, write_time, uuid.uuid4().hex)
+            target = WriteTarget(self.folder.data_uri, self.table, write_time, self.token)
             with self.phase("write"):
-                written = self._write(target, selections, histogram)
-        with self.phase("read back"):
-            stored = self._read_back(written, expected, sum(count for *_, count in histogram))
+                items = self._write_items(selections, histogram)
+                written = self._write(target, items)
+            with self.phase("read back"):
+                stored = self._read_back(written, expected, sum(rows for _, rows in items))
+            if self.online is not None:
+                with self.phase("write online"):
+                    self._write_online(self.online, items, latest)
         commit = Commit(
             number=len(self.commits) + 1,
             created_at=now,
@@ -178,17 +191,26 @@ class _Ingestion:
             self.folder.append(commit)
         readable = sum(f.rows for f in stored) - found.deleted + found.unchanged
         hours = len({hour for _, hour, _ in histogram})
-        return IngestionResult(commit, True, (*files, *stored), self.rows_in, readable, hour_partitions=hours, **counts)
+        return IngestionResult(
+            commit,
+            True,
+            (*files, *stored),
+            self.rows_in,
+            readable,
+            hour_partitions=hours,
+            written_online=latest if self.online else 0,
+            **counts,
+        )
 
     def _compare(
         self, scratch: str
-    ) -> tuple[Changes, dict[int, list[Selection]], list[tuple[int, int, int]], tuple[int, int]]:
+    ) -> tuple[Changes, dict[int, list[Selection]], list[tuple[int, int, int]], tuple[int, int], int]:
         stored_rows = sum(f.rows for _, f in self.stored_files)
         filtered = not self.mirror and self.rows_in < min(stored_rows // 4, BUCKET_EVENTS)
         buckets = bucket_count(self.rows_in + (self.rows_in if filtered else stored_rows))
         calls = [(source, self.table, buckets, scratch, None) for source in self.inputs]
         incoming = self._all(hash_source, calls, "rows read", [s.rows for s in self.inputs])
-        paths = [(number, str(self.folder.data / f.path), f.rows) for number, f in self.stored_files]
+        paths = [(number, storage.join(self.folder.data_uri, f.path), f.rows) for number, f in self.stored_files]
         self.sources = self.inputs + stored_sources(len(self.inputs), paths, piece_rows(stored_rows, self.workers))
         old = self.sources[len(self.inputs) :]
         calls = [(source, self.table, buckets, scratch, incoming if filtered else None) for source in old]
@@ -197,34 +219,51 @@ class _Ingestion:
         old_hashes = [(s.index, h) for s, h in zip(old, stored, strict=True)]
         latest = max(h.last_time for h in incoming if h.last_time is not None)
         calls = [(n, new_hashes, old_hashes, scratch, latest if self.mirror else None) for n in range(buckets)]
-        found, expected = Changes(), (0, 0)
+        found, expected, latest_events = Changes(), (0, 0), 0
         selections: dict[int, list[Selection]] = {}
         histogram: list[tuple[int, int, int]] = []
-        for changes_, selected, hours, sums in self._all(compare_bucket, calls):
+        for changes_, selected, hours, sums, count in self._all(compare_bucket, calls):
             found = found.merge(changes_)
+            latest_events += count
             histogram += hours
             expected = add_sums(expected, sums)
             for selection in selected:
                 selections.setdefault(selection.source, []).append(selection)
         if found.conflicts:
             raise self._contradiction(found)
-        return found, selections, histogram, expected
+        return found, selections, histogram, expected, latest_events
 
-    def _write(
-        self, target: WriteTarget, selections: dict[int, list[Selection]], histogram: list[tuple[int, int, int]]
-    ) -> list[str]:
+    def _write_items(
+        self, selections: dict[int, list[Selection]], histogram: list[tuple[int, int, int]]
+    ) -> list[tuple[WriteItem, int]]:
+        """Pieces to write, and how many events each has."""
         total = sum(count for *_, count in histogram)
-        groups = write_groups(histogram, piece_rows(total, self.workers))
-        calls, rows = [], []
-        for number, (first_hour, last_hour, sources, count) in enumerate(groups):
+        items = []
+        for number, (first_hour, last_hour, sources, count) in enumerate(
+            write_groups(histogram, piece_rows(total, self.workers))
+        ):
             chosen = tuple((self.sources[n], tuple(selections[n])) for n in sources)
-            calls.append((WriteItem(number, first_hour, last_hour, chosen), target))
-            rows.append(count)
-        return [path for paths in self._all(write_files, calls, "rows written", rows) for path in paths]
+            items.append((WriteItem(number, first_hour, last_hour, chosen), count))
+        return items
+
+    def _write(self, target: WriteTarget, items: list[tuple[WriteItem, int]]) -> list[str]:
+        calls = [(item, target) for item, _ in items]
+        found = self._all(write_files, calls, "rows written", [rows for _, rows in items])
+        return [path for paths in found for path in paths]
+
+    def _write_online(self, online: OnlineTarget, items: list[tuple[WriteItem, int]], expected: int) -> None:
+        """Bring the online store up to date. Raises `StepError` unless it holds the `expected` records afterwards."""
+        calls = [(item, self.table, online) for item, _ in items]
+        written = sum(self._all(write_online, calls, "rows brought to the online store", [rows for _, rows in items]))
+        if written != expected:
+            raise StepError(
+                f"{expected:,} records had to be written to the online store of feature group {self.folder.name}, "
+                f"{written:,} were. Nothing was committed; ingest again"
+            )
 
     def _read_back(self, written: list[str], expected: tuple[int, int], rows: int) -> list[StoredFile]:
         """Prove that the written files hold exactly the events to store. Raises `StepError` if they do not."""
-        data = str(self.folder.data)
+        data = self.folder.data_uri
         wanted = len(written) * piece_rows(rows, self.workers) // max(rows, 1)
         size = max(1, min(_FILES_READ_AT_ONCE, wanted, -(-len(written) // self.workers)))
         calls = [(data, written[at : at + size], self.table) for at in range(0, len(written), size)]
@@ -239,7 +278,7 @@ class _Ingestion:
                 f"{rows:,} rows were written to feature group {self.folder.name}, {readable:,} can be read back"
                 + (" but not as they were" if readable == rows else ""),
                 kept,
-                "nothing was committed; check the disk, then ingest again",
+                "nothing was committed; check the storage, then ingest again",
             )
         return sorted(files, key=lambda f: f.path)
 
@@ -262,17 +301,12 @@ class _Ingestion:
 
     def _unreadable(self, what: str, readable: list[str], remedy: str) -> StepError:
         """The error for rows that cannot be read, with the records of the dataset that are in no readable file."""
-        stored = [self.folder.data / path for path in readable]
-        found = pl.scan_parquet(stored, hive_partitioning=False).select("record_id") if stored else None
+        stored = [_record_ids(storage.join(self.folder.data_uri, path)) for path in readable]
+        found = pl.concat(stored).unique() if stored else None
         lost: set[str] = set()
         for uri in dict.fromkeys(uri for s in self.inputs for uri in s.uris):
-            with storage.open_input(uri) as file:
-                ids = pl.read_parquet(file, columns=["record_id"]).unique()
-            lost.update(
-                (ids.lazy().join(found, on="record_id", how="anti").collect() if found is not None else ids)[
-                    "record_id"
-                ]
-            )
+            ids = _record_ids(uri).unique()
+            lost.update((ids.join(found, on="record_id", how="anti") if found is not None else ids)["record_id"])
         shown = sorted(lost)[:SHOWN]
         named = f"; {len(lost):,} records of the dataset cannot be read: {', '.join(shown)}" if lost else ""
         more = " and others" if len(lost) > len(shown) else ""
@@ -288,6 +322,11 @@ class _Ingestion:
             "Remedy: remove all but one, or give the table an event time column that tells them apart",
             details={"record_ids": sorted(set(ids))},
         )
+
+
+def _record_ids(uri: str) -> pl.DataFrame:
+    with storage.open_input(uri) as file:
+        return pl.read_parquet(file, columns=["record_id"])
 
 
 def run_here(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:

@@ -1,26 +1,25 @@
-"""A feature group on disk: its folder, its commit log, and the lock of its writers.
+"""A feature group as readers and writers see it: its description, its commit log, its data files.
 
-    <root>/<group>/group.json                                          name, table, time of creation
-    <root>/<group>/data/year=YYYY/month=MM/day=DD/hour=HH/<latest event time>_<16 characters>.parquet
-    <root>/<group>/_commits/00000001.json                              what each commit added
-    <root>/<group>/_staging/                                           scratch of the ingestion that is under way
+    <root>/<group>/group.json               name, table, time of creation, where the data are if not here
+    <root>/<group>/_commits/00000001.json   what each commit added
+    <root>/<group>/_staging/                scratch of ingestions that are under way
+    <data>/year=YYYY/month=MM/day=DD/hour=HH/<latest event time>_<16 characters>.parquet
 
-A data file exists for readers only if a commit names it. Writers hold a lock on the folder itself, so there is no lock
-file to be left behind; the lock goes with the process that holds it.
+`<data>` is `<root>/<group>/data`, or what SageMaker resolved. A data file exists for readers only if a commit names it.
+Of its 16 characters the first belong to the ingestion that wrote it. `step_scripts.local_group_folder` and
+`step_scripts.s3_group_folder` say how two writers are kept apart.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
+import random
 import re
-import shutil
 import time
-import uuid
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,9 +29,16 @@ from step_scripts.table import TableSpec
 
 GROUP_NAME = re.compile(r"[a-zA-Z0-9]([_-]*[a-zA-Z0-9]){0,63}")  # SageMaker's rule for feature groups
 LOCK_SECONDS = 600.0
-_POLL_SECONDS = 0.05
 _DIGEST_FORMAT = "{:016x}{:016x}"
 EMPTY_DIGEST = _DIGEST_FORMAT.format(0, 0)
+_COMMIT_ATTEMPTS = 12
+_LONGEST_PAUSE = 10.0  # seconds
+
+T = TypeVar("T")
+
+
+class CommitTaken(StepError):
+    """Another writer has made the commit of this number first: what is to be written must be compared again."""
 
 
 class StoredFile(BaseModel):
@@ -79,13 +85,14 @@ class Commit(BaseModel):
 
 
 class GroupInfo(BaseModel):
-    """What is known of a group from its creation on."""
+    """What is known of a group from its creation on. `data_uri`: where its data are, if not in its own folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     table: TableSpec
     created_at: datetime
+    data_uri: str | None = None
 
 
 def digest_of(sums: Sequence[int]) -> str:
@@ -93,7 +100,7 @@ def digest_of(sums: Sequence[int]) -> str:
     return _DIGEST_FORMAT.format(*sums)
 
 
-class GroupFolder:
+class GroupFolder(ABC):
     """The folder of one group. Raises `StepError` for a name that is not a group's."""
 
     def __init__(self, root: str, name: str) -> None:
@@ -103,162 +110,105 @@ class GroupFolder:
                 "beginning and ending with a letter or a digit"
             )
         self.name = name
-        self.path = storage.local_path(root).absolute() / name
-        self.data = self.path / "data"
-        self._log = self.path / "_commits"
-        self._staging = self.path / "_staging"
+        self.root = root
+        self.uri = storage.join(root, name)
+        self.log_uri = storage.join(self.uri, "_commits")
+
+    @property
+    @abstractmethod
+    def data_uri(self) -> str:
+        """Where the data files are."""
 
     def info(self) -> GroupInfo | None:
         """The group's description, or None if there is no such group."""
         try:
-            return GroupInfo.model_validate_json((self.path / "group.json").read_bytes())
+            return GroupInfo.model_validate_json(storage.read_bytes(storage.join(self.uri, "group.json")))
         except FileNotFoundError:
             return None
 
-    def create(self, table: TableSpec) -> GroupInfo:
+    def create(self, table: TableSpec, data_uri: str | None = None) -> GroupInfo:
         """Describe the group, as long as it has no commits. The caller holds the lock."""
-        info = GroupInfo(name=self.name, table=table, created_at=datetime.now(UTC))
-        storage.write_bytes(str(self.path / "group.json"), info.model_dump_json(indent=2).encode())
+        info = GroupInfo(name=self.name, table=table, created_at=datetime.now(UTC), data_uri=data_uri)
+        storage.write_bytes(storage.join(self.uri, "group.json"), info.model_dump_json(indent=2).encode())
         return info
 
     def commits(self, upto: int | None = None) -> list[Commit]:
         """All commits in order, or those up to a number. Raises `StepError` if one is missing or unreadable."""
-        names = sorted(p.name for p in self._log.glob("[0-9]*.json")) if self._log.is_dir() else []
-        if names != [f"{n:08d}.json" for n in range(1, len(names) + 1)]:
-            raise StepError(f"the commit log {self._log} has gaps; restore it from a backup, or delete the group")
+        names = self._commit_names()
+        if names != [commit_name(n) for n in range(1, len(names) + 1)]:
+            raise StepError(f"the commit log {self.log_uri} has gaps; restore it from a backup, or delete the group")
         if upto is not None and not 0 <= upto <= len(names):
             raise StepError(f"feature group {self.name} has no commit {upto}; its latest is {len(names)}")
         try:
-            return [Commit.model_validate_json((self._log / name).read_bytes()) for name in names[:upto]]
+            return [Commit.model_validate_json(text) for text in self._commit_texts(names[:upto])]
         except ValueError as error:
-            raise StepError(f"the commit log {self._log} cannot be read: {error}") from error
-
-    def append(self, commit: Commit) -> None:
-        """Make `commit` visible, atomically, and never in place of another. The caller holds the lock."""
-        self._log.mkdir(parents=True, exist_ok=True)
-        target = self._log / f"{commit.number:08d}.json"
-        temporary = self._log / f".{target.name}.{uuid.uuid4().hex}.tmp"
-        try:
-            with temporary.open("wb") as file:
-                file.write(commit.model_dump_json(indent=1).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(temporary, target)  # fails if the target exists, as a rename would not
-            _sync_folder(self._log)
-        except FileExistsError as error:
-            raise StepError(f"another writer has made commit {commit.number} of {self.name}; ingest again") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def lock(self, seconds: float = LOCK_SECONDS, *, create: bool = False) -> Iterator[None]:
-        """Be the group's only writer. Raises `StepError` if others hold the lock for longer than `seconds`.
-
-        Without `create`, also if there is no such group.
-        """
-        deadline = time.monotonic() + seconds
-        descriptor = self._locked_descriptor(deadline, create)
-        try:
-            yield
-        finally:
-            os.close(descriptor)
-
-    def _locked_descriptor(self, deadline: float, create: bool) -> int:
-        while True:
-            if create:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with contextlib.suppress(FileExistsError):  # `exist_ok` still raises if a deletion comes in between
-                    self.path.mkdir()
-            try:
-                descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-            except FileNotFoundError:
-                if create:  # deleted since it was made
-                    continue
-                raise StepError(f"there is no feature group {self.name} in {self.path.parent}") from None
-            locked = False
-            try:
-                while not (locked := _try_lock(descriptor) and self._is_at_path(descriptor)):
-                    if not self._is_at_path(descriptor):
-                        break
-                    if time.monotonic() > deadline:
-                        raise StepError(
-                            f"feature group {self.name} is being written to by another run; wait for it, or end it"
-                        )
-                    time.sleep(_POLL_SECONDS)
-            finally:
-                if not locked:
-                    os.close(descriptor)
-            if locked:
-                return descriptor
-
-    def _is_at_path(self, descriptor: int) -> bool:
-        """Whether the open folder is still the one at the group's path: a deletion may have come first."""
-        try:
-            return os.path.samestat(os.fstat(descriptor), self.path.stat())
-        except FileNotFoundError:
-            return False
-
-    @contextlib.contextmanager
-    def staging(self) -> Iterator[Path]:
-        """A scratch folder for the length of the block. The caller holds the lock."""
-        folder = self._staging / uuid.uuid4().hex
-        folder.mkdir(parents=True)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
-
-    def remove_strays(self) -> int:
-        """Remove what killed writers left: data files that no commit names, scratch. The caller holds the lock."""
-        shutil.rmtree(self._staging, ignore_errors=True)
-        for temporary in (*self._log.glob(".*.tmp"), *self.path.glob(".*.tmp")):
-            temporary.unlink(missing_ok=True)
-        committed = {f.path for c in self.commits() for f in c.files}
-        strays = 0
-        for folder, _, names in os.walk(self.data, topdown=False):
-            for name in names:
-                path = Path(folder) / name
-                if path.relative_to(self.data).as_posix() not in committed:
-                    path.unlink()
-                    strays += 1
-            with contextlib.suppress(OSError):  # not empty
-                Path(folder).rmdir()
-        return strays
-
-    def remove(self) -> None:
-        """Delete the group. The caller holds the lock; it is gone at once, however long the removal takes."""
-        doomed = self.path.with_name(f".{self.name}.{uuid.uuid4().hex}.deleted")
-        self.path.rename(doomed)
-        shutil.rmtree(doomed)
+            raise StepError(f"the commit log {self.log_uri} cannot be read: {error}") from error
 
     def missing_files(self, files: Sequence[StoredFile]) -> list[StoredFile]:
         """Committed files that are not there any more, or not in their size."""
-        return [f for f in files if not _has_size(self.data / f.path, f.bytes)]
+        sizes = self._sizes(files)
+        return [f for f in files if sizes.get(f.path) != f.bytes]
 
     def artifact(self, files: Sequence[StoredFile], digest: str, rows: int | None) -> Artifact:
         """The files as an artifact whose URI is the `data` folder; `rows` counts records, not events."""
         listed = [FileInfo(path=f.path, rows=f.rows, bytes=f.bytes, sha256=f.sha256) for f in files]
-        return Artifact.of(str(self.data), listed, digest=digest).model_copy(update={"rows": rows})
+        return Artifact.of(self.data_uri, listed, digest=digest).model_copy(update={"rows": rows})
+
+    @abstractmethod
+    def append(self, commit: Commit) -> None:
+        """Make `commit` visible, atomically. Raises `CommitTaken` if there is a commit of this number."""
+
+    @abstractmethod
+    def lock(self, seconds: float = LOCK_SECONDS, *, create: bool = False) -> AbstractContextManager[None]:
+        """Write to the group for the length of the block. Raises `StepError` if that is not possible now.
+
+        Without `create`, also if there is no such group.
+        """
+
+    @abstractmethod
+    def staging(self) -> AbstractContextManager[str]:
+        """URI of a scratch folder for the length of the block, in reach of all that can reach the data."""
+
+    @abstractmethod
+    def remove_strays(self) -> int:
+        """Remove what killed writers left: data files that no commit names, scratch. Returns the number of files."""
+
+    @abstractmethod
+    def remove_attempt(self, token: str) -> None:
+        """Remove the files of one ingestion that has failed, known by the first characters of their names."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Delete the group. The caller holds the lock."""
+
+    @abstractmethod
+    def _commit_names(self) -> list[str]: ...
+
+    @abstractmethod
+    def _commit_texts(self, names: Sequence[str]) -> list[bytes]: ...
+
+    @abstractmethod
+    def _sizes(self, files: Sequence[StoredFile]) -> dict[str, int]:
+        """Sizes, in bytes, of those files that are there, by path."""
 
 
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def until_committed(write: Callable[[], T], taken: Callable[[str], None]) -> T:
+    """Repeat `write`, which begins by reading the commit log, while other writers commit first.
+
+    Calls `taken` each time. Raises `StepError` after 12 times: of writers that start together, one a round succeeds.
+    """
+    for attempt in range(_COMMIT_ATTEMPTS):
+        try:
+            return write()
+        except CommitTaken as error:
+            taken(str(error))
+            time.sleep(random.uniform(0, min(_LONGEST_PAUSE, 0.1 * 2**attempt)))
+    raise StepError(
+        f"other writers have committed to the feature group first, {_COMMIT_ATTEMPTS} times in a row; nothing of this "
+        "one was committed. Ingest again when fewer runs write to the group"
+    )
 
 
-def _has_size(path: Path, size: int) -> bool:
-    try:
-        return path.stat().st_size == size
-    except FileNotFoundError:
-        return False
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def commit_name(number: int) -> str:
+    """File name of a commit."""
+    return f"{number:08d}.json"

@@ -1,19 +1,22 @@
 """Step: ingest validated rows into a feature store.
 
-Ray actors compare the rows with what is stored, write what is new or changed, and read it back; then one commit makes
-it visible. If a single row cannot be read back, nothing is committed and the step fails.
+Ray actors compare the rows with what is stored, write what is new or changed, and read it back; where there is an
+online store, they bring it up to date; then one commit makes all visible. If a single row cannot be read back, nothing
+is committed and the step fails.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from step_scripts.actor_pool import ActorPool
 from step_scripts.contract import StepContext, StepDefinition, StepError, StepOutcome
 from step_scripts.feature_ingestion import IngestionResult, ingest
 from step_scripts.group_folder import LOCK_SECONDS, GroupFolder
+from step_scripts.offline_store import OfflineStore
+from step_scripts.online_store import OnlineTarget
 from step_scripts.parameters import IngestFeaturesParams
 
 _ROWS_WORTH_AN_ACTOR = 100_000
@@ -30,16 +33,44 @@ class LocalTarget(BaseModel):
     lock_seconds: float = Field(default=LOCK_SECONDS, ge=0, description="How long to wait for another writer; seconds.")
 
 
+class SageMakerTarget(BaseModel):
+    """Where a SageMaker feature group is, and how rows enter it.
+
+    `root` holds the commit log, `data_uri` (SageMaker's `ResolvedOutputS3Uri`) the files of the offline store.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["sagemaker"]
+    root: str = Field(pattern="^s3://")
+    data_uri: str = Field(pattern="^s3://")
+    mirror: bool = False
+    online: bool = Field(default=False, description="Whether the group has an online store.")
+    region_name: str | None = None
+    calls_in_flight: int = Field(default=16, ge=1, le=256, description="Calls at the same time, of each actor.")
+    patience_seconds: float = Field(default=300.0, gt=0, description="How long throttling is waited out; seconds.")
+
+
+_TARGET: TypeAdapter[LocalTarget | SageMakerTarget] = TypeAdapter(
+    Annotated[LocalTarget | SageMakerTarget, Field(discriminator="kind")]
+)
+
+
 def run(context: StepContext, params: IngestFeaturesParams) -> StepOutcome:
     """Ingest the artifact `rows`; the output `features` are the group's files and the digest of its live records.
 
     Raises `StepError`, having changed nothing, for a target of another kind, and for all that `ingest` refuses.
     """
     try:
-        target = LocalTarget.model_validate(params.target)
+        target = _TARGET.validate_python(params.target)
     except ValidationError as error:
-        raise StepError(f"target of step ingest_features is not that of a local feature store: {error}") from error
-    folder = GroupFolder(target.root, params.group)
+        raise StepError(f"target of step ingest_features is not that of a feature store: {error}") from error
+    folder = OfflineStore(target.root).folder(
+        params.group, target.data_uri if isinstance(target, SageMakerTarget) else None
+    )
+    online = None
+    if isinstance(target, SageMakerTarget) and target.online:
+        online = OnlineTarget(params.group, target.region_name, target.calls_in_flight, target.patience_seconds)
     rows = context.inputs["rows"].rows
     # Starting a process takes as long as it takes to ingest this many rows.
     enough = None if rows is None else -(-rows // _ROWS_WORTH_AN_ACTOR) or 1
@@ -52,13 +83,14 @@ def run(context: StepContext, params: IngestFeaturesParams) -> StepOutcome:
             context.log,
             mirror=target.mirror,
             workers=pool.size,
-            lock_seconds=target.lock_seconds,
+            lock_seconds=target.lock_seconds if isinstance(target, LocalTarget) else LOCK_SECONDS,
+            online=online,
             phase=context.phase,
         )
-    return _outcome(context, folder, result)
+    return _outcome(context, folder, result, online=online is not None)
 
 
-def _outcome(context: StepContext, folder: GroupFolder, result: IngestionResult) -> StepOutcome:
+def _outcome(context: StepContext, folder: GroupFolder, result: IngestionResult, *, online: bool) -> StepOutcome:
     commit = result.commit
     counts = {name: getattr(result, name) for name in ("added", "unchanged", "superseded", "deleted")}
     context.log.info(
@@ -68,9 +100,12 @@ def _outcome(context: StepContext, folder: GroupFolder, result: IngestionResult)
     )
     if result.outdated:
         context.log.warning(f"{result.outdated:,} rows are older than what the feature group holds of their records")
+    metrics: dict[str, float] = {"rows_in": result.rows_in, "rows_readable": result.rows_readable, **counts}
+    if online:
+        metrics["written_online"] = result.written_online
     return StepOutcome(
         outputs={"features": folder.artifact(result.files, commit.live_digest, commit.live_rows)},
-        metrics={"rows_in": result.rows_in, "rows_readable": result.rows_readable, **counts},
+        metrics=metrics,
         details={
             "group": folder.name,
             "commit": commit.number,

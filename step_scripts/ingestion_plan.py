@@ -12,6 +12,9 @@ from step_scripts.table import TableSpec
 _PIECE_ROWS = (1 << 17, 1 << 20)  # fewest and most rows of a piece: a worker holds one piece, about 0.4 kB a row
 BUCKET_EVENTS = 1 << 19
 _MOST_BUCKETS = 1 << 12
+HASH_LANES = 8  # of a scratch file: record id 2, time, content 2, row, commit, deleted
+SELECTION_LANES = 3  # row, time, latest
+ATTEMPT_CHARACTERS = 6
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,10 @@ class Hashed:
 
 @dataclass(frozen=True)
 class Selection:
-    """Rows of one source that are to be stored, in the scratch file of one bucket."""
+    """Rows of one source that are to be stored, in the scratch file of one bucket.
+
+    Its lanes: row in the source, event time, whether it is the record's latest event.
+    """
 
     source: int
     path: str
@@ -46,7 +52,10 @@ class WriteItem:
 
 @dataclass(frozen=True)
 class WriteTarget:
-    """Where the files go, their columns, the time of writing, and what makes their names differ from all others."""
+    """Where the files go, their columns, the time of writing, and with what their names begin after the time.
+
+    `ingestion`: `ATTEMPT_CHARACTERS` characters that no other ingestion has.
+    """
 
     data: str
     table: TableSpec

@@ -1,4 +1,4 @@
-"""The local feature store: groups of records in SageMaker's offline layout, read at a point in time.
+"""The offline store: groups of records in SageMaker's layout, in a local folder or on S3, read at a point in time.
 
 There is no second copy for look-ups: stored files are sorted by record id, so that one record is found by the
 statistics in the files' footers. The online view cannot disagree with the offline one. For the layout on disk see
@@ -8,7 +8,7 @@ statistics in the files' footers. The online view cannot disagree with the offli
 from __future__ import annotations
 
 import hashlib
-import uuid
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow.dataset as ds
 
 from step_scripts import storage
 from step_scripts.column_types import polars_schema
@@ -23,6 +24,7 @@ from step_scripts.contract import Artifact, StepError
 from step_scripts.event_hash import content_hashes, event_hashes, lane_sums, subtract_sums, text_hashes
 from step_scripts.event_sources import TIMESTAMP
 from step_scripts.feature_files import (
+    attempt_token,
     content_columns,
     event_file_path,
     read_back,
@@ -32,8 +34,19 @@ from step_scripts.feature_files import (
     write_parquet,
 )
 from step_scripts.feature_ingestion import ingested_by
-from step_scripts.group_folder import EMPTY_DIGEST, GROUP_NAME, Commit, GroupFolder, StoredFile, digest_of
+from step_scripts.group_folder import (
+    EMPTY_DIGEST,
+    GROUP_NAME,
+    Commit,
+    GroupFolder,
+    StoredFile,
+    digest_of,
+    until_committed,
+)
 from step_scripts.group_schema import adopts, check_columns
+from step_scripts.local_group_folder import LocalGroupFolder
+from step_scripts.s3_group_folder import S3GroupFolder
+from step_scripts.s3_objects import list_folders
 from step_scripts.table import TableSpec
 
 _EVENT_ORDER = ("event_time", "api_invocation_time", "write_time")
@@ -67,33 +80,49 @@ def as_utc(time: datetime) -> datetime:
 
 
 class OfflineStore:
-    """The groups below one local folder. Methods raise `StepError` for a group that is not there or damaged."""
+    """The groups below one folder or s3:// prefix.
+
+    Methods raise `StepError` for a group that is not there or damaged.
+    """
 
     def __init__(self, root: str) -> None:
         self.root = root
 
     def groups(self) -> list[str]:
         """Names of all groups."""
-        root = storage.local_path(self.root)
-        names = [p.name for p in root.iterdir() if GROUP_NAME.fullmatch(p.name)] if root.is_dir() else []
-        return sorted(name for name in names if self.folder(name).info())
+        if storage.is_remote(self.root):
+            names = list_folders(self.root)
+        else:
+            root = storage.local_path(self.root)
+            names = [p.name for p in root.iterdir()] if root.is_dir() else []
+        return sorted(name for name in names if GROUP_NAME.fullmatch(name) and self.folder(name).info())
 
-    def folder(self, group: str) -> GroupFolder:
-        """The group's folder, there or not."""
-        return GroupFolder(self.root, group)
+    def folder(self, group: str, data_uri: str | None = None) -> GroupFolder:
+        """The group's folder, there or not. `data_uri`, on S3 only: where its data are, if that is known already."""
+        if storage.is_remote(self.root):
+            return S3GroupFolder(self.root, group, data_uri)
+        return LocalGroupFolder(self.root, group)
 
-    def ensure_group(self, group: str, table: TableSpec) -> None:
-        """Create the group, or check that its schema accepts rows of `table`: `StepError` names what does not fit."""
-        check_columns(group, table)
-        folder = self.folder(group)
-        commits = folder.commits()
-        if commits:
-            adopts(group, commits[-1].table, table)
+    def ensure_group(self, group: str, table: TableSpec, data_uri: str | None = None) -> None:
+        """Create the group, or check that its schema accepts rows of `table`: `StepError` names what does not fit.
+
+        `data_uri`: where its data are to be, if not in its own folder; on S3 only.
+        """
+        self.check_table(group, table)
+        folder = self.folder(group, data_uri)
+        if folder.commits():
             return
-        if (info := folder.info()) is None or info.table != table:
+        info = folder.info()
+        if info is None or info.table != table or (data_uri is not None and info.data_uri != data_uri):
             with folder.lock(create=True):
                 if not folder.commits():
-                    folder.create(table)
+                    folder.create(table, data_uri)
+
+    def check_table(self, group: str, table: TableSpec) -> None:
+        """Raise `StepError` if the group is there and does not accept rows of `table`; it names what does not fit."""
+        check_columns(group, table)
+        if commits := self.folder(group).commits():
+            adopts(group, commits[-1].table, table)
 
     def commits(self, group: str, upto: int | None = None) -> list[Commit]:
         """The group's commits in order, all or up to a number."""
@@ -161,8 +190,12 @@ class OfflineStore:
 
     def get_record(self, group: str, record_id: str) -> dict[str, Any] | None:
         """The record's latest event (record_id, event_time, the table's columns); None if unknown or deleted."""
-        table = self.table(group)
-        found = self._events(group, record_id, table)
+        folder = self._existing(group)
+        commits = folder.commits()
+        if not commits:
+            return None
+        table = commits[-1].table
+        found = _events(folder, commits, record_id, table)
         latest = found.sort(_EVENT_ORDER).tail(1)
         if not latest.height or latest["is_deleted"].item():
             return None
@@ -170,11 +203,15 @@ class OfflineStore:
 
     def delete_record(self, group: str, record_id: str, event_time: datetime) -> bool:
         """Store that the record does not exist from `event_time` on. False, and nothing stored, if it did not then."""
-        folder = self._existing(group)
-        with folder.lock():
+        with self._existing(group).lock():
+            return until_committed(lambda: self._delete_record(group, record_id, event_time), logging.info)
+
+    def _delete_record(self, group: str, record_id: str, event_time: datetime) -> bool:
+        folder, token = self._existing(group), attempt_token()
+        try:
             commits = folder.commits()
-            table = self.table(group)
-            events = self._events(group, record_id, table).sort(_EVENT_ORDER)
+            table = commits[-1].table if commits else self.table(group)
+            events = _events(folder, commits, record_id, table).sort(_EVENT_ORDER)
             before = events.filter(pl.col("event_time") <= as_utc(event_time))
             if not before.height or before["is_deleted"].last():
                 return False
@@ -187,8 +224,8 @@ class OfflineStore:
             stone = tombstones(pl.Series([record_id]), time, table).with_columns(
                 stamp.alias("write_time"), stamp.alias("api_invocation_time")
             )
-            path = event_file_path(as_utc(event_time), uuid.uuid4().hex)
-            write_parquet(folder.data / path, stone.select(stored_columns(table)))
+            path = event_file_path(as_utc(event_time), token, f"{token}/{record_id}")
+            write_parquet(storage.join(folder.data_uri, path), stone.select(stored_columns(table)))
             live_digest = last.live_digest
             if dies:
                 live_digest = digest_of(subtract_sums(last.live_sums, _sums(events.tail(1), table)))
@@ -199,7 +236,7 @@ class OfflineStore:
                     write_time=write_time,
                     dataset_digest=None,
                     table=table,
-                    files=tuple(read_back(str(folder.data), [path], table)[0]),
+                    files=tuple(read_back(folder.data_uri, [path], table)[0]),
                     added=0,
                     unchanged=0,
                     superseded=0,
@@ -210,6 +247,9 @@ class OfflineStore:
                     deduplicate=True,
                 )
             )
+        except BaseException:
+            folder.remove_attempt(token)
+            raise
         return True
 
     def delete_group(self, group: str) -> None:
@@ -227,7 +267,8 @@ class OfflineStore:
         assert info is not None
         return {
             "name": group,
-            "path": str(folder.path),
+            "path": folder.uri,
+            "data": folder.data_uri,
             "created_at": info.created_at.isoformat(),
             "columns": {c.name: c.dtype for c in self.table(group).columns},
             "commits": len(commits),
@@ -248,11 +289,11 @@ class OfflineStore:
             raise StepError(f"there is no feature group {group} in {self.root}; it has {self.groups() or 'none'}")
         return folder
 
-    def _events(self, group: str, record_id: str, table: TableSpec) -> pl.DataFrame:
-        """All events of one record."""
-        folder = self._existing(group)
-        events = _scan(folder, [f for c in folder.commits() for f in c.files], table)
-        return events.filter(pl.col("record_id") == record_id).collect()
+
+def _events(folder: GroupFolder, commits: Sequence[Commit], record_id: str, table: TableSpec) -> pl.DataFrame:
+    """All events of one record."""
+    events = _scan(folder, [f for c in commits for f in c.files], table)
+    return events.filter(pl.col("record_id") == record_id).collect()
 
 
 def _scan(folder: GroupFolder, files: Sequence[StoredFile], table: TableSpec) -> pl.LazyFrame:
@@ -264,9 +305,17 @@ def _scan(folder: GroupFolder, files: Sequence[StoredFile], table: TableSpec) ->
     if missing := folder.missing_files(files):
         raise StepError(
             f"{len(missing)} of {len(files)} files of feature group {folder.name} are missing or cut off, the first is "
-            f"{folder.data / missing[0].path}: restore them from a backup, or delete the group and ingest again"
+            f"{storage.join(folder.data_uri, missing[0].path)}: restore them from a backup, or delete the group and "
+            "ingest again"
         )
-    paths = [folder.data / f.path for f in files]
+    paths = [storage.join(folder.data_uri, f.path) for f in files]
+    if storage.is_remote(paths[0]):
+        # Arrow reads footers first, then only the row groups whose statistics may match; Polars' own reader of S3 knows
+        # nothing of `step_scripts.storage`.
+        filesystem, _ = storage.filesystem(paths[0])
+        arrow_schema = pl.DataFrame(schema=schema).to_arrow(compat_level=pl.CompatLevel.oldest()).schema
+        keys = [path.partition("://")[2] for path in paths]
+        return pl.scan_pyarrow_dataset(ds.dataset(keys, arrow_schema, "parquet", filesystem))
     return pl.scan_parquet(paths, schema=schema, missing_columns="insert", hive_partitioning=False, glob=False)
 
 

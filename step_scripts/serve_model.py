@@ -2,8 +2,9 @@
 
 As the local endpoint: `python -m step_scripts.serve_model --deployment <state folder>/deployment.json`. SIGHUP makes
 it read that file again, load the model it names beside the old one, and change over; if that fails, the old model stays
-and `reload.json` says why. As a SageMaker container: `python -m step_scripts.serve_model serve`. SIGTERM ends it after
-the requests it has accepted.
+and `reload.json` says why. As a SageMaker container: `python -m step_scripts.serve_model serve`, where the environment
+says what is served: `HOUSING_MODEL_VERSION`, and `HOUSING_MODEL_DIGEST`, which the model is checked against. SIGTERM
+ends it after the requests it has accepted.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ import psutil
 import uvicorn
 import uvloop
 
-from step_scripts.contract import Artifact, file_info
 from step_scripts.deployment import (
     DEPLOYMENT_FILE,
     LOCK_FILE,
@@ -40,8 +40,7 @@ from step_scripts.deployment import (
     ReloadRecord,
     ServerRecord,
 )
-from step_scripts.model_artifact import FILES
-from step_scripts.served_model import load_served_model
+from step_scripts.served_model import load_served_model, model_in_folder
 from step_scripts.serving_app import InferenceApp
 
 _GRACE_SECONDS = 25  # SageMaker kills a container 30 s after SIGTERM
@@ -185,14 +184,6 @@ def _call_at_end_of_input(loop: asyncio.AbstractEventLoop, stop: Callable[[], No
     loop.call_soon_threadsafe(stop)
 
 
-def model_folder(folder: str) -> Artifact:
-    """The artifact in a folder that has no record of its own. Raises `StartError` naming a missing file."""
-    try:
-        return Artifact.of(folder, [file_info(f"{folder.rstrip('/')}/{name}", folder) for name in FILES])
-    except FileNotFoundError as error:
-        raise StartError(f"{folder} is no model artifact: {error}") from error
-
-
 def _log_to(handler: logging.Handler) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
@@ -228,10 +219,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("command", nargs="?", choices=["serve"], help="as SageMaker starts a container")
     parser.add_argument("--deployment", type=Path, help="deployment.json in the state folder of an endpoint")
     parser.add_argument("--until-input-closes", action="store_true", help="also stop at the end of standard input")
-    parser.add_argument("--model-dir", default="/opt/ml/model", help="folder of the model artifact (%(default)s)")
+    folder = f"{os.environ.get('SAGEMAKER_BASE_DIR', '/opt/ml')}/model"
+    version = os.environ.get("HOUSING_MODEL_VERSION", "model")
+    port = os.environ.get("SAGEMAKER_BIND_TO_PORT", "8080")
+    parser.add_argument("--model-dir", default=folder, help="folder of the model artifact (%(default)s)")
     parser.add_argument("--endpoint-name", default="model", help="name in /endpoints/<name>/invocations")
     parser.add_argument("--host", help="address to listen on; 0.0.0.0 with `serve`, else 127.0.0.1")
-    parser.add_argument("--port", type=int, default=8080, help="port, 0 for any free one (%(default)s)")
+    parser.add_argument("--port", type=int, default=port, help="port, 0 for any free one (%(default)s)")
     options = parser.parse_args(arguments)
     try:
         if options.deployment is not None:
@@ -241,15 +235,15 @@ def main(arguments: list[str]) -> int:
         record = DeploymentRecord(
             deployment_id="",
             endpoint_name=options.endpoint_name,
-            version=options.endpoint_name,
-            model=model_folder(options.model_dir),
+            version=version if options.command else options.endpoint_name,
+            model=model_in_folder(options.model_dir, os.environ.get("HOUSING_MODEL_DIGEST")),
             host=options.host or ("0.0.0.0" if options.command else "127.0.0.1"),
             port=options.port,
             port_is_required=True,
             deployed_at=datetime.now(UTC),
         )
         _run(ModelServer(record, None), options.until_input_closes)
-    except StartError as error:
+    except (StartError, DamagedArtifactError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0

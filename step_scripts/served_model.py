@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import xgboost as xgb
 
-from step_scripts.contract import Artifact
+from step_scripts.contract import Artifact, file_info
 from step_scripts.deployment import DamagedArtifactError, verify_artifact
 from step_scripts.feature_parser import FeatureParser
-from step_scripts.model_artifact import load_model
+from step_scripts.model_artifact import FILES, load_model
 
 _ROWS_ON_ONE_THREAD = 256  # with fewer, waking other threads takes longer than the trees
 
@@ -45,6 +45,20 @@ class ServedModel:
             "model_digest": self.digest,
             "deployment_id": self.deployment_id,
         }
+
+
+def model_in_folder(folder: str, digest: str | None = None) -> Artifact:
+    """The artifact in a folder that has no record of its own, such as `/opt/ml/model`.
+
+    Raises `DamagedArtifactError` naming a file that is missing, or if `digest` is given and is not the artifact's.
+    """
+    try:
+        found = Artifact.of(folder, [file_info(f"{folder.rstrip('/')}/{name}", folder) for name in FILES])
+    except FileNotFoundError as error:
+        raise DamagedArtifactError(f"{folder} is no model artifact: {error}") from error
+    if digest and found.digest != digest:
+        raise DamagedArtifactError(f"{folder} holds model {found.digest}, not the deployed one, {digest}")
+    return found
 
 
 def load_served_model(artifact: Artifact, *, endpoint_name: str, version: str, deployment_id: str) -> ServedModel:

@@ -5,6 +5,7 @@ Small objects are written atomically: a reader sees the old bytes or the new one
 
 from __future__ import annotations
 
+import functools
 import os
 import uuid
 from collections.abc import Iterator
@@ -14,6 +15,10 @@ from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pyarrow import fs
+
+
+# What Arrow takes credentials from, other than files and services that renew them.
+_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
 
 
 def is_remote(uri: str) -> bool:
@@ -44,9 +49,22 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
         raise ValueError(f"{uri}: only local paths and s3:// URIs are supported")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    options = {"endpoint_override": endpoint} if endpoint else {}
-    # Arrow's own limit for connecting, one second, is too short for a busy machine.
-    return fs.S3FileSystem(region=region, connect_timeout=10, request_timeout=60, **options), path
+    return _s3(endpoint, region, tuple(os.environ.get(name) for name in _CREDENTIALS)), path
+
+
+@functools.lru_cache(maxsize=8)
+def _s3(endpoint: str | None, region: str | None, credentials: tuple[str | None, ...]) -> fs.FileSystem:
+    """One file system for each place and account, so that connections are kept."""
+    from pyarrow import fs
+
+    return fs.S3FileSystem(
+        region=region,
+        endpoint_override=endpoint,
+        # Arrow's own limit for connecting, one second, is too short for a busy machine.
+        connect_timeout=10,
+        request_timeout=60,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=10),
+    )
 
 
 def read_bytes(uri: str) -> bytes:
@@ -61,7 +79,8 @@ def write_bytes(uri: str, data: bytes) -> None:
     if is_remote(uri):
         content = memoryview(data)  # whatever cannot be written must fail before: Arrow stores what it has got
         filesystem_, path = filesystem(uri)
-        with filesystem_.open_output_stream(path) as stream:
+        # Without `compression` Arrow compresses what goes into a file whose name ends with .gz.
+        with filesystem_.open_output_stream(path, compression=None) as stream:
             stream.write(content)
         return
     target = local_path(uri)
@@ -84,7 +103,7 @@ def upload(file: Path, uri: str) -> None:
     if not is_remote(uri):
         raise ValueError(f"{uri} is a local path: write the file there")
     try:
-        with file.open("rb") as source, filesystem_.open_output_stream(path) as stream:
+        with file.open("rb") as source, filesystem_.open_output_stream(path, compression=None) as stream:
             while chunk := source.read(8 << 20):
                 stream.write(chunk)
     except BaseException:
@@ -106,7 +125,7 @@ def open_output(uri: str) -> Iterator[IO[bytes]]:
     filesystem_, path = filesystem(uri)
     if not is_remote(uri):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with filesystem_.open_output_stream(path) as stream:
+    with filesystem_.open_output_stream(path, compression=None) as stream:
         yield stream  # pyright: ignore[reportReturnType]  # Arrow's NativeFile implements the file protocol
 
 
@@ -126,6 +145,19 @@ def list_files(uri: str) -> list[str]:
     selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
     prefix = uri.partition("://")[0] + "://" if is_remote(uri) else ""
     return sorted(prefix + info.path for info in filesystem_.get_file_info(selector) if info.type == fs.FileType.File)
+
+
+def list_details(uri: str) -> list[tuple[str, int, float]]:
+    """All files below `uri`: path relative to it, size in bytes, time of modification in seconds since 1970."""
+    from pyarrow import fs
+
+    filesystem_, path = filesystem(uri)
+    found = filesystem_.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    return sorted(
+        (info.path.removeprefix(path.rstrip("/") + "/"), info.size or 0, (info.mtime_ns or 0) / 1e9)
+        for info in found
+        if info.type == fs.FileType.File
+    )
 
 
 def delete(uri: str) -> None:

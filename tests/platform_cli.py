@@ -42,11 +42,13 @@ class Platform:
             *("--select", selection, "--config-json", json.dumps({"ops": chosen})),
         ]
 
-    def materialize(self, select: str = "*", config: dict[str, Any] | None = None) -> subprocess.CompletedProcess[str]:
+    def materialize(
+        self, select: str = "*", config: dict[str, Any] | None = None, *, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
         """Materialize the assets named in `select` (separated by blanks)."""
-        return self.run(*self.command(select, config)[1:])
+        return self.run(*self.command(select, config)[1:], timeout=timeout)
 
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Run Python with `arguments` in this installation; standard output and error come together."""
         return subprocess.run(
             [sys.executable, *arguments],
@@ -56,7 +58,7 @@ class Platform:
             check=False,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=300,
+            timeout=timeout,
         )
 
     def instance(self) -> dg.DagsterInstance:

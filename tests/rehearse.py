@@ -29,7 +29,9 @@ from tests.sagemaker_emulator.testing import ROLE
 ROOT = Path(__file__).parents[1]
 PLATFORM_IMAGE = "123456789012.dkr.ecr.us-east-1.amazonaws.com/housing:1"
 # The shipped Dockerfile's entry point, with this environment's interpreter.
-PLATFORM_IMAGES = {"*/housing:*": Image(entrypoint=("/bin/bash", str(ROOT / "step_scripts" / "bootstrap.sh")))}
+PLATFORM_IMAGES = {
+    "*/housing:*": Image(entrypoint=("/bin/bash", str(ROOT / "step_scripts" / "bootstrap.sh")), startup_timeout=120)
+}
 SHOWN = (
     " - Started ",
     " - Attached to ",
@@ -48,8 +50,9 @@ def platform_environment(folder: Path, emulator: SageMakerEmulator, bucket: str,
         "compute": {
             "poll_seconds": 0.3,
             "job": {"environment": small, "max_run_seconds": 1800},
-            "steps": {"evaluate_model": {"instance_count": 1}},
         },
+        "feature_store": {"poll_seconds": 0.2},
+        "endpoint_host": {"poll_seconds": 0.2},
     }
     file = folder / "sagemaker.yaml"
     file.write_text(yaml.safe_dump(sections))

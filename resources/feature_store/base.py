@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 from pydantic import Field
@@ -12,6 +12,9 @@ from pydantic import Field
 from resources.references import Reference
 from step_scripts.contract import Artifact
 from step_scripts.table import TableSpec
+
+if TYPE_CHECKING:
+    from step_scripts.offline_store import Snapshot
 
 
 class OfflineSnapshot(Reference):
@@ -27,6 +30,17 @@ class OfflineSnapshot(Reference):
     deduplicate: bool
     as_of: datetime | None = None
     commit: int = Field(description="Number of the group's latest commit.")
+
+    @classmethod
+    def of(cls, group: str, snapshot: Snapshot) -> OfflineSnapshot:
+        """As a value that assets pass on."""
+        return cls(
+            group=group,
+            artifact=snapshot.artifact,
+            deduplicate=snapshot.deduplicate,
+            as_of=snapshot.as_of,
+            commit=snapshot.commit,
+        )
 
 
 class FeatureStore(dg.ConfigurableResource, ABC):

@@ -12,7 +12,7 @@ from step_scripts.contract import Artifact
 from step_scripts.table import TableSpec
 
 if TYPE_CHECKING:
-    from step_scripts.offline_store import OfflineStore, Snapshot
+    from step_scripts.offline_store import OfflineStore
 
 
 class LocalFeatureStore(FeatureStore):
@@ -36,10 +36,7 @@ class LocalFeatureStore(FeatureStore):
 
     def offline(self, name: str, as_of: datetime | None = None) -> OfflineSnapshot:
         """The records of now, or of `as_of`."""
-        found: Snapshot = self._store().snapshot(name, as_of)
-        return OfflineSnapshot(
-            group=name, artifact=found.artifact, deduplicate=found.deduplicate, as_of=found.as_of, commit=found.commit
-        )
+        return OfflineSnapshot.of(name, self._store().snapshot(name, as_of))
 
     def get_record(self, name: str, record_id: str) -> dict[str, Any] | None:
         """The latest state of one record; None if unknown or deleted."""

@@ -144,7 +144,7 @@ def test_a_lost_row_fails_the_step_and_commits_nothing(ray_session: RaySession, 
     dataset = write_rows(tmp_path, [row(0), row(1, hours=1)])
     ingest(ray_session, tmp_path, dataset)
     store = OfflineStore(str(tmp_path / "store"))
-    next(store.folder("sales").data.rglob("hour=13/*.parquet")).unlink()
+    next(Path(store.folder("sales").data_uri).rglob("hour=13/*.parquet")).unlink()
     with pytest.raises(StepError, match=f"1 records of the dataset cannot be read: {record_id(1)}") as caught:
         ingest(ray_session, tmp_path, dataset)
     assert caught.value.details["records_missing"] == 1
@@ -153,7 +153,7 @@ def test_a_lost_row_fails_the_step_and_commits_nothing(ray_session: RaySession, 
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [({"kind": "sagemaker"}, "not that of a local feature store"), ({"typo": 1}, "typo")],
+    [({"kind": "sagemaker"}, "not that of a feature store"), ({"typo": 1}, "typo")],
 )
 def test_another_target_is_refused(
     ray_session: RaySession, tmp_path: Path, target: dict[str, Any], message: str

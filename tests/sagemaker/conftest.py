@@ -1,11 +1,15 @@
 """Fixtures for tests against the SageMaker emulator."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.rehearse import PLATFORM_IMAGES
 from tests.sagemaker_emulator import Image, SageMakerEmulator
 from tests.sagemaker_emulator.testing import Aws
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +20,13 @@ def emulator() -> Iterator[SageMakerEmulator]:
             # Images with an entry point of their own, which gets the argument `train` or `serve`.
             "tuning-image": Image(entrypoint=("python3", "/opt/ml/input/data/code/job.py")),
             "serving-image": Image(entrypoint=("python3", "/opt/ml/model/serve.py")),
+            # The shipped Dockerfile's entry point, with this environment's interpreter.
+            "housing-image": Image(
+                entrypoint=("/bin/bash", str(ROOT / "step_scripts" / "bootstrap.sh")),
+                workdir=str(ROOT),
+                startup_timeout=120,
+            ),
+            **PLATFORM_IMAGES,
         },
         stop_grace=3,
         serve_stop_grace=2,

@@ -64,7 +64,7 @@ class RayJob:
         )
         aws.put(f"{self._prefix}/request.json", self.request.model_dump_json())
         aws.put(f"{self._prefix}/ray_token", secrets.token_hex(32))
-        aws.put(f"{self._prefix}/cluster.json", json.dumps({"join_seconds": 60, "stop_seconds": 5, **(limits or {})}))
+        aws.put(f"{self._prefix}/cluster.json", json.dumps({"join_seconds": 150, "stop_seconds": 5, **(limits or {})}))
         self._environment = {
             "HOUSING_JOB_URI": self.uri,
             "HOUSING_ATTEMPT": "attempt-1",
@@ -130,16 +130,16 @@ class RayJob:
             variables = services.environment(Image(), "us-east-1", name, {**self._environment, **environment})
             self.hosts[name].start(["bash", "-c", _START], variables, str(PROJECT), self.output[name].append)
 
-    def await_output(self, name: str, text: str, timeout: float = 150) -> None:
+    def await_output(self, name: str, text: str, timeout: float = 240) -> None:
         """Wait until a host has printed `text`."""
         self.aws.until(lambda: any(text in line for line in self.output[name]), timeout)
 
     def await_tasks(self, number: int) -> list[str]:
         """Wait until so many tasks run at once; returns the hosts on which."""
-        self.aws.until(lambda: len(self.keys("signals/started/")) >= number, 150)
+        self.aws.until(lambda: len(self.keys("signals/started/")) >= number, 240)
         return [key.partition("-")[2] for key in self.keys("signals/started/")]
 
-    def statuses(self, timeout: float = 150) -> dict[str, int | None]:
+    def statuses(self, timeout: float = 240) -> dict[str, int | None]:
         """Wait for the end of all hosts that were started; their exit statuses. Nothing may be left on any."""
         deadline = time.monotonic() + timeout
         for name, host in self.hosts.items():

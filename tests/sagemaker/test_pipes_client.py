@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -303,7 +304,8 @@ os._exit(0)
     assert [status for _, status in jobs(aws, "processing")] == ["Completed"]
 
 
-def test_a_message_that_arrives_after_the_end_is_not_lost(aws: "Aws", client: PipesSageMakerClient) -> None:
+def test_a_message_that_arrives_after_the_end_is_not_lost(aws: "Aws", aws_environment: Any) -> None:
+    client = PipesSageMakerClient(aws.uri("jobs"), polling=replace(FAST, drain=25.0))
     script = """
 context = pipes()
 context.log.info("early")
@@ -345,10 +347,16 @@ time.sleep(60)
     aws.until(lambda: [status for _, status in jobs(aws, "training")] == ["Stopped"], 60)
 
 
+@pytest.mark.slow
 def test_throttling_on_every_call_is_survived(aws: "Aws", client: PipesSageMakerClient) -> None:
     params = processing_request(aws, "with pipes() as context:\n    print('line', flush=True)\n    time.sleep(3)\n")
-    aws.faults.throttle("*", "*:*", seconds=4)
-    threading.Timer(6.0, aws.faults.throttle, ("*", "*:*"), {"seconds": 4}).start()
+    aws.faults.throttle("*", "*:*", seconds=20)
+
+    def throttle_again() -> None:
+        until_the_job_speaks(aws)
+        aws.faults.throttle("*", "*:*", seconds=4)
+
+    threading.Timer(21.0, throttle_again).start()
     run = Materialized(asset_on(client, params))
     assert run.success, run.error
     assert "trying again for up to" in run.text

@@ -139,6 +139,7 @@ def test_lost_head(aws: Aws) -> None:
     with RayJob(aws, 2, tasks=2, signals="?", limits={"unreachable_seconds": 2, "silent_seconds": 2}) as job:
         job.start()
         job.await_tasks(2)
+        job.await_output("algo-2", "joined as")
         job.hosts["algo-1"].kill()
         assert job.statuses() == {"algo-1": 137, "algo-2": 1}
         assert (job.failure("algo-2") or "").startswith("algo-2: lost the head algo-1: ")
@@ -149,6 +150,7 @@ def test_silent_head(aws: Aws) -> None:
     with RayJob(aws, 2, tasks=2, signals="?", limits=limits) as job:
         job.start()
         job.await_tasks(2)
+        job.await_output("algo-2", "joined as")
         [store] = job.processes("algo-1", "gcs_server")
         store.suspend()
         assert job.statuses() == {"algo-1": 1, "algo-2": 1}

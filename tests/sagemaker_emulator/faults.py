@@ -18,6 +18,7 @@ Kind = Literal[
     "interrupt_spot",
     "fail_endpoint",
     "unprocessed_records",
+    "fail_feature_group",
 ]
 KINDS: tuple[str, ...] = Kind.__args__
 
@@ -96,6 +97,10 @@ class Faults:
         """Return the next `count` entries of BatchWriteRecord as unprocessed."""
         return self.add("unprocessed_records", count=count)
 
+    def fail_feature_group(self, count: int = 1) -> Fault:
+        """Let the next feature groups end as CreateFailed."""
+        return self.add("fail_feature_group", count=count)
+
     def add(self, kind: str, **fields: Any) -> Fault:
         """Add a fault of any kind; raises ValueError for a kind or field that does not exist."""
         if kind not in KINDS:
@@ -147,6 +152,10 @@ class Faults:
     def take_for_endpoint(self, endpoint: str) -> Fault | None:
         """A fault for a container of an endpoint that is about to start; uses up one count."""
         return self._take("fail_endpoint", lambda f: fnmatchcase(endpoint, f.endpoint))
+
+    def take_failed_feature_group(self) -> bool:
+        """Whether the next feature group is to fail."""
+        return self._take("fail_feature_group", lambda _: True) is not None
 
     def take_unprocessed(self) -> bool:
         """Whether the next entry of BatchWriteRecord is to come back unprocessed."""

@@ -39,6 +39,7 @@ class FeatureGroup:
     updated: bool = False
     deleted_at: float | None = None
     blocked_reason: str | None = None
+    failure: str | None = None
     records: dict[str, OnlineRecord] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -62,10 +63,12 @@ class FeatureGroup:
 
     @property
     def status(self) -> str:
-        """Creating, Created or Deleting."""
+        """Creating, Created, CreateFailed or Deleting."""
         if self.deleted_at is not None:
             return "Deleting"
-        return "Creating" if time.monotonic() < self.ready_at else "Created"
+        if time.monotonic() < self.ready_at:
+            return "Creating"
+        return "CreateFailed" if self.failure else "Created"
 
     @property
     def resolved_uri(self) -> str:
@@ -87,6 +90,8 @@ class FeatureGroup:
             "FeatureGroupStatus": self.status,
             "NextToken": "",
         }
+        if answer["FeatureGroupStatus"] == "CreateFailed":
+            answer["FailureReason"] = self.failure
         if self.offline:
             config = {**self.request["OfflineStoreConfig"]}
             storage = {**config["S3StorageConfig"], "ResolvedOutputS3Uri": self.resolved_uri}
@@ -140,6 +145,8 @@ class FeatureGroups:
                     f"Resource Already Exists: FeatureGroup with name {key[1]} already exists. Choose a different name."
                 )
             group = FeatureGroup(dict(call.params), call.region, self._services.settings.feature_group_delay)
+            if self._services.faults.take_failed_feature_group():
+                group.failure = "The execution role cannot write to the offline store's S3 location."
             self._groups[key] = group
         self._services.tag(group.arn, call.params.get("Tags"))
         return {"FeatureGroupArn": group.arn}

@@ -54,8 +54,8 @@ class FeatureRecords:
     def _replace(group: FeatureGroup, identifier: str, record: OnlineRecord) -> None:
         with group.lock:
             present = group.records.get(identifier)
-            # The online store keeps the latest event; an older one goes to the offline store only.
-            if present is None or record.event_time >= present.event_time:
+            # The online store keeps the latest event; one that is not later goes to the offline store only.
+            if present is None or record.event_time > present.event_time:
                 group.records[identifier] = record
 
     def _append(self, group: FeatureGroup, values: dict[str, str], event_time: datetime, deleted: bool = False) -> None:
@@ -79,12 +79,11 @@ class FeatureRecords:
         event_time = parse_event_time(text, group.types[group.event_time])
         stores = _stores(group, params.get("TargetStores"))
         if "OnlineStore" in stores:
-            with group.lock:
-                present = group.records.get(identifier)
-            if present and event_time.timestamp() < present.event_time:
-                raise _invalid("The EventTime of the deletion is earlier than that of the record.")
             if params.get("DeletionMode", "SoftDelete") == "HardDelete":
                 with group.lock:
+                    present = group.records.get(identifier)
+                    if present and event_time.timestamp() <= present.event_time:
+                        raise _invalid("The EventTime of the deletion is not later than that of the record.")
                     group.records.pop(identifier, None)
             else:
                 self._replace(group, identifier, OnlineRecord(event_time.timestamp(), {}, deleted=True))

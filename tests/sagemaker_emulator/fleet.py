@@ -176,8 +176,9 @@ class Fleet:
 
     def _await_ping(self, variant: Variant, container: Container) -> None:
         settings = self._services.settings
-        asked = variant.spec.get("ContainerStartupHealthCheckTimeoutInSeconds", settings.endpoint_startup_timeout)
-        deadline = time.monotonic() + min(asked, settings.endpoint_startup_timeout)
+        longest = settings.image(variant.image).startup_timeout or settings.endpoint_startup_timeout
+        asked = variant.spec.get("ContainerStartupHealthCheckTimeoutInSeconds", longest)
+        deadline = time.monotonic() + min(asked, longest)
         while time.monotonic() < deadline and container.host.running and not self._services.closing.is_set():
             if _ping(container):
                 return

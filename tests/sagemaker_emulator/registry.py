@@ -3,7 +3,7 @@
 import threading
 from typing import Any
 
-from tests.sagemaker_emulator.common import Call, Handler, Listing, Params, arn, list_page, now, pick
+from tests.sagemaker_emulator.common import ACCOUNT, Call, Handler, Listing, Params, arn, list_page, now, pick
 from tests.sagemaker_emulator.errors import ApiError, not_emulated, validation
 from tests.sagemaker_emulator.services import Services
 
@@ -22,6 +22,8 @@ _PACKAGE_ECHOED = (
 _UPDATABLE = ("ModelApprovalStatus", "ApprovalDescription", "InferenceSpecification", "SourceUri", "ModelCard",
               "ModelLifeCycle")  # fmt: skip
 
+_IDENTITY = {"IamIdentity": {"Arn": f"arn:aws:iam::{ACCOUNT}:user/testing", "PrincipalId": "TESTING"}}
+
 
 class Registry:
     """The model-package part of the API."""
@@ -31,6 +33,7 @@ class Registry:
         self._lock = threading.RLock()
         self._groups: dict[str, Params] = {}
         self._packages: dict[str, Params] = {}
+        self._tokens: dict[tuple[str, str], tuple[Params, str]] = {}
 
     def operations(self) -> dict[str, Handler]:
         """Handlers by operation name."""
@@ -105,16 +108,27 @@ class Registry:
                 raise not_emulated(f"{member} of model packages")
         if bool(params.get("ModelPackageName")) == bool(params.get("ModelPackageGroupName")):
             raise validation("Exactly one of ModelPackageName and ModelPackageGroupName must be specified.")
+        if params.get("ModelPackageGroupName") and params.get("Tags"):
+            raise validation("Tags cannot be given for a model package that belongs to a group.")
         with self._lock:
+            token = (call.region, params.get("ClientToken", ""))
+            if token in self._tokens:
+                given, made = self._tokens[token]
+                if given != params:
+                    raise ApiError("ConflictException", "The client token was used with other parameters.")
+                return {"ModelPackageArn": made}
             identity = self._versioned(call) if params.get("ModelPackageGroupName") else self._unversioned(call)
             package = {
                 **pick(params, _PACKAGE_ECHOED),
                 **identity,
                 "CreationTime": now(),
+                "CreatedBy": _IDENTITY,
                 "ModelPackageStatus": "Completed",
                 "ModelPackageStatusDetails": {"ValidationStatuses": [], "ImageScanStatuses": []},
             }
             self._packages[package["ModelPackageArn"]] = package
+            if token[1]:
+                self._tokens[token] = (params, package["ModelPackageArn"])
         self._services.tag(package["ModelPackageArn"], params.get("Tags"))
         return {"ModelPackageArn": package["ModelPackageArn"]}
 
@@ -171,6 +185,7 @@ class Registry:
                 properties.pop(key, None)
             package["CustomerMetadataProperties"] = properties
             package["LastModifiedTime"] = now()
+            package["LastModifiedBy"] = _IDENTITY
         return {"ModelPackageArn": package["ModelPackageArn"]}
 
     def _delete(self, call: Call) -> Params:

@@ -16,13 +16,14 @@ class Image:
 
     `python` comes first on PATH inside the job, so `python3` and everything installed beside it resolve to that
     environment. `entrypoint` is the image's ENTRYPOINT; `train` or `serve` is appended to it. `workdir` is its
-    WORKDIR.
+    WORKDIR. `startup_timeout` is for endpoints, instead of the emulator's own.
     """
 
     python: str = sys.executable
     entrypoint: tuple[str, ...] = ()
     workdir: str = "/"
     environment: Mapping[str, str] = field(default_factory=dict)
+    startup_timeout: float | None = None
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import dagster as dg
 import pytest
+
+from housing_assets.deployments import load_resources
 
 ROOT = Path(__file__).parents[2]
 SNAPSHOT = Path(__file__).parent / "definitions.json"
@@ -61,17 +65,71 @@ def test_every_asset_is_described_and_versioned() -> None:
         assert len(graph.get(key).description or "") > 20, key
 
 
-def test_loading_imports_nothing_heavy() -> None:
+# Neither credentials nor a region; a proxy and a DNS suffix that nothing answers at.
+NO_AWS = {
+    "HOUSING_DEPLOYMENT": "sagemaker",
+    "HOUSING_ROOT": "s3://bucket/housing",
+    "HOUSING_ROLE_ARN": "arn:aws:iam::123456789012:role/housing",
+    "HTTPS_PROXY": "http://127.0.0.1:9",
+    "HTTP_PROXY": "http://127.0.0.1:9",
+}
+DEPLOYMENTS = pytest.mark.parametrize("variables", [{}, NO_AWS], ids=["local", "sagemaker"])
+
+
+@DEPLOYMENTS
+def test_loading_imports_nothing_heavy(variables: dict[str, str]) -> None:
     program = f"import sys, housing_assets.definitions; print([m for m in {HEAVY!r} if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    environment = os.environ | variables
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     assert found.stdout.strip() == "[]"
 
 
+@DEPLOYMENTS
 @pytest.mark.parametrize("arguments", [["-m", "housing_assets.definitions"], ["-w", "workspace.yaml"]])
-def test_dagster_validates_the_code_location(arguments: list[str]) -> None:
+def test_dagster_validates_the_code_location(arguments: list[str], variables: dict[str, str]) -> None:
     command = [sys.executable, "-m", "dagster", "definitions", "validate", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = os.environ | variables
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"HOUSING_DEPLOYMENT": "azure"}, "HOUSING_DEPLOYMENT='azure': choose one of local, sagemaker"),
+        ({"HOUSING_DEPLOYMENT": "sagemaker"}, "HOUSING_ROOT is not set: the s3:// prefix"),
+        (NO_AWS | {"HOUSING_ROOT": "data"}, "HOUSING_ROOT='data': with HOUSING_DEPLOYMENT=sagemaker it must be"),
+        (NO_AWS | {"HOUSING_ROLE_ARN": ""}, "HOUSING_ROLE_ARN is not set"),
+        (NO_AWS | {"HOUSING_INSTANCE_COUNT": "two"}, "HOUSING_INSTANCE_COUNT='two' is not an integer"),
+        (NO_AWS | {"HOUSING_SAGEMAKER_CONFIG": "/nowhere.yaml"}, "HOUSING_SAGEMAKER_CONFIG='/nowhere.yaml' cannot be"),
+    ],
+)
+def test_wrong_settings_name_the_variable(variables: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_resources(variables)
+
+
+def test_a_file_configures_the_resources_of_sagemaker(tmp_path: Path) -> None:
+    file = tmp_path / "sagemaker.yaml"
+    file.write_text(
+        """
+        compute: {job: {use_spot: true, instance_count: 4}, steps: {evaluate_model: {instance_count: 1}}}
+        feature_store: {online_store: true}
+        """
+    )
+    resources = load_resources(
+        NO_AWS | {"HOUSING_SAGEMAKER_CONFIG": str(file), "HOUSING_INSTANCE_TYPE": "ml.c5.xlarge"}
+    )
+    job = resources["compute"].job
+    assert (job.use_spot, job.instance_count, job.instance_type) == (True, 4, "ml.c5.xlarge")
+    assert job.role_arn == NO_AWS["HOUSING_ROLE_ARN"]
+    assert resources["compute"].config_of("evaluate_model").instance_count == 1
+    assert resources["feature_store"].online_store
+    file.write_text("computer: {}")
+    with pytest.raises(ValueError, match="has computer; its sections are compute, feature_store"):
+        load_resources(NO_AWS | {"HOUSING_SAGEMAKER_CONFIG": str(file)})
 
 
 def test_definitions_load() -> None:

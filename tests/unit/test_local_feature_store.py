@@ -71,14 +71,14 @@ def test_a_dataset_is_found_as_long_as_nothing_undid_it(feature_store: FeatureSt
     store.delete_record("sales", record_id(0), NOON + timedelta(hours=1))
     assert feature_store.find_ingestion("sales", first.digest) is None
     ingest_rows(store, first, mirror=True)
-    next(store.folder("sales").data.rglob("*.parquet")).unlink()
+    next(Path(store.folder("sales").data_uri).rglob("*.parquet")).unlink()
     assert feature_store.find_ingestion("sales", first.digest) is None
 
 
-def test_the_module_is_light() -> None:
+def test_the_modules_are_light() -> None:
     code = """
-import sys, resources.feature_store.local
-heavy = {"ray", "polars", "pyarrow", "numpy", "pandas", "pandera"} & set(sys.modules)
+import sys, resources.feature_store.local, resources.feature_store.sagemaker
+heavy = {"ray", "polars", "pyarrow", "numpy", "pandas", "pandera", "boto3", "botocore"} & set(sys.modules)
 sys.exit(f"imported {sorted(heavy)}" if heavy else 0)
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -21,13 +21,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_scripts import feature_ingestion, ingestion_plan
+from step_scripts import feature_ingestion, ingestion_plan, storage
 from step_scripts.contract import StepError
 from step_scripts.event_hash import content_hashes, event_hashes, lane_sums, text_hashes, text_prefixes
 from step_scripts.feature_files import stored_columns
 from step_scripts.feature_ingestion import run_here
 from step_scripts.group_folder import Commit, digest_of
 from step_scripts.ingestion_plan import write_groups
+from step_scripts.local_group_folder import LocalGroupFolder
 from step_scripts.offline_store import OfflineStore
 from step_scripts.table import ColumnSpec, TableSpec
 from tests.feature_rows import (
@@ -211,6 +212,10 @@ def _digest(frame: pl.DataFrame) -> str:
 # --- ingestion -----------------------------------------------------------------------------------------------------
 
 
+def _parquet_files(store: OfflineStore) -> list[str]:
+    return [uri for uri in storage.list_files(store.folder("sales").data_uri) if uri.endswith(".parquet")]
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> OfflineStore:
     return OfflineStore(str(tmp_path / "store"))
@@ -229,7 +234,7 @@ def test_layout_is_that_of_sagemaker(store: OfflineStore, tmp_path: Path) -> Non
         ("2024", "13", "00"),
     ]
     for file in store.files("sales"):
-        frame = pl.read_parquet(store.folder("sales").data / file.path)
+        frame = pl.read_parquet(_group(store).data / file.path)
         assert frame.columns == stored_columns(TABLE)
         assert frame.columns[-3:] == ["write_time", "api_invocation_time", "is_deleted"]
         assert frame["record_id"].is_sorted()
@@ -244,7 +249,7 @@ def test_the_same_dataset_adds_nothing_and_makes_no_commit(store: OfflineStore, 
     assert (first.added, first.committed) == (5, True)
     assert (again.unchanged, again.rows_readable, again.committed, again.already_ingested) == (5, 5, False, True)
     assert len(store.commits("sales")) == 1
-    assert len(list(store.folder("sales").data.rglob("*.parquet"))) == 1
+    assert len(_parquet_files(store)) == 1
 
 
 def test_a_file_saved_again_stores_nothing_and_is_known_from_then_on(store: OfflineStore, tmp_path: Path) -> None:
@@ -397,8 +402,14 @@ def test_other_schema_changes_are_refused(store: OfflineStore, tmp_path: Path, t
 # --- crashes, races, damage ----------------------------------------------------------------------------------------
 
 
+def _group(store: OfflineStore) -> LocalGroupFolder:
+    folder = store.folder("sales")
+    assert isinstance(folder, LocalGroupFolder)
+    return folder
+
+
 def _data_files(store: OfflineStore) -> set[str]:
-    return {p.name for p in store.folder("sales").data.rglob("*.parquet")}
+    return {uri.rpartition("/")[2] for uri in _parquet_files(store)}
 
 
 def test_a_failure_before_the_commit_changes_and_leaves_nothing(store: OfflineStore, tmp_path: Path) -> None:
@@ -415,7 +426,7 @@ def test_a_failure_before_the_commit_changes_and_leaves_nothing(store: OfflineSt
     with pytest.raises(KeyboardInterrupt):
         ingest_rows(store, write_rows(tmp_path, [row(1)]), run=run)
     assert (_data_files(store), records(store.scan("sales"))) == before
-    assert sorted(p.name for p in store.folder("sales").path.iterdir()) == ["_commits", "data", "group.json"]
+    assert sorted(p.name for p in _group(store).path.iterdir()) == ["_commits", "data", "group.json"]
 
 
 KILLED = """
@@ -454,13 +465,13 @@ def test_a_killed_ingestion_is_invisible_and_the_next_one_tidies_up(store: Offli
         process.wait()
         process.stdout.close() if process.stdout else None
     assert len(_data_files(store) - before) == 2
-    assert (store.folder("sales").path / "_staging").exists()
+    assert (_group(store).path / "_staging").exists()
     assert set(records(store.scan("sales"))) == {record_id(0)}
     assert store.get_record("sales", record_id(1)) is None
     after = ingest_rows(store, write_rows(tmp_path, [row(1)]))
     assert (after.strays_removed, after.added) == (2, 1)
     assert len(_data_files(store)) == 2
-    assert not (store.folder("sales").path / "_staging").exists()
+    assert not (_group(store).path / "_staging").exists()
 
 
 def test_ingestions_at_the_same_time_all_land(store: OfflineStore, tmp_path: Path) -> None:
@@ -482,7 +493,7 @@ def test_a_commit_number_cannot_be_taken_twice(store: OfflineStore, tmp_path: Pa
     with pytest.raises(StepError, match="another writer has made commit 1"):
         folder.append(commit.model_copy(update={"live_rows": 99}))
     assert folder.commits() == [commit]
-    assert [p.name for p in (folder.path / "_commits").iterdir()] == ["00000001.json"]
+    assert [p.rpartition("/")[2] for p in storage.list_files(folder.log_uri)] == ["00000001.json"]
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda p: p.write_bytes(p.read_bytes()[:100])])
@@ -493,7 +504,7 @@ def test_rows_that_cannot_be_read_back_are_named_and_not_committed(
 
     def run(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Any:
         if function.__name__ == "read_back":
-            damage(next((store.folder("sales").data).rglob("hour=13/*.parquet")))
+            damage(next((_group(store).data).rglob("hour=13/*.parquet")))
         return run_here(function, calls)
 
     rows = [row(0), *(row(n, hours=1) for n in range(1, 31)), row(99, hours=2)]
@@ -509,7 +520,7 @@ def test_rows_that_cannot_be_read_back_are_named_and_not_committed(
 def test_a_file_with_other_rows_than_planned_is_not_committed(store: OfflineStore, tmp_path: Path) -> None:
     def run(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Any:
         if function.__name__ == "read_back":
-            (path,) = store.folder("sales").data.rglob("*.parquet")
+            (path,) = _group(store).data.rglob("*.parquet")
             frame = pl.read_parquet(path)
             frame.with_columns(PRICE=frame["PRICE"].reverse()).write_parquet(path)
         return run_here(function, calls)
@@ -523,7 +534,7 @@ def test_a_lost_file_is_found_by_readers_and_by_the_next_ingestion(store: Offlin
     dataset = write_rows(tmp_path, [row(0), row(1, hours=1)])
     ingest_rows(store, dataset)
     assert store.find_ingestion("sales", dataset.digest, mirror=False) is not None
-    lost = next(store.folder("sales").data.rglob("hour=13/*.parquet"))
+    lost = next(_group(store).data.rglob("hour=13/*.parquet"))
     lost.unlink()
     assert store.find_ingestion("sales", dataset.digest, mirror=False) is None
     for attempt in (
@@ -539,7 +550,7 @@ def test_a_lost_file_is_found_by_readers_and_by_the_next_ingestion(store: Offlin
 
 def test_a_file_whose_bytes_changed_is_found_by_the_next_ingestion(store: OfflineStore, tmp_path: Path) -> None:
     ingest_rows(store, write_rows(tmp_path, [row(0)]))
-    (path,) = store.folder("sales").data.rglob("*.parquet")
+    (path,) = _group(store).data.rglob("*.parquet")
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(StepError, match=f"{path.name} cannot be read"):
         ingest_rows(store, write_rows(tmp_path, [row(1)]))
@@ -548,7 +559,7 @@ def test_a_file_whose_bytes_changed_is_found_by_the_next_ingestion(store: Offlin
 def test_a_commit_log_with_a_gap_is_refused(store: OfflineStore, tmp_path: Path) -> None:
     for number in range(2):
         ingest_rows(store, write_rows(tmp_path, [row(number)]))
-    (store.folder("sales").path / "_commits" / "00000001.json").unlink()
+    (_group(store).path / "_commits" / "00000001.json").unlink()
     with pytest.raises(StepError, match="has gaps"):
         store.scan("sales")
 
@@ -563,7 +574,7 @@ def test_groups_are_separate_and_can_be_deleted(store: OfflineStore, tmp_path: P
     assert store.groups() == ["one", "two"]
     store.delete_group("one")
     assert store.groups() == ["two"]
-    assert [p.name for p in Path(store.root).iterdir()] == ["two"]
+    assert not [uri for uri in storage.list_files(store.root) if "/two/" not in uri]
     with pytest.raises(StepError, match=r"there is no feature group one.*\['two'\]"):
         store.scan("one")
     assert ingest_rows(store, write_rows(tmp_path, [row(1)]), group="one").commit.number == 1
@@ -670,6 +681,6 @@ def test_work_is_divided_without_loss(counts: dict[tuple[int, int], int], most: 
 
 def test_commits_are_plain_json(store: OfflineStore, tmp_path: Path) -> None:
     result = ingest_rows(store, write_rows(tmp_path, [row(0)]))
-    text = (store.folder("sales").path / "_commits" / "00000001.json").read_text()
+    text = (_group(store).path / "_commits" / "00000001.json").read_text()
     assert Commit.model_validate_json(text) == result.commit
     assert feature_ingestion.ingested_by([result.commit], "another digest", mirror=False) is None

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from step_scripts.boosting import useful_threads
 from step_scripts.cluster_resources import cpus_per_worker
 from step_scripts.parameters import PRESETS, TuneModelParams
-from step_scripts.search import TUNED, fingerprint, first_trial, searcher
-from step_scripts.search_progress import TrialRecord
+from step_scripts.search import first_trial, searcher
+from step_scripts.trial_records import TUNED, TrialRecord, fingerprint
 from tests.split_files import TABLE
 
 

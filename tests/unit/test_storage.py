@@ -26,6 +26,15 @@ def test_write_replaces_and_leaves_nothing_else(root: str) -> None:
     assert names(root) == ["a/b.json"]
 
 
+def test_archives_are_written_as_they_are(root: str) -> None:
+    for name in ("a.json.gz", "b.tar.gz"):
+        storage.write_bytes(storage.join(root, name), b"content")
+        assert storage.read_bytes(storage.join(root, name)) == b"content"
+    with storage.open_output(storage.join(root, "c.gz")) as file:
+        file.write(b"content")
+    assert storage.read_bytes(storage.join(root, "c.gz")) == b"content"
+
+
 def test_a_failed_write_keeps_the_old_content(root: str) -> None:
     uri = storage.join(root, "b.json")
     storage.write_bytes(uri, b"one")

@@ -1,0 +1,241 @@
+"""Endpoints, endpoint configurations and models on SageMaker, as far as this project created them."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from resources.endpoints.base import DeploymentLog, EndpointDeploymentFailed
+from resources.endpoints.endpoint_requests import CANDIDATE, ENDPOINT_TAG, ROLE_TAG, name_prefix
+from resources.sagemaker.aws_calls import error_code, error_message
+from resources.sagemaker.ownership import already_exists, is_absent, is_ours, pages, tags_of
+from resources.sagemaker.request_validation import check_request
+
+MOVING = ("Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting")
+BROKEN = ("Failed", "OutOfService")
+_LOG_LINES = 15
+_CONSISTENCY_SECONDS = 30.0  # SageMaker may not find for a moment what has just been created
+
+
+@dataclass(frozen=True)
+class FoundEndpoint:
+    """An endpoint as DescribeEndpoint has it, its tags, and those of the configuration that it serves with."""
+
+    description: Mapping[str, Any]
+    tags: Mapping[str, str]
+    config_tags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def status(self) -> str:
+        """SageMaker's status."""
+        return self.description["EndpointStatus"]
+
+    @property
+    def config(self) -> str:
+        """Name of the configuration."""
+        return self.description["EndpointConfigName"]
+
+
+@dataclass(frozen=True)
+class EndpointParts:
+    """Calls on endpoints and what they are made of. `poll_seconds`: shortest interval between two looks."""
+
+    client: Any
+    logs: Any
+    call: Callable[..., Any]
+    poll_seconds: float
+
+    def find(self, name: str) -> FoundEndpoint | None:
+        """The endpoint, whoever created it; None if there is none."""
+        described = self._if_there(self.client.describe_endpoint, EndpointName=name)
+        if described is None:
+            return None
+        tags = tags_of(self.client, self.call, described["EndpointArn"])
+        if not is_ours(tags):
+            return FoundEndpoint(described, tags)
+        return FoundEndpoint(described, tags, self.config_tags(described["EndpointConfigName"]))
+
+    def find_ours(self, name: str) -> FoundEndpoint | None:
+        """The endpoint, if this project created it and it is no candidate."""
+        found = self.find(name)
+        return found if found and is_ours(found.tags) and found.tags.get(ROLE_TAG) != CANDIDATE else None
+
+    def names(self, contains: str = "") -> list[str]:
+        """Names of all endpoints, whoever created them."""
+        wanted = {"NameContains": contains} if contains else {}
+        found = pages(self.call, self.client.list_endpoints, "Endpoints", MaxResults=100, SortBy="Name", **wanted)
+        return sorted(item["EndpointName"] for item in found)
+
+    def create(self, operation: str, name_member: str, request: Mapping[str, Any]) -> str:
+        """Create a model or a configuration; one with that name that this project created is used as it is."""
+        from botocore.exceptions import ClientError
+
+        check_request(operation, request)
+        name = request[name_member]
+        functions = {
+            "CreateModel": (self.client.create_model, self.client.describe_model, "ModelArn"),
+            "CreateEndpointConfig": (
+                self.client.create_endpoint_config,
+                self.client.describe_endpoint_config,
+                "EndpointConfigArn",
+            ),
+        }
+        create, describe, arn = functions[operation]
+        try:
+            if operation == "CreateModel":
+                self.call(create, **request)
+            else:
+                self.with_new_parts(create, **request)
+        except ClientError as error:
+            if not already_exists(error):
+                raise
+            existing = self.call(describe, **{name_member: name})
+            if not is_ours(tags_of(self.client, self.call, existing[arn])):
+                raise EndpointDeploymentFailed(
+                    f"{name} exists and was not created by this project; it is left alone. Choose another endpoint name"
+                ) from error
+        return name
+
+    def with_new_parts(self, function: Callable[..., Any], **params: Any) -> Any:
+        """A call that names what may have been created a moment ago: not found is waited out for some seconds."""
+        from botocore.exceptions import ClientError
+
+        deadline = time.monotonic() + _CONSISTENCY_SECONDS
+        while True:
+            try:
+                return self.call(function, **params)
+            except ClientError as error:
+                if not is_absent(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(1)
+
+    def settled(self, name: str, seconds: float, log: DeploymentLog, *, is_new: bool = False) -> FoundEndpoint | None:
+        """The endpoint when nothing is in progress; None if it is gone, or for a new one still not there.
+
+        Raises `EndpointDeploymentFailed` after `seconds`. Reports every change of its status.
+        """
+        start = time.monotonic()
+        deadline = start + seconds
+        pause, shown = self.poll_seconds, ""
+        while True:
+            found = self.find(name)
+            if found is None and is_new and time.monotonic() < start + _CONSISTENCY_SECONDS:
+                time.sleep(pause)
+                continue
+            if found is None or found.status not in MOVING:
+                return found
+            if found.status != shown:
+                shown = found.status
+                log.info(f"Endpoint {name} is {shown}.")
+            if time.monotonic() > deadline:
+                raise EndpointDeploymentFailed(
+                    f"endpoint {name} is still {found.status} after {seconds:g} s. See it in the SageMaker console; "
+                    "materialize again when it has settled"
+                )
+            time.sleep(random.uniform(pause / 2, pause))
+            pause = min(1.5 * pause, 8 * self.poll_seconds)
+
+    def remove_endpoint(self, name: str, seconds: float, log: DeploymentLog) -> None:
+        """Delete the endpoint, which must be this project's, and wait until it is gone."""
+        found = self.settled(name, seconds, log)
+        if found is None:
+            return
+        self._if_there(self.client.delete_endpoint, EndpointName=name)
+        self.settled(name, seconds, log)
+
+    def remove_parts(self, endpoint: str, keep_configs: set[str], *, candidates: bool = False) -> list[str]:
+        """Remove the configurations and models that were created for the endpoint and are not needed any more.
+
+        Kept are `keep_configs`, and the models that they name. Configurations of candidates are left to those who
+        prove them, unless `candidates`. Returns what was removed.
+        """
+        removed, needed = [], set()
+        for name, arn in self._listed(self.client.list_endpoint_configs, "EndpointConfig", endpoint):
+            tags = tags_of(self.client, self.call, arn)
+            if not is_ours(tags) or tags.get(ENDPOINT_TAG) != endpoint:
+                continue
+            if name in keep_configs or (tags.get(ROLE_TAG) == CANDIDATE and not candidates):
+                needed |= self.models_of(name)
+            else:
+                self.remove_config(name)
+                removed.append(name)
+        for name, arn in self._listed(self.client.list_models, "Model", endpoint):
+            tags = tags_of(self.client, self.call, arn)
+            if name not in needed and is_ours(tags) and tags.get(ENDPOINT_TAG) == endpoint:
+                self._if_there(self.client.delete_model, ModelName=name)
+                removed.append(name)
+        return removed
+
+    def remove_config(self, name: str) -> None:
+        """Remove a configuration, which must be this project's."""
+        self._if_there(self.client.delete_endpoint_config, EndpointConfigName=name)
+
+    def models_of(self, config: str) -> set[str]:
+        """Names of the models that a configuration serves."""
+        found = self._if_there(self.client.describe_endpoint_config, EndpointConfigName=config) or {}
+        return {variant["ModelName"] for variant in found.get("ProductionVariants", []) if "ModelName" in variant}
+
+    def log_tail(self, name: str, since: datetime) -> str:
+        """The last lines of the containers that started after `since`; empty if there are none."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        group, lines = f"/aws/sagemaker/Endpoints/{name}", []
+        # The log is a help; without it, or without the right to read it, the reason is still shown.
+        with contextlib.suppress(ClientError, BotoCoreError):
+            streams = self.call(self.logs.describe_log_streams, logGroupName=group, patience_seconds=20)["logStreams"]
+            started = [s for s in streams if s.get("creationTime", 0) >= since.timestamp() * 1000]
+            for stream in sorted(started, key=lambda s: s.get("creationTime", 0))[-2:]:
+                events = self.call(
+                    self.logs.get_log_events,
+                    logGroupName=group,
+                    logStreamName=stream["logStreamName"],
+                    limit=_LOG_LINES,
+                    patience_seconds=20,
+                )["events"]
+                lines += [event["message"].rstrip() for event in events]
+        return "\n".join(lines[-_LOG_LINES:])
+
+    def tag(self, arn: str, tags: Mapping[str, str]) -> None:
+        """Set tags of an endpoint."""
+        self.call(self.client.add_tags, ResourceArn=arn, Tags=[{"Key": k, "Value": v} for k, v in tags.items()])
+
+    def update(self, name: str, config: str, deployment: Mapping[str, Any] | None) -> None:
+        """UpdateEndpoint. Raises `EndpointDeploymentFailed` if another change is in progress."""
+        from botocore.exceptions import ClientError
+
+        request: dict[str, Any] = {"EndpointName": name, "EndpointConfigName": config}
+        if deployment:
+            request["DeploymentConfig"] = dict(deployment)
+        check_request("UpdateEndpoint", request)
+        try:
+            self.with_new_parts(self.client.update_endpoint, **request)
+        except ClientError as error:
+            if error_code(error) == "ValidationException" and "in-progress" in error_message(error):
+                raise EndpointDeploymentFailed(f"endpoint {name} is being changed by somebody else") from error
+            raise
+
+    def config_tags(self, config: str) -> dict[str, str]:
+        """Tags of a configuration; none if it does not exist."""
+        found = self._if_there(self.client.describe_endpoint_config, EndpointConfigName=config)
+        return tags_of(self.client, self.call, found["EndpointConfigArn"]) if found else {}
+
+    def _listed(self, function: Callable[..., Any], kind: str, endpoint: str) -> Iterator[tuple[str, str]]:
+        """Names and ARNs of all parts that may be the endpoint's; their tags decide."""
+        found = pages(self.call, function, f"{kind}s", NameContains=name_prefix(endpoint), MaxResults=100)
+        for item in list(found):  # before anything is removed, which would shift the pages
+            yield item[f"{kind}Name"], item[f"{kind}Arn"]
+
+    def _if_there(self, function: Callable[..., Any], **params: Any) -> dict[str, Any] | None:
+        from botocore.exceptions import ClientError
+
+        try:
+            return self.call(function, **params)
+        except ClientError as error:
+            if is_absent(error):
+                return None
+            raise

@@ -1,0 +1,265 @@
+"""The feature store on SageMaker: feature groups whose offline stores are written directly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+from pydantic import Field, PrivateAttr, field_validator
+
+from resources.feature_store.base import FeatureStore, OfflineSnapshot
+from resources.feature_store.feature_groups import FeatureGroups
+from resources.sagemaker.aws_calls import AwsCaller, aws_client
+from resources.sagemaker.ownership import is_absent, owned
+from resources.sagemaker.request_validation import InvalidJobRequest, check_request
+from step_scripts import storage
+from step_scripts.contract import Artifact, StepError
+from step_scripts.table import TableSpec
+
+if TYPE_CHECKING:
+    from step_scripts.offline_store import OfflineStore
+
+_RECORD_ID, _EVENT_TIME = "record_id", "event_time"
+_CREATIONS = 3  # a group may be deleted by others while it is being made
+
+
+class SageMakerFeatureStore(FeatureStore):
+    """SageMaker feature groups below one s3:// prefix: `<root>/<group>` holds the offline store and the commit log.
+
+    Files are written straight into the offline store, in SageMaker's layout, and can be read as soon as the commit log
+    names them. Their columns have the table's own types (times are timestamps), so no Glue table, whose columns would
+    be SageMaker's three types, is made for them. With `online_store`, the latest event of each record is in the online
+    store as well, before it is committed.
+    """
+
+    root: str = Field(description="s3:// prefix of the feature groups.")
+    role_arn: str = Field(description="Role that SageMaker uses to reach the offline store.")
+    region_name: str | None = Field(default=None, description="AWS region. Empty: boto3's.")
+    online_store: bool = Field(default=False, description="Whether groups have an online store. Fixed at creation.")
+    mirror: bool = Field(
+        default=False,
+        description="Whether records that an ingested dataset lacks are deleted; an asset may decide otherwise.",
+    )
+    offline_kms_key_id: str | None = Field(default=None, description="KMS key for the offline store.")
+    online_kms_key_id: str | None = Field(default=None, description="KMS key for the online store.")
+    tags: dict[str, str] = Field(default_factory=dict, description="Tags of new groups, beside the project's own.")
+    wait_seconds: float = Field(
+        default=900.0, gt=0, description="How long a group may take to be created, changed or deleted; seconds."
+    )
+    poll_seconds: float = Field(default=2.0, gt=0, description="Shortest interval between two looks at a group.")
+    patience_seconds: float = Field(
+        default=900.0, gt=0, description="How long throttling and outages of AWS are waited out; seconds."
+    )
+    calls_in_flight: int = Field(
+        default=16, ge=1, le=256, description="Calls to the online store at the same time, of each Ray actor."
+    )
+
+    _caller: AwsCaller | None = PrivateAttr(default=None)
+
+    @field_validator("root")
+    @classmethod
+    def _check_root(cls, root: str) -> str:
+        if isinstance(root, dg.EnvVar):
+            return root
+        if not root.startswith("s3://"):
+            raise ValueError(f"root must be an s3:// prefix that SageMaker can reach, not {root!r}")
+        return root.rstrip("/")
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Check the configured values before the first group is made. Raises `InvalidJobRequest` naming each."""
+        check_request("CreateFeatureGroup", self._request("group", {_RECORD_ID: "String", _EVENT_TIME: "Fractional"}))
+
+    def ensure_group(self, name: str, table: TableSpec) -> dict[str, Any]:
+        """Create the group and wait for it, or add columns that may be empty, or check that it fits.
+
+        Returns the step's `target`. Raises `StepError`, naming the columns, for another schema, and for a group that
+        is not below `root`, cannot be created, or takes too long.
+        """
+        from step_scripts.feature_values import feature_types
+
+        types = feature_types(table)
+        self._store().check_table(name, table)
+        request = self._request(name, types)
+        try:
+            check_request("CreateFeatureGroup", request)
+        except InvalidJobRequest as error:
+            raise StepError(f"feature group {name} cannot be made for table {table.name!r}: {error}") from error
+        described = self._created(name, request)
+
+        def missing(present: Mapping[str, Any]) -> list[dict[str, str]]:
+            return missing_features(present, table, types)
+
+        self._check_place(name, described)
+        if missing(described):
+            described = self._groups().add_features(name, missing)
+        if described is None:
+            raise StepError(f"feature group {name} was deleted while it was being prepared; try again")
+        data_uri = described["OfflineStoreConfig"]["S3StorageConfig"]["ResolvedOutputS3Uri"].rstrip("/")
+        folder = self._store().folder(name, data_uri)
+        info = folder.info()
+        if info is not None and info.data_uri != data_uri and folder.commits():
+            raise StepError(
+                f"feature group {name} has been deleted and created again by others: its commit log at {folder.uri} "
+                f"is that of {info.data_uri}, its data are now at {data_uri}. Delete the group here too, which removes "
+                "its records for good, or use another group name"
+            )
+        self._store().ensure_group(name, table, data_uri)
+        return {
+            "kind": "sagemaker",
+            "root": self.root,
+            "data_uri": data_uri,
+            "mirror": self.mirror,
+            "online": self.online_store,
+            "region_name": self.region_name,
+            "calls_in_flight": self.calls_in_flight,
+            "patience_seconds": self.patience_seconds,
+        }
+
+    def find_ingestion(self, name: str, dataset_digest: str) -> Artifact | None:
+        """The group's current files, if to ingest the dataset would change nothing, whether mirrored or appended."""
+        found = self._store().find_ingestion(name, dataset_digest, mirror=True)
+        return found.artifact if found else None
+
+    def offline(self, name: str, as_of: datetime | None = None) -> OfflineSnapshot:
+        """The records of now, or of `as_of`."""
+        return OfflineSnapshot.of(name, self._store().snapshot(name, as_of))
+
+    def get_record(self, name: str, record_id: str) -> dict[str, Any] | None:
+        """The latest state of one record, from the online store if there is one; None if unknown or deleted."""
+        from botocore.exceptions import ClientError
+
+        from step_scripts.feature_values import decoded_record
+        from step_scripts.online_calls import features_of
+
+        if not self.online_store:
+            return self._store().get_record(name, record_id)
+        table = self._store().table(name)
+        client = aws_client("sagemaker-featurestore-runtime", self.region_name)
+        try:
+            answer = self._call(client.get_record, FeatureGroupName=name, RecordIdentifierValueAsString=record_id)
+        except ClientError as error:
+            if is_absent(error):
+                raise StepError(f"SageMaker has no feature group {name}; ingest into it first") from error
+            raise
+        found = features_of(answer.get("Record") or [])
+        return decoded_record(found, table) if found else None
+
+    def delete_group(self, name: str) -> None:
+        """Delete the group, its offline store and its commit log, and wait. Nothing happens if there is none.
+
+        Raises `StepError`, having changed nothing, for a feature group that is not below `root`.
+        """
+        from step_scripts.s3_objects import delete_prefix
+
+        folder = self._store().folder(name)
+        described = self._groups().describe(name)
+        if described is not None:
+            self._check_place(name, described, check_stores=False)
+            self._groups().delete(name)
+        if folder.info() is not None:
+            folder.remove()
+        delete_prefix(folder.uri)
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """Schema, size, span of event times, number of commits; ARN, status and stores of the feature group."""
+        described = self._groups().describe(name) or {}
+        facts = {
+            "arn": described.get("FeatureGroupArn"),
+            "status": described.get("FeatureGroupStatus", "missing in SageMaker"),
+            "online_store": bool(described.get("OnlineStoreConfig", {}).get("EnableOnlineStore")),
+        }
+        return self._store().describe(name) | facts
+
+    def _store(self) -> OfflineStore:
+        from step_scripts.offline_store import OfflineStore
+
+        return OfflineStore(self.root)
+
+    @property
+    def _call(self) -> AwsCaller:
+        if self._caller is None:
+            self._caller = AwsCaller(patience_seconds=self.patience_seconds, warn=dg.get_dagster_logger().warning)
+        return self._caller
+
+    def _groups(self) -> FeatureGroups:
+        client = aws_client("sagemaker", self.region_name)
+        return FeatureGroups(client, self._call, self.wait_seconds, self.poll_seconds)
+
+    def _created(self, name: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        groups = self._groups()
+        for _ in range(_CREATIONS):
+            described = groups.describe(name)
+            if described is not None and described["FeatureGroupStatus"] == "Deleting":
+                groups.gone(name)
+                described = None
+            if described is None:
+                groups.create(request)
+            if (described := groups.ready(name)) is not None:
+                return described
+        raise StepError(f"feature group {name} is deleted by others as soon as it is created")
+
+    def _request(self, name: str, types: Mapping[str, str]) -> dict[str, Any]:
+        """CreateFeatureGroup's request."""
+        place = {"S3Uri": storage.join(self.root, name)}
+        if self.offline_kms_key_id:
+            place["KmsKeyId"] = self.offline_kms_key_id
+        request: dict[str, Any] = {
+            "FeatureGroupName": name,
+            "RecordIdentifierFeatureName": _RECORD_ID,
+            "EventTimeFeatureName": _EVENT_TIME,
+            "FeatureDefinitions": [{"FeatureName": n, "FeatureType": kind} for n, kind in types.items()],
+            "OfflineStoreConfig": {"S3StorageConfig": place, "DisableGlueTableCreation": True},
+            "RoleArn": self.role_arn,
+            "Tags": owned(self.tags),
+        }
+        if self.online_store:
+            security = {"SecurityConfig": {"KmsKeyId": self.online_kms_key_id}} if self.online_kms_key_id else {}
+            request["OnlineStoreConfig"] = {"EnableOnlineStore": True, **security}
+        return request
+
+    def _check_place(self, name: str, described: Mapping[str, Any], *, check_stores: bool = True) -> None:
+        """Raise `StepError` for a group that is not this store's."""
+        place = described.get("OfflineStoreConfig", {}).get("S3StorageConfig", {}).get("S3Uri", "")
+        if place.rstrip("/") != storage.join(self.root, name):
+            raise StepError(
+                f"there is a feature group {name} already, whose offline store is {place or 'off'} and not below "
+                f"{self.root}: it is not this project's. Use another group name or root"
+            )
+        online = bool(described.get("OnlineStoreConfig", {}).get("EnableOnlineStore"))
+        if check_stores and online != self.online_store:
+            raise StepError(
+                f"feature group {name} has {'an' if online else 'no'} online store, the configuration says "
+                f"online_store = {self.online_store}. SageMaker cannot change that: set online_store = {online}, use "
+                "another group name, or delete the group"
+            )
+
+
+def missing_features(described: Mapping[str, Any], table: TableSpec, types: Mapping[str, str]) -> list[dict[str, str]]:
+    """Features of `table` that a group lacks, to be added.
+
+    Raises `StepError`, naming each column and both types, if the group cannot be made to fit.
+    """
+    name = described["FeatureGroupName"]
+    present = {d["FeatureName"]: d["FeatureType"] for d in described["FeatureDefinitions"]}
+    dtypes = {column.name: f" ({column.dtype})" for column in table.columns}
+    problems = [
+        f"{column} is {types[column]}{dtypes.get(column, '')} in the table and {kind} in the feature group"
+        for column, kind in present.items()
+        if column in types and types[column] != kind
+    ]
+    problems += [f"{c} ({kind}) is missing in the table" for c, kind in present.items() if c not in types]
+    roles = {"record identifier": ("RecordIdentifierFeatureName", _RECORD_ID)}
+    roles["event time"] = ("EventTimeFeatureName", _EVENT_TIME)
+    problems += [
+        f"the {role} is {described[member]}, not {wanted}"
+        for role, (member, wanted) in roles.items()
+        if described[member] != wanted
+    ]
+    if problems:
+        raise StepError(
+            f"feature group {name} exists with another schema: {'; '.join(problems)}. Use another group name, delete "
+            "the group, or add only columns that may be empty"
+        )
+    return [{"FeatureName": column, "FeatureType": kind} for column, kind in types.items() if column not in present]

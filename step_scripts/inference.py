@@ -1,0 +1,36 @@
+"""The model in AWS's XGBoost image, whose own server calls these functions.
+
+That server (the SageMaker containers library) imports this module as `inference`, calls `model_fn` once a process and
+`transform_fn` for every request. Answers and errors are those of `step_scripts.serving_app`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from step_scripts.served_model import ServedModel, load_served_model, model_in_folder
+from step_scripts.serving_io import JSON, RequestError, encode, request_media, response_media
+
+
+def model_fn(model_dir: str) -> ServedModel:
+    """The model in the folder. Raises `DamagedArtifactError` if it is not the one that was deployed."""
+    version = os.environ.get("HOUSING_MODEL_VERSION", "model")
+    artifact = model_in_folder(model_dir, os.environ.get("HOUSING_MODEL_DIGEST"))
+    return load_served_model(artifact, endpoint_name=version, version=version, deployment_id="")
+
+
+def transform_fn(model: ServedModel, content: bytes | str, content_type: str, accept: str) -> Any:
+    """The answer to one request: body and media type, or a Flask response with status and reason."""
+    try:
+        given = request_media(content_type or "")
+        wanted = response_media(accept or "", given)
+        body = content.encode() if isinstance(content, str) else content
+        if not body:
+            raise RequestError(400, "the body is empty")
+        return encode(model.predict(model.parser.parse(body, given)), wanted).decode(), wanted
+    except RequestError as error:
+        from flask import Response  # the server's own framework; a plain result would have status 200
+
+        return Response(json.dumps(error.body()), status=error.status, mimetype=JSON)

@@ -1,0 +1,178 @@
+"""Calls of SageMaker's feature store runtime for many records, repeated until each has been accepted or refused."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from step_scripts.contract import StepError
+
+_WRITTEN_AT_ONCE = 25  # the service's limits
+_READ_AT_ONCE = 100
+_LONGEST_PAUSE = 10.0  # seconds
+_SHOWN = 400  # characters of a reason, which may quote a whole record
+_TRANSIENT = {
+    "InternalFailure",
+    "InternalServerError",
+    "RequestTimeout",
+    "ServiceUnavailable",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequestsException",
+}
+
+
+class _Refused(StepError):
+    """The service refuses a request as it is."""
+
+
+class _Patience:
+    """Waits between attempts, longer each time, until nothing has been accepted for `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.progress()
+
+    def progress(self) -> None:
+        self._deadline = time.monotonic() + self._seconds
+        self._pause = 0.1
+
+    def wait(self, group: str, reason: str) -> None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise StepError(
+                f"the online store of feature group {group} has accepted no request for {self._seconds:.0f} s "
+                f"({reason}). Nothing was committed; ingest again later, or with fewer calls in flight"
+            )
+        time.sleep(min(left, random.uniform(self._pause / 2, self._pause)))
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+
+def write_records(store: Any, group: str, records: Sequence[Mapping[str, str]], patience_seconds: float) -> None:
+    """Write records, given by their features, to the online store only.
+
+    Raises `StepError` naming a record that the store refuses, or if it accepts nothing for too long.
+    """
+    for start in range(0, len(records), _WRITTEN_AT_ONCE):
+        entries: list[dict[str, Any]] = [
+            {"FeatureGroupName": group, "TargetStores": ["OnlineStore"], "Record": _features(record)}
+            for record in records[start : start + _WRITTEN_AT_ONCE]
+        ]
+        try:
+            _write_entries(store, group, entries, patience_seconds)
+        except _Refused:  # because of one entry, perhaps: find out which
+            for entry in entries:
+                try:
+                    _write_entries(store, group, [entry], patience_seconds)
+                except _Refused as error:
+                    raise StepError(f"record {_id_of(entry)}: {error}") from error
+
+
+def _write_entries(store: Any, group: str, entries: list[dict[str, Any]], patience_seconds: float) -> None:
+    pending = entries
+    patience = _Patience(patience_seconds)
+    while pending:
+        answer, reason = _answer(store.batch_write_record, Entries=pending)
+        if answer is None:
+            patience.wait(group, reason)
+            continue
+        left = list(answer.get("UnprocessedEntries", []))
+        for error in answer.get("Errors", []):
+            if error["ErrorCode"] not in _TRANSIENT:
+                raise StepError(
+                    f"record {_id_of(error['Entry'])}: the online store of feature group {group} refuses it: "
+                    f"{error['ErrorCode']}: {error['ErrorMessage'][:_SHOWN]}. Nothing was committed"
+                )
+            left.append(error["Entry"])
+        if len(left) < len(pending):
+            patience.progress()
+        if left:
+            patience.wait(group, f"{len(left)} entries were not processed")
+        pending = left
+
+
+def delete_records(
+    store: Any, group: str, deletions: Sequence[tuple[str, str]], patience_seconds: float, *, hard: bool = False
+) -> None:
+    """Delete records, given by id and event time of the deletion, from the online store only.
+
+    With `hard` nothing is kept of them, so that an earlier event may be written again.
+    """
+    mode = {"DeletionMode": "HardDelete"} if hard else {}
+    for record_id, event_time in deletions:
+        patience = _Patience(patience_seconds)
+        while True:
+            answer, reason = _answer(
+                store.delete_record,
+                FeatureGroupName=group,
+                RecordIdentifierValueAsString=record_id,
+                EventTime=event_time,
+                TargetStores=["OnlineStore"],
+                **mode,
+            )
+            if answer is not None:
+                break
+            patience.wait(group, reason)
+
+
+def read_records(store: Any, group: str, ids: Sequence[str], patience_seconds: float) -> dict[str, dict[str, str]]:
+    """Features of those records that the online store holds, by record id."""
+    found: dict[str, dict[str, str]] = {}
+    for start in range(0, len(ids), _READ_AT_ONCE):
+        pending = list(ids[start : start + _READ_AT_ONCE])
+        patience = _Patience(patience_seconds)
+        while pending:
+            identifiers = [{"FeatureGroupName": group, "RecordIdentifiersValueAsString": pending}]
+            answer, reason = _answer(store.batch_get_record, Identifiers=identifiers)
+            if answer is None:
+                patience.wait(group, reason)
+                continue
+            for record in answer.get("Records", []):
+                found[record["RecordIdentifierValueAsString"]] = features_of(record["Record"])
+            left = [i for u in answer.get("UnprocessedIdentifiers", []) for i in u["RecordIdentifiersValueAsString"]]
+            for error in answer.get("Errors", []):
+                if error["ErrorCode"] not in _TRANSIENT:
+                    raise StepError(
+                        f"record {error['RecordIdentifierValueAsString']} cannot be read from the online store of "
+                        f"feature group {group}: {error['ErrorCode']}: {error['ErrorMessage']}"
+                    )
+                left.append(error["RecordIdentifierValueAsString"])
+            if len(left) < len(pending):
+                patience.progress()
+            if left:
+                patience.wait(group, f"{len(left)} records were not read")
+            pending = left
+    return found
+
+
+def features_of(record: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The features of a record, as the service returns it, by name. Empty ones are left out."""
+    return {f["FeatureName"]: f["ValueAsString"] for f in record if f.get("ValueAsString") is not None}
+
+
+def _features(record: Mapping[str, str]) -> list[dict[str, str]]:
+    return [{"FeatureName": name, "ValueAsString": text} for name, text in record.items()]
+
+
+def _id_of(entry: Mapping[str, Any]) -> str:
+    return features_of(entry["Record"]).get("record_id", "?")
+
+
+def _answer(function: Any, **request: Any) -> tuple[dict[str, Any] | None, str]:
+    """The call's answer; None and the reason if the same call may succeed later."""
+    from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
+
+    try:
+        return function(**request), ""
+    except ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "")
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if code in _TRANSIENT or status == 429 or status >= 500:
+            return None, str(error)
+        message = f"the online store refuses {function.__name__}: {str(error)[:_SHOWN]}. Nothing was committed"
+        raise (_Refused if "Validation" in code else StepError)(message) from error
+    except (ConnectionError, HTTPClientError) as error:
+        return None, str(error)

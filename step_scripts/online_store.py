@@ -1,0 +1,169 @@
+"""The online store of a SageMaker feature group: the latest event of each record, written and read back in batches.
+
+Only the online store is addressed (`TargetStores`); what is offline has been written as files. The store keeps the
+event with the greatest event time and ignores all others, silently. So every record is read back: one that the store
+holds in another state although it has no later event is removed for good and written again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from step_scripts.contract import StepError
+from step_scripts.feature_files import selected_rows
+from step_scripts.feature_values import EVENT_TIME, decoded_record, decoded_time, encoded_records, encoded_time
+from step_scripts.ingestion_plan import WriteItem
+from step_scripts.online_calls import delete_records, read_records, write_records
+from step_scripts.s3_objects import service_client
+from step_scripts.table import TableSpec
+
+_SHOWN = 20  # ids in a message
+_BATCH = 100  # records a thread writes and reads back; one BatchGetRecord
+_SECOND = 1_000_000  # microseconds
+_CONSISTENT_AFTER = (0.2, 0.8, 2.0)  # seconds between readings: the store is eventually consistent
+
+
+@dataclass(frozen=True)
+class OnlineTarget:
+    """Where an online store is, and how hard to press it.
+
+    `in_flight`: calls at the same time, of each actor. `patience_seconds`: how long it may accept no entry of a batch.
+    """
+
+    group: str
+    region_name: str | None = None
+    in_flight: int = 16
+    patience_seconds: float = 300.0
+
+
+@dataclass(frozen=True, eq=False)
+class OnlineRecord:
+    """The state that a record is to have: its event time, and its features as text. None: deleted."""
+
+    record_id: str
+    event_time: int  # microseconds since 1970
+    features: dict[str, str] | None
+
+
+def write_online(item: WriteItem, table: TableSpec, target: OnlineTarget) -> int:
+    """Write those events of `item` that are their records' latest; the number of records that are then as they should.
+
+    Raises `StepError`, naming records, for what the store refuses, and for what it does not hold afterwards.
+    """
+    frames = [selected_rows(source, selections, item, table) for source, selections in item.sources]
+    events = pl.concat(frames).filter("is_latest").drop("is_latest")
+    store = service_client("sagemaker-featurestore-runtime", target.region_name, target.in_flight, attempts=1)
+    # A batch is encoded by the thread that sends it: the text of all records at once would take much memory.
+    batches = [events[at : at + _BATCH] for at in range(0, events.height, _BATCH)]
+    keeper = _Synchronizer(store, target, table)
+    return sum(_in_parallel(lambda batch: keeper.synchronize(_records(batch, table)), batches, target.in_flight))
+
+
+def _records(events: pl.DataFrame, table: TableSpec) -> list[OnlineRecord]:
+    deleted = events["is_deleted"].to_list()
+    times = events["event_time"].to_physical().to_list()
+    texts = encoded_records(events, table)
+    return [
+        OnlineRecord(features["record_id"], time_, None if gone else features)
+        for features, time_, gone in zip(texts, times, deleted, strict=True)
+    ]
+
+
+class _Synchronizer:
+    """Brings records into their states."""
+
+    def __init__(self, store: Any, target: OnlineTarget, table: TableSpec) -> None:
+        self._store, self._group, self._patience = store, target.group, target.patience_seconds
+        self._table = table
+
+    def synchronize(self, records: Sequence[OnlineRecord]) -> int:
+        """Write and read back. Returns the number of records; raises `StepError` for those that stay different."""
+        self._send(records)
+        wrong = self._different(records)
+        if ties := {r: moment for r, moment in wrong.items() if moment == r.event_time}:  # ignored for good: no waiting
+            self._replace(ties)
+            wrong = self._different(list(wrong))
+        wrong = self._settled(wrong)
+        if wrong:
+            self._replace(wrong)
+            wrong = self._settled(self._different(list(wrong)))
+        if wrong:
+            ids = sorted(record.record_id for record in wrong)
+            details: dict[str, Any] = {"records_missing_online": len(ids), "missing_record_ids": ids[:_SHOWN]}
+            raise StepError(
+                f"{len(ids):,} of {len(records):,} records were written to the online store of feature group "
+                f"{self._group}, but cannot be read from it as they were: {', '.join(ids[:_SHOWN])}. Nothing was "
+                "committed; ingest again",
+                details=details,
+            )
+        return len(records)
+
+    def _settled(self, wrong: dict[OnlineRecord, int | None]) -> dict[OnlineRecord, int | None]:
+        """What is still wrong after the store has had time to become consistent."""
+        for pause in _CONSISTENT_AFTER:
+            if not wrong:
+                break
+            time.sleep(pause)
+            wrong = self._different(list(wrong))
+        return wrong
+
+    def _send(self, records: Sequence[OnlineRecord]) -> None:
+        puts = [record.features for record in records if record.features is not None]
+        write_records(self._store, self._group, puts, self._patience)
+        deletions = [(r.record_id, encoded_time(r.event_time)) for r in records if r.features is None]
+        delete_records(self._store, self._group, deletions, self._patience)
+
+    def _replace(self, wrong: Mapping[OnlineRecord, int | None]) -> None:
+        """Remove for good what is in the way, a record or the trace of a deletion, and write again."""
+        known = [moment for record, present in wrong.items() for moment in (record.event_time, present or 0)]
+        later = encoded_time(max(time.time_ns() // 1000, *known) + _SECOND)
+        delete_records(self._store, self._group, [(r.record_id, later) for r in wrong], self._patience, hard=True)
+        self._send([record for record in wrong if record.features is not None])
+
+    def _different(self, records: Sequence[OnlineRecord]) -> dict[OnlineRecord, int | None]:
+        """Records that are not in their state and have no later event either, with the event time that they have.
+
+        A later event is that of another writer, who commits after this one or has failed and will be repeated.
+        """
+        found = read_records(self._store, self._group, [r.record_id for r in records], self._patience)
+        wrong: dict[OnlineRecord, int | None] = {}
+        for record in records:
+            present = found.get(record.record_id)
+            moment = decoded_time(present[EVENT_TIME]) if present else None
+            if moment is not None and moment > record.event_time:
+                continue
+            if not self._same(present, record.features):
+                wrong[record] = moment
+        return wrong
+
+    def _same(self, present: dict[str, str] | None, wanted: dict[str, str] | None) -> bool:
+        """By value: the store may write a number in another way."""
+        if present is None or wanted is None:
+            return present is wanted
+        return decoded_record(present, self._table) == decoded_record(wanted, self._table)
+
+
+def _in_parallel(
+    function: Callable[[pl.DataFrame], int], batches: Sequence[pl.DataFrame], threads: int
+) -> Iterator[int]:
+    """Results of the calls; after the first error no more calls are begun."""
+    failed = threading.Event()
+
+    def call(batch: pl.DataFrame) -> int:
+        if failed.is_set():
+            return 0
+        try:
+            return function(batch)
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(max_workers=max(1, min(threads, len(batches)))) as pool:
+        yield from pool.map(call, batches)

@@ -1,0 +1,209 @@
+"""The offline store on S3: what the local one must do, and writers without a lock."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from step_scripts import ingestion_plan, s3_group_folder
+from step_scripts.contract import StepError
+from step_scripts.feature_ingestion import run_here
+from step_scripts.offline_store import OfflineStore
+from step_scripts.s3_objects import put_if_absent
+from tests.feature_rows import TABLE, ingest_rows, record_id, records, row, write_rows
+from tests.sagemaker_emulator import SageMakerEmulator
+from tests.sagemaker_emulator.testing import Aws
+
+# The same tests, with this module's `store`.
+from tests.unit.test_offline_store import (  # noqa: F401
+    test_a_changed_row_supersedes_and_an_older_one_is_history,
+    test_a_commit_number_cannot_be_taken_twice,
+    test_a_dataset_of_another_form_is_refused,
+    test_a_dataset_that_was_superseded_is_not_taken_for_known,
+    test_a_file_saved_again_stores_nothing_and_is_known_from_then_on,
+    test_a_new_column_that_may_be_empty_is_adopted,
+    test_deleting_a_record,
+    test_groups_are_separate_and_can_be_deleted,
+    test_ingestions_at_the_same_time_all_land,
+    test_mirror_follows_the_dataset_also_back_to_an_older_file,
+    test_mirror_takes_an_older_row_for_the_latest,
+    test_other_schema_changes_are_refused,
+    test_rows_that_contradict_each_other_are_named,
+    test_snapshots_differ_by_what_they_hold,
+    test_the_same_dataset_adds_nothing_and_makes_no_commit,
+)
+
+HOOKED = """
+import os, signal, sys
+from pathlib import Path
+from step_scripts.feature_ingestion import run_here
+from step_scripts.offline_store import OfflineStore
+from tests.feature_rows import ingest_rows, row, write_rows
+
+def run(function, calls):
+    results = list(run_here(function, calls))
+    if function.__name__ == "write_files":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return results
+
+ingest_rows(OfflineStore(sys.argv[1]), write_rows(Path(sys.argv[2]), [row(1), row(2, hours=1)]), run=run)
+"""
+
+
+@pytest.fixture
+def store(aws: Aws, aws_environment: SageMakerEmulator) -> OfflineStore:
+    return OfflineStore(aws.uri("store"))
+
+
+def data_files(aws: Aws) -> set[str]:
+    return {key.rpartition("/")[2] for key in aws.keys("store/") if key.endswith(".parquet")}
+
+
+def committed_files(store: OfflineStore) -> set[str]:
+    return {file.path.rpartition("/")[2] for file in store.files("sales")}
+
+
+def interrupting(phase: str, interruption: Callable[[], Any]) -> Callable[..., Any]:
+    """Runs calls here, and `interruption` before those of the phase's function; once."""
+    left = [interruption]
+
+    def run(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Any:
+        if function.__name__ == phase and left:
+            left.pop()()
+        return run_here(function, calls)
+
+    return run
+
+
+def test_who_was_overtaken_compares_again(store: OfflineStore, aws: Aws, tmp_path: Path) -> None:
+    ingest_rows(store, write_rows(tmp_path, [row(0), row(1)]))
+    other = write_rows(tmp_path, [row(1, 2.0, hours=1), row(2)])
+    mine = write_rows(tmp_path, [row(1, 2.0, hours=1), row(3)])
+    result = ingest_rows(store, mine, run=interrupting("read_back", lambda: ingest_rows(store, other)))
+    # Against the first commit both rows were news; against the second one of them is stored already.
+    assert (result.commit.number, result.added, result.unchanged, result.superseded) == (3, 1, 1, 0)
+    assert result.rows_readable == 2
+    assert set(records(store.scan("sales"))) == {record_id(n) for n in range(4)}
+    assert result.commit.live_rows == 4
+    assert data_files(aws) == committed_files(store)
+    assert not aws.keys("store/sales/_staging")
+
+
+def test_a_failure_removes_its_own_files_only(store: OfflineStore, aws: Aws, tmp_path: Path) -> None:
+    ingest_rows(store, write_rows(tmp_path, [row(0)]))
+
+    def fail() -> None:
+        def interrupt() -> None:
+            assert len(data_files(aws)) == 3
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            ingest_rows(store, write_rows(tmp_path, [row(1)]), run=interrupting("read_back", interrupt))
+        assert len(data_files(aws)) == 2
+        assert set(records(store.scan("sales"))) == {record_id(0)}
+
+    result = ingest_rows(store, write_rows(tmp_path, [row(2)]), run=interrupting("read_back", fail))
+    assert result.commit.number == 2
+    assert set(records(store.scan("sales"))) == {record_id(0), record_id(2)}
+    assert data_files(aws) == committed_files(store)
+
+
+def test_a_killed_ingestion_is_invisible_and_tidied_up_when_it_is_old(
+    store: OfflineStore, aws: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ingest_rows(store, write_rows(tmp_path, [row(0)]))
+    killed = subprocess.run(
+        [sys.executable, "-c", HOOKED, store.root, str(tmp_path)], cwd=Path(__file__).parents[2], check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert len(data_files(aws)) == 3
+    assert aws.keys("store/sales/_staging")
+    assert set(records(store.scan("sales"))) == {record_id(0)}
+    assert store.get_record("sales", record_id(1)) is None
+    # They could be those of a writer that is at work.
+    assert ingest_rows(store, write_rows(tmp_path, [row(1)])).strays_removed == 0
+    assert len(data_files(aws)) == 4
+    monkeypatch.setattr(s3_group_folder, "STRAY_SECONDS", -60.0)
+    assert store.folder("sales").remove_strays() == 2
+    assert data_files(aws) == committed_files(store)
+    assert not aws.keys("store/sales/_staging")
+    assert set(records(store.scan("sales"))) == {record_id(0), record_id(1)}
+
+
+def test_a_writer_whose_files_may_be_taken_for_leftovers_gives_up(
+    store: OfflineStore, aws: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_group_folder, "STRAY_SECONDS", 0.0)
+    with pytest.raises(StepError, match="Nothing was committed; ingest with more actors"):
+        ingest_rows(store, write_rows(tmp_path, [row(0)]))
+    assert store.commits("sales") == []
+    assert not data_files(aws)
+
+
+def test_one_of_many_gets_the_commit(aws: Aws, aws_environment: SageMakerEmulator) -> None:
+    wins: list[int] = []
+    barrier = threading.Barrier(8)
+
+    def put(number: int) -> None:
+        barrier.wait()
+        if put_if_absent(aws.uri("log/1"), str(number).encode()):
+            wins.append(number)
+
+    threads = [threading.Thread(target=put, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wins) == 1
+    assert aws.get("log/1") == str(wins[0]).encode()
+    assert put_if_absent(aws.uri("log/1"), str(wins[0]).encode()), "the answer to the winner's put may have been lost"
+
+
+def test_lost_files_are_named(store: OfflineStore, aws: Aws, tmp_path: Path) -> None:
+    dataset = write_rows(tmp_path, [row(0), row(1, hours=1)])
+    ingest_rows(store, dataset)
+    assert store.find_ingestion("sales", dataset.digest, mirror=True) is not None
+    (key,) = [key for key in aws.keys("store/") if "/hour=13/" in key]
+    aws.s3.delete_object(Bucket=aws.bucket, Key=key)
+    assert store.find_ingestion("sales", dataset.digest, mirror=True) is None
+    with pytest.raises(StepError, match="1 of 2 files"):
+        store.scan("sales")
+    with pytest.raises(StepError, match=f"1 records of the dataset cannot be read: {record_id(1)}"):
+        ingest_rows(store, dataset)
+
+
+def test_small_pieces_store_what_one_piece_stores_locally(
+    store: OfflineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = OfflineStore(str(tmp_path / "local"))
+    batches = [
+        [row(n, hours=n % 3) for n in range(12)],
+        [row(n, float(n), hours=1 + n % 2) for n in range(4, 10)] + [row(20, hours=2), row(20, 2.0, hours=3)],
+    ]
+    for rows in batches:
+        ingest_rows(local, write_rows(tmp_path, rows), mirror=True)
+    monkeypatch.setattr(ingestion_plan, "BUCKET_EVENTS", 4)
+    monkeypatch.setattr(ingestion_plan, "_PIECE_ROWS", (2, 4))
+    for rows in batches:
+        ingest_rows(store, write_rows(tmp_path, rows, parts=3), mirror=True, workers=2)
+    assert records(store.scan("sales")) == records(local.scan("sales"))
+    assert store.snapshot("sales").artifact.digest == local.snapshot("sales").artifact.digest
+    one = store.scan("sales").filter(pl.col("PRICE") > 5).select("PRICE").collect()
+    assert sorted(one["PRICE"]) == [6.0, 7.0, 8.0, 9.0]
+
+
+def test_throttling_is_survived(store: OfflineStore, aws: Aws, tmp_path: Path) -> None:
+    store.ensure_group("sales", TABLE)
+    aws.faults.throttle("s3:*", count=3)
+    assert ingest_rows(store, write_rows(tmp_path, [row(0)])).rows_readable == 1
+    aws.faults.throttle("s3:*", count=3)
+    assert store.get_record("sales", record_id(0)) is not None
+    assert not aws.faults.active()

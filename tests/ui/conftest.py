@@ -1,0 +1,88 @@
+"""A Dagster UI with its daemon, and a headless Chromium that looks at it."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.platform_cli import ROOT, Platform
+from tests.ui.browser import Browser, UserInterface
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SCREENSHOTS = ROOT / "tests" / "ui" / "screenshots"
+
+
+@pytest.fixture(scope="module")
+def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UserInterface]:
+    """`dagster dev`, as `make ui` starts it, on an installation of its own."""
+    platform = Platform(tmp_path_factory.mktemp("ui"), {"HOUSING_SAMPLE_ROWS": "2000"})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = platform.folder / "ui.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dagster", "dev", "--host", "127.0.0.1", "--port", str(port)],
+            cwd=ROOT,
+            env=platform.env,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        url = f"http://127.0.0.1:{port}"
+        try:
+            _await_server(url, process, log)
+            yield UserInterface(url, platform)
+        finally:
+            _end(process)
+            platform.stop()
+
+
+@pytest.fixture(scope="module")
+def browser(ui: UserInterface) -> Iterator[Browser]:
+    """Chromium, with the welcome dialog out of the way."""
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    SCREENSHOTS.mkdir(exist_ok=True)
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-sync"]
+    arguments += ["--disable-background-networking", "--disable-component-update", "--disable-quic"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        page = chromium.new_page(viewport={"width": 1600, "height": 900})
+        page.set_default_timeout(120_000)
+        yield Browser(page, ui, SCREENSHOTS)
+        chromium.close()
+
+
+def _await_server(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 180
+    while True:
+        assert process.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(url + "/server_info", timeout=5):
+                return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    family = [process_ for process_ in psutil.Process(process.pid).children(recursive=True)]
+    process.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs([psutil.Process(process.pid), *family] if process.poll() is None else family, 30)
+    for left in alive:
+        left.kill()
+    process.wait(30)

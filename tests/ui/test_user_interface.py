@@ -1,0 +1,83 @@
+"""The platform in the Dagster UI, by clicking: materialize, a gate that blocks, approval that deploys.
+
+The tests follow each other on one installation, as somebody's first day does. Screenshots: `tests/ui/screenshots`.
+"""
+
+from __future__ import annotations
+
+import dagster as dg
+import pytest
+
+from tests.platform_cli import SMALL_SEARCH
+from tests.ui.browser import LOCATION, Browser, UserInterface
+
+pytestmark = pytest.mark.slow
+SUCCESS, FAILURE = dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE
+GENEROUS = {"evaluation_report": {"rmse_threshold": 1e6}}
+
+
+def test_everything_is_materialized_by_a_click(ui: UserInterface, browser: Browser) -> None:
+    browser.open("/asset-groups")
+    browser.sees("ingestion")
+    browser.screenshot("before")
+    known = {run.run_id for run in ui.platform.runs()}
+    browser.click("Materialize all")
+    assert browser.finished(known).status == SUCCESS
+    browser.open("/asset-groups")
+    browser.page.keyboard.press("Alt+e")
+    browser.sees("registered_model")
+    browser.screenshot("graph")
+    for asset in ("raw_csv", "tuned_model", "evaluation_report", "endpoint"):
+        browser.open(f"/assets/{asset}")
+        browser.sees("Latest materialization")
+        browser.screenshot(asset)
+    browser.open("/assets/evaluation_report?view=checks")
+    browser.sees("rmse_threshold")
+    browser.screenshot("checks")
+
+
+def test_jobs_schedules_and_sensors_explain_themselves(browser: Browser) -> None:
+    browser.open("/automation")
+    for name in ("landing_files", "approved_models", "failed_runs", "keep_up_to_date", "weekly_retraining"):
+        browser.sees(name)
+    browser.screenshot("automation")
+    browser.open(f"/locations/{LOCATION}/jobs/approve_model/playground")
+    browser.sees("approve_model")
+    browser.screenshot("launchpad")
+
+
+def test_a_failing_gate_blocks(ui: UserInterface, browser: Browser) -> None:
+    registered = ui.platform.materializations("registered_model")
+    run = browser.launch("retrain", {**SMALL_SEARCH, "evaluation_report": {"rmse_threshold": 1.0}})
+    assert run.status == FAILURE
+    assert ui.platform.materializations("registered_model") == registered
+    browser.open("/assets/evaluation_report?view=checks")
+    browser.sees("rmse_threshold")
+    browser.sees("Failed")
+    browser.screenshot("gate")
+
+
+def test_an_approved_model_is_deployed(ui: UserInterface, browser: Browser) -> None:
+    serving = ui.platform.reference("endpoint")["model_digest"]
+    manual = {"registered_model": {"approval": "manual"}}
+    run = browser.launch("retrain", {"tuned_model": {**SMALL_SEARCH["tuned_model"], "seed": 7}, **GENEROUS, **manual})
+    assert run.status == SUCCESS
+    version = ui.platform.reference("registered_model")
+    assert version["status"] == "PendingManualApproval"
+    browser.open("/assets/registered_model")
+    browser.sees("PendingManualApproval")
+    browser.screenshot("pending")
+
+    browser.open(f"/locations/{LOCATION}/sensors/approved_models")
+    browser.page.get_by_role("switch").or_(browser.page.locator("input[type=checkbox]")).first.click(force=True)
+    decision = {"version": version["version"], "who": "ann", "why": "better on every slice"}
+    assert browser.launch("approve_model", {"approve": decision}).status == SUCCESS
+
+    def deployed() -> bool:
+        return ui.platform.reference("endpoint")["model_digest"] == version["artifact"]["digest"]
+
+    assert serving != version["artifact"]["digest"]
+    browser.until(deployed)
+    browser.open("/assets/endpoint")
+    browser.sees(f"housing/{version['version']}")
+    browser.screenshot("deployed")
