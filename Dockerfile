@@ -4,7 +4,7 @@
 #   docker tag housing <account>.dkr.ecr.<region>.amazonaws.com/housing:1 && docker push …
 #
 # Jobs still get the project's code through S3, so a change of the code needs no new image; a change of versions does.
-# The same image answers `train`, `serve` and the entry point of processing jobs.
+# The same image answers `train` (tuning jobs: HOUSING_TRAIN_MODULE), `serve` and the entry point of processing jobs.
 ARG PYTHON_VERSION=3.12
 FROM python:${PYTHON_VERSION}-slim
 

@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 export DAGSTER_HOME ?= $(CURDIR)/.dagster
 export HOUSING_ROOT ?= $(CURDIR)/data
 UI_PORT ?= 3000
+# Hosts of each job of `make rehearse`.
+HOSTS ?= 2
 # A file with run configuration: make run CONFIG=my_config.yaml
 CONFIG ?=
 # Without compiled bytecode everything that Ray does is several times slower.
@@ -73,6 +75,10 @@ system-packages:
 .PHONY: test
 test: system-packages lint  ## Run ruff, pyright and all tests
 	$(BIN)/pytest
+
+.PHONY: rehearse
+rehearse: system-packages $(VENV)/.installed-dev  ## Materialize the whole graph on the emulated SageMaker (HOSTS=2)
+	@$(BIN)/python -m tests.rehearse --hosts $(HOSTS)
 
 .PHONY: bench
 bench: $(VENV)/.installed-dev  ## Run the benchmarks (see benchmarks/README.md)

@@ -15,7 +15,7 @@ from step_scripts.parameters import MODEL_GROUP
 class DecisionConfig(dg.Config):
     """Which version is decided on, by whom, and why."""
 
-    model_group: str = MODEL_GROUP
+    model_group: str | None = MODEL_GROUP
     version: int = Field(ge=1, description="Number of the version.")
     who: str = Field(min_length=1, description="Who decides; goes into the version's history.")
     why: str = Field(min_length=1, description="The reason; goes into the version's history.")
@@ -25,7 +25,8 @@ def _decide(
     context: dg.OpExecutionContext, config: DecisionConfig, registry: ModelRegistry, status: ApprovalStatus
 ) -> None:
     try:
-        version = registry.set_status(config.model_group, config.version, status, who=config.who, why=config.why)
+        group = config.model_group or registry.default_group
+        version = registry.set_status(group, config.version, status, who=config.who, why=config.why)
     except (ModelVersionNotFound, GateNotPassed, ValueError) as error:
         raise dg.Failure(str(error), allow_retries=False) from error
     context.log.info(f"{version.reference} is {version.status}: {config.why} ({config.who})")

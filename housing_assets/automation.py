@@ -10,7 +10,6 @@ from typing import Any
 
 import dagster as dg
 
-from housing_assets.config import EndpointConfig, RegistrationConfig
 from housing_assets.deployments import load_automation
 from housing_assets.landing import LandingCursor, batches, landed_files, run_key
 from resources.endpoints.base import EndpointHost
@@ -126,7 +125,7 @@ def approved_models(
     context: dg.SensorEvaluationContext, model_registry: ModelRegistry, endpoint_host: EndpointHost
 ) -> dg.SensorResult | dg.SkipReason:
     """The latest approved version, unless it is served already, or this sensor has asked for it before."""
-    group, endpoint = RegistrationConfig().model_group, EndpointConfig().endpoint_name
+    group, endpoint = model_registry.default_group, endpoint_host.default_name
     version = model_registry.latest(group, "Approved")
     if version is None:
         return dg.SkipReason(f"model group {group} has no approved version")

@@ -6,7 +6,9 @@ SageMaker jobs with data, feature store, registry and endpoint on AWS. Nothing h
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from datetime import date, timedelta
@@ -29,6 +31,9 @@ from step_scripts import storage
 DEPLOYMENTS = ("local", "sagemaker")
 # What a file named by HOUSING_SAGEMAKER_CONFIG may configure, field by field.
 SECTIONS = ("compute", "feature_store", "model_registry", "endpoint_host")
+_NAME = "housing"  # of endpoint, model group, experiment; and first part of the names of jobs
+_ENVIRONMENT = re.compile(r"[a-z0-9](-?[a-z0-9]){0,27}")
+_BRANCH_LENGTH = 13  # of the readable part of a branch's environment
 
 
 class SourceLocation(dg.ConfigurableResource):
@@ -157,6 +162,47 @@ def load_resources(environment: Mapping[str, str] | None = None) -> dict[str, An
     return _sagemaker(settings) if deployment == "sagemaker" else _local(settings)
 
 
+def environment_of(environment: Mapping[str, str] | None = None) -> str | None:
+    """The environment that everything has places and names of its own in; `None` for the only one.
+
+    On a branch deployment of Dagster+ it is the branch's, whatever `HOUSING_ENVIRONMENT` says: a branch never touches
+    what production uses. Raises `ValueError` naming the variable for a name that does not fit into AWS's names.
+    """
+    settings = Settings(os.environ if environment is None else environment)
+    if settings.text("DAGSTER_CLOUD_IS_BRANCH_DEPLOYMENT") == "1":
+        branch = settings.required("DAGSTER_CLOUD_GIT_BRANCH", "Dagster+ sets it on branch deployments")
+        readable = re.sub(r"[^a-z0-9]+", "-", branch.lower())[:_BRANCH_LENGTH].strip("-")
+        digest = hashlib.sha256(branch.encode()).hexdigest()[:6]
+        return "-".join(part for part in ("branch", readable, digest) if part)
+    name = settings.text("HOUSING_ENVIRONMENT")
+    if name is not None and not _ENVIRONMENT.fullmatch(name):
+        raise ValueError(
+            f"HOUSING_ENVIRONMENT={name!r}: choose at most 28 lower-case letters, digits and single inner hyphens"
+        )
+    return name
+
+
+def root_of(environment: Mapping[str, str] | None = None) -> str:
+    """The folder or s3:// prefix below which this environment keeps everything."""
+    settings = Settings(os.environ if environment is None else environment)
+    if (settings.text("HOUSING_DEPLOYMENT") or "local") == "local":
+        root = str(Path(settings.text("HOUSING_ROOT") or "data").absolute())
+    else:
+        root = settings.required(
+            "HOUSING_ROOT", "the s3:// prefix below which everything is kept, for example s3://bucket/housing"
+        ).rstrip("/")
+        if not root.startswith("s3://"):
+            raise ValueError(f"HOUSING_ROOT={root!r}: with HOUSING_DEPLOYMENT=sagemaker it must be an s3:// prefix")
+    name = environment_of(settings.environment)
+    return storage.join(root, "environments", name) if name else root
+
+
+def _own(settings: Settings, name: str = _NAME) -> str:
+    """`name`, with the environment at its end."""
+    environment = environment_of(settings.environment)
+    return f"{name}-{environment}" if environment else name
+
+
 def _common(settings: Settings, root: str) -> dict[str, Any]:
     automation = load_automation(settings.environment)
     return {
@@ -201,7 +247,7 @@ def _experiments(settings: Settings) -> ExperimentTracker:
     more = settings.given(
         experiment=("HOUSING_MLFLOW_EXPERIMENT", str), artifact_location=("HOUSING_MLFLOW_ARTIFACTS", str)
     )
-    return MlflowTracking(tracking_uri=uri, **more)
+    return MlflowTracking(**{"tracking_uri": uri, "experiment": _own(settings), **more})
 
 
 def _caching(settings: Settings) -> dict[str, Any]:
@@ -210,7 +256,7 @@ def _caching(settings: Settings) -> dict[str, Any]:
 
 
 def _local(settings: Settings) -> dict[str, Any]:
-    root = Path(settings.text("HOUSING_ROOT") or "data").absolute()
+    root = Path(root_of(settings.environment))
     return {
         **_common(settings, str(root)),
         "compute": LocalRay(
@@ -219,10 +265,12 @@ def _local(settings: Settings) -> dict[str, Any]:
             num_cpus=settings.number("HOUSING_NUM_CPUS", int),
             **_caching(settings),
         ),
-        "feature_store": LocalFeatureStore(root=str(root / "feature_store")),
-        "model_registry": LocalModelRegistry(root=str(root / "model_registry")),
+        "feature_store": LocalFeatureStore(root=str(root / "feature_store"), name_suffix=_own(settings, "")),
+        "model_registry": LocalModelRegistry(root=str(root / "model_registry"), default_group=_own(settings)),
         "endpoint_host": LocalEndpointHost(
-            root=str(root / "endpoints"), port=settings.number("HOUSING_ENDPOINT_PORT", int)
+            root=str(root / "endpoints"),
+            default_name=_own(settings),
+            port=settings.number("HOUSING_ENDPOINT_PORT", int),
         ),
     }
 
@@ -233,11 +281,7 @@ def _sagemaker(settings: Settings) -> dict[str, Any]:
     from resources.feature_store.sagemaker import SageMakerFeatureStore
     from resources.model_registry.sagemaker import SageMakerModelRegistry
 
-    root = settings.required(
-        "HOUSING_ROOT", "the s3:// prefix below which everything is kept, for example s3://bucket/housing"
-    ).rstrip("/")
-    if not root.startswith("s3://"):
-        raise ValueError(f"HOUSING_ROOT={root!r}: with HOUSING_DEPLOYMENT=sagemaker it must be an s3:// prefix")
+    root = root_of(settings.environment)
     role = settings.required("HOUSING_ROLE_ARN", "the ARN of the IAM role that SageMaker runs jobs and endpoints as")
     region = settings.given(region_name=("AWS_REGION", str)) or settings.given(region_name=("AWS_DEFAULT_REGION", str))
     more = _sections(settings)
@@ -252,15 +296,18 @@ def _sagemaker(settings: Settings) -> dict[str, Any]:
     compute = {
         "artifact_root": f"{root}/artifacts",
         "job_root": f"{root}/jobs",
+        "name_prefix": _own(settings),
         **region,
         **image,
         **_caching(settings),
         **more["compute"],
         "job": {"role_arn": role, **job, **more["compute"].get("job", {})},
     }
-    store = {"root": f"{root}/feature_store", "role_arn": role, **region, **more["feature_store"]}
-    registry = {"root": f"{root}/model_registry", **image, **region, **more["model_registry"]}
-    endpoints = {"root": f"{root}/endpoints", "role_arn": role, **image, **region, **more["endpoint_host"]}
+    suffix, name = {"name_suffix": _own(settings, "")}, _own(settings)
+    store = {"root": f"{root}/feature_store", "role_arn": role, **suffix, **region, **more["feature_store"]}
+    registry = {"root": f"{root}/model_registry", "default_group": name, **image, **region, **more["model_registry"]}
+    endpoints = {"root": f"{root}/endpoints", "role_arn": role, "default_name": name, **image, **region}
+    endpoints |= more["endpoint_host"]
     return {
         **_common(settings, root),
         "compute": SageMakerCompute(**compute),

@@ -16,6 +16,8 @@ ENVIRONMENT: dict[str, dict[str, tuple[str, str]]] = {
     "Everywhere": {
         "HOUSING_DEPLOYMENT": ("local", "`local` or `sagemaker`: which implementations the resources have."),
         "HOUSING_ROOT": ("./data", "Folder (`sagemaker`: s3:// prefix) of artifacts, feature store and registry."),
+        "HOUSING_ENVIRONMENT": ("none", "For example `staging`: places and names of its own, below `environments/`. On "
+                                "branch deployments of Dagster+ the branch's, whatever is set."),
         "HOUSING_RAW_CSV": ("generated data", "Path, folder, glob or s3:// URI of the source files."),
         "HOUSING_SAMPLE_ROWS": ("10000", "Rows to generate when there is no source."),
         "HOUSING_CACHE": ("on", "`off`: run every step, even if nothing has changed."),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from pathlib import Path
 
+from housing_assets.deployments import root_of
 from resources.endpoints.base import EndpointStatus
 from resources.model_registry.base import ModelVersion
 from resources.references import EvaluationRef, ModelRef
@@ -61,7 +61,7 @@ def curl_line(url: str, model: Path) -> str:
 
 def main() -> int:
     """Print the summary of the deployment's root. Returns the exit status."""
-    root = Path(os.environ.get("HOUSING_ROOT") or "data").absolute()
+    root = Path(root_of())
     try:
         print(summary(root))
     except FileNotFoundError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xgboost as xgb
@@ -37,6 +37,39 @@ def quantile_matrices(train: Matrix, validation: Matrix, threads: int) -> tuple[
     """Both splits in XGBoost's compressed form (a byte a value); the second in the bins of the first."""
     binned = xgb.QuantileDMatrix(train.features, train.target, nthread=threads)
     return binned, xgb.QuantileDMatrix(validation.features, validation.target, ref=binned, nthread=threads)
+
+
+class TrialBoosting:
+    """Boosts one trial, some rounds at a time, and keeps the best validation RMSE; the model itself is not wanted."""
+
+    def __init__(
+        self,
+        train: xgb.DMatrix,
+        validation: xgb.DMatrix,
+        parameters: dict[str, Any],
+        num_boost_round: int,
+        early_stopping_rounds: int,
+    ) -> None:
+        self._train, self._validation = train, validation
+        self._limit, self._patience = num_boost_round, early_stopping_rounds
+        # Updating the booster in place keeps its predictions; `xgboost.train` would make them again in every step.
+        self._booster = xgb.Booster(parameters, [train, validation])
+        self.rounds, self.best_rounds, self.best_rmse = 0, 0, math.inf
+
+    def advance(self, rounds: int) -> Literal["early_stopping", "all_rounds"] | None:
+        """Boost so many rounds, or until the trial ends; what ended it, None if it goes on."""
+        for _ in range(rounds):
+            self._booster.update(self._train, self.rounds)
+            result = self._booster.eval_set([(self._validation, "validation")], self.rounds)
+            rmse = float(str(result).rsplit(":", 1)[1])
+            self.rounds += 1
+            if rmse < self.best_rmse:
+                self.best_rmse, self.best_rounds = rmse, self.rounds
+            if self.rounds - self.best_rounds >= self._patience:
+                return "early_stopping"
+            if self.rounds >= self._limit:
+                return "all_rounds"
+        return None
 
 
 @dataclass

@@ -5,14 +5,18 @@
 #
 # Wheels in the channel `wheels`, beside the channel of this script, are used instead of a package index.
 # This shell stays process 1: it reaps the processes that others leave behind, which Python would not.
-# It is also the entry point of an image that holds the code already (Dockerfile): then there is no archive.
+# It is also the entry point of an image that holds the code already (Dockerfile). Then the archive of the training
+# channel `code` is used, if there is one; a tuning job has no other way to deliver code. HOUSING_TRAIN_MODULE names
+# what the argument `train` runs there.
 set -uo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+[ -f "$here/source.tar.gz" ] || [ ! -f "${SAGEMAKER_BASE_DIR:-/opt/ml}/input/data/code/source.tar.gz" ] ||
+    here="${SAGEMAKER_BASE_DIR:-/opt/ml}/input/data/code"
 module="${1:-step_scripts.cluster}"
 [ $# -gt 0 ] && shift
 case "$module" in
-    train) module=step_scripts.cluster ;;                       # as SageMaker starts a training image
+    train) module="${HOUSING_TRAIN_MODULE:-step_scripts.cluster}" ;;  # as SageMaker starts a training image
     serve) module=step_scripts.serve_model; set -- serve "$@" ;;  # and a serving image
 esac
 export AWS_DEFAULT_REGION="${AWS_DEFAULT_REGION:-${AWS_REGION:-}}"

@@ -128,6 +128,8 @@ def _prepare_environment(hosts: JobHosts, files: JobFiles, folder: Path) -> None
         "RAY_AUTH_TOKEN_PATH": str(path),
         # SIGTERM ends Ray's processes at once: when it comes, the step has ended or saved its work.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        # XGBoost's threads otherwise spin while they wait, and keep a host's other processes from its CPUs.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
     }
     os.environ.pop("RAY_AUTH_TOKEN", None)  # would win over the file

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 import ray._private.worker
+
+from step_scripts.job_hosts import is_open
 
 
 @contextlib.contextmanager
@@ -31,3 +35,19 @@ def cpus_per_worker(num_workers: int, nodes: list[int]) -> int:
         if sum(node // cpus for node in nodes) >= num_workers:
             return cpus
     return 0
+
+
+def await_lost_nodes(seconds: float) -> None:
+    """Wait until Ray knows of every node that cannot be reached any more that it is gone, for at most `seconds`.
+
+    Ray takes its time to be sure; until then it would wait for workers on such a node.
+    """
+    deadline = time.monotonic() + seconds
+    suspects = {n["NodeID"] for n in ray.nodes() if n["Alive"] and not _answers(n)}
+    while suspects and time.monotonic() < deadline:
+        time.sleep(0.5)
+        suspects &= {n["NodeID"] for n in ray.nodes() if n["Alive"] and not _answers(n)}
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    return is_open(node["NodeManagerAddress"], node["NodeManagerPort"], 2.0)

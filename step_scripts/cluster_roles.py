@@ -24,6 +24,8 @@ SUCCEEDED, FAILED, STOPPED = 0, 1, 143
 _TAIL_LINES = 20
 _NOISE = ("[state-dump]", "scripts.py:")  # what Ray prints behind what matters
 _QUICK = 0.2
+_RAY_LOG = "ray_start.log"
+_STARTED = b"Ray runtime started"
 _log = logging.getLogger(__name__)
 Found = TypeVar("Found")
 
@@ -64,14 +66,16 @@ class Role(ABC):
         if self.tools.alarm.stop_requested:
             raise Stopped
 
-    def until(self, look: Callable[[], Found | None], deadline: Deadline) -> Found | None:
-        """Look again and again until there is something; None if the deadline passes first."""
+    def until(
+        self, look: Callable[[], Found | None], deadline: Deadline, hurry: Callable[[], bool] = lambda: False
+    ) -> Found | None:
+        """Look again and again until there is something; None if the deadline passes first. Often while `hurry()`."""
         for pause in pauses(self.limits.poll_seconds):
             if (found := look()) is not None:
                 return found
             if deadline.passed:
                 return None
-            self.pause(min(pause, deadline.left))
+            self.pause(min(_QUICK if hurry() else pause, deadline.left))
         raise AssertionError("unreachable")
 
     def find_address(self, name: str, lookup: Callable[[], str | None]) -> str:
@@ -94,12 +98,20 @@ class Role(ABC):
             command += ["--num-cpus", cpus]
         if size := os.environ.get("HOUSING_OBJECT_STORE_BYTES"):
             command += ["--object-store-memory", size]
-        return self.tools.children.start(command, os.environ, self.tools.folder / "ray_start.log")
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # `ray_has_started` reads what it prints
+        return self.tools.children.start(command, environment, self.tools.folder / _RAY_LOG)
+
+    def ray_has_started(self) -> bool:
+        """Whether Ray on this host says that it runs. It cannot without the answers of the head's control store."""
+        try:
+            return _STARTED in (self.tools.folder / _RAY_LOG).read_bytes()
+        except FileNotFoundError:
+            return False
 
     def ray_output(self) -> str:
         """The last words of Ray on this host; all it printed goes to the log."""
         try:
-            lines = (self.tools.folder / "ray_start.log").read_text(errors="replace").strip().splitlines()
+            lines = (self.tools.folder / _RAY_LOG).read_text(errors="replace").strip().splitlines()
         except FileNotFoundError:
             return "it printed nothing"
         telling = [line.strip() for line in lines if line.strip() and not any(word in line for word in _NOISE)]
@@ -146,7 +158,8 @@ class Worker(Role):
                 joined = self._link.nodes().get(name) is not None
             except (HeadUnreachable, HeadSilent) as error:
                 state = str(error)
-                return None
+                # The head was there already: it was lost, and there is nothing to join any more.
+                return node if node is not None and self.ray_has_started() else None
             except TokenRefused as error:
                 raise ClusterError(f"the head {self.hosts.head} refuses the Ray token of host {name}") from error
             if node is not None and node.poll() is not None:
@@ -157,7 +170,7 @@ class Worker(Role):
                 node = self.start_ray(address, "--address", f"{self._link.address}:{self._link.port}")
             return node if joined else None
 
-        joined = self.until(look, self.joining)
+        joined = self.until(look, self.joining, hurry=lambda: node is not None)
         if joined is None:
             raise ClusterError(
                 f"host {name} could not join the head {self.hosts.head} within {self.limits.join_seconds:g} s "

@@ -106,6 +106,11 @@ class StepRequest(BaseModel):
     not_before: datetime | None = Field(
         default=None, description="Manifests older than this are not reused. None: any age is good."
     )
+    checkpoint_uri: str | None = Field(
+        default=None,
+        description="Where a step keeps unfinished work for the next attempt at the same request; removed when it has "
+        "succeeded. No part of the digest.",
+    )
 
     @property
     def digest(self) -> str:
@@ -127,6 +132,11 @@ class StepRequest(BaseModel):
     def manifest_uri(self) -> str:
         """Where the manifest of this request stands once the step has finished."""
         return storage.join(self.output_uri, MANIFEST)
+
+    @property
+    def shared_checkpoint_uri(self) -> str | None:
+        """The part of `checkpoint_uri` that all attempts share."""
+        return None if self.checkpoint_uri is None else storage.join(self.checkpoint_uri, "shared")
 
 
 class StepResult(BaseModel):
@@ -180,6 +190,18 @@ class StepContext:
         self.attempt_uri = attempt_uri
         self.log = reporter
         self.seconds: dict[str, float] = {}
+
+    @property
+    def checkpoint_uri(self) -> str | None:
+        """Prefix for finished parts of the work, which all attempts at the request share. None: nothing is kept."""
+        return self.request.shared_checkpoint_uri
+
+    @property
+    def attempt_checkpoint_uri(self) -> str | None:
+        """Prefix for what only this attempt may go on with, after its machines were replaced. None: nothing is kept."""
+        if self.request.checkpoint_uri is None:
+            return None
+        return storage.join(self.request.checkpoint_uri, self.attempt_uri.rstrip("/").rpartition("/")[2])
 
     def output_uri(self, name: str) -> str:
         """Prefix below which output `name` is to be written. Seen by nobody until the step has returned."""

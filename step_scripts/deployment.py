@@ -2,7 +2,8 @@
 
 The state folder of an endpoint holds `deployment.json` (what is to be served; written by the host), `server.json` (the
 process that serves; written by it once it listens), `reload.json` (how the last change of model ended; written by the
-process), `server.log` (bounded) and `server.lock` (held by the process as long as it lives).
+process), `server.log` (bounded), `server.lock` (held by the process as long as it lives) and `captured/` (requests and
+answers, if they are captured; bounded).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ SERVER_FILE = "server.json"
 RELOAD_FILE = "reload.json"
 LOG_FILE = "server.log"
 LOCK_FILE = "server.lock"
+CAPTURE_FOLDER = "captured"
 
 
 class DamagedArtifactError(ValueError):
@@ -37,8 +39,27 @@ class _StateFile(BaseModel):
         return cls.model_validate_json(path.read_bytes())
 
     def write(self, path: Path) -> None:
-        """To the file, atomically."""
-        storage.write_bytes(str(path), self.model_dump_json(indent=2).encode())
+        """To the file, atomically. What is not set is left out: a running process may know fewer fields."""
+        storage.write_bytes(str(path), self.model_dump_json(indent=2, exclude_none=True).encode())
+
+
+class CaptureSettings(BaseModel):
+    """Which share of the requests is kept, and how much of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sampling_percentage: float = Field(default=100.0, gt=0, le=100)
+    megabytes: float = Field(default=100.0, gt=0, description="Bound of all files; the oldest are removed.")
+
+
+class CaptureCounts(BaseModel):
+    """Requests of the sample since the process began to capture. `error`: why the last one could not be written."""
+
+    model_config = ConfigDict(frozen=True)
+
+    written: int
+    dropped: int
+    error: str = ""
 
 
 class DeploymentRecord(_StateFile):
@@ -53,6 +74,7 @@ class DeploymentRecord(_StateFile):
     port_is_required: bool = Field(default=False, description="False: take a free port if `port` is in use.")
     deployed_at: datetime
     previous_version: str | None = None
+    capture: CaptureSettings | None = Field(default=None, description="None: requests are not captured.")
 
 
 class ServerRecord(_StateFile):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,17 @@ from ray.train.xgboost import XGBoostTrainer
 from xgboost.callback import TrainingCallback
 
 from step_scripts import storage
-from step_scripts.cluster_resources import scratch_folder
+from step_scripts.cluster_resources import await_lost_nodes, scratch_folder
 from step_scripts.contract import StepError
-from step_scripts.engines import EngineResult, FitRequest, boost, boost_in_task
+from step_scripts.engines import EngineResult, FitRequest, boost, boost_in_task, with_fewer_workers
 
+_log = logging.getLogger(__name__)
+_ATTEMPTS = 3
+_NODE_LOSS_SECONDS = 120.0
+_RUN = "run"
 _MODEL = "model.ubj"
 _NODES = "nodes"
+_RESUMED = "resumed"
 _SETTINGS = {
     # The controller takes a worker's reports, and notices its end, once an interval; Ray's own is 2 s.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
@@ -33,39 +38,61 @@ _SETTINGS = {
 def train_booster(request: FitRequest) -> EngineResult:
     """Fit on a group of workers; a single worker needs no group and is a plain task.
 
-    A group that loses a worker is started again once, and goes on from the latest checkpoint.
+    A group that loses a worker is started again, at most twice, on the nodes that are left, and goes on from the latest
+    checkpoint. So does a fit whose process was ended, if it is called again with the same `checkpoint_uri`.
     """
     if request.num_workers == 1:
         return boost_in_task(request)
     with _settings(), _checkpoints(request) as uri:
-        filesystem, path = storage.filesystem(uri)
-        trainer = XGBoostTrainer(
-            _train_loop,
-            train_loop_config={"request": request},
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=request.num_workers or 1,
-                resources_per_worker={"CPU": request.cpus_per_worker},
-                placement_strategy="SPREAD",
-            ),
-            run_config=ray.train.RunConfig(
-                name=f"fit-{uuid.uuid4().hex[:12]}",
-                storage_path=path,
-                storage_filesystem=filesystem,
-                failure_config=ray.train.FailureConfig(max_failures=1),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            ),
-        )
-        try:
-            result = trainer.fit()
-        except ray.train.WorkerGroupError as error:
-            for failure in error.worker_failures.values():
-                for cause in (failure, getattr(failure, "cause", None), failure.__cause__):
-                    if isinstance(cause, StepError):
-                        raise cause from error
-            raise
-        booster = _load(result.checkpoint)
-    nodes = tuple(sorted(set((booster.attr(_NODES) or "").split())))
-    return EngineResult(booster, nodes)
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                booster = _fit(request, uri)
+            except ray.train.TrainingFailedError as error:
+                if (own := _own_error(error)) is not None:
+                    raise own from error
+                if attempt == _ATTEMPTS:
+                    raise
+                _log.warning("the workers of the final fit ended: %s", error)
+                if isinstance(error, ray.train.ControllerError):
+                    storage.delete(uri)  # perhaps what it held was not to be read
+                await_lost_nodes(_NODE_LOSS_SECONDS)
+                request = with_fewer_workers(request)
+            else:
+                nodes = tuple(sorted(set((booster.attr(_NODES) or "").split())))
+                return EngineResult(booster, nodes, request.num_workers, int(booster.attr(_RESUMED) or 0))
+    raise AssertionError("unreachable")
+
+
+def _fit(request: FitRequest, uri: str) -> xgb.Booster:
+    filesystem, path = storage.filesystem(uri)
+    trainer = XGBoostTrainer(
+        _train_loop,
+        train_loop_config={"request": request},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=request.num_workers or 1,
+            resources_per_worker={"CPU": request.cpus_per_worker},
+            placement_strategy="SPREAD",
+        ),
+        run_config=ray.train.RunConfig(
+            name=_RUN,  # always the same: Ray Train then goes on from what it finds there
+            storage_path=path,
+            storage_filesystem=filesystem,
+            # Groups are started again by the caller, which knows how many workers there is room for.
+            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=1),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    return _load(trainer.fit().checkpoint)
+
+
+def _own_error(error: ray.train.TrainingFailedError) -> StepError | None:
+    """The `StepError` of a worker, if that is why the group ended."""
+    if isinstance(error, ray.train.WorkerGroupError):
+        for failure in error.worker_failures.values():
+            for cause in (failure, getattr(failure, "cause", None), failure.__cause__):
+                if isinstance(cause, StepError):
+                    return cause
+    return None
 
 
 def _train_loop(config: dict[str, Any]) -> None:
@@ -86,9 +113,9 @@ class _Checkpoint(TrainingCallback):
         self._rank = rank
 
     def before_training(self, model: Any) -> Any:
-        """Note on which nodes the workers are."""
+        """Note on which nodes the workers are, and what was there before."""
         addresses = _gather(ray.util.get_node_ip_address())
-        model.set_attr(**{_NODES: " ".join(addresses)})
+        model.set_attr(**{_NODES: " ".join(addresses), _RESUMED: str(model.num_boosted_rounds())})
         return model
 
     def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
@@ -127,16 +154,15 @@ def _load(checkpoint: ray.train.Checkpoint | None) -> xgb.Booster:
 
 @contextlib.contextmanager
 def _checkpoints(request: FitRequest) -> Iterator[str]:
-    """Where the run keeps its checkpoints: a folder of its own, removed at the end."""
+    """Where the run keeps its checkpoints: a folder of its own, removed at the end unless the process is killed."""
     if request.checkpoint_uri is None:
         with scratch_folder("fit-") as folder:
             yield folder
         return
-    uri = storage.join(request.checkpoint_uri, f"fit-{uuid.uuid4().hex[:12]}")
     try:
-        yield uri
+        yield request.checkpoint_uri
     finally:
-        storage.delete(uri)
+        storage.delete(request.checkpoint_uri)
 
 
 @contextlib.contextmanager

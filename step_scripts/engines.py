@@ -28,8 +28,8 @@ _CHECKPOINTS = 10
 class FitRequest:
     """What to fit. `parameters` go to `xgboost.train`; `num_workers` None: one a node.
 
-    `checkpoint_uri` is where workers keep the model while they fit: a prefix that all nodes reach, or None for a
-    temporary folder.
+    `checkpoint_uri` is where workers keep the model while they fit: a prefix that all nodes reach and that is this
+    fit's alone, or None for a temporary folder.
     """
 
     train: TrainingSplit
@@ -59,10 +59,16 @@ class FitRequest:
 
 @dataclass(frozen=True)
 class EngineResult:
-    """A booster with all its rounds and its history, and the addresses of the nodes that fitted it."""
+    """A booster with all its rounds and its history, and the addresses of the nodes that fitted it.
+
+    `num_workers`: how many it were in the end, if not as many as asked for. `resumed_at`: rounds that an interrupted
+    group of workers had fitted before.
+    """
 
     booster: xgb.Booster
     nodes: tuple[str, ...]
+    num_workers: int | None = None
+    resumed_at: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class FitResult:
     seconds: float
     num_workers: int
     nodes: tuple[str, ...]
+    resumed_at: int = 0
 
 
 def fit(engine: str, request: FitRequest) -> FitResult:
@@ -97,8 +104,9 @@ def fit(engine: str, request: FitRequest) -> FitResult:
         train_rmse=history.train[best - 1],
         validation_rmse=history.validation[best - 1],
         seconds=time.perf_counter() - start,
-        num_workers=request.num_workers or 1,
+        num_workers=result.num_workers or request.num_workers or 1,
         nodes=result.nodes,
+        resumed_at=result.resumed_at,
     )
 
 
@@ -113,6 +121,13 @@ def with_resources(request: FitRequest) -> FitRequest:
             f"num_workers is {num_workers}, but the Ray cluster has {sum(nodes)} CPUs: ask for fewer workers"
         )
     return replace(request, num_workers=num_workers, cpus_per_worker=cpus)
+
+
+def with_fewer_workers(request: FitRequest) -> FitRequest:
+    """`request` with as many of its workers as the nodes that are left have CPUs for, at least one."""
+    nodes = node_cpus()
+    num_workers = min(request.num_workers or 1, sum(nodes))
+    return replace(request, num_workers=num_workers, cpus_per_worker=cpus_per_worker(num_workers, nodes))
 
 
 def boost(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 
 from step_scripts import storage
@@ -17,9 +18,9 @@ _log = logging.getLogger(__name__)
 
 
 class JobFiles:
-    """Reads the files below `uri`; trouble with the store is borne for a minute."""
+    """Reads the files below `uri`; trouble with the store is borne for a minute, or until `alarm` asks for the end."""
 
-    def __init__(self, uri: str, alarm: Alarm) -> None:
+    def __init__(self, uri: str, alarm: Alarm | None = None) -> None:
         self.uri = uri
         self._alarm = alarm
 
@@ -53,8 +54,8 @@ class JobFiles:
             except FileNotFoundError:
                 return None
             except OSError as error:
-                if deadline.passed or self._alarm.stop_requested:
+                if deadline.passed or (self._alarm is not None and self._alarm.stop_requested):
                     raise
                 _log.warning("reading %s failed, trying again: %s", uri, error)
-            self._alarm.wait(min(pause, deadline.left))
+            (time.sleep if self._alarm is None else self._alarm.wait)(min(pause, deadline.left))
         raise AssertionError("unreachable")

@@ -179,14 +179,16 @@ class Slice(StepParams):
 
 
 MODEL_GROUP = Field(
-    default="housing", pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}$", description="Name of the model group."
+    default=None,
+    pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}$",
+    description="Name of the model group. Empty: the deployment's, `housing` unless HOUSING_ENVIRONMENT is set.",
 )
 
 
 class EvaluateModelSettings(BaseModel):
     """The quality gate, and the group whose approved version is the champion to compare with."""
 
-    model_group: str = MODEL_GROUP
+    model_group: str | None = MODEL_GROUP
 
     rmse_threshold: float = Field(
         default=15000.0, gt=0, description="Largest root mean squared error that passes, in the target's unit."
@@ -204,7 +206,7 @@ class EvaluateModelParams(StepParams):
 class RegisterModelSettings(BaseModel):
     """How a model enters the registry."""
 
-    model_group: str = MODEL_GROUP
+    model_group: str | None = MODEL_GROUP
     approval: Literal["automatic", "manual"] = Field(
         default="automatic", description="`automatic`: approve what passed the gate; `manual`: a person approves."
     )
@@ -213,8 +215,10 @@ class RegisterModelSettings(BaseModel):
 class DeployEndpointSettings(BaseModel):
     """Where the model is served."""
 
-    endpoint_name: str = Field(
-        default="housing", pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}$", description="Name of the endpoint."
+    endpoint_name: str | None = Field(
+        default=None,
+        pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}$",
+        description="Name of the endpoint. Empty: the deployment's, `housing` unless HOUSING_ENVIRONMENT is set.",
     )
     version: int | None = Field(
         default=None, ge=1, description="Version of the model group to serve. Empty: the one registered last."

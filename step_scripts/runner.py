@@ -75,7 +75,10 @@ def run_step(
     that the error says to keep, which then stand below `<output_uri>/failed/`. `attempt` names the folder of the files,
     for a caller that cleans up after a killed process.
     """
+    attempt = attempt or uuid.uuid4().hex[:12]
+    context = StepContext(request, storage.join(request.output_uri, attempt), reporter)
     if (found := find_result(request)) is not None:
+        _forget_checkpoints(context)
         return found
     start = time.perf_counter()
     step = load_step(request.step)
@@ -85,8 +88,6 @@ def run_step(
         params = step.params.model_validate(request.params)
     except ValidationError as error:
         raise StepError(f"parameters of step {request.step}: {_readable(error)}") from error
-    attempt_uri = storage.join(request.output_uri, attempt or uuid.uuid4().hex[:12])
-    context = StepContext(request, attempt_uri, reporter)
     try:
         if step.uses_ray:
             with context.phase("start Ray"):
@@ -95,12 +96,24 @@ def run_step(
         if absent := [name for name in step.outputs if name not in outcome.outputs]:
             raise RuntimeError(f"step {request.step} returned without its outputs {absent}")
         context.seconds["total"] = time.perf_counter() - start
-        return _commit(request, context, outcome, session)
+        result = _commit(request, context, outcome, session)
     except BaseException as error:
         if isinstance(error, StepError):
             _keep(request, error)
-        storage.delete(attempt_uri)
+        storage.delete(context.attempt_uri)
         raise
+    _forget_checkpoints(context)
+    return result
+
+
+def _forget_checkpoints(context: StepContext) -> None:
+    """Remove what was kept for later attempts: the work is done. One that runs at the same time keeps its own."""
+    for uri in (context.checkpoint_uri, context.attempt_checkpoint_uri):
+        if uri is not None:
+            try:
+                storage.delete(uri)
+            except OSError as error:
+                context.log.warning(f"checkpoints remain at {uri}: {error}")
 
 
 def _commit(request: StepRequest, context: StepContext, outcome: StepOutcome, session: RaySession) -> StepResult:

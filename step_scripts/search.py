@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -23,11 +21,11 @@ from step_scripts.background import run_in_thread
 from step_scripts.cluster_resources import cpus_per_worker, node_cpus, scratch_folder
 from step_scripts.contract import Reporter, StepError
 from step_scripts.parameters import TuneModelParams
-from step_scripts.search_progress import LivesInDriver, SearchProgress, TrialRecord, TrialStore
+from step_scripts.search_progress import LivesInDriver, SearchProgress
 from step_scripts.search_trial import BoostingTrial, TrialTask, matrix_holder
 from step_scripts.training_data import TrainingSplit
+from step_scripts.trial_records import TrialRecord, TrialStore
 
-TUNED = ("max_depth", "eta", "min_child_weight", "subsample")
 # Where people would begin; the ranges clip it.
 _FIRST_TRIAL = {"max_depth": 3, "eta": 0.1, "min_child_weight": 1.0, "subsample": 0.8}
 _REPORTS_PER_TRIAL = 12
@@ -98,22 +96,6 @@ def scheduler(params: TuneModelParams, report_rounds: int) -> TrialScheduler:
     if resolved["scheduler"] == "median":
         return MedianStoppingRule(time_attr="rounds", grace_period=grace, min_samples_required=2)
     return FIFOScheduler()
-
-
-def fingerprint(params: TuneModelParams, input_digests: dict[str, str]) -> str:
-    """Identifies a search: trials with the same one are comparable, whatever the number of trials."""
-    ignored = {
-        "num_trials",
-        "max_concurrent_trials",
-        "engine",
-        "num_workers",
-        "preset",
-        "search_algorithm",
-        "scheduler",
-    }
-    content = {name: value for name, value in params.resolved().items() if name not in ignored}
-    text = json.dumps({"params": content, "inputs": input_digests}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def run_search(

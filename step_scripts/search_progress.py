@@ -1,4 +1,4 @@
-"""Records of trials: followed while Ray Tune runs them, and kept so that an interrupted search can go on."""
+"""Follows the trials that Ray Tune runs: numbers, reports and keeps them."""
 
 from __future__ import annotations
 
@@ -7,77 +7,17 @@ import time
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import ray
-from pydantic import BaseModel, ConfigDict, ValidationError
 from ray import tune
 from ray.tune.experiment import Trial
 
-from step_scripts import storage
 from step_scripts.contract import Reporter
+from step_scripts.trial_records import TrialRecord, TrialStore
 
 _SECONDS_BETWEEN_MESSAGES = 15.0
 _ERROR_LINE = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)(:|$)")
-
-
-class TrialRecord(BaseModel):
-    """One trial. `rmse` is the smallest on the validation split, reached after `best_rounds` of `rounds` rounds."""
-
-    model_config = ConfigDict(frozen=True)
-
-    trial: int
-    parameters: dict[str, float | int]
-    rmse: float | None
-    rounds: int
-    best_rounds: int
-    seconds: float
-    status: Literal["completed", "failed"]
-    stopped_by: Literal["early_stopping", "all_rounds", "scheduler", "error"]
-    error: str | None = None
-
-    def describe(self) -> str:
-        """The trial in one line."""
-        parameters = ", ".join(f"{name} {value:.4g}" for name, value in self.parameters.items())
-        if self.rmse is None:
-            return f"trial {self.trial} failed after {self.seconds:.1f} s ({parameters}): {self.error}"
-        return (
-            f"trial {self.trial}: RMSE {self.rmse:,.6g} at round {self.best_rounds} of {self.rounds}, "
-            f"{self.seconds:.1f} s ({parameters}), ended by {self.stopped_by.replace('_', ' ')}"
-        )
-
-
-class _KeptTrial(BaseModel):
-    fingerprint: str
-    record: TrialRecord
-
-
-class TrialStore:
-    """Completed trials as one small JSON file each below `uri`. Those of another search (`fingerprint`) are ignored."""
-
-    def __init__(self, uri: str, fingerprint: str) -> None:
-        self._uri = storage.join(uri, "trials")
-        self._fingerprint = fingerprint
-
-    def load(self) -> list[TrialRecord]:
-        """The kept trials, by number."""
-        found = []
-        for uri in storage.list_files(self._uri):
-            if not uri.endswith(".json"):
-                continue
-            try:
-                kept = _KeptTrial.model_validate_json(storage.read_bytes(uri))
-            except ValidationError:  # of another version
-                continue
-            if kept.fingerprint == self._fingerprint:
-                found.append(kept.record)
-        return sorted(found, key=lambda r: r.trial)
-
-    def save(self, record: TrialRecord) -> None:
-        """Keep one completed trial, atomically."""
-        kept = _KeptTrial(fingerprint=self._fingerprint, record=record)
-        name = f"{self._fingerprint[:8]}-{record.trial:05d}.json"
-        storage.write_bytes(storage.join(self._uri, name), kept.model_dump_json(indent=2).encode())
 
 
 class LivesInDriver:

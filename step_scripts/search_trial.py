@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-import xgboost as xgb
 from ray import tune
 from ray.exceptions import RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from step_scripts.background import run_in_thread
-from step_scripts.boosting import quantile_matrices, useful_threads, xgboost_parameters
+from step_scripts.boosting import TrialBoosting, quantile_matrices, useful_threads, xgboost_parameters
 from step_scripts.contract import StepError
 from step_scripts.training_data import TrainingSplit
-
-EARLY_STOPPING, ALL_ROUNDS, SCHEDULER, ERROR = "early_stopping", "all_rounds", "scheduler", "error"
 
 
 class MatrixHolder:
@@ -53,7 +50,10 @@ def matrix_holder(train: TrainingSplit, validation: TrainingSplit) -> Iterator[s
     Raises the `StepError` of a split that cannot be read, at the end of the block.
     """
     name = f"matrices-{uuid.uuid4().hex[:12]}"
-    holder: Any = ray.remote(MatrixHolder).options(name=name, num_cpus=0).remote(train, validation)
+    # With the driver, whose end is everybody's: on another node it would take the whole search along.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"name": name, "num_cpus": 0, "scheduling_strategy": here}
+    holder: Any = ray.remote(MatrixHolder).options(**options).remote(train, validation)
     reading = holder.references.remote()
     try:
         yield name
@@ -97,32 +97,21 @@ class BoostingTrial(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Begin another trial in this actor."""
-        parameters = xgboost_parameters(new_config, self._task.seed) | {"nthread": self._threads}
-        self._booster = xgb.Booster(parameters, [self._train, self._validation])
-        self._rounds, self._best_rounds, self._best_rmse = 0, 0, math.inf
+        task = self._task
+        parameters = xgboost_parameters(new_config, task.seed) | {"nthread": self._threads}
+        self._boosting = TrialBoosting(
+            self._train, self._validation, parameters, task.num_boost_round, task.early_stopping_rounds
+        )
         return True
 
     def step(self) -> dict[str, Any]:
         """Boost until the next report, early stopping or the last round."""
-        task, stopped_by = self._task, None
-        # Updating the booster in place keeps its predictions; `xgboost.train` would make them again in every step.
-        for _ in range(task.report_rounds):
-            self._booster.update(self._train, self._rounds)
-            result = self._booster.eval_set([(self._validation, "validation")], self._rounds)
-            rmse = float(str(result).rsplit(":", 1)[1])
-            self._rounds += 1
-            if rmse < self._best_rmse:
-                self._best_rmse, self._best_rounds = rmse, self._rounds
-            if self._rounds - self._best_rounds >= task.early_stopping_rounds:
-                stopped_by = EARLY_STOPPING
-            elif self._rounds >= task.num_boost_round:
-                stopped_by = ALL_ROUNDS
-            if stopped_by:
-                break
+        boosting = self._boosting
+        stopped_by = boosting.advance(self._task.report_rounds)
         return {
-            "rmse": self._best_rmse,
-            "rounds": self._rounds,
-            "best_rounds": self._best_rounds,
-            "stopped_by": stopped_by or SCHEDULER,
+            "rmse": boosting.best_rmse,
+            "rounds": boosting.rounds,
+            "best_rounds": boosting.best_rounds,
+            "stopped_by": stopped_by or "scheduler",
             "done": stopped_by is not None,
         }

@@ -30,6 +30,7 @@ import uvicorn
 import uvloop
 
 from step_scripts.deployment import (
+    CAPTURE_FOLDER,
     DEPLOYMENT_FILE,
     LOCK_FILE,
     LOG_FILE,
@@ -42,6 +43,7 @@ from step_scripts.deployment import (
 )
 from step_scripts.served_model import load_served_model, model_in_folder
 from step_scripts.serving_app import InferenceApp
+from step_scripts.serving_capture import RequestCapture
 
 _GRACE_SECONDS = 25  # SageMaker kills a container 30 s after SIGTERM
 _KEEP_ALIVE_SECONDS = 75
@@ -106,6 +108,8 @@ class ModelServer:
         finally:
             for task in tasks:
                 task.cancel()
+            if self.app.capture is not None:
+                self.app.capture.close()
             if self.state is not None:
                 (self.state / SERVER_FILE).unlink(missing_ok=True)
         if self._failure:
@@ -147,8 +151,25 @@ class ModelServer:
             )
         except (DamagedArtifactError, OSError) as error:
             return str(error)
+        await self._capture_as(record)
         logger.info("serving %s, model %s, as %s", record.version, record.model.digest[:12], record.endpoint_name)
         return ""
+
+    async def _capture_as(self, record: DeploymentRecord) -> None:
+        """Capture requests as the deployment says; a capture that is wanted already goes on."""
+        current = self.app.capture
+        if self.state is None or record.capture == (current and current.settings):
+            return
+        self.app.capture = None
+        if current is not None:
+            await asyncio.to_thread(current.close)
+        if record.capture is not None:
+            try:
+                capture = await asyncio.to_thread(RequestCapture, self.state / CAPTURE_FOLDER, record.capture)
+            except OSError as error:  # the endpoint serves all the same
+                logger.error("requests cannot be captured: %s", error)
+            else:
+                self.app.capture = capture
 
 
 def bind(record: DeploymentRecord) -> socket.socket:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from step_scripts.served_model import ServedModel
+from step_scripts.serving_capture import Exchange, RequestCapture, now
 from step_scripts.serving_io import JSON, RequestError, encode, request_media, response_media
 
 MAX_BODY_BYTES = 6_291_456
@@ -41,6 +42,7 @@ class InferenceApp:
 
     def __init__(self) -> None:
         self.model: ServedModel | None = None
+        self.capture: RequestCapture | None = None
         self._waiting: list[tuple[ServedModel, np.ndarray, asyncio.Future[np.ndarray]]] = []
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="predict")
 
@@ -82,7 +84,7 @@ class InferenceApp:
         if path == "/ping":
             if method not in ("GET", "HEAD"):
                 raise RequestError(405, f"{method} is not allowed on /ping; use GET")
-            return json.dumps(_loaded(model).description()).encode(), JSON
+            return json.dumps(self._description(_loaded(model))).encode(), JSON
         if path != "/invocations":
             self._check_endpoint(path, model)
         if method != "POST":
@@ -93,10 +95,21 @@ class InferenceApp:
         given = request_media(received.get(b"content-type", b"").decode("latin-1"))
         wanted = response_media(received.get(b"accept", b"").decode("latin-1"), given)
         if len(body) <= _INLINE_BYTES:
-            return encode(await self._together(model, model.parser.parse(body, given)), wanted), wanted
-        loop = asyncio.get_running_loop()
-        predicted = await loop.run_in_executor(self._threads, _predict, model, body, given)
-        return await loop.run_in_executor(self._threads, encode, predicted, wanted), wanted
+            answer = encode(await self._together(model, model.parser.parse(body, given)), wanted)
+        else:
+            loop = asyncio.get_running_loop()
+            predicted = await loop.run_in_executor(self._threads, _predict, model, body, given)
+            answer = await loop.run_in_executor(self._threads, encode, predicted, wanted)
+        if self.capture is not None:
+            inference_id = received.get(b"x-amzn-sagemaker-inference-id", b"").decode("latin-1")
+            self.capture.add(Exchange(now(), given, body, wanted, answer, inference_id))
+        return answer, wanted
+
+    def _description(self, model: ServedModel) -> dict[str, Any]:
+        """What `/ping` says."""
+        if self.capture is None:
+            return model.description()
+        return {**model.description(), "captured": self.capture.counts().model_dump()}
 
     def _together(self, model: ServedModel, features: np.ndarray) -> asyncio.Future[np.ndarray]:
         """The predictions of a small request, made in one call with those of the requests that arrived with it.

@@ -5,9 +5,10 @@ Any worker can read its own part: the rows of all files, in order, are cut into 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 from step_scripts import storage
 from step_scripts.contract import Artifact, StepError
 from step_scripts.model_artifact import Scaler
+from step_scripts.table import TableSpec
 
 
 class Matrix(NamedTuple):
@@ -77,6 +79,25 @@ class TrainingSplit:
             if offset < stop and offset + rows > start:
                 yield from _file_frames(uri, columns, start - offset, stop - offset)
             offset += rows
+
+
+def read_splits(
+    inputs: Mapping[str, Artifact], table: TableSpec
+) -> tuple[dict[str, Any], TrainingSplit, TrainingSplit]:
+    """The content of `scaler.json` in the input `statistics`, and the splits `train` and `validation` scaled by it.
+
+    Raises `StepError` if it lacks a feature or a split holds no rows.
+    """
+    statistics = inputs["statistics"]
+    scaler_json = json.loads(storage.read_bytes(statistics.file_uri("scaler.json")))
+    try:
+        scaler = Scaler.from_json(scaler_json, table.features)
+    except KeyError as error:
+        raise StepError(
+            f"{statistics.file_uri('scaler.json')} lacks the feature {error}: prepare the splits again"
+        ) from error
+    train, validation = (TrainingSplit.of(name, inputs[name], scaler, table.target) for name in ("train", "validation"))
+    return scaler_json, train, validation
 
 
 def _file_frames(uri: str, columns: list[str], start: int, stop: int) -> Iterator[pl.DataFrame]:

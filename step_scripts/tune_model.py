@@ -17,13 +17,13 @@ import xgboost as xgb
 
 from step_scripts import storage
 from step_scripts.boosting import History, xgboost_parameters
-from step_scripts.contract import Artifact, StepContext, StepDefinition, StepError, StepOutcome, file_info, write_json
+from step_scripts.contract import Artifact, StepContext, StepDefinition, StepOutcome, file_info, write_json
 from step_scripts.engines import FitRequest, FitResult, fit
-from step_scripts.model_artifact import Scaler, save_model
+from step_scripts.model_artifact import save_model
 from step_scripts.parameters import TuneModelParams
-from step_scripts.search import fingerprint, run_search
-from step_scripts.search_progress import TrialRecord, TrialStore
-from step_scripts.training_data import TrainingSplit
+from step_scripts.search import run_search
+from step_scripts.training_data import read_splits
+from step_scripts.trial_records import TrialRecord, TrialStore, fingerprint
 
 _CURVE_POINTS = 500
 _SHOWN_POINTS = 100
@@ -35,20 +35,11 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
     """Search, fit, and write model and report. Raises `StepError` for unusable splits or if every trial fails."""
     resolved = params.resolved()
     statistics = context.inputs["statistics"]
-    scaler_json = _read_json(statistics, "scaler.json")
-    try:
-        scaler = Scaler.from_json(scaler_json, params.table.features)
-    except KeyError as error:
-        raise StepError(
-            f"{statistics.file_uri('scaler.json')} lacks the feature {error}: prepare the splits again"
-        ) from error
-    train, validation = (
-        TrainingSplit.of(name, context.inputs[name], scaler, params.table.target) for name in ("train", "validation")
-    )
+    scaler_json, train, validation = read_splits(context.inputs, params.table)
     store = None
-    if params.checkpoint_uri is not None:
+    if (kept := params.checkpoint_uri or context.checkpoint_uri) is not None:
         digests = {name: artifact.digest for name, artifact in context.inputs.items()}
-        store = TrialStore(params.checkpoint_uri, fingerprint(params, digests))
+        store = TrialStore(kept, fingerprint(params, digests))
 
     with context.phase("tune"):
         trials = run_search(params, train, validation, store, context.log)
@@ -160,6 +151,7 @@ def _outcome(
             "engine": engine,
             "num_workers": fitted.num_workers,
             "nodes": list(fitted.nodes),
+            "fit_resumed_at_round": fitted.resumed_at,
         },
     )
 
@@ -167,7 +159,9 @@ def _outcome(
 def _checkpoint_uri(context: StepContext, params: TuneModelParams) -> str | None:
     """Where all nodes can keep checkpoints: as configured, or beside remote outputs; None: on this machine."""
     if params.checkpoint_uri is not None:
-        return storage.join(params.checkpoint_uri, "fit")
+        return storage.join(params.checkpoint_uri, "fit", context.attempt_uri.rstrip("/").rpartition("/")[2])
+    if context.attempt_checkpoint_uri is not None:
+        return storage.join(context.attempt_checkpoint_uri, "fit")
     return context.output_uri("checkpoints") if storage.is_remote(context.attempt_uri) else None
 
 

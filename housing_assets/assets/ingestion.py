@@ -117,7 +117,9 @@ def feature_group(
     """
     from housing_assets.schema import HOUSING_TABLE
 
-    name = config.feature_group_name or default_group_name(HOUSING_TABLE.name, raw_csv.source)
+    name = config.feature_group_name or (
+        default_group_name(HOUSING_TABLE.name, raw_csv.source) + feature_store.name_suffix
+    )
     # A day's files are not all there is.
     mirror = config.ingestion == "mirror" and not context.has_partition_key
     try:

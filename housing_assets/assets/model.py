@@ -96,7 +96,7 @@ def evaluation_report(
     from housing_assets.plots import prediction_plot, residual_plot, to_markdown
     from housing_assets.schema import HOUSING_TABLE
 
-    approved = model_registry.list(config.model_group, "Approved")
+    approved = model_registry.list(config.model_group or model_registry.default_group, "Approved")
     champion = next((v for v in reversed(approved) if v.artifact.digest != tuned_model.model.digest), None)
     inputs: dict[str, Artifact] = {
         "model": tuned_model.model,
@@ -148,7 +148,7 @@ def registered_model(
     """
     evidence = require_gate_passed(context, tuned_model, evaluation_report)
     version = model_registry.register(
-        config.model_group,
+        config.model_group or model_registry.default_group,
         tuned_model.model,
         metrics=evaluation_report.metrics,
         gate=evidence,

@@ -26,7 +26,8 @@ def endpoint(
     """
     from housing_assets.smoke_test import smoke_test_from
 
-    version = _chosen_version(config, registered_model, model_registry, endpoint_host)
+    name = config.endpoint_name or endpoint_host.default_name
+    version = _chosen_version(name, config, registered_model, model_registry, endpoint_host)
     if not version.gate.passed:
         raise refusal(
             f"{version.reference} has no passed evaluation", "materialize evaluation_report and registered_model"
@@ -34,7 +35,7 @@ def endpoint(
     require_not_failed_since(context.instance, version.artifact.digest)
     smoke_test = smoke_test_from(version.artifact, test_split.rows, config.smoke_test_rows)
     try:
-        status = endpoint_host.deploy(config.endpoint_name, version, smoke_test, context.log)
+        status = endpoint_host.deploy(name, version, smoke_test, context.log)
     except VersionNotApproved as error:
         remedy = f"Launch job approve_model with version {version.version}, then materialize endpoint."
         raise dg.Failure(f"{version.reference} is {version.status}. {remedy}", allow_retries=False) from error
@@ -59,15 +60,19 @@ def endpoint(
 
 
 def _chosen_version(
-    config: EndpointConfig, registered_model: ModelVersion, model_registry: ModelRegistry, endpoint_host: EndpointHost
+    name: str,
+    config: EndpointConfig,
+    registered_model: ModelVersion,
+    model_registry: ModelRegistry,
+    endpoint_host: EndpointHost,
 ) -> ModelVersion:
     """The registered version, the one asked for, or the one that was served before."""
     group, number = registered_model.group, config.version
     if config.rollback:
-        status = endpoint_host.describe(config.endpoint_name)
+        status = endpoint_host.describe(name)
         if status is None or status.previous_version is None:
             raise dg.Failure(
-                f"endpoint {config.endpoint_name} has served no other version that one could go back to",
+                f"endpoint {name} has served no other version that one could go back to",
                 allow_retries=False,
             )
         group, _, text = status.previous_version.rpartition("/")

@@ -4,7 +4,6 @@ import math
 
 import dagster as dg
 
-from housing_assets.config import EvaluationConfig
 from resources.model_registry.base import ModelRegistry
 from resources.references import SplitRef
 
@@ -78,7 +77,7 @@ def feature_drift(train_split: SplitRef, model_registry: ModelRegistry) -> dg.As
     from step_scripts import storage
     from step_scripts.distributions import psi
 
-    champion = model_registry.latest(EvaluationConfig().model_group, "Approved")
+    champion = model_registry.latest(model_registry.default_group, "Approved")
     if champion is None or train_split.statistics is None:
         return dg.AssetCheckResult(passed=True, description="no approved model to compare with")
     before = json.loads(storage.read_bytes(champion.artifact.file_uri("statistics.json")))["distributions"]

@@ -15,23 +15,28 @@ from resources.sagemaker.code_package import BOOTSTRAP, code_package
 from resources.sagemaker.image import job_image
 from resources.sagemaker.job_failures import JobFailure
 from resources.sagemaker.job_files import JobInputs
-from resources.sagemaker.job_kinds import PROCESSING, TRAINING
+from resources.sagemaker.job_kinds import PROCESSING, TRAINING, TUNING
 from resources.sagemaker.job_names import digest_of, request_digest
 from resources.sagemaker.job_polling import JobPolling
 from resources.sagemaker.job_requests import (
     PROCESSING_INPUT,
     TRAINING_INPUT,
+    InstanceGroup,
     JobConfig,
     processing_request,
     training_request,
 )
+from resources.sagemaker.native_tuning import NativeTuning
 from resources.sagemaker.pipes_client import PipesSageMakerClient
 from resources.sagemaker.request_validation import check_request
+from resources.sagemaker.tuning_requests import NativeTuningConfig
 from step_scripts import storage
 from step_scripts.cluster_failure import failure_from
 from step_scripts.contract import StepRequest, StepResult
+from step_scripts.parameters import TuneModelSettings
 
 _LONGEST_NAME = "x" * 63
+HEAD_GROUP = "HOUSING_CLUSTER_HEAD_GROUP"  # read by step_scripts.cluster
 
 
 class StepJob(dg.Config):
@@ -42,6 +47,9 @@ class StepJob(dg.Config):
     )
     instance_type: str | None = Field(default=None, description="SageMaker instance type.")
     instance_count: int | None = Field(default=None, ge=1, le=100, description="Hosts.")
+    instance_groups: list[InstanceGroup] | None = Field(
+        default=None, description="Hosts of several types. Training jobs only."
+    )
     volume_size_gb: int | None = Field(default=None, ge=1, le=16384, description="Volume of each host, GB.")
     max_run_seconds: int | None = Field(default=None, ge=1, description="Longest running time; seconds.")
     price_per_hour: float | None = Field(default=None, ge=0, description="Price of one instance-hour.")
@@ -63,6 +71,11 @@ class SageMakerCompute(ComputeBackend):
         default=None, description="Image of the jobs. Empty: AWS's XGBoost image of the region; needs sagemaker."
     )
     region_name: str | None = Field(default=None, description="AWS region. Empty: boto3's.")
+    native_tuning: NativeTuningConfig | None = Field(
+        default=None,
+        description="Trials of tune_model as a SageMaker tuning job, before its training job. Empty: Ray Tune inside "
+        "the training job. Needs an image of your own.",
+    )
     wheels_uri: str | None = Field(
         default=None, description="s3:// prefix of wheels to install from, for hosts that reach no package index."
     )
@@ -83,6 +96,11 @@ class SageMakerCompute(ComputeBackend):
             if isinstance(uri, dg.EnvVar) or uri.startswith("s3://"):
                 continue
             raise ValueError(f"{name} must be an s3:// URI that the jobs can reach, not {uri!r}")
+        if self.native_tuning is not None and self.image is None:
+            raise ValueError(
+                "native_tuning needs an image of your own (image, built from the Dockerfile): SageMaker starts the "
+                "jobs of a tuning job with the image's own entry point, and AWS's image does not know this project"
+            )
         if self.job.network_isolation:
             raise ValueError(
                 "network_isolation keeps steps from S3, where their inputs, outputs and messages are. Use subnets "
@@ -104,6 +122,11 @@ class SageMakerCompute(ComputeBackend):
                 "HOUSING_ATTEMPT": _LONGEST_NAME,
             }
             check_request(operation, {**request, kind.name_member: _LONGEST_NAME, "Environment": environment})
+        if self.native_tuning is not None:
+            search = TuneModelSettings()
+            tuning = self._native_tuning(self.native_tuning, "image", f"{self.job_root}/code/{'0' * 16}/")
+            request = tuning.create_request(search, search.resolved()["num_trials"], 0)
+            check_request(TUNING.create_operation, {**request, TUNING.name_member: _LONGEST_NAME[:32]})
 
     @property
     def client(self) -> PipesSageMakerClient:
@@ -127,16 +150,25 @@ class SageMakerCompute(ComputeBackend):
             return self.job
         changes = own.model_dump(exclude={"job_type", "environment"}, exclude_none=True)
         changes["environment"] = {**self.job.environment, **own.environment}
+        if groups := changes.get("instance_groups"):
+            changes["environment"] = {HEAD_GROUP: groups[0]["name"], **changes["environment"]}
         return JobConfig(**{**self.job.model_dump(), **changes})
 
     def _is_training(self, step: str) -> bool:
         own = self.steps.get(step)
         return own.job_type == "training" if own and own.job_type else step in self.training_steps
 
+    def _channels(self, code_uri: str) -> dict[str, str]:
+        return {"code": code_uri} | ({"wheels": self.wheels_uri} if self.wheels_uri else {})
+
+    def _native_tuning(self, config: NativeTuningConfig, image: str, code_uri: str) -> NativeTuning:
+        job = self.config_of("tune_model")
+        return NativeTuning(self.client, config, job, image=image, channels=self._channels(code_uri))
+
     def _request_of(self, step: str, image: str, code_uri: str, digest: str) -> tuple[str, dict[str, Any]]:
         """Operation and parameters of a step's job, without name and bootstrap."""
         config = self.config_of(step)
-        inputs = {"code": code_uri} | ({"wheels": self.wheels_uri} if self.wheels_uri else {})
+        inputs = self._channels(code_uri)
         training = self._is_training(step)
         folder = TRAINING_INPUT if training else PROCESSING_INPUT
         entrypoint = ["/bin/bash", f"{folder}/code/{BOOTSTRAP}"]
@@ -160,7 +192,10 @@ class SageMakerCompute(ComputeBackend):
         s3 = client.client("s3")
         code_uri = package.upload(s3, call, f"{self.job_root}/code")
         image = job_image(self.image, client.client("sagemaker").meta.region_name)
+        training = self._is_training(request.step)
         _, params = self._request_of(request.step, image, code_uri, request.digest[:16])
+        if training:
+            request = request.model_copy(update={"checkpoint_uri": f"{self.job_root}/checkpoints/{request.digest}"})
         inputs = JobInputs(
             files={"request.json": request.model_dump_json().encode()},
             secrets={"ray_token": secrets.token_hex(32).encode()},
@@ -168,6 +203,9 @@ class SageMakerCompute(ComputeBackend):
             name_variable="HOUSING_ATTEMPT",
             digest=digest_of([request.digest, request.output_uri, request_digest(params)]),
         )
+        metadata: dict[str, Any] = {}
+        if self.native_tuning is not None and request.step == "tune_model" and training:
+            metadata = self._native_tuning(self.native_tuning, image, code_uri).run(context, request)
         try:
             invocation = client.run(
                 context=context,
@@ -182,7 +220,7 @@ class SageMakerCompute(ComputeBackend):
                     storage.delete(storage.join(request.output_uri, failure.job_name))
             raise self._step_failure(request.step, failure) from failure
         for key in context.selected_asset_keys:
-            context.add_asset_metadata(dict(invocation.metadata), asset_key=key)
+            context.add_asset_metadata({**metadata, **invocation.metadata}, asset_key=key)
         try:
             manifest = storage.read_bytes(request.manifest_uri)
         except FileNotFoundError:

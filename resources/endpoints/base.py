@@ -165,6 +165,8 @@ def require_approved(version: ModelVersion) -> None:
 class EndpointHost(dg.ConfigurableResource, ABC):
     """Serves models over HTTP. Assets depend on this type; the deployment picks the implementation."""
 
+    default_name: str = Field(default="housing", description="Endpoint of a deployment that names no other.")
+
     @abstractmethod
     def deploy(self, name: str, version: ModelVersion, smoke_test: SmokeTest, log: DeploymentLog) -> EndpointStatus:
         """Serve `version` as `name`, without dropping requests if another version is being served.

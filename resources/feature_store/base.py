@@ -50,6 +50,8 @@ class FeatureStore(dg.ConfigurableResource, ABC):
     schema, missing files.
     """
 
+    name_suffix: str = Field(default="", description="End of the names of groups that nobody named.")
+
     @abstractmethod
     def ensure_group(self, name: str, table: TableSpec) -> dict[str, Any]:
         """Create the group, or check that its schema accepts rows of `table`. Returns the step's `target`."""

@@ -108,6 +108,8 @@ def require_gate(name: str, gate: GateEvidence) -> None:
 class ModelRegistry(dg.ConfigurableResource, ABC):
     """Versions of model groups. Assets depend on this type; the deployment picks the implementation."""
 
+    default_group: str = Field(default="housing", description="Model group of a deployment that names no other.")
+
     @abstractmethod
     def register(
         self,

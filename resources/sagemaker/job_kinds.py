@@ -1,4 +1,4 @@
-"""What differs between training and processing jobs in the API: names of operations, members, places."""
+"""What differs between the kinds of jobs in the API: names of operations, members, places."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class JobKind:
     started: str
     ended: str
     environment_limit: int
+    logged_as: str = ""
 
     @property
     def name_member(self) -> str:
@@ -45,8 +46,8 @@ class JobKind:
 
     @property
     def log_group(self) -> str:
-        """CloudWatch log group of all jobs of this kind."""
-        return f"/aws/sagemaker/{self.operation}s"
+        """CloudWatch log group of all jobs of this kind; for tuning jobs, that of their training jobs."""
+        return f"/aws/sagemaker/{self.logged_as or self.operation}s"
 
     def method(self, client: Any, verb: str) -> Any:
         """The client's method for `create`, `describe`, `stop` or `list`."""
@@ -68,7 +69,9 @@ class JobKind:
 
     def instances(self, description: Mapping[str, Any]) -> list[tuple[str, int]]:
         """Instance types and their counts; several only in heterogeneous training."""
-        if self is PROCESSING:
+        if self is TUNING:
+            config = description["TrainingJobDefinition"].get("ResourceConfig", {})
+        elif self is PROCESSING:
             config = description["ProcessingResources"]["ClusterConfig"]
         else:
             config = description.get("ResourceConfig", {})
@@ -92,4 +95,13 @@ def _console(arn: str) -> tuple[str, str]:
 TRAINING = JobKind("training job", "TrainingJob", "jobs", "TrainingStartTime", "TrainingEndTime", 512)
 PROCESSING = JobKind(
     "processing job", "ProcessingJob", "processing-jobs", "ProcessingStartTime", "ProcessingEndTime", 256
+)
+TUNING = JobKind(
+    "hyper parameter tuning job",
+    "HyperParameterTuningJob",
+    "hyper-tuning-jobs",
+    "CreationTime",
+    "HyperParameterTuningEndTime",
+    512,
+    "TrainingJob",
 )

@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from resources.sagemaker.job_files import JobPrefix
 
@@ -48,14 +48,17 @@ class JobLease:
     def adopt(self) -> bool:
         """Take the claim over if its holder is gone; whether that succeeded.
 
-        A holder on this machine is gone when its process is. Another one is gone when it has let two intervals pass
-        without renewing: this waits for that. Of two that try at once one succeeds.
+        A holder in another process of this machine is gone when that process is. Another one is gone when it has let
+        two intervals pass without renewing: this waits for that. Of two that try at once one succeeds.
         """
         found = self._prefix.get(LEASE)
         if found is None:
             return False  # ended in order, or was left running on purpose
         content, tag = found
-        if _is_alive(json.loads(content)):
+        holder = _holder(json.loads(content))
+        if holder == "here":
+            return False
+        if holder == "unknown":
             deadline = time.monotonic() + 2 * self.interval_seconds
             while time.monotonic() < deadline:
                 time.sleep(min(1.0, self.interval_seconds / 4))
@@ -77,14 +80,14 @@ class JobLease:
         return json.dumps(claim).encode()
 
 
-def _is_alive(claim: dict[str, Any]) -> bool:
-    """Whether the holder may still be there: unknown, hence yes, if it is on another machine."""
+def _holder(claim: dict[str, Any]) -> Literal["here", "gone", "unknown"]:
+    """Where the holder is. Unknown if it is on another machine, or this very process in an earlier run."""
     import psutil
 
-    if claim.get("host") != socket.gethostname():
-        return True
+    if claim.get("host") != socket.gethostname() or claim.get("pid") == os.getpid():
+        return "unknown"
     try:
         started = psutil.Process(int(claim["pid"])).create_time()
     except (psutil.NoSuchProcess, psutil.AccessDenied, KeyError, ValueError):
-        return False
-    return abs(started - float(claim.get("process_started", 0.0))) < 1.0
+        return "gone"
+    return "here" if abs(started - float(claim.get("process_started", 0.0))) < 1.0 else "gone"

@@ -58,6 +58,11 @@ def job_name(prefix: str, work: Work, root_run_id: str) -> JobName:
     return JobName(f"{readable}-{work.digest[:_DIGEST]}" if readable else work.digest[:_DIGEST], digests[_DIGEST + 1 :])
 
 
+def tuning_job_name(work: Work, root_run_id: str) -> JobName:
+    """`tune-<digest of the work>-<digest of the root run>`: names of tuning jobs have at most 32 characters."""
+    return JobName(f"tune-{work.digest[:_DIGEST]}", digest_of(root_run_id)[:_DIGEST])
+
+
 def given_name(name: str) -> JobName:
     """A name that the caller chose. Later attempts get a suffix too, so it may have at most 58 characters."""
     if len(name) > LIMIT - _SUFFIX:
@@ -75,7 +80,8 @@ def slug(text: str) -> str:
 
 def request_digest(params: Mapping[str, Any]) -> str:
     """Digest of a create request without its name and tags."""
-    kept = {key: value for key, value in params.items() if key not in ("TrainingJobName", "ProcessingJobName", "Tags")}
+    names = ("TrainingJobName", "ProcessingJobName", "HyperParameterTuningJobName", "Tags")
+    kept = {key: value for key, value in params.items() if key not in names}
     return digest_of(kept)
 
 

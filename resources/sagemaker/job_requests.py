@@ -12,6 +12,14 @@ TRAINING_INPUT = "/opt/ml/input/data"
 PROCESSING_INPUT = "/opt/ml/processing/input"
 
 
+class InstanceGroup(dg.Config):
+    """Hosts of one type in a training job of several types."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="Name of the group.")
+    instance_type: str = Field(description="SageMaker instance type.")
+    instance_count: int = Field(default=1, ge=1, le=100, description="Hosts.")
+
+
 class JobConfig(dg.Config):
     """A SageMaker job: role, instances, limits, network, encryption.
 
@@ -22,6 +30,11 @@ class JobConfig(dg.Config):
     role_arn: str = Field(description="ARN of the IAM role that the job runs as.")
     instance_type: str = Field(default="ml.m5.xlarge", description="SageMaker instance type.")
     instance_count: int = Field(default=1, ge=1, le=100, description="Hosts. Ray spans all of them.")
+    instance_groups: list[InstanceGroup] = Field(
+        default_factory=list,
+        description="Hosts of several types, instead of instance_type and instance_count. Training jobs only. The "
+        "first host of the first group is the head of the Ray cluster. price_per_hour is then the hosts' average.",
+    )
     volume_size_gb: int = Field(default=30, ge=1, le=16384, description="Volume of each host, GB.")
     max_run_seconds: int = Field(default=86_400, ge=1, description="Longest running time; seconds.")
     use_spot: bool = Field(default=False, description="Managed spot instances. Training jobs only.")
@@ -70,6 +83,11 @@ class JobConfig(dg.Config):
             raise ValueError(
                 f"max_wait_seconds ({self.max_wait_seconds}) must be at least max_run_seconds ({self.max_run_seconds})"
             )
+        names = [group.name for group in self.instance_groups]
+        if len(names) != len(set(names)):
+            raise ValueError(f"instance_groups: two groups have the same name; there are {', '.join(names)}")
+        if names and self.keep_alive_seconds:
+            raise ValueError("keep_alive_seconds (warm pool) cannot be combined with instance_groups")
         if self.use_spot and self.keep_alive_seconds:
             raise ValueError("keep_alive_seconds (warm pool) cannot be combined with use_spot")
         return self
@@ -95,11 +113,18 @@ def training_request(
 
     Channels appear below `/opt/ml/input/data/<name>`. `checkpoint_folder` is appended to `config.checkpoint_uri`.
     """
-    resources: dict[str, Any] = {
-        "InstanceType": config.instance_type,
-        "InstanceCount": config.instance_count,
-        "VolumeSizeInGB": config.volume_size_gb,
-    }
+    resources: dict[str, Any] = {"VolumeSizeInGB": config.volume_size_gb}
+    if config.instance_groups:
+        resources["InstanceGroups"] = [
+            {
+                "InstanceGroupName": group.name,
+                "InstanceType": group.instance_type,
+                "InstanceCount": group.instance_count,
+            }
+            for group in config.instance_groups
+        ]
+    else:
+        resources |= {"InstanceType": config.instance_type, "InstanceCount": config.instance_count}
     if config.keep_alive_seconds:
         resources["KeepAlivePeriodInSeconds"] = config.keep_alive_seconds
     if config.volume_kms_key:
@@ -153,8 +178,12 @@ def processing_request(
     """Parameters of `create_processing_job` without a name. `inputs` are s3:// prefixes by name.
 
     Inputs appear below `/opt/ml/processing/input/<name>`. Spot, warm pool and checkpoints do not exist there and are
-    left out.
+    left out. Raises `ValueError` for instance groups, which do not exist either: other hosts are not what was meant.
     """
+    if config.instance_groups:
+        raise ValueError(
+            "instance_groups exist for training jobs only: give them to a step that is one (steps: tune_model)"
+        )
     cluster: dict[str, Any] = {
         "InstanceType": config.instance_type,
         "InstanceCount": config.instance_count,

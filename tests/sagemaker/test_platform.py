@@ -28,7 +28,8 @@ BUCKET = "platform"
 CONFIG: dict[str, dict[str, Any]] = {
     "tuned_model": {
         **{"num_trials": 3, "num_boost_round": 60, "eta_min": 0.1, "search_algorithm": "random", "scheduler": "none"},
-        "early_stopping_rounds": 60,
+        # Every tree sees all rows: which rows one would draw depends on how they are spread over workers.
+        **{"early_stopping_rounds": 60, "subsample_min": 1.0, "subsample_max": 1.0},
     },
     "evaluation_report": {"rmse_threshold": 1e6},
 }

@@ -1,0 +1,66 @@
+"""One trial of step `tune_model`, as one training job of a SageMaker tuning job.
+
+`python -m step_scripts.tune_trial`, with `HOUSING_JOB_URI` (the folder that holds `request.json`, the request of
+`tune_model`). What is tuned stands in SageMaker's `hyperparameters.json`. The program boosts as a trial on Ray Tune
+does, without a scheduler, and logs what SageMaker finds by the patterns in `METRICS`. Nothing else is kept.
+`HOUSING_NODE_CPUS` limits the threads.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from step_scripts.boosting import TrialBoosting, quantile_matrices, useful_threads, xgboost_parameters
+from step_scripts.cluster_failure import failure_of, write_failure
+from step_scripts.job_files import JobFiles
+from step_scripts.job_hosts import ml_root
+from step_scripts.parameters import TuneModelParams
+from step_scripts.training_data import read_splits
+from step_scripts.trial_records import TUNED
+
+_ROUNDS_BETWEEN_LINES = 100
+_log = logging.getLogger("step_scripts.tune_trial")
+
+
+def run_trial(request_folder: str, hyperparameters: dict[str, str]) -> TrialBoosting:
+    """Boost one trial to its end, and print how it goes."""
+    request = JobFiles(request_folder).request()
+    params = TuneModelParams.model_validate(request.params)
+    resolved = params.resolved()
+    tuned = {name: kind(float(hyperparameters[name])) for name, kind in TUNED.items()}
+    _log.info("trial: %s", ", ".join(f"{name} {value:.6g}" for name, value in tuned.items()))
+    _, train, validation = read_splits(request.inputs, params.table)
+    threads = useful_threads(train.rows, int(os.environ.get("HOUSING_NODE_CPUS") or os.cpu_count() or 1))
+    matrices = quantile_matrices(train.load(), validation.load(), threads)
+    parameters = xgboost_parameters(tuned, resolved["seed"]) | {"nthread": threads}
+    boosting = TrialBoosting(*matrices, parameters, resolved["num_boost_round"], resolved["early_stopping_rounds"])
+    while (stopped_by := boosting.advance(_ROUNDS_BETWEEN_LINES)) is None:
+        _log.info("round %d, RMSE %.6g", boosting.rounds, boosting.best_rmse)
+    _log.info("ended by %s", stopped_by.replace("_", " "))
+    # What SageMaker reads: see METRICS in step_scripts.trial_records.
+    _log.info("validation:rmse=%r; trial:rounds=%d; trial:best_rounds=%d;",
+              boosting.best_rmse, boosting.rounds, boosting.best_rounds)  # fmt: skip
+    return boosting
+
+
+def main() -> int:
+    """Run the trial that this training job is for; returns the exit status."""
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+    root = ml_root()
+    try:
+        given = json.loads(Path(root, "input", "config", "hyperparameters.json").read_text())
+        run_trial(os.environ["HOUSING_JOB_URI"], given)
+    except Exception as error:  # noqa: BLE001  # the process's boundary: becomes the job's failure
+        failure = failure_of(error)
+        _log.error("failed: %s", failure["message"], exc_info=error if "traceback" in failure else None)
+        write_failure(root / "output" / "failure", failure)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
