@@ -13,11 +13,11 @@ from typing import Any
 
 import dagster as dg
 import yaml
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, TimeoutError, expect
 
 from tests.platform_cli import Platform
 
-LOCATION = "housing_assets"
+LOCATION = "housing_assets.definitions"
 _SECONDS = 300
 
 
@@ -36,12 +36,15 @@ class Browser:
         self.page = page
         self._ui = ui
         self._screenshots = screenshots
+        self._greeted = False
 
     def open(self, path: str) -> None:
         """Go to a page of the UI, and close the dialog that greets at the first visit."""
         self.page.goto(self._ui.url + path)
-        with contextlib.suppress(Exception):
-            self.page.get_by_text("Skip", exact=True).first.click(timeout=4000)
+        if not self._greeted:
+            self._greeted = True
+            with contextlib.suppress(TimeoutError):  # there is no dialog
+                self.page.get_by_text("Skip", exact=True).first.click(timeout=20_000)
 
     def screenshot(self, name: str) -> None:
         """Keep what is shown."""
@@ -51,6 +54,17 @@ class Browser:
     def sees(self, text: str | re.Pattern[str]) -> None:
         """Wait until a text is shown."""
         expect(self.page.get_by_text(text).first).to_be_visible(timeout=120_000)
+
+    def expand_groups(self, member: str) -> None:
+        """Show the assets of all groups of the graph, `member` among them. The graph takes its time to listen."""
+
+        def expanded() -> bool:
+            if not self.page.get_by_text(member).first.is_visible():
+                self.page.keyboard.press("Alt+e")
+                self.page.wait_for_timeout(3000)
+            return self.page.get_by_text(member).first.is_visible()
+
+        self.until(expanded, 120)
 
     def click(self, name: str) -> None:
         """Press a button."""

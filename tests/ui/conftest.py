@@ -80,7 +80,7 @@ def _await_server(url: str, process: subprocess.Popen[bytes], log: Path) -> None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    family = [process_ for process_ in psutil.Process(process.pid).children(recursive=True)]
+    family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     _, alive = psutil.wait_procs([psutil.Process(process.pid), *family] if process.poll() is None else family, 30)
     for left in alive:

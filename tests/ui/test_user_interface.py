@@ -24,8 +24,7 @@ def test_everything_is_materialized_by_a_click(ui: UserInterface, browser: Brows
     browser.click("Materialize all")
     assert browser.finished(known).status == SUCCESS
     browser.open("/asset-groups")
-    browser.page.keyboard.press("Alt+e")
-    browser.sees("registered_model")
+    browser.expand_groups("registered_model")
     browser.screenshot("graph")
     for asset in ("raw_csv", "tuned_model", "evaluation_report", "endpoint"):
         browser.open(f"/assets/{asset}")
@@ -42,7 +41,7 @@ def test_jobs_schedules_and_sensors_explain_themselves(browser: Browser) -> None
         browser.sees(name)
     browser.screenshot("automation")
     browser.open(f"/locations/{LOCATION}/jobs/approve_model/playground")
-    browser.sees("approve_model")
+    browser.sees("Scaffold missing config")
     browser.screenshot("launchpad")
 
 
