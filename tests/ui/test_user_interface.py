@@ -68,7 +68,8 @@ def test_an_approved_model_is_deployed(ui: UserInterface, browser: Browser) -> N
     browser.screenshot("pending")
 
     browser.open(f"/locations/{LOCATION}/sensors/approved_models")
-    browser.page.get_by_role("switch").or_(browser.page.locator("input[type=checkbox]")).first.click(force=True)
+    # The switch itself is drawn over a checkbox that lies outside of the page.
+    browser.page.locator("label", has=browser.page.locator("input[type=checkbox]")).first.click()
     decision = {"version": version["version"], "who": "ann", "why": "better on every slice"}
     assert browser.launch("approve_model", {"approve": decision}).status == SUCCESS
 
