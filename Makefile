@@ -52,8 +52,9 @@ ui: $(VENV)/.installed $(DAGSTER_HOME)/dagster.yaml  ## Open the Dagster UI on h
 	$(BIN)/dagster dev --host 127.0.0.1 --port $(UI_PORT)
 
 .PHONY: stop
-stop: $(VENV)/.installed  ## Stop the local endpoint
-	@$(BIN)/python -m resources.endpoints.local stop --root $(HOUSING_ROOT)/endpoints
+stop: $(VENV)/.installed  ## Stop the local endpoints, of all environments
+	@for root in $(HOUSING_ROOT)/endpoints $(wildcard $(HOUSING_ROOT)/environments/*/endpoints); do \
+	  $(BIN)/python -m resources.endpoints.local stop --root $$root; done
 
 .PHONY: lint
 lint: $(VENV)/.installed-dev  ## Run ruff and pyright
@@ -66,11 +67,21 @@ format: $(VENV)/.installed-dev  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The emulated SageMaker gives every host a network namespace of its own where it may: as root, with iproute2.
+# As root on Debian: iproute2 (the emulated SageMaker gives every host a network namespace of its own), PostgreSQL
+# (Dagster's storage for a team) and Chromium (the UI). Without them, the tests that need them say so and are skipped.
 .PHONY: system-packages
 system-packages:
-	@if [ "$$(id -u)" = 0 ] && ! command -v ip >/dev/null && command -v apt-get >/dev/null; then \
-	  apt-get update -qq && apt-get install -y -qq iproute2; fi
+	@missing=; \
+	command -v ip >/dev/null || missing="$$missing iproute2"; \
+	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || missing="$$missing postgresql"; \
+	command -v chromium >/dev/null || missing="$$missing chromium"; \
+	if [ "$$(id -u)" = 0 ] && [ -n "$$missing" ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq; \
+	  for package in $$missing; do \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$package \
+	      || echo "$$package could not be installed; tests that need it are skipped" >&2; \
+	  done; \
+	fi
 
 .PHONY: test
 test: system-packages lint  ## Run ruff, pyright and all tests
@@ -86,11 +97,11 @@ bench: $(VENV)/.installed-dev  ## Run the benchmarks (see benchmarks/README.md)
 
 .PHONY: constraints
 constraints: $(VENV)/.installed-dev  ## Write the versions of .venv, with all extras, to constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,mlflow,sagemaker]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,mlflow,postgres,sagemaker]'
 	@{ echo '# Versions that are tested together. Written by `make constraints`.'; \
 	  $(BIN)/python -m pip freeze --exclude-editable --exclude housing-assets; } > constraints.txt
 
 .PHONY: clean-data
 clean-data:  ## Stop the endpoint; remove artifacts, generated data and Dagster's history
-	@if [ -x $(BIN)/python ] && [ -d $(HOUSING_ROOT)/endpoints ]; then $(MAKE) --no-print-directory stop; fi
+	@if [ -x $(BIN)/python ] && [ -d $(HOUSING_ROOT) ]; then $(MAKE) --no-print-directory stop; fi
 	rm -rf $(HOUSING_ROOT) $(DAGSTER_HOME)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from housing_assets.config import check_run_config
 from resources.compute.local_ray import LocalRay
-from resources.endpoints.local import LocalEndpointHost
+from resources.endpoints.local import LocalDataCapture, LocalEndpointHost
 from resources.experiments import ExperimentTracker, MlflowTracking, NoTracking
 from resources.feature_store.local import LocalFeatureStore
 from resources.io_manager import ReferenceIOManager
@@ -130,6 +130,9 @@ class AutomationSettings(BaseModel):
     retrain_cron: str = Field(default="0 3 * * 1", description="When to retrain: Mondays at three.")
     timezone: str = Field(default="UTC", description="Time zone of the schedule.")
     freshness_days: float = Field(default=8.0, gt=0, description="A model or an endpoint older than this is stale.")
+    watch_cron: str = Field(default="*/15 * * * *", description="When the endpoint is looked at.")
+    drift_days: float = Field(default=7.0, gt=0, description="Captured requests of so many days are compared.")
+    drift_rows: int = Field(default=200, ge=1, description="With fewer captured rows, nothing is said about drift.")
 
     @property
     def stale_after(self) -> timedelta:
@@ -271,8 +274,28 @@ def _local(settings: Settings) -> dict[str, Any]:
             root=str(root / "endpoints"),
             default_name=_own(settings),
             port=settings.number("HOUSING_ENDPOINT_PORT", int),
+            **_local_capture(settings),
         ),
     }
+
+
+def _local_capture(settings: Settings) -> dict[str, Any]:
+    """What `HOUSING_DATA_CAPTURE` says, for the local endpoint."""
+    if not settings.switch("HOUSING_DATA_CAPTURE", default=False):
+        return {}
+    bounds = settings.given(
+        sampling_percentage=("HOUSING_CAPTURE_PERCENT", float), megabytes=("HOUSING_CAPTURE_MEGABYTES", float)
+    )
+    return {"data_capture": LocalDataCapture(**bounds)}
+
+
+def _sagemaker_capture(settings: Settings) -> dict[str, Any]:
+    """The same for SageMaker's, which is not bounded: give its bucket a lifecycle rule."""
+    from resources.endpoints.endpoint_requests import DataCapture
+
+    if not settings.switch("HOUSING_DATA_CAPTURE", default=False):
+        return {}
+    return {"data_capture": DataCapture(**settings.given(sampling_percentage=("HOUSING_CAPTURE_PERCENT", int)))}
 
 
 def _sagemaker(settings: Settings) -> dict[str, Any]:
@@ -307,7 +330,7 @@ def _sagemaker(settings: Settings) -> dict[str, Any]:
     store = {"root": f"{root}/feature_store", "role_arn": role, **suffix, **region, **more["feature_store"]}
     registry = {"root": f"{root}/model_registry", "default_group": name, **image, **region, **more["model_registry"]}
     endpoints = {"root": f"{root}/endpoints", "role_arn": role, "default_name": name, **image, **region}
-    endpoints |= more["endpoint_host"]
+    endpoints |= _sagemaker_capture(settings) | more["endpoint_host"]
     return {
         **_common(settings, root),
         "compute": SageMakerCompute(**compute),

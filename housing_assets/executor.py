@@ -10,6 +10,8 @@ from typing import Any
 import dagster as dg
 from dagster._core.errors import DagsterExecutionInterruptedError  # has no public name
 
+# Concurrency pool of the assets that run on Ray; dagster.yaml says how many runs may have it at once.
+RAY_POOL = "ray"
 _GRACEFUL = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 
 

@@ -10,6 +10,13 @@ from resources.compute.base import table
 from step_scripts.contract import Artifact, StepResult
 from step_scripts.table import TableSpec
 
+# Figures that add up over a run, and the metadata that says which piece of work each is of.
+_COSTS = {
+    "core_seconds": "request_digest",
+    "billable_seconds": "sagemaker_job",
+    "estimated_cost": "sagemaker_job",
+    "tuning_billable_seconds": "tuning_job",
+}
 _DAGSTER_TYPES = {"int64": "int", "float64": "float", "bool": "bool", "string": "string", "datetime": "timestamp"}
 
 
@@ -27,7 +34,10 @@ def artifact_metadata(artifact: Artifact) -> dict[str, Any]:
 
 
 def run_metadata(result: StepResult) -> dict[str, Any]:
-    """How a step ran: reused or not, seconds per phase, memory, nodes, versions."""
+    """How a step ran: reused or not, seconds per phase, CPUs held, memory, nodes, versions.
+
+    `core_seconds` is the time of the step times the CPUs of its Ray session, used or not: what it kept from others.
+    """
     metadata: dict[str, Any] = {
         "reused": result.reused,
         "seconds": 0.0 if result.reused else result.seconds.get("total", 0.0),
@@ -35,6 +45,8 @@ def run_metadata(result: StepResult) -> dict[str, Any]:
         "request_digest": result.request_digest,
         "versions": dg.MetadataValue.json(result.versions),
     }
+    if result.cpus is not None:
+        metadata["core_seconds"] = round(result.cpus * metadata["seconds"], 1)
     if result.reused:
         metadata["made_at"] = dg.MetadataValue.timestamp(result.created_at)
     if result.peak_memory_bytes:
@@ -42,6 +54,26 @@ def run_metadata(result: StepResult) -> dict[str, Any]:
     if result.nodes:
         metadata["ray_nodes"] = dg.MetadataValue.json(result.nodes)
     return metadata
+
+
+def run_costs(instance: dg.DagsterInstance, run_id: str) -> dict[str, float]:
+    """Totals of what the run has materialized so far, a step or a job that made several assets counted once.
+
+    What failed attempts cost is not in it: they materialize nothing.
+    """
+    records = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION).records
+    seen: set[tuple[str, str]] = set()
+    totals: dict[str, float] = {}
+    for record in records:
+        materialization = record.asset_materialization
+        facts = {} if materialization is None else {k: v.value for k, v in materialization.metadata.items()}
+        for figure, made_by in _COSTS.items():
+            work, value = facts.get(made_by), facts.get(figure)
+            if work is None or not isinstance(value, int | float) or (figure, str(work)) in seen:
+                continue
+            seen.add((figure, str(work)))
+            totals[f"run_{figure}"] = round(totals.get(f"run_{figure}", 0.0) + value, 4)
+    return totals
 
 
 def column_schema(spec: TableSpec) -> dg.TableSchema:

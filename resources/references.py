@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from pydantic import BaseModel, ConfigDict
 
 from step_scripts.contract import Artifact
@@ -14,6 +16,40 @@ class Reference(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class DataFile(Reference):
+    """A source file as it was read. `modified`: seconds since 1970."""
+
+    uri: str
+    bytes: int
+    modified: float
+    rows: int | None = None
+
+
+class DatasetRef(Reference):
+    """What was ingested at once. `digest` is that of the validated rows. No files: nobody recorded them."""
+
+    digest: str
+    source: str = ""
+    files: tuple[DataFile, ...] = ()
+    rows: int | None = None
+    rows_rejected: int | None = None
+    run_id: str | None = None
+    code_version: str | None = None
+    commit: int | None = None
+    ingested_at: datetime | None = None
+
+
+class SnapshotRef(Reference):
+    """The records of a feature group that were read: those of `commit`, and of the time `as_of` if there is one."""
+
+    group: str
+    commit: int
+    digest: str
+    as_of: datetime | None = None
+    run_id: str | None = None
+    datasets: tuple[DatasetRef, ...] = ()
+
+
 class SourceRef(Reference):
     """Validated rows of a source, the rows that were rejected, and the table (with its bounds) that decided."""
 
@@ -23,6 +59,9 @@ class SourceRef(Reference):
     rejected: Artifact
     rows_total: int
     rows_rejected: int
+    files: tuple[DataFile, ...] = ()
+    run_id: str | None = None
+    code_version: str | None = None
 
 
 class SplitRef(Reference):
@@ -32,6 +71,9 @@ class SplitRef(Reference):
     fraction: float
     configured_fraction: float
     statistics: Artifact | None = None
+    snapshot: SnapshotRef | None = None
+    run_id: str | None = None
+    code_version: str | None = None
 
 
 class ModelRef(Reference):
@@ -42,6 +84,11 @@ class ModelRef(Reference):
     metrics: dict[str, float]
     parameters: dict[str, float | int | str]
     request_digest: str
+    run_id: str | None = None
+    code_version: str | None = None
+    made_at: datetime | None = None
+    validation_digest: str | None = None
+    versions: dict[str, str] = {}
 
 
 class EvaluationRef(Reference):
@@ -52,3 +99,5 @@ class EvaluationRef(Reference):
     test_digest: str
     metrics: dict[str, float]
     rmse_threshold: float
+    run_id: str | None = None
+    code_version: str | None = None

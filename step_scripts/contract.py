@@ -106,6 +106,7 @@ class StepRequest(BaseModel):
     not_before: datetime | None = Field(
         default=None, description="Manifests older than this are not reused. None: any age is good."
     )
+    run_id: str | None = Field(default=None, description="The run that asks. No part of the digest.")
     checkpoint_uri: str | None = Field(
         default=None,
         description="Where a step keeps unfinished work for the next attempt at the same request; removed when it has "
@@ -155,8 +156,10 @@ class StepResult(BaseModel):
     details: dict[str, Any] = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict)
     peak_memory_bytes: int | None = Field(default=None, description="Peak resident memory of the driver process.")
+    cpus: float | None = Field(default=None, description="Logical CPUs of the Ray nodes together.")
     nodes: list[str] = Field(default_factory=list, description="Addresses of the Ray nodes that were there.")
     versions: dict[str, str] = Field(default_factory=dict)
+    run_id: str | None = Field(default=None, description="The run that did the work; reuse does not change it.")
     reused: bool = Field(default=False, description="True if an earlier run's manifest answered the request.")
 
 

@@ -82,3 +82,11 @@ class RaySession:
         import ray
 
         return sorted({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
+
+    def cpus(self) -> float:
+        """Logical CPUs of all nodes; 1 if Ray was not started."""
+        if not self._started:
+            return 1.0
+        import ray
+
+        return float(ray.cluster_resources().get("CPU", 1.0))

@@ -122,6 +122,7 @@ def _commit(request: StepRequest, context: StepContext, outcome: StepOutcome, se
         step=request.step,
         request_digest=request.digest,
         code_version=request.code_version,
+        run_id=request.run_id,
         created_at=datetime.now(UTC),
         params=request.params,
         inputs=request.inputs,
@@ -130,6 +131,7 @@ def _commit(request: StepRequest, context: StepContext, outcome: StepOutcome, se
         details=outcome.details,
         seconds={name: round(seconds, 4) for name, seconds in context.seconds.items()},
         peak_memory_bytes=peak * (1 if sys.platform == "darwin" else 1024),
+        cpus=session.cpus(),
         nodes=session.nodes(),
         versions=_versions(),
     )

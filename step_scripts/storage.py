@@ -147,6 +147,16 @@ def list_files(uri: str) -> list[str]:
     return sorted(prefix + info.path for info in filesystem_.get_file_info(selector) if info.type == fs.FileType.File)
 
 
+def list_folders(uri: str) -> list[str]:
+    """URIs of the folders directly below `uri`, sorted; empty if there is nothing."""
+    from pyarrow import fs
+
+    filesystem_, path = filesystem(uri)
+    found = filesystem_.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    prefix = uri.partition("://")[0] + "://" if is_remote(uri) else ""
+    return sorted(prefix + info.path for info in found if info.type == fs.FileType.Directory)
+
+
 def list_details(uri: str) -> list[tuple[str, int, float]]:
     """All files below `uri`: path relative to it, size in bytes, time of modification in seconds since 1970."""
     from pyarrow import fs

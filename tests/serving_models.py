@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -36,7 +37,14 @@ def house_rows(rows: int, seed: int = 0) -> pl.DataFrame:
     )
 
 
-def small_model(folder: Path, *, factor: float = 100.0, rounds: int = 10, table: TableSpec = HOUSING_TABLE) -> Artifact:
+def small_model(
+    folder: Path,
+    *,
+    factor: float = 100.0,
+    rounds: int = 10,
+    table: TableSpec = HOUSING_TABLE,
+    statistics: dict[str, Any] | None = None,
+) -> Artifact:
     """An artifact trained on generated rows; models with other factors predict other prices."""
     frame = house_rows(400).select(table.features)
     matrix = frame.to_numpy().astype(np.float64)
@@ -50,7 +58,7 @@ def small_model(folder: Path, *, factor: float = 100.0, rounds: int = 10, table:
         booster=booster,
         scaler={"mean": means, "scale": scales, "rows": frame.height},
         table=table,
-        statistics={},
+        statistics=statistics or {},
         parameters={},
         metrics={},
         versions={},

@@ -3,16 +3,18 @@
 import hashlib
 import time
 from datetime import date
+from typing import Any
 
 import dagster as dg
 
 from housing_assets.config import FeatureGroupConfig, RawCsvConfig, settings_of
 from housing_assets.deployments import SourceLocation, load_automation
+from housing_assets.executor import RAY_POOL
 from housing_assets.landing import files_of_days
 from housing_assets.metadata import artifact_metadata, column_schema, run_metadata
 from resources.compute.base import ComputeBackend, as_metadata
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
-from resources.references import SourceRef
+from resources.references import DataFile, DatasetRef, SourceRef
 from resources.sources import find_source_files
 from step_scripts.code_version import step_version
 from step_scripts.contract import StepError
@@ -37,6 +39,7 @@ BACKFILL = dg.BackfillPolicy.single_run() if PARTITIONS else None
     code_version=step_version("validate_source"),
     partitions_def=PARTITIONS,
     backfill_policy=BACKFILL,
+    pool=RAY_POOL,
 )
 def raw_csv(
     context: dg.AssetExecutionContext, config: RawCsvConfig, compute: ComputeBackend, source_location: SourceLocation
@@ -64,6 +67,9 @@ def raw_csv(
         table=table,
         rows_total=int(result.metrics["rows"] + result.metrics["rejected_rows"]),
         rows_rejected=int(result.metrics["rejected_rows"]),
+        files=_data_files(files, result.details["files"]),
+        run_id=result.run_id or context.run.run_id,
+        code_version=result.code_version,
     )
     details = dict(result.details)
     examples, source_files = details.pop("rejected_rows"), details.pop("files")
@@ -77,6 +83,12 @@ def raw_csv(
         **run_metadata(result),
     }
     return dg.MaterializeResult(value=value, metadata=metadata, data_version=dg.DataVersion(rows.digest))
+
+
+def _data_files(files: tuple[SourceFile, ...], read: list[dict[str, Any]]) -> tuple[DataFile, ...]:
+    """The files with their numbers of rows, as far as the step lists them."""
+    rows = {file["file"]: file["rows"] for file in read}
+    return tuple(DataFile(**file.model_dump(), rows=rows.get(file.uri)) for file in files)
 
 
 def _source_files(
@@ -102,6 +114,7 @@ def _source_files(
     code_version=step_version("ingest_features"),
     partitions_def=PARTITIONS,
     backfill_policy=BACKFILL,
+    pool=RAY_POOL,
 )
 def feature_group(
     context: dg.AssetExecutionContext,
@@ -136,7 +149,19 @@ def feature_group(
         )
         result = compute.run(context, "ingest_features", params, {"rows": raw_csv.rows}, cacheable=False)
         metadata |= {**result.metrics, **as_metadata(result.details), **run_metadata(result)}
-    snapshot = feature_store.offline(name)
+    feature_store.record_dataset(
+        name,
+        DatasetRef(
+            digest=raw_csv.rows.digest,
+            source=raw_csv.source,
+            files=raw_csv.files,
+            rows=raw_csv.rows.rows,
+            rows_rejected=raw_csv.rows_rejected,
+            run_id=raw_csv.run_id,
+            code_version=raw_csv.code_version,
+        ),
+    )
+    snapshot = feature_store.offline(name).model_copy(update={"run_id": context.run.run_id})
     metadata |= artifact_metadata(snapshot.artifact) | {"commit": snapshot.commit, "rows_live": snapshot.artifact.rows}
     metadata["dagster/column_schema"] = column_schema(HOUSING_TABLE)
     return dg.MaterializeResult(

@@ -5,8 +5,10 @@ from typing import Any
 import dagster as dg
 
 from housing_assets.config import SLICES, EvaluationConfig, RegistrationConfig, TunedModelConfig
+from housing_assets.executor import RAY_POOL
 from housing_assets.gate import require_gate_passed
-from housing_assets.metadata import artifact_metadata, run_metadata
+from housing_assets.lineage import lineage_facts
+from housing_assets.metadata import artifact_metadata, run_costs, run_metadata
 from resources.compute.base import ComputeBackend, as_metadata
 from resources.experiments import ExperimentTracker, TrackedSearch
 from resources.model_registry.base import ModelRegistry, ModelVersion
@@ -16,7 +18,7 @@ from step_scripts.contract import Artifact
 from step_scripts.parameters import EvaluateModelParams, TuneModelParams
 
 
-@dg.asset(group_name="model", kinds={"xgboost", "ray"}, code_version=step_version("tune_model"))
+@dg.asset(group_name="model", kinds={"xgboost", "ray"}, code_version=step_version("tune_model"), pool=RAY_POOL)
 def tuned_model(
     context: dg.AssetExecutionContext,
     config: TunedModelConfig,
@@ -60,6 +62,11 @@ def tuned_model(
         metrics=result.metrics,
         parameters=details["best_parameters"],
         request_digest=result.request_digest,
+        run_id=result.run_id or context.run.run_id,
+        code_version=result.code_version,
+        made_at=result.created_at,
+        validation_digest=validation_split.rows.digest,
+        versions=result.versions,
     )
     plots = {
         "learning_curve": to_markdown(learning_curve_plot(details["learning_curve"], HOUSING_TABLE), "learning curve"),
@@ -78,7 +85,7 @@ def tuned_model(
     return dg.MaterializeResult(value=value, metadata=metadata, data_version=dg.DataVersion(model.digest))
 
 
-@dg.asset(group_name="model", kinds={"xgboost", "ray"}, code_version=step_version("evaluate_model"))
+@dg.asset(group_name="model", kinds={"xgboost", "ray"}, code_version=step_version("evaluate_model"), pool=RAY_POOL)
 def evaluation_report(
     context: dg.AssetExecutionContext,
     config: EvaluationConfig,
@@ -114,15 +121,17 @@ def evaluation_report(
         test_digest=test_split.rows.digest,
         metrics=result.metrics,
         rmse_threshold=config.rmse_threshold,
+        run_id=result.run_id or context.run.run_id,
+        code_version=result.code_version,
     )
     details = dict(result.details)
     predictions = details.pop("predictions")
     metadata: dict[str, Any] = {
-        **artifact_metadata(report),
+        "rmse_threshold": config.rmse_threshold,
         **result.metrics,
         **as_metadata(details),
+        **artifact_metadata(report),
         **run_metadata(result),
-        "rmse_threshold": config.rmse_threshold,
         "predicted_against_actual": to_markdown(
             prediction_plot(predictions, HOUSING_TABLE), "predicted against actual"
         ),
@@ -152,15 +161,7 @@ def registered_model(
         tuned_model.model,
         metrics=evaluation_report.metrics,
         gate=evidence,
-        lineage={
-            "run_id": context.run.run_id,
-            "train_digest": train_split.rows.digest,
-            "test_digest": evaluation_report.test_digest,
-            "evaluation_digest": evaluation_report.report.digest,
-            "model_request_digest": tuned_model.request_digest,
-            "code_version": {step: step_version(step) for step in ("tune_model", "evaluate_model")},
-            "parameters": dict(tuned_model.parameters),
-        },
+        lineage=lineage_facts(context.run.run_id, train_split, tuned_model, evaluation_report),
         status="Approved" if config.approval == "automatic" else "PendingManualApproval",
     )
     metadata = {
@@ -171,5 +172,6 @@ def registered_model(
         "rmse_threshold": evidence.threshold,
         "lineage": dg.MetadataValue.json(version.lineage),
         **artifact_metadata(version.artifact),
+        **run_costs(context.instance, context.run.run_id),
     }
     return dg.MaterializeResult(value=version, metadata=metadata, data_version=dg.DataVersion(version.artifact.digest))

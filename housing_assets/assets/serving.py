@@ -4,6 +4,9 @@ import dagster as dg
 
 from housing_assets.config import EndpointConfig
 from housing_assets.gate import refusal, require_not_failed_since
+from housing_assets.lineage import lineage_rows
+from housing_assets.metadata import run_costs
+from resources.compute.base import table
 from resources.endpoints.base import EndpointDeploymentFailed, EndpointHost, EndpointStatus, VersionNotApproved
 from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound
 from resources.references import SplitRef
@@ -49,6 +52,8 @@ def endpoint(
         "model_digest": status.model_digest,
         "smoke_test_rows": len(smoke_test.expected),
     }
+    metadata["lineage"] = table(lineage_rows(version, status, deployed_by=context.run.run_id))
+    metadata |= run_costs(context.instance, context.run.run_id)
     if status.smoke_test:
         metadata |= {
             "median_milliseconds": status.smoke_test.median_ms,

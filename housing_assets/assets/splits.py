@@ -6,6 +6,7 @@ from datetime import datetime
 import dagster as dg
 
 from housing_assets.config import SplitsConfig, settings_of
+from housing_assets.executor import RAY_POOL
 from housing_assets.metadata import artifact_metadata, column_schema, run_metadata
 from resources.compute.base import ComputeBackend, as_metadata
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
@@ -24,6 +25,7 @@ _PURPOSE = {
 @dg.multi_asset(
     name="splits",
     group_name="splits",
+    pool=RAY_POOL,
     outs={
         f"{split}_split": dg.AssetOut(
             description=f"{_PURPOSE[split]} A record's side follows from a hash of its id: it never changes.",
@@ -60,6 +62,7 @@ def splits(
         as_of=snapshot.as_of.isoformat() if snapshot.as_of else None,
     )
     result = compute.run(context, "prepare_splits", params, {"features": snapshot.artifact})
+    read = feature_store.read_by(snapshot.model_copy(update={"run_id": feature_group.run_id}))
     total = sum(result.outputs[split].rows or 0 for split in SPLITS)
     for split in SPLITS:
         rows = result.outputs[split]
@@ -68,6 +71,9 @@ def splits(
             fraction=(rows.rows or 0) / total,
             configured_fraction=getattr(config, f"{split}_size"),
             statistics=result.outputs["statistics"] if split == "train" else None,
+            snapshot=read if split == "train" else None,
+            run_id=result.run_id or context.run.run_id,
+            code_version=result.code_version,
         )
         metadata = {
             "fraction": round(value.fraction, 6),

@@ -5,7 +5,8 @@ import time
 
 import dagster as dg
 
-from resources.endpoints.base import EndpointHost, EndpointStatus
+from housing_assets import watching
+from resources.endpoints.base import PROBE_ID, EndpointHost, EndpointStatus
 from resources.model_registry.base import ModelRegistry
 from resources.references import SplitRef
 
@@ -29,7 +30,7 @@ def serves_offline_predictions(
     milliseconds: list[float] = []
     for row in test.body.splitlines():
         start = time.perf_counter()
-        answer = endpoint_host.invoke(endpoint.name, row.encode(), "text/csv", "text/csv")
+        answer = endpoint_host.invoke(endpoint.name, row.encode(), "text/csv", "text/csv", inference_id=PROBE_ID)
         milliseconds.append((time.perf_counter() - start) * 1000)
         served.append(float(answer))
     errors = [abs(s - e) / max(abs(e), 1.0) for s, e in zip(served, test.expected, strict=True)]
@@ -45,3 +46,22 @@ def serves_offline_predictions(
             "slowest_milliseconds": round(max(milliseconds), 3),
         },
     )
+
+
+@dg.asset_check(asset="endpoint", name=watching.HEALTH_CHECK, blocking=True)
+def endpoint_health(
+    context: dg.AssetCheckExecutionContext, endpoint_host: EndpointHost, model_registry: ModelRegistry
+) -> dg.AssetCheckResult:
+    """The endpoint answers a typical row as its model does, and the version that it serves is approved.
+
+    A warning if another version has been approved since and waits to be deployed.
+    """
+    return watching.health(watching.endpoint_name(context.instance, endpoint_host), endpoint_host, model_registry)
+
+
+@dg.asset_check(asset="endpoint", name=watching.DRIFT_CHECK)
+def prediction_drift(
+    context: dg.AssetCheckExecutionContext, endpoint_host: EndpointHost, model_registry: ModelRegistry
+) -> dg.AssetCheckResult:
+    """Features and predictions of captured requests are distributed as the training data of the served model (PSI)."""
+    return watching.drift(watching.endpoint_name(context.instance, endpoint_host), endpoint_host, model_registry)

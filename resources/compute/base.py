@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import dagster as dg
 from pydantic import Field
 
+from resources.inventory import OwnedItem
 from step_scripts.code_version import step_version
 from step_scripts.contract import Artifact, StepParams, StepRequest, StepResult
 from step_scripts.runner import find_result
@@ -48,6 +50,7 @@ class ComputeBackend(dg.ConfigurableResource, ABC):
             inputs=inputs or {},
             output_root=self.artifact_root,
             code_version=step_version(step),
+            run_id=context.run.run_id,
             not_before=now - timedelta(hours=self.cache_expiry_hours) if reusable else now,
         )
         if reusable and (found := find_result(request)) is not None:
@@ -55,6 +58,14 @@ class ComputeBackend(dg.ConfigurableResource, ABC):
             context.log.info(f"{step}: unchanged; reused the result of {age:.0f} s ago ({request.manifest_uri})")
             return found
         return self._execute(context, request)
+
+    @abstractmethod
+    def inventory(self) -> Sequence[OwnedItem]:
+        """Results of steps, and what is running now."""
+
+    @abstractmethod
+    def remove(self, item: OwnedItem) -> None:
+        """Remove what `inventory` listed; nothing happens if it is gone. Raises `NotOwned` for what is another's."""
 
     @abstractmethod
     def _execute(self, context: dg.AssetExecutionContext, request: StepRequest) -> StepResult:
@@ -90,4 +101,4 @@ def table(rows: list[dict[str, Any]]) -> dg.TableMetadataValue:
         dg.TableRecord({k: v if isinstance(v, str | int | float | bool) else str(v) for k, v in row.items()})
         for row in rows
     ]
-    return dg.MetadataValue.table(records)
+    return dg.MetadataValue.table(records, schema=None if records else dg.TableSchema(columns=[]))

@@ -17,9 +17,10 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import psutil
 from pydantic import Field, PrivateAttr
 
 from resources.compute.base import ComputeBackend, failure_of
+from resources.inventory import NotOwned, OwnedItem, remove_empty, remove_step_results, step_results
 from step_scripts import storage
 from step_scripts.contract import StepRequest, StepResult
 from step_scripts.ray_session import RaySettings
@@ -70,13 +72,38 @@ class _Worker:
             driver = psutil.Process(self.process.pid)
             family = [driver, *driver.children(recursive=True)]
         self.channel.close()  # the driver ends Ray and itself when it sees this
-        _, alive = psutil.wait_procs(family, timeout=_TERMINATION_SECONDS)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(alive, timeout=1.0)
+        _await_end(family)
         self.process.poll()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _await_end(family: Sequence[psutil.Process]) -> None:
+    """Wait for processes that have been told to end; by force where that takes too long."""
+    _, alive = psutil.wait_procs(family, timeout=_TERMINATION_SECONDS)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=1.0)
+
+
+def _end_family(driver: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [driver, *driver.children(recursive=True)]
+        driver.terminate()
+        _await_end(family)
+
+
+def _as_item(driver: psutil.Process, environment: dict[str, str]) -> OwnedItem:
+    started = driver.create_time()
+    return OwnedItem(
+        kind="job",
+        name=f"process {driver.pid}",
+        location=f"process {driver.pid} of {started:.2f}",
+        created_at=datetime.fromtimestamp(started, UTC),
+        run_id=environment.get("HOUSING_RUN_ID"),
+        temporary=True,
+        detail="Ray driver",
+    )
 
 
 class LocalRay(ComputeBackend):
@@ -100,12 +127,41 @@ class LocalRay(ComputeBackend):
         finally:
             self._stop()
 
+    def inventory(self) -> Sequence[OwnedItem]:
+        """See `ComputeBackend.inventory`. What is running now are the driver processes of runs."""
+        running = [_as_item(process, environment) for process, environment in self._drivers()]
+        return [*running, *step_results(self.artifact_root)]
+
+    def remove(self, item: OwnedItem) -> None:
+        """See `ComputeBackend.remove`. A driver process is ended with all that it started."""
+        if item.kind == "job":
+            for process, environment in self._drivers():
+                if _as_item(process, environment).location == item.location:
+                    _end_family(process)
+                    shutil.rmtree(environment["HOUSING_RAY_FOLDER"], ignore_errors=True)
+        elif item.location.startswith(f"{self.artifact_root.rstrip('/')}/"):
+            remove_step_results(self.artifact_root, item.location)
+            remove_empty(self.artifact_root)
+        else:
+            raise NotOwned(f"{item.location} is not below {self.artifact_root}")
+
+    def _drivers(self) -> list[tuple[psutil.Process, dict[str, str]]]:
+        """Driver processes with this backend's artifacts, of whatever run, with their environments."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if "step_scripts.worker" in process.cmdline():
+                    environment = process.environ()
+                    if environment.get("HOUSING_ARTIFACTS") == self.artifact_root:
+                        found.append((process, environment))
+        return found
+
     def _stop(self) -> None:
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.stop()
 
-    def _start(self) -> _Worker:
+    def _start(self, run_id: str) -> _Worker:
         ours, theirs = socket.socketpair()
         # Short, because Ray puts sockets below it: a socket's path is limited to 107 bytes.
         parent = "/tmp" if Path("/tmp").is_dir() else None
@@ -118,6 +174,9 @@ class LocalRay(ComputeBackend):
             "HOUSING_RAY_FOLDER": str(folder),
             "TMPDIR": str(folder),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # By these an abandoned process is found.
+            "HOUSING_ARTIFACTS": self.artifact_root,
+            "HOUSING_RUN_ID": run_id,
         }
         environment.pop("RAY_ADDRESS", None)
         with theirs:
@@ -134,7 +193,7 @@ class LocalRay(ComputeBackend):
         attempt = uuid.uuid4().hex[:12]
         try:
             if self._worker is None:
-                self._worker = self._start()
+                self._worker = self._start(context.run.run_id)
             with dg.open_pipes_session(
                 context=context,
                 context_injector=dg.PipesTempFileContextInjector(),

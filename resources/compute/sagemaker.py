@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
+from collections.abc import Sequence
 from typing import Any, Self
 
 import dagster as dg
 from pydantic import Field, PrivateAttr, model_validator
 
 from resources.compute.base import ComputeBackend, failure_of
+from resources.inventory import NotOwned, OwnedItem, files_at, remove_step_results, remove_tree, step_results
 from resources.sagemaker.aws_calls import AwsCaller
 from resources.sagemaker.code_package import BOOTSTRAP, code_package
 from resources.sagemaker.image import job_image
 from resources.sagemaker.job_failures import JobFailure
 from resources.sagemaker.job_files import JobInputs
+from resources.sagemaker.job_inventory import JobInventory
 from resources.sagemaker.job_kinds import PROCESSING, TRAINING, TUNING
 from resources.sagemaker.job_names import digest_of, request_digest
 from resources.sagemaker.job_polling import JobPolling
@@ -184,6 +188,31 @@ class SageMakerCompute(ComputeBackend):
         return PROCESSING.create_operation, processing_request(
             config, image=image, entrypoint=entrypoint, inputs=inputs
         )
+
+    def inventory(self) -> Sequence[OwnedItem]:
+        """See `ComputeBackend.inventory`. Jobs in progress; files of jobs, code and checkpoints below `job_root`."""
+        from step_scripts.s3_objects import list_folders
+
+        ours = re.compile(rf"code|checkpoints|{re.escape(self.name_prefix)}-.+|tune-[0-9a-f]+-[0-9a-f]+(-[0-9]+)?")
+        folders = [name for name in sorted(list_folders(self.job_root)) if ours.fullmatch(name)]
+        files = [item for name in folders for item in files_at(f"{self.job_root}/{name}", f"files of job {name}")]
+        return [*self._jobs.items(), *step_results(self.artifact_root), *files]
+
+    def remove(self, item: OwnedItem) -> None:
+        """See `ComputeBackend.remove`. A job is stopped, and its end waited for."""
+        if item.kind == "job":
+            self._jobs.remove(item)
+        elif item.location.startswith(f"{self.job_root}/"):
+            remove_tree(item.location)
+        elif item.location.startswith(f"{self.artifact_root.rstrip('/')}/"):
+            remove_step_results(self.artifact_root, item.location)
+        else:
+            raise NotOwned(f"{item.location} is neither below {self.job_root} nor below {self.artifact_root}")
+
+    @property
+    def _jobs(self) -> JobInventory:
+        call = AwsCaller(self.patience_seconds, warn=dg.get_dagster_logger().warning)
+        return JobInventory(self.client.client("sagemaker"), self.client.client("s3"), call, self.job_root)
 
     def _execute(self, context: dg.AssetExecutionContext, request: StepRequest) -> StepResult:
         client = self.client

@@ -8,13 +8,21 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from resources.inventory import OwnedItem
 from resources.model_registry.base import ModelVersion
+from step_scripts.deployment import CaptureCounts
+from step_scripts.table import TableSpec
 
+if TYPE_CHECKING:
+    from step_scripts.captured_requests import CapturedRows
+
+# The inference id of this project's own test requests: they are not part of the traffic that is watched.
+PROBE_ID = "housing-assets-probe"
 _SINGLE_REQUESTS = 20
 
 
@@ -148,6 +156,7 @@ class EndpointStatus(BaseModel):
     deployed_at: datetime
     previous_version: str | None = None
     smoke_test: SmokeTestResult | None = Field(default=None, description="Of this deployment; not kept.")
+    captured: CaptureCounts | None = Field(default=None, description="Captured requests, where the server counts them.")
 
 
 def require_approved(version: ModelVersion) -> None:
@@ -179,8 +188,20 @@ class EndpointHost(dg.ConfigurableResource, ABC):
         """What the endpoint serves, or None if there is no such endpoint."""
 
     @abstractmethod
-    def invoke(self, name: str, body: bytes, content_type: str, accept: str = "*/*") -> bytes:
-        """The answer to one request. Raises `EndpointNotFound`, `InvocationFailed`."""
+    def invoke(
+        self, name: str, body: bytes, content_type: str, accept: str = "*/*", inference_id: str | None = None
+    ) -> bytes:
+        """The answer to one request. Raises `EndpointNotFound`, `InvocationFailed`.
+
+        `inference_id` is captured with the request; `PROBE_ID` keeps it out of `captured`.
+        """
+
+    @abstractmethod
+    def captured(self, name: str, table: TableSpec, since: datetime, limit: int) -> CapturedRows | None:
+        """Raw features and predictions of at most `limit` rows, of the latest captured requests since that time.
+
+        None: there is no such endpoint, or its requests are not captured.
+        """
 
     @abstractmethod
     def delete(self, name: str) -> None:
@@ -189,3 +210,11 @@ class EndpointHost(dg.ConfigurableResource, ABC):
     @abstractmethod
     def list(self) -> Sequence[EndpointStatus]:
         """All endpoints of this host, by name."""
+
+    @abstractmethod
+    def inventory(self) -> Sequence[OwnedItem]:
+        """All endpoints of this host, and what they are made of."""
+
+    @abstractmethod
+    def remove(self, item: OwnedItem) -> None:
+        """Remove what `inventory` listed; nothing happens if it is gone. Raises `NotOwned` for what is another's."""

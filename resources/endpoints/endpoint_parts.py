@@ -52,7 +52,7 @@ class EndpointParts:
 
     def find(self, name: str) -> FoundEndpoint | None:
         """The endpoint, whoever created it; None if there is none."""
-        described = self._if_there(self.client.describe_endpoint, EndpointName=name)
+        described = self.if_there(self.client.describe_endpoint, EndpointName=name)
         if described is None:
             return None
         tags = tags_of(self.client, self.call, described["EndpointArn"])
@@ -145,7 +145,7 @@ class EndpointParts:
         found = self.settled(name, seconds, log)
         if found is None:
             return
-        self._if_there(self.client.delete_endpoint, EndpointName=name)
+        self.if_there(self.client.delete_endpoint, EndpointName=name)
         self.settled(name, seconds, log)
 
     def remove_parts(self, endpoint: str, keep_configs: set[str], *, candidates: bool = False) -> list[str]:
@@ -167,17 +167,17 @@ class EndpointParts:
         for name, arn in self._listed(self.client.list_models, "Model", endpoint):
             tags = tags_of(self.client, self.call, arn)
             if name not in needed and is_ours(tags) and tags.get(ENDPOINT_TAG) == endpoint:
-                self._if_there(self.client.delete_model, ModelName=name)
+                self.if_there(self.client.delete_model, ModelName=name)
                 removed.append(name)
         return removed
 
     def remove_config(self, name: str) -> None:
         """Remove a configuration, which must be this project's."""
-        self._if_there(self.client.delete_endpoint_config, EndpointConfigName=name)
+        self.if_there(self.client.delete_endpoint_config, EndpointConfigName=name)
 
     def models_of(self, config: str) -> set[str]:
         """Names of the models that a configuration serves."""
-        found = self._if_there(self.client.describe_endpoint_config, EndpointConfigName=config) or {}
+        found = self.if_there(self.client.describe_endpoint_config, EndpointConfigName=config) or {}
         return {variant["ModelName"] for variant in found.get("ProductionVariants", []) if "ModelName" in variant}
 
     def log_tail(self, name: str, since: datetime) -> str:
@@ -221,7 +221,7 @@ class EndpointParts:
 
     def config_tags(self, config: str) -> dict[str, str]:
         """Tags of a configuration; none if it does not exist."""
-        found = self._if_there(self.client.describe_endpoint_config, EndpointConfigName=config)
+        found = self.if_there(self.client.describe_endpoint_config, EndpointConfigName=config)
         return tags_of(self.client, self.call, found["EndpointConfigArn"]) if found else {}
 
     def _listed(self, function: Callable[..., Any], kind: str, endpoint: str) -> Iterator[tuple[str, str]]:
@@ -230,7 +230,8 @@ class EndpointParts:
         for item in list(found):  # before anything is removed, which would shift the pages
             yield item[f"{kind}Name"], item[f"{kind}Arn"]
 
-    def _if_there(self, function: Callable[..., Any], **params: Any) -> dict[str, Any] | None:
+    def if_there(self, function: Callable[..., Any], **params: Any) -> dict[str, Any] | None:
+        """The answer to a call; None if what it names is not there."""
         from botocore.exceptions import ClientError
 
         try:

@@ -19,6 +19,7 @@ from resources.sagemaker.ownership import owned
 from resources.sagemaker.serving_container import DIGEST_VARIABLE, VERSION_VARIABLE
 
 VARIANT = "AllTraffic"
+CAPTURED = "captured"  # folder of captured requests below the host's root
 # Tags: the endpoint that something was created for, what it is there, and what it holds.
 ENDPOINT_TAG = "housing-assets:endpoint"
 ROLE_TAG = "housing-assets:role"
@@ -184,7 +185,7 @@ def capture_request(capture: DataCapture, root: str) -> dict[str, Any]:
     return {
         "EnableCapture": True,
         "InitialSamplingPercentage": capture.sampling_percentage,
-        "DestinationS3Uri": capture.uri or f"{root.rstrip('/')}/captured",
+        "DestinationS3Uri": capture.uri or f"{root.rstrip('/')}/{CAPTURED}",
         "CaptureOptions": [{"CaptureMode": "Input"}, {"CaptureMode": "Output"}],
         "CaptureContentTypeHeader": {
             "CsvContentTypes": ["text/csv"],

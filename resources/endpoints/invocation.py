@@ -12,12 +12,23 @@ MAX_BODY_BYTES = 6_291_456
 _SHOWN = 2000
 
 
-def send(client: Any, call: Callable[..., Any], name: str, body: bytes, content_type: str, accept: str) -> bytes:
+def send(
+    client: Any,
+    call: Callable[..., Any],
+    name: str,
+    body: bytes,
+    content_type: str,
+    accept: str,
+    inference_id: str | None,
+) -> bytes:
     """The answer of the endpoint. Raises `EndpointNotFound`, or `InvocationFailed` with the container's answer."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
-        answer = call(client.invoke_endpoint, EndpointName=name, Body=body, ContentType=content_type, Accept=accept)
+        given: dict[str, Any] = {"EndpointName": name, "Body": body, "ContentType": content_type, "Accept": accept}
+        if inference_id:
+            given["InferenceId"] = inference_id
+        answer = call(client.invoke_endpoint, **given)
         return answer["Body"].read()
     except ClientError as error:
         text = error_message(error)

@@ -15,10 +15,13 @@ import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import dagster as dg
 from pydantic import Field
 
 from resources.endpoints.base import (
+    PROBE_ID,
     DeploymentLog,
     EndpointDeploymentFailed,
     EndpointHost,
@@ -35,28 +38,45 @@ from resources.endpoints.server_process import (
     ServerUnreachable,
     ask_to_reload,
     candidate,
+    end_processes,
     end_server,
     find_server,
     log_tail,
     ping,
     post,
     start_detached,
+    stray_servers,
     wait_until_serving,
 )
 from resources.file_lock import file_lock
+from resources.inventory import NotOwned, OwnedItem
 from resources.model_registry.base import ModelVersion
 from step_scripts.deployment import (
+    CAPTURE_FOLDER,
     DEPLOYMENT_FILE,
+    CaptureCounts,
+    CaptureSettings,
     DamagedArtifactError,
     DeploymentRecord,
     ServerRecord,
     verify_artifact,
 )
+from step_scripts.table import TableSpec
+
+if TYPE_CHECKING:
+    from step_scripts.captured_requests import CapturedRows
 
 PREFERRED_PORT = 8080
 _NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 _HOST = "127.0.0.1"
 _FAILURES = (ServerUnreachable, SmokeTestFailed, InvocationFailed, DamagedArtifactError, TimeoutError)
+
+
+class LocalDataCapture(dg.Config):
+    """Requests and answers, kept in the endpoint's folder in SageMaker's form."""
+
+    sampling_percentage: float = Field(default=100.0, gt=0, le=100, description="Share of the requests, percent.")
+    megabytes: float = Field(default=100.0, gt=0, description="Bound of all files; the oldest make room.")
 
 
 class LocalEndpointHost(EndpointHost):
@@ -69,6 +89,7 @@ class LocalEndpointHost(EndpointHost):
         le=65535,
         description=f"Port to serve on. Empty: {PREFERRED_PORT}, or any free one where that is in use.",
     )
+    data_capture: LocalDataCapture | None = Field(default=None, description="Keep requests and answers. Empty: no.")
     start_timeout_seconds: float = Field(default=60.0, gt=0, description="How long a server may take to start.")
     swap_timeout_seconds: float = Field(default=60.0, gt=0, description="How long a change of model may take.")
     stop_timeout_seconds: float = Field(default=30.0, gt=0, description="After that a server is ended by force.")
@@ -111,17 +132,30 @@ class LocalEndpointHost(EndpointHost):
             started_at=server.started_at if server else None,
             deployed_at=record.deployed_at,
             previous_version=record.previous_version,
+            captured=CaptureCounts(**served["captured"]) if served and "captured" in served else None,
         )
 
-    def invoke(self, name: str, body: bytes, content_type: str, accept: str = "*/*") -> bytes:
+    def invoke(
+        self, name: str, body: bytes, content_type: str, accept: str = "*/*", inference_id: str | None = None
+    ) -> bytes:
         """See `EndpointHost.invoke`."""
         if (server := find_server(self._folder(name))) is None:
             known = ", ".join(s.name for s in self.list() if s.state == "InService") or "none"
             raise EndpointNotFound(f"endpoint {name} is not served; served are: {known} (in {self.root})")
         try:
-            return _invoke(server, name, body, content_type, accept)
+            return _invoke(server, name, body, content_type, accept, inference_id)
         except ServerUnreachable as error:
             raise InvocationFailed(str(error), status=503, body=b"") from error
+
+    def captured(self, name: str, table: TableSpec, since: datetime, limit: int) -> CapturedRows | None:
+        """See `EndpointHost.captured`."""
+        from step_scripts.captured_requests import read_captured
+
+        folder = self._folder(name)
+        record = read_deployment(folder)
+        if record is None or record.capture is None:
+            return None
+        return read_captured(str(folder / CAPTURE_FOLDER), table, since, limit, without=PROBE_ID)
 
     def delete(self, name: str) -> None:
         """See `EndpointHost.delete`."""
@@ -140,6 +174,46 @@ class LocalEndpointHost(EndpointHost):
         root = Path(self.root)
         names = sorted(p.name for p in root.iterdir() if _NAME.fullmatch(p.name)) if root.is_dir() else []
         return [status for name in names if (status := self.describe(name)) is not None]
+
+    def inventory(self) -> Sequence[OwnedItem]:
+        """See `EndpointHost.inventory`; with servers whose state folder is gone."""
+        items = [
+            OwnedItem(
+                kind="endpoint",
+                name=status.name,
+                location=str(self._folder(status.name)),
+                created_at=status.deployed_at,
+                detail=f"{status.state}, {status.version}" + (f", process {status.pid}" if status.pid else ""),
+            )
+            for status in self.list()
+        ]
+        known = {item.name for item in items}
+        for name, process in stray_servers(Path(self.root).absolute()):
+            if name in known or not _NAME.fullmatch(name):
+                continue
+            started = datetime.fromtimestamp(process.create_time(), UTC)
+            detail = f"process {process.pid} serves it, and its folder is gone"
+            items.append(
+                OwnedItem(
+                    kind="endpoint",
+                    name=name,
+                    location=str(self._folder(name)),
+                    created_at=started,
+                    temporary=True,
+                    detail=detail,
+                )
+            )
+        return items
+
+    def remove(self, item: OwnedItem) -> None:
+        """See `EndpointHost.remove`. Ends the serving process."""
+        if item.kind != "endpoint" or item.location != str(self._folder(item.name)):
+            raise NotOwned(f"{item.location} is no endpoint of this host ({self.root})")
+        if not item.temporary:
+            self.delete(item.name)
+        for name, process in stray_servers(Path(self.root).absolute()):
+            if name == item.name:
+                end_processes([process])
 
     def _folder(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
@@ -160,7 +234,8 @@ class LocalEndpointHost(EndpointHost):
             log.warning(f"The server of endpoint {name} (process {server.pid}) does not answer: it is replaced.")
         elif current and not server:
             log.warning(f"The server of endpoint {name} has ended since {current.version} was deployed.")
-        if server and served and self._serves(served, server, version):
+        captures = current is not None and current.capture == self._capture
+        if server and served and captures and self._serves(served, server, version):
             log.info(f"Endpoint {name} serves {version.reference} already.")
             return self._status(name, _smoke(server, name, smoke_test))
         record = self._record(name, version, current, server)
@@ -202,7 +277,12 @@ class LocalEndpointHost(EndpointHost):
             port_is_required=self.port is not None,
             deployed_at=datetime.now(UTC),
             previous_version=previous,
+            capture=self._capture,
         )
+
+    @property
+    def _capture(self) -> CaptureSettings | None:
+        return CaptureSettings(**self.data_capture.model_dump()) if self.data_capture else None
 
     def _prove(self, folder: Path, record: DeploymentRecord, smoke_test: SmokeTest, log: DeploymentLog) -> None:
         """Run the smoke test on a server of its own, which nobody else knows of."""
@@ -211,7 +291,7 @@ class LocalEndpointHost(EndpointHost):
         trial = folder / f".candidate-{record.deployment_id}"
         trial.mkdir()
         try:
-            unlisted = record.model_copy(update={"port": 0, "port_is_required": False})
+            unlisted = record.model_copy(update={"port": 0, "port_is_required": False, "capture": None})
             unlisted.write(trial / DEPLOYMENT_FILE)
             try:
                 with candidate(trial, self.start_timeout_seconds) as server:
@@ -253,8 +333,10 @@ def _require_free(host: str, port: int, name: str) -> None:
             ) from error
 
 
-def _invoke(server: ServerRecord, name: str, body: bytes, content_type: str, accept: str) -> bytes:
-    status, answer = post(server, f"/endpoints/{name}/invocations", body, content_type, accept)
+def _invoke(
+    server: ServerRecord, name: str, body: bytes, content_type: str, accept: str, inference_id: str | None
+) -> bytes:
+    status, answer = post(server, f"/endpoints/{name}/invocations", body, content_type, accept, inference_id)
     if status != 200:
         text = answer.decode(errors="replace")[:2000]
         raise InvocationFailed(f"endpoint {name} answered {status}: {text}", status=status, body=answer)
@@ -263,7 +345,7 @@ def _invoke(server: ServerRecord, name: str, body: bytes, content_type: str, acc
 
 def _smoke(server: ServerRecord, name: str, smoke_test: SmokeTest) -> SmokeTestResult:
     def predict(body: str) -> Sequence[float]:
-        answer = _invoke(server, name, body.encode(), "text/csv", "text/csv")
+        answer = _invoke(server, name, body.encode(), "text/csv", "text/csv", PROBE_ID)
         return [float(line) for line in answer.split()]
 
     return smoke_test.run(predict)

@@ -13,12 +13,13 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import dagster as dg
 from pydantic import Field, PrivateAttr, model_validator
 
 from resources.endpoints.base import (
+    PROBE_ID,
     DeploymentLog,
     EndpointDeploymentFailed,
     EndpointHost,
@@ -30,8 +31,10 @@ from resources.endpoints.base import (
     SmokeTestResult,
     require_approved,
 )
+from resources.endpoints.endpoint_inventory import EndpointInventory
 from resources.endpoints.endpoint_parts import BROKEN, EndpointParts, FoundEndpoint
 from resources.endpoints.endpoint_requests import (
+    CAPTURED,
     DEPLOYED_TAG,
     DIGEST_TAG,
     PREVIOUS_VERSION_TAG,
@@ -45,11 +48,17 @@ from resources.endpoints.endpoint_requests import (
 )
 from resources.endpoints.invocation import MAX_BODY_BYTES, send
 from resources.endpoints.rollout import Rollout, RolloutPlan, remove_candidates
+from resources.inventory import OwnedItem, files_at, remove_tree
 from resources.model_registry.base import ModelVersion
 from resources.sagemaker.aws_calls import AwsCaller, aws_client, error_message
 from resources.sagemaker.model_packages import ModelPackages
-from resources.sagemaker.ownership import is_ours
+from resources.sagemaker.ownership import is_ours, root_tags
 from resources.sagemaker.request_validation import check_request
+from step_scripts import storage
+from step_scripts.table import TableSpec
+
+if TYPE_CHECKING:
+    from step_scripts.captured_requests import CapturedRows
 
 _NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 _KNOWN_SECONDS = 60.0  # how long an endpoint that was found to be this project's is taken for that
@@ -144,7 +153,8 @@ class SageMakerEndpointHost(EndpointHost):
         parts = self._parts(log)
 
         def predict_with(endpoint: str, body: str) -> Sequence[float]:
-            return [float(line) for line in self._send(endpoint, body.encode(), "text/csv", "text/csv").split()]
+            answer = self._send(endpoint, body.encode(), "text/csv", "text/csv", PROBE_ID)
+            return [float(line) for line in answer.split()]
 
         def smoke(endpoint: str) -> SmokeTestResult:
             return smoke_test.run(lambda body: predict_with(endpoint, body))
@@ -174,7 +184,9 @@ class SageMakerEndpointHost(EndpointHost):
         found = self._parts().find_ours(name)
         return self._status(name, found) if found else None
 
-    def invoke(self, name: str, body: bytes, content_type: str, accept: str = "*/*") -> bytes:
+    def invoke(
+        self, name: str, body: bytes, content_type: str, accept: str = "*/*", inference_id: str | None = None
+    ) -> bytes:
         """See `EndpointHost.invoke`. Bodies may have at most 6,291,456 bytes; that is SageMaker's limit."""
         if len(body) > MAX_BODY_BYTES:
             raise InvocationFailed(
@@ -188,10 +200,21 @@ class SageMakerEndpointHost(EndpointHost):
                 raise EndpointNotFound(self._missing(name))
             self._known[name] = time.monotonic() + _KNOWN_SECONDS
         try:
-            return self._send(name, body, content_type, accept)
+            return self._send(name, body, content_type, accept, inference_id)
         except EndpointNotFound:
             self._known.pop(name, None)
             raise EndpointNotFound(self._missing(name)) from None
+
+    def captured(self, name: str, table: TableSpec, since: datetime, limit: int) -> CapturedRows | None:
+        """See `EndpointHost.captured`. SageMaker writes requests with a delay of minutes."""
+        from step_scripts.captured_requests import read_captured
+
+        found = self._parts().find_ours(name)
+        capture = found.description.get("DataCaptureConfig", {}) if found else {}
+        if not capture.get("EnableCapture"):
+            return None
+        uri = storage.join(capture["DestinationS3Uri"], name)
+        return read_captured(uri, table, since, limit, without=PROBE_ID)
 
     def delete(self, name: str) -> None:
         """See `EndpointHost.delete`. With it go its candidates, configurations and models; its log stays.
@@ -214,6 +237,27 @@ class SageMakerEndpointHost(EndpointHost):
         found = [(name, parts.find_ours(name)) for name in parts.names()]
         return [self._status(name, endpoint) for name, endpoint in found if endpoint]
 
+    def inventory(self) -> Sequence[OwnedItem]:
+        """See `EndpointHost.inventory`. With candidates, configurations, models and captured requests; not the logs."""
+        captured = files_at(f"{self.root.rstrip('/')}/{CAPTURED}", "captured requests")
+        return [*self._inventory.items(), *captured]
+
+    def remove(self, item: OwnedItem) -> None:
+        """See `EndpointHost.remove`."""
+        if item.kind == "files":
+            remove_tree(item.location)
+            return
+        self._known.pop(item.name, None)
+        self._inventory.remove(item, logger)
+
+    @property
+    def _inventory(self) -> EndpointInventory:
+        return EndpointInventory(self._parts(), self.root, self.update_timeout_seconds)
+
+    @property
+    def _tags(self) -> dict[str, str]:
+        return {**root_tags(self.root), **self.tags}
+
     def _plan(self, name: str, version: ModelVersion) -> RolloutPlan:
         model = model_request(
             name,
@@ -223,7 +267,7 @@ class SageMakerEndpointHost(EndpointHost):
             environment=self.environment,
             vpc=self._vpc,
             network_isolation=self.network_isolation,
-            tags=self.tags,
+            tags=self._tags,
         )
 
         def config(model_name: str, candidate: bool) -> dict[str, Any]:
@@ -234,14 +278,14 @@ class SageMakerEndpointHost(EndpointHost):
                 capture=capture_request(self.data_capture, self.root) if self.data_capture else None,
                 kms_key=self.kms_key,
                 candidate=candidate,
-                tags=self.tags,
+                tags=self._tags,
             )
 
         return RolloutPlan(
             model=model,
             config=config,
             deployment=None if self.serverless else self.traffic.request(),
-            tags=self.tags,
+            tags=self._tags,
             prove_on_candidate=self.prove_on_candidate,
             start_seconds=self.start_timeout_seconds,
             update_seconds=self.update_timeout_seconds + self.traffic.seconds,
@@ -301,9 +345,9 @@ class SageMakerEndpointHost(EndpointHost):
         names = ", ".join(status.name for status in self.list())
         return f"{name} is not served; served are: {names or 'none'}"
 
-    def _send(self, name: str, body: bytes, content_type: str, accept: str) -> bytes:
+    def _send(self, name: str, body: bytes, content_type: str, accept: str, inference_id: str | None) -> bytes:
         call = AwsCaller(self.invocation_patience_seconds, warn=logger.warning)
-        return send(self._client("sagemaker-runtime"), call, name, body, content_type, accept)
+        return send(self._client("sagemaker-runtime"), call, name, body, content_type, accept, inference_id)
 
 
 def _check_name(name: str) -> None:

@@ -151,6 +151,32 @@ def _signal(server: ServerRecord, folder: Path, number: signal.Signals) -> None:
         process.send_signal(number)  # psutil compares the creation time once more
 
 
+def stray_servers(root: Path) -> list[tuple[str, psutil.Process]]:
+    """Serving processes of endpoints directly below `root` whose deployment file is gone, with the endpoints' names."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            command = process.cmdline()
+            if "step_scripts.serve_model" not in command or "--deployment" not in command[:-1]:
+                continue
+            file = Path(command[command.index("--deployment") + 1])
+            if file.parent.parent == root and not file.exists() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append((file.parent.name, process))
+    return found
+
+
+def end_processes(processes: list[psutil.Process], seconds: float = 10.0) -> None:
+    """End processes in order, or by force after `seconds`. Those that have ended do not matter."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=5.0)
+
+
 def ping(server: ServerRecord) -> dict[str, Any] | None:
     """What the server says it serves; None if it does not answer, or is still loading."""
     try:
@@ -160,9 +186,13 @@ def ping(server: ServerRecord) -> dict[str, Any] | None:
         return None
 
 
-def post(server: ServerRecord, path: str, body: bytes, content_type: str, accept: str) -> tuple[int, bytes]:
+def post(
+    server: ServerRecord, path: str, body: bytes, content_type: str, accept: str, inference_id: str | None
+) -> tuple[int, bytes]:
     """Status and body of the answer. Raises `ServerUnreachable`."""
     headers = {"Content-Type": content_type, "Accept": accept}
+    if inference_id:
+        headers["X-Amzn-SageMaker-Inference-Id"] = inference_id
     try:
         return _request(server, "POST", path, body, headers, _REQUEST_SECONDS)
     except (OSError, http.client.HTTPException) as error:

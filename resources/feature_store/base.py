@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 from pydantic import Field
 
-from resources.references import Reference
+from resources.inventory import OwnedItem
+from resources.references import DatasetRef, Reference, SnapshotRef
+from step_scripts import storage
 from step_scripts.contract import Artifact
 from step_scripts.table import TableSpec
 
 if TYPE_CHECKING:
-    from step_scripts.offline_store import Snapshot
+    from step_scripts.offline_store import OfflineStore, Snapshot
 
 
 class OfflineSnapshot(Reference):
@@ -30,6 +33,7 @@ class OfflineSnapshot(Reference):
     deduplicate: bool
     as_of: datetime | None = None
     commit: int = Field(description="Number of the group's latest commit.")
+    run_id: str | None = Field(default=None, description="The run that ingested last.")
 
     @classmethod
     def of(cls, group: str, snapshot: Snapshot) -> OfflineSnapshot:
@@ -75,3 +79,60 @@ class FeatureStore(dg.ConfigurableResource, ABC):
     @abstractmethod
     def describe(self, name: str) -> dict[str, Any]:
         """Facts about the group, as plain data."""
+
+    @abstractmethod
+    def inventory(self) -> Sequence[OwnedItem]:
+        """All feature groups of this store."""
+
+    @abstractmethod
+    def remove(self, item: OwnedItem) -> None:
+        """Remove what `inventory` listed; nothing happens if it is gone. Raises `NotOwned` for what is another's."""
+
+    @abstractmethod
+    def _store(self) -> OfflineStore:
+        """The files of the groups."""
+
+    def record_dataset(self, name: str, dataset: DatasetRef) -> None:
+        """Keep, beside the group, which files a dataset came from. The first record of a dataset stays."""
+        uri = self._dataset_uri(name, dataset.digest)
+        if not storage.exists(uri):
+            storage.write_bytes(uri, dataset.model_dump_json(indent=2).encode())
+
+    def read_by(self, snapshot: OfflineSnapshot) -> SnapshotRef:
+        """What a snapshot is made of: the datasets whose records it holds, as far as they were recorded."""
+        commits = [c for c in self._store().commits(snapshot.group, snapshot.commit) if c.dataset_digest is not None]
+        mirrors = [index for index, commit in enumerate(commits) if commit.mirrors]
+        if mirrors and snapshot.as_of is None:
+            commits = commits[mirrors[-1] :]  # the records of earlier datasets are gone, or are its own
+        datasets = {}
+        for commit in commits:
+            assert commit.dataset_digest is not None
+            try:
+                data = storage.read_bytes(self._dataset_uri(snapshot.group, commit.dataset_digest))
+                found = DatasetRef.model_validate_json(data)
+            except FileNotFoundError:
+                found = DatasetRef(digest=commit.dataset_digest)
+            at = {"commit": commit.number, "ingested_at": commit.created_at}
+            datasets[commit.dataset_digest] = found.model_copy(update=at)
+        return SnapshotRef(
+            group=snapshot.group,
+            commit=snapshot.commit,
+            digest=snapshot.artifact.digest,
+            as_of=snapshot.as_of,
+            run_id=snapshot.run_id,
+            datasets=tuple(datasets.values()),
+        )
+
+    def _dataset_uri(self, name: str, digest: str) -> str:
+        return storage.join(self._store().folder(name).uri, "_datasets", f"{digest}.json")
+
+
+def group_item(facts: dict[str, Any], arn: str | None = None) -> OwnedItem:
+    """A group as `describe` knows it, as an item of the inventory."""
+    return OwnedItem(
+        kind="feature_group",
+        name=facts["name"],
+        location=arn or facts["path"],
+        created_at=datetime.fromisoformat(facts["created_at"]),
+        detail=f"{facts['live_rows']:,} records, {facts['bytes'] / 1e6:,.1f} MB",
+    )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from resources.feature_store.base import FeatureStore, OfflineSnapshot
+from resources.feature_store.base import FeatureStore, OfflineSnapshot, group_item
+from resources.inventory import NotOwned, OwnedItem
 from step_scripts.contract import Artifact
 from step_scripts.table import TableSpec
 
@@ -49,6 +51,20 @@ class LocalFeatureStore(FeatureStore):
     def describe(self, name: str) -> dict[str, Any]:
         """Schema, size, span of event times, number of commits."""
         return self._store().describe(name)
+
+    def inventory(self) -> Sequence[OwnedItem]:
+        """See `FeatureStore.inventory`."""
+        store = self._store()
+        return [group_item(store.describe(name)) for name in store.groups()]
+
+    def remove(self, item: OwnedItem) -> None:
+        """See `FeatureStore.remove`."""
+        store = self._store()
+        folder = store.folder(item.name)
+        if item.kind != "feature_group" or item.location != folder.uri:
+            raise NotOwned(f"{item.location} is no feature group of this store ({self.root})")
+        if folder.info() is not None:
+            store.delete_group(item.name)
 
     def _store(self) -> OfflineStore:
         from step_scripts.offline_store import OfflineStore

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 from pydantic import Field, PrivateAttr, field_validator
 
-from resources.feature_store.base import FeatureStore, OfflineSnapshot
+from resources.feature_store.base import FeatureStore, OfflineSnapshot, group_item
 from resources.feature_store.feature_groups import FeatureGroups
+from resources.inventory import NotOwned, OwnedItem
 from resources.sagemaker.aws_calls import AwsCaller, aws_client
-from resources.sagemaker.ownership import is_absent, owned
+from resources.sagemaker.ownership import belongs_to, is_absent, owned, pages, root_tags, tags_of
 from resources.sagemaker.request_validation import InvalidJobRequest, check_request
 from step_scripts import storage
 from step_scripts.contract import Artifact, StepError
@@ -172,6 +173,48 @@ class SageMakerFeatureStore(FeatureStore):
         }
         return self._store().describe(name) | facts
 
+    def inventory(self) -> Sequence[OwnedItem]:
+        """See `FeatureStore.inventory`. Groups below `root`, also those that only SageMaker or only S3 still has."""
+        store, groups, call = self._store(), self._groups(), self._call
+        described = {name: groups.describe(name) for name in store.groups()}
+        for found in list(pages(call, groups.client.list_feature_groups, "FeatureGroupSummaries", MaxResults=100)):
+            name = found["FeatureGroupName"]
+            if name not in described and belongs_to(tags_of(groups.client, call, found["FeatureGroupArn"]), self.root):
+                described[name] = groups.describe(name)
+        items = []
+        for name, group in sorted(described.items()):
+            here = group is not None and self._is_here(name, group)
+            arn = group["FeatureGroupArn"] if group and here else None
+            if store.folder(name).info() is not None:
+                items.append(group_item(store.describe(name), arn))
+            elif group and arn:
+                items.append(
+                    OwnedItem(
+                        kind="feature_group",
+                        name=name,
+                        location=arn,
+                        created_at=group["CreationTime"],
+                        detail=group["FeatureGroupStatus"],
+                    )
+                )
+        return items
+
+    def remove(self, item: OwnedItem) -> None:
+        """See `FeatureStore.remove`."""
+        if item.kind != "feature_group":
+            raise NotOwned(f"{item.location} is no feature group")
+        try:
+            self.delete_group(item.name)
+        except StepError as error:
+            described = self._groups().describe(item.name)
+            if described is not None and not self._is_here(item.name, described):
+                raise NotOwned(str(error)) from error
+            raise
+
+    def _is_here(self, name: str, described: Mapping[str, Any]) -> bool:
+        place = described.get("OfflineStoreConfig", {}).get("S3StorageConfig", {}).get("S3Uri", "")
+        return place.rstrip("/") == storage.join(self.root, name)
+
     def _store(self) -> OfflineStore:
         from step_scripts.offline_store import OfflineStore
 
@@ -212,7 +255,7 @@ class SageMakerFeatureStore(FeatureStore):
             "FeatureDefinitions": [{"FeatureName": n, "FeatureType": kind} for n, kind in types.items()],
             "OfflineStoreConfig": {"S3StorageConfig": place, "DisableGlueTableCreation": True},
             "RoleArn": self.role_arn,
-            "Tags": owned(self.tags),
+            "Tags": owned(root_tags(self.root), self.tags),
         }
         if self.online_store:
             security = {"SecurityConfig": {"KmsKeyId": self.online_kms_key_id}} if self.online_kms_key_id else {}
@@ -221,8 +264,8 @@ class SageMakerFeatureStore(FeatureStore):
 
     def _check_place(self, name: str, described: Mapping[str, Any], *, check_stores: bool = True) -> None:
         """Raise `StepError` for a group that is not this store's."""
-        place = described.get("OfflineStoreConfig", {}).get("S3StorageConfig", {}).get("S3Uri", "")
-        if place.rstrip("/") != storage.join(self.root, name):
+        if not self._is_here(name, described):
+            place = described.get("OfflineStoreConfig", {}).get("S3StorageConfig", {}).get("S3Uri", "")
             raise StepError(
                 f"there is a feature group {name} already, whose offline store is {place or 'off'} and not below "
                 f"{self.root}: it is not this project's. Use another group name or root"

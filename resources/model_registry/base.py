@@ -10,6 +10,7 @@ from typing import Literal
 import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from resources.inventory import OwnedItem
 from step_scripts.contract import Artifact
 
 ApprovalStatus = Literal["PendingManualApproval", "Approved", "Rejected"]
@@ -143,6 +144,14 @@ class ModelRegistry(dg.ConfigurableResource, ABC):
     @abstractmethod
     def delete(self, group: str, version: int) -> None:
         """Remove a version and its files. Its number is not used again. Raises `ModelVersionNotFound`."""
+
+    @abstractmethod
+    def inventory(self) -> Sequence[OwnedItem]:
+        """All groups and versions of this registry, and their files."""
+
+    @abstractmethod
+    def remove(self, item: OwnedItem) -> None:
+        """Remove what `inventory` listed; nothing happens if it is gone. Raises `NotOwned` for what is another's."""
 
     def latest(self, group: str, status: ApprovalStatus | None = None) -> ModelVersion | None:
         """The version with the highest number (among those with `status`, if given), or None."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from pydantic import Field, JsonValue, ValidationError
 
 from resources.file_lock import file_lock
+from resources.inventory import NotOwned, OwnedItem, remove_empty
 from resources.model_registry.base import (
     ApprovalStatus,
     GateEvidence,
@@ -123,6 +124,53 @@ class LocalModelRegistry(ModelRegistry):
             except FileNotFoundError:
                 raise self._not_found(group, version) from None
             shutil.rmtree(discarded)
+
+    def inventory(self) -> Sequence[OwnedItem]:
+        """See `ModelRegistry.inventory`."""
+        root = Path(self.root).absolute()
+        folders = sorted(root.iterdir()) if root.is_dir() else []
+        items = []
+        for folder in folders:
+            if not _GROUP.fullmatch(folder.name) or not (folder / "last_version").is_file():
+                continue
+            items += [self._item(folder.name, number) for number in self._numbers(folder.name)]
+            items.append(OwnedItem(kind="model_package_group", name=folder.name, location=str(folder)))
+        return items
+
+    def remove(self, item: OwnedItem) -> None:
+        """See `ModelRegistry.remove`. Raises `RegistryDamaged` for a group that has versions."""
+        group, _, number = item.name.rpartition("/")
+        folder = self._group_folder(item.name if item.kind == "model_package_group" else group)
+        place = folder if item.kind == "model_package_group" else folder / "versions" / number
+        if item.location != str(place):
+            raise NotOwned(f"{item.location} is not of this registry ({self.root})")
+        if item.kind == "model_package":
+            with contextlib.suppress(ModelVersionNotFound):
+                self.delete(group, int(number))
+        elif folder.is_dir():
+            with file_lock(folder / "lock", self.lock_timeout_seconds, f"removing group {item.name}"):
+                if self._numbers(item.name):
+                    raise RegistryDamaged(f"group {item.name} has versions: remove them first")
+                self._remove_unfinished(folder)
+                for name in ("last_version", "lock"):
+                    (folder / name).unlink(missing_ok=True)
+            remove_empty(str(folder / "versions"), str(folder))
+
+    def _item(self, group: str, number: int) -> OwnedItem:
+        location = str(self._version_folder(group, number))
+        try:
+            version = self._read(group, number)
+        except RegistryDamaged as error:
+            return OwnedItem(kind="model_package", name=f"{group}/{number}", location=location, detail=str(error))
+        run_id = version.lineage.get("run_id")
+        return OwnedItem(
+            kind="model_package",
+            name=version.reference,
+            location=location,
+            created_at=version.created_at,
+            run_id=run_id if isinstance(run_id, str) else None,
+            detail=version.status,
+        )
 
     def _group_folder(self, group: str) -> Path:
         if not _GROUP.fullmatch(group):

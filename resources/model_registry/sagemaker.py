@@ -20,6 +20,7 @@ from typing import Any, Self
 import dagster as dg
 from pydantic import Field, JsonValue, PrivateAttr, model_validator
 
+from resources.inventory import OwnedItem
 from resources.model_registry import package_files as files
 from resources.model_registry.base import (
     ApprovalStatus,
@@ -31,6 +32,7 @@ from resources.model_registry.base import (
     StatusChange,
     require_gate,
 )
+from resources.model_registry.package_inventory import PackageInventory
 from resources.model_registry.package_record import (
     FACTS,
     FACTS_DIGEST,
@@ -44,7 +46,7 @@ from resources.model_registry.package_record import (
 )
 from resources.sagemaker.aws_calls import AwsCaller, aws_client
 from resources.sagemaker.model_packages import GROUP, ModelPackages, package_request
-from resources.sagemaker.ownership import remove_prefix
+from resources.sagemaker.ownership import remove_prefix, root_tags
 from resources.sagemaker.request_validation import check_request
 from resources.sagemaker.serving_container import DIGEST_VARIABLE, serving_container
 from step_scripts import storage
@@ -148,7 +150,7 @@ class SageMakerModelRegistry(ModelRegistry):
             transform_instance_types=self.transform_instance_types,
         )
         check_request("CreateModelPackage", request)
-        self._packages.ensure_group(group, self.tags)
+        self._packages.ensure_group(group, {**root_tags(self.root), **self.tags})
         return self._create(group, artifact, gate, request, facts_uri)
 
     def get(self, group: str, version: int) -> ModelVersion:
@@ -203,6 +205,18 @@ class SageMakerModelRegistry(ModelRegistry):
         for version in self.list(group):
             self.delete(group, version.version)
         self._packages.delete_group(group)
+
+    def inventory(self) -> Sequence[OwnedItem]:
+        """See `ModelRegistry.inventory`."""
+        return [*self._inventory.items()]
+
+    def remove(self, item: OwnedItem) -> None:
+        """See `ModelRegistry.remove`."""
+        self._inventory.remove(item)
+
+    @property
+    def _inventory(self) -> PackageInventory:
+        return PackageInventory(self._packages, self.root, self.delete)
 
     @property
     def _packages(self) -> ModelPackages:

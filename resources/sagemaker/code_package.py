@@ -70,6 +70,10 @@ def code_package(packages: Iterable[str], modules: Iterable[str] = ()) -> CodePa
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(f"there is no module {module}", name=module)
         sources[module.replace(".", "/") + ".py"] = Path(spec.origin)
+        # Without it another package of the same name, anywhere on the path, would win.
+        parent = Path(spec.origin).with_name("__init__.py")
+        if "." in module and parent.exists():
+            sources[module.rpartition(".")[0].replace(".", "/") + "/__init__.py"] = parent
     files = {
         ARCHIVE: archive({name: path.read_bytes() for name, path in sources.items()}),
         REQUIREMENTS: requirements().encode(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -13,7 +14,7 @@ from resources.sagemaker.job_kinds import TERMINAL, JobKind
 _APPEARANCE_SECONDS = 2.0
 
 
-def stop_job(kind: JobKind, client: Any, name: str, log: dg.DagsterLogManager, seconds: float) -> None:
+def stop_job(kind: JobKind, client: Any, name: str, log: dg.DagsterLogManager | logging.Logger, seconds: float) -> None:
     """Stop the job and wait until it is `Stopping` or has ended, for at most `seconds`.
 
     Never raises an AWS error: this runs while another error is on its way. A job that does not exist is waited for a

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 LIMIT = 50
 WORK_TAG = "dagster/work"
 RUN_TAG = "dagster/run_id"
-_KEY_LENGTH, _VALUE_LENGTH = 128, 256
+VALUE_LENGTH = 256
+_KEY_LENGTH = 128
 _PUNCTUATION = set("_.:/=+-@")
 
 
@@ -35,7 +36,7 @@ def tag_list(*sources: Mapping[str, str]) -> list[dict[str, str]]:
         for key, value in source.items():
             clean = sanitised(key, _KEY_LENGTH)
             if clean and not clean.lower().startswith("aws:"):
-                tags.setdefault(clean, sanitised(value, _VALUE_LENGTH))
+                tags.setdefault(clean, sanitised(value, VALUE_LENGTH))
     return [{"Key": key, "Value": value} for key, value in list(tags.items())[:LIMIT]]
 
 

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from resources.sagemaker.aws_calls import error_code, error_message, is_missing
-from resources.sagemaker.job_tags import tag_list
+from resources.sagemaker.job_tags import VALUE_LENGTH, sanitised, tag_list
 
 CREATED_BY_TAG = "housing-assets:created-by"
 CREATED_BY = "housing-assets"
+# The prefix that a deployment keeps everything of a kind below: two deployments in one account never touch each other.
+ROOT_TAG = "housing-assets:root"
 
 
 def owned(*sources: Mapping[str, str]) -> list[dict[str, str]]:
@@ -23,6 +25,21 @@ def owned(*sources: Mapping[str, str]) -> list[dict[str, str]]:
 def is_ours(tags: Mapping[str, str]) -> bool:
     """Whether the tags are those of something that this project created."""
     return tags.get(CREATED_BY_TAG) == CREATED_BY
+
+
+def root_tags(root: str) -> dict[str, str]:
+    """The tag that says to which deployment something belongs."""
+    return {ROOT_TAG: sanitised(root.rstrip("/"), VALUE_LENGTH)}
+
+
+def creation_tags(root: str) -> dict[str, str]:
+    """The tags of everything that this deployment creates."""
+    return {CREATED_BY_TAG: CREATED_BY, **root_tags(root)}
+
+
+def belongs_to(tags: Mapping[str, str], root: str) -> bool:
+    """Whether the tags are those of something that this very deployment created."""
+    return is_ours(tags) and tags.get(ROOT_TAG) == root_tags(root)[ROOT_TAG]
 
 
 def tags_of(client: Any, call: Callable[..., Any], arn: str) -> dict[str, str]:

@@ -27,6 +27,7 @@ from resources.sagemaker.job_search import JobSearch
 from resources.sagemaker.job_stop import stop_job
 from resources.sagemaker.job_tags import WORK_TAG, asset_names, run_tags, tag_list
 from resources.sagemaker.job_watch import JobWatch
+from resources.sagemaker.ownership import creation_tags
 from resources.sagemaker.pipes_io import JobContextInjector, JobMessageReader
 from resources.sagemaker.request_validation import check_request
 
@@ -248,7 +249,8 @@ class PipesSageMakerClient(dg.PipesClient, TreatAsResourceParam):
         request = copy.deepcopy(dict(params))
         request[kind.name_member] = name
         given = {tag["Key"]: tag["Value"] for tag in request.get("Tags", [])}
-        request["Tags"] = tag_list({WORK_TAG: work.digest}, given, run_tags(context))
+        ours = {WORK_TAG: work.digest, **creation_tags(self.job_root)}
+        request["Tags"] = tag_list(ours, given, run_tags(context))
         environment = dict(request.get("Environment", {}))
         if inputs.uri_variable:
             environment[inputs.uri_variable] = self.prefix(name).uri

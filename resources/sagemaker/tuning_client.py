@@ -19,6 +19,7 @@ from resources.sagemaker.job_names import Work, digest_of, request_digest, tunin
 from resources.sagemaker.job_search import FoundJob, JobSearch
 from resources.sagemaker.job_stop import stop_job
 from resources.sagemaker.job_tags import WORK_TAG, asset_names, run_tags, tag_list
+from resources.sagemaker.ownership import creation_tags
 from resources.sagemaker.pipes_client import Context, PipesSageMakerClient
 from resources.sagemaker.request_validation import check_request
 
@@ -89,7 +90,8 @@ class TuningJobs:
         request = copy.deepcopy(dict(params))
         request[TUNING.name_member] = name
         given = {tag["Key"]: tag["Value"] for tag in request.get("Tags", [])}
-        request["Tags"] = tag_list({WORK_TAG: work.digest}, given, run_tags(context))
+        ours = {WORK_TAG: work.digest, **creation_tags(self._client.job_root)}
+        request["Tags"] = tag_list(ours, given, run_tags(context))
         definition = request["TrainingJobDefinition"]
         definition["Environment"] = {**definition.get("Environment", {}), URI_VARIABLE: self._client.prefix(name).uri}
         return request

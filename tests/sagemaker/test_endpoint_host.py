@@ -7,6 +7,7 @@ import logging
 import re
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from housing_assets.schema import HOUSING_TABLE
 from resources.endpoints.base import (
     EndpointDeploymentFailed,
     EndpointNotFound,
@@ -36,6 +38,7 @@ from resources.model_registry.sagemaker import SageMakerModelRegistry
 from resources.sagemaker.ownership import CREATED_BY, CREATED_BY_TAG
 from resources.sagemaker.request_validation import InvalidJobRequest
 from step_scripts import storage
+from step_scripts.captured_requests import CapturedRows
 from step_scripts.contract import Artifact
 from step_scripts.model_artifact import load_model
 from tests.sagemaker_emulator import SageMakerEmulator
@@ -258,6 +261,22 @@ def test_endpoints_of_others_are_left_alone(
     aws.sagemaker.delete_model(ModelName="theirs")
 
 
+def watched_requests_are_those_of_others(host: SageMakerEndpointHost, aws: Aws, model: Artifact) -> None:
+    """What SageMaker captured is read back as rows, without the requests of smoke tests."""
+    since, rows = datetime.now(UTC) - timedelta(hours=1), house_rows(3, seed=9)
+    host.invoke("full", rows.write_csv().encode(), "text/csv", "application/json")
+
+    def captured() -> CapturedRows | None:
+        found = host.captured("full", HOUSING_TABLE, since, 100)
+        return found if found and found.rows else None
+
+    found = aws.until(captured, 120)
+    assert (found.rows, found.requests, found.unreadable) == (3, 1, 0)
+    assert found.predictions.tolist() == load_model(model.uri).predict(rows).tolist()
+    assert found.features.tolist() == [[float(value) for value in row] for row in rows.rows()]
+    assert host.captured("nobody", HOUSING_TABLE, since, 100) is None
+
+
 @pytest.mark.slow
 def test_what_the_configuration_becomes(registry: SageMakerModelRegistry, aws: Aws, tmp_path: Path) -> None:
     artifact, version = approved(registry, tmp_path / "1", 100)
@@ -280,6 +299,7 @@ def test_what_the_configuration_becomes(registry: SageMakerModelRegistry, aws: A
     key = aws.until(lambda: aws.keys("endpoints/captured/full/"), 120)[0]
     line = json.loads(aws.get(key).decode().splitlines()[0])
     assert line["captureData"]["endpointInput"]["encoding"] == "CSV"
+    watched_requests_are_those_of_others(host, aws, artifact)
 
     alarm = {"Namespace": "x", "MetricName": "x", "Period": 60, "EvaluationPeriods": 1, "Threshold": 1.0,
              "ComparisonOperator": "GreaterThanThreshold", "Statistic": "Sum"}  # fmt: skip

@@ -33,10 +33,11 @@ def test_everything_is_stopped_until_somebody_starts_it_and_says_what_it_does() 
     for sensor in repository.sensor_defs:
         assert sensor.default_status == dg.DefaultSensorStatus.STOPPED, sensor.name
         assert len(sensor.description or "") > 40, sensor.name
-    [schedule] = repository.schedule_defs
-    assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
-    assert (schedule.cron_schedule, schedule.execution_timezone) == ("0 3 * * 1", "UTC")
-    assert len(schedule.description or "") > 40
+    for schedule in repository.schedule_defs:
+        assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED, schedule.name
+        assert schedule.execution_timezone == "UTC", schedule.name
+        assert len(schedule.description or "") > 40, schedule.name
+    assert repository.get_schedule_def("weekly_retraining").cron_schedule == "0 3 * * 1"
 
 
 def test_settings_come_from_the_environment() -> None:

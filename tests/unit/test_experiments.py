@@ -65,7 +65,7 @@ def test_a_search_is_recorded_once_with_trials_curve_and_artifacts(tmp_path: Pat
     curve = client.get_metric_history(parent.info.run_id, "validation_rmse_by_round")
     assert [(point.step, point.value) for point in curve] == [(1, 9.5), (10, 6.0), (20, 4.0)]
     trials = {r.info.run_name: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
-    assert sorted(trials) == ["trial 0", "trial 1", "trial 2"]
+    assert set(trials) == {"trial 0", "trial 1", "trial 2"}
     assert trials["trial 1"].info.status == "FAILED"
     assert trials["trial 2"].data.metrics["rmse"] == 4000.0
     assert (tmp_path / "artifacts" / parent.info.run_id / "artifacts" / "model" / "m.json").exists()

@@ -1,0 +1,108 @@
+"""Finds what costs money or memory although the run that needs it is gone: jobs, candidates of endpoints, processes."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from housing_assets.deployments import load_automation
+from housing_assets.teardown import BUSY, Owner, expected_errors, look
+from resources.compute.base import table
+from resources.inventory import OwnedItem
+from resources.notifier import Notifier
+
+_OWNERS = ("compute", "endpoint_host")
+_KINDS = ("job", "endpoint")
+_CANDIDATE_AGE = timedelta(hours=1)  # a deployment waits that long for an endpoint to start, and more
+
+
+class SweepConfig(dg.Config):
+    """What is abandoned, and what happens to it."""
+
+    stop: bool = Field(default=False, description="Stop and remove what is abandoned. Off: only report it.")
+    minutes: float = Field(default=10.0, ge=0, description="What is younger than this is left to its run; minutes.")
+
+
+def abandoned(
+    items: Sequence[OwnedItem], instance: dg.DagsterInstance, before: datetime, own: Sequence[str] = ()
+) -> list[tuple[OwnedItem, str]]:
+    """Those temporary items, made `before`, whose run is gone or has ended; with the reason.
+
+    Something that names no run (the candidate of an endpoint) may be that of any run in progress, also of another
+    Dagster instance: it is abandoned if there is none here, and it is an hour old.
+    """
+    found = []
+    busy = instance.get_runs_count(dg.RunsFilter(statuses=[*BUSY])) > len(own)
+    for item in items:
+        if not item.temporary or (item.created_at is not None and item.created_at > before):
+            continue
+        if item.run_id is None:
+            if not busy and (item.created_at is None or item.created_at <= before - _CANDIDATE_AGE):
+                found.append((item, "no run is in progress that could need it"))
+            continue
+        run = instance.get_run_by_id(item.run_id)
+        if run is None:
+            found.append((item, f"run {item.run_id} is not known here"))
+        elif run.is_finished:
+            found.append((item, f"run {item.run_id} is {run.status.value}"))
+    return found
+
+
+@dg.op(required_resource_keys={*_OWNERS, "notifier"})
+def sweep_abandoned(context: dg.OpExecutionContext, config: SweepConfig) -> None:
+    """Report, and if configured stop, jobs and endpoints whose run is gone."""
+    owners = [
+        Owner(name, getattr(context.resources, name).inventory, getattr(context.resources, name).remove)
+        for name in _OWNERS
+    ]
+    findings = look(owners, _KINDS)
+    before = datetime.now(UTC) - timedelta(minutes=config.minutes)
+    owner_of = {item.location: owner for owner, item in findings.items}
+    rows: list[dict[str, Any]] = []
+    for item, why in abandoned([i for _, i in findings.items], context.instance, before, [context.run_id]):
+        outcome = "reported"
+        if config.stop:
+            try:
+                owner_of[item.location].remove(item)
+                outcome = "stopped"
+            except expected_errors() as error:
+                outcome = f"could not be stopped: {error}"
+        row = {"kind": item.kind, "name": item.name, "where": item.location, "detail": item.detail, "why": why}
+        rows.append({**row, "outcome": outcome})
+        context.log.warning(f"{item.kind} {item.name} ({item.detail}): {why}; {outcome}")
+    metadata = {
+        "looked_at": len(findings.items),
+        "abandoned": len(rows),
+        "found": table(rows),
+        "could_not_be_listed": dg.MetadataValue.json(findings.problems),
+    }
+    if rows or findings.problems:
+        _tell(context.resources.notifier, rows, findings.problems)
+    failures = [row["name"] for row in rows if row["outcome"].startswith("could not")]
+    if failures or findings.problems:
+        problems = [*failures, *(f"{name}: {reason}" for name, reason in findings.problems.items())]
+        raise dg.Failure(f"the sweep is incomplete: {'; '.join(problems)}", metadata=metadata, allow_retries=False)
+    context.add_output_metadata(metadata)
+
+
+def _tell(notifier: Notifier, rows: Sequence[dict[str, Any]], problems: dict[str, str]) -> None:
+    lines = [f"{row['kind']} {row['name']} ({row['detail']}): {row['why']}; {row['outcome']}" for row in rows]
+    lines += [f"{name} could not be asked: {reason}" for name, reason in problems.items()]
+    notifier.notify(f"{len(rows)} abandoned jobs or endpoints", "\n".join(lines))
+
+
+@dg.job
+def sweep() -> None:
+    """Find jobs, candidates of endpoints and processes whose run is gone. They are stopped only if `stop` says so."""
+    sweep_abandoned()
+
+
+hourly_sweep = dg.ScheduleDefinition(
+    name="hourly_sweep",
+    job=sweep,
+    cron_schedule="17 * * * *",
+    execution_timezone=load_automation().timezone,
+    description="Looks every hour for jobs and endpoints whose run is gone, and reports them.",
+)

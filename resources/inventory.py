@@ -1,0 +1,120 @@
+"""What a deployment has created, so that it can be listed and removed: and nothing else, however it is named."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from step_scripts import storage
+
+ItemKind = Literal[
+    "endpoint", "endpoint_config", "model", "model_package", "model_package_group", "job", "feature_group", "files"
+]
+# The order of removal: what serves or writes goes before what it needs.
+KINDS: tuple[ItemKind, ...] = (
+    "endpoint",
+    "endpoint_config",
+    "model",
+    "model_package",
+    "model_package_group",
+    "job",
+    "feature_group",
+    "files",
+)
+_RESULT = re.compile(r"(?P<step>[\w.]+)/(?P<digest>[0-9a-f]{16})/.+")
+
+
+class NotOwned(RuntimeError):
+    """Something of that name is there and was not created by this deployment: it is left alone."""
+
+
+class OwnedItem(BaseModel):
+    """One thing that the deployment has created.
+
+    `location` is an ARN, a path or a URI. `run_id`: the Dagster run that made it, where that is known. `temporary`: it
+    should be gone when that run is.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: ItemKind
+    name: str
+    location: str
+    created_at: datetime | None = None
+    run_id: str | None = None
+    temporary: bool = False
+    detail: str = Field(default="", description="What people want to know before they remove it.")
+
+
+def files_at(uri: str, name: str) -> list[OwnedItem]:
+    """Everything below `uri` as one item; none if there is nothing."""
+    return _as_items(uri, name, [(size, modified) for _, size, modified in storage.list_details(uri)])
+
+
+def step_results(root: str) -> list[OwnedItem]:
+    """An item a step, of the folders `<root>/<step>/<16 digits>` that hold results. Other things there are not ours."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for path, size, modified in storage.list_details(root):
+        if match := _RESULT.fullmatch(path):
+            found.setdefault(match["step"], []).append((size, modified))
+    return [
+        item
+        for step, files in sorted(found.items())
+        for item in _as_items(storage.join(root, step), f"results of {step}", files)
+    ]
+
+
+def remove_step_results(root: str, uri: str) -> None:
+    """Remove the results of the step whose item is located at `uri`; with them the folder, if that leaves it empty."""
+    step = uri.removeprefix(root.rstrip("/") + "/")
+    digests = {m["digest"] for path, _, _ in storage.list_details(uri) if (m := _RESULT.fullmatch(f"{step}/{path}"))}
+    for digest in sorted(digests):
+        remove_tree(storage.join(uri, digest))
+    remove_empty(uri, root)
+
+
+def remove_tree(uri: str) -> None:
+    """Remove everything below `uri`, on S3 with folder markers. Nothing happens if there is nothing."""
+    if storage.is_remote(uri):
+        from step_scripts.s3_objects import delete_prefix
+
+        delete_prefix(uri)
+        return
+    path = storage.local_path(uri)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_file(uri: str) -> None:
+    """Remove one file. Nothing happens if there is none."""
+    if storage.is_remote(uri):
+        from step_scripts.s3_objects import delete_objects
+
+        folder, _, name = uri.rpartition("/")
+        delete_objects(folder, [name])
+        return
+    storage.local_path(uri).unlink(missing_ok=True)
+
+
+def remove_empty(*uris: str) -> None:
+    """Remove those local folders that are empty."""
+    for uri in uris:
+        if not storage.is_remote(uri):
+            path = storage.local_path(uri)
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+
+def _as_items(uri: str, name: str, files: list[tuple[int, float]]) -> list[OwnedItem]:
+    if not files:
+        return []
+    size = sum(size for size, _ in files) / 1e6
+    created = datetime.fromtimestamp(min(modified for _, modified in files), UTC)
+    detail = f"{len(files)} files, {size:,.1f} MB"
+    return [OwnedItem(kind="files", name=name, location=uri, created_at=created, detail=detail)]

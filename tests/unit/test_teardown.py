@@ -1,0 +1,331 @@
+"""What `teardown` and `sweep` remove on this machine, and what they leave alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import psutil
+import pytest
+
+from housing_assets.deployments import load_resources
+from housing_assets.sweeper import abandoned, sweep
+from housing_assets.teardown import teardown
+from resources.compute.local_ray import LocalRay
+from resources.endpoints.local import LocalEndpointHost
+from resources.feature_store.local import LocalFeatureStore
+from resources.inventory import NotOwned, OwnedItem
+from resources.model_registry.local import LocalModelRegistry
+from resources.notifier import Notifier
+from step_scripts.offline_store import OfflineStore
+from tests.feature_rows import TABLE, ingest_rows, row, write_rows
+from tests.serving_models import registered, small_model, smoke_test
+
+ROOT = Path(__file__).parents[2]
+LOG = logging.getLogger("test")
+FOREIGN = (
+    "data/artifacts/notes.txt",
+    "data/artifacts/tune_model/mine/notes.txt",
+    "data/references/mine.json",
+    "data/references/endpoint.json.bak",
+    "data/sample/house_sales_mine.csv",
+    "data/feature_store/house_sales-similar/rows.parquet",
+    "data/model_registry/housing-similar/versions/notes.txt",
+    "data/endpoints/housing-similar/notes.txt",
+    "data/environments/staging/references/endpoint.json",
+    "data/in/day.csv",
+)
+
+
+@pytest.fixture
+def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    (tmp_path / "dagster").mkdir()
+    with dg.DagsterInstance.ephemeral(tempdir=str(tmp_path / "dagster")) as ephemeral:
+        yield ephemeral
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {"HOUSING_ROOT": str(folder / "data"), "HOUSING_LANDING": str(folder / "data" / "in")}
+
+
+def launch(job: dg.JobDefinition, folder: Path, instance: dg.DagsterInstance, **config: Any) -> tuple[bool, Any]:
+    """Whether the job succeeded, and the metadata of its only op or of the op's failure."""
+    [op] = job.nodes
+    done = job.execute_in_process(
+        run_config={"ops": {op.name: {"config": config}}},
+        resources=load_resources(environment(folder)) | config.pop("resources", {}),
+        instance=instance,
+        raise_on_error=False,
+    )
+    for event in done.all_events:
+        if event.is_step_failure:
+            failure = event.step_failure_data.user_failure_data
+            assert failure is not None, event.step_failure_data.error
+            return False, {"error": failure.description} | {k: v.value for k, v in failure.metadata.items()}
+        if event.is_successful_output:
+            return True, {k: v.value for k, v in event.step_output_data.metadata.items()}
+    raise AssertionError("nothing happened")
+
+
+def files(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in (folder / "data").rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Iterator[Path]:
+    """Everything that a deployment creates, and among it files that are not its own."""
+    resources = load_resources(environment(tmp_path))
+    results = tmp_path / "data" / "artifacts" / "tune_model" / ("a" * 16)
+    for file in (results / "manifest.json", results / "attempt" / "model" / "model.ubj"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("x")
+    for name in ("endpoint.json", "raw_csv.json", "raw_csv/2026-11-01.json"):
+        file = tmp_path / "data" / "references" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    assert resources["source_location"].resolve().endswith("house_sales_10000.csv")
+    store: LocalFeatureStore = resources["feature_store"]
+    store.ensure_group("house_sales-1", TABLE)
+    ingest_rows(OfflineStore(store.root), write_rows(tmp_path / "rows", [row(1)]), mirror=False)
+    for name in FOREIGN:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    model = small_model(tmp_path / "model")
+    version = registered(resources["model_registry"], model)
+    host: LocalEndpointHost = resources["endpoint_host"]
+    try:
+        host.deploy("housing", version, smoke_test(model), LOG)
+        yield tmp_path
+    finally:
+        host.stop("housing")
+
+
+def has_ended(pid: int) -> bool:
+    """Also true of a process that nobody has waited for."""
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_everything_goes_but_what_is_not_ours(deployment: Path, instance: dg.DagsterInstance) -> None:
+    root = str(deployment / "data")
+    host = LocalEndpointHost(root=f"{root}/endpoints")
+    status = host.describe("housing")
+    assert status is not None
+    assert status.pid is not None
+    before = files(deployment)
+
+    done, metadata = launch(teardown, deployment, instance)
+    assert done
+    listed = {(r.data["kind"], r.data["name"]) for r in metadata["would_remove"].records}
+    assert listed == {
+        ("endpoint", "housing"),
+        ("model_package", "housing/1"),
+        ("model_package_group", "housing"),
+        ("feature_group", "house_sales-1"),
+        ("feature_group", "sales"),
+        ("files", "results of tune_model"),
+        ("files", "references of endpoint"),
+        ("files", "references of raw_csv"),
+        ("files", "references of raw_csv, by partition"),
+        ("files", "house_sales_10000.csv"),
+    }
+    assert metadata["root"] == root
+    assert files(deployment) == before
+
+    done, metadata = launch(teardown, deployment, instance, dry_run=False, confirm="data")
+    assert not done
+    assert f"confirm must be {root!r}, not 'data'" in metadata["error"]
+    assert files(deployment) == before
+
+    done, metadata = launch(teardown, deployment, instance, dry_run=False, confirm=root, kinds=["endpoint", "files"])
+    assert done, metadata
+    assert has_ended(status.pid)
+    assert LocalModelRegistry(root=f"{root}/model_registry").list("housing")
+
+    done, metadata = launch(teardown, deployment, instance, dry_run=False, confirm=root)
+    assert done, metadata
+    assert {name for name in files(deployment) if not name.endswith(".lock")} == set(FOREIGN)
+    assert metadata["items"] == 4
+
+    done, metadata = launch(teardown, deployment, instance, dry_run=False, confirm=root)
+    assert done
+    assert (metadata["items"], metadata["kept"], metadata["left"].records) == (0, {}, [])
+
+
+def test_what_cannot_be_removed_is_reported_and_the_rest_goes(
+    deployment: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: LocalFeatureStore, item: OwnedItem) -> None:
+        raise PermissionError(f"may not remove {item.name}")
+
+    root = str(deployment / "data")
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFeatureStore, "remove", refuse)
+        done, metadata = launch(teardown, deployment, instance, dry_run=False, confirm=root)
+        assert not done
+        assert {(r.data["name"], r.data["why"]) for r in metadata["left"].records} == {
+            (name, f"PermissionError: may not remove {name}") for name in ("house_sales-1", "sales")
+        }
+        assert "feature_group sales: PermissionError: may not remove sales" in metadata["error"]
+        assert "files" in {r.data["kind"] for r in metadata["removed"].records}
+    done, metadata = launch(teardown, deployment, instance, dry_run=False, confirm=root)
+    assert done
+    assert {r.data["name"] for r in metadata["removed"].records} == {"house_sales-1", "sales"}
+
+
+def test_nothing_is_removed_while_another_run_is_in_progress(tmp_path: Path, instance: dg.DagsterInstance) -> None:
+    other = instance.create_run_for_job(teardown, status=dg.DagsterRunStatus.STARTED)
+    done, metadata = launch(teardown, tmp_path, instance, dry_run=False, confirm=str(tmp_path / "data"))
+    assert not done
+    assert f"runs {other.run_id[:8]} are in progress" in metadata["error"]
+
+
+def test_source_files_stay_wherever_they_are(tmp_path: Path, instance: dg.DagsterInstance) -> None:
+    root = tmp_path / "data"
+    sample, group = root / "sample" / "house_sales_10.csv", root / "feature_store" / "house_sales-1"
+    sample.parent.mkdir(parents=True)
+    sample.write_text("x")
+    LocalFeatureStore(root=str(root / "feature_store")).ensure_group("house_sales-1", TABLE)
+    (group / "exported").mkdir()
+    config = {"ops": {"remove_everything": {"config": {"dry_run": False, "confirm": str(root)}}}}
+    variables = {
+        "HOUSING_ROOT": str(root), "HOUSING_RAW_CSV": str(sample.parent / "*.csv"),
+        "HOUSING_LANDING": str(group / "exported"),
+    }  # fmt: skip
+    done = teardown.execute_in_process(run_config=config, resources=load_resources(variables), instance=instance)
+    [output] = [e for e in done.all_events if e.is_successful_output]
+    kept: Any = output.step_output_data.metadata["kept"].value
+    assert list(kept) == [str(group)]
+    assert sample.exists()
+    assert (group / "exported").is_dir()
+
+
+def test_resources_refuse_what_is_not_theirs(tmp_path: Path) -> None:
+    resources = load_resources({"HOUSING_ROOT": str(tmp_path / "data")})
+    (tmp_path / "other").mkdir()
+    kinds: dict[str, Any] = {
+        "compute": "files", "feature_store": "feature_group", "model_registry": "model_package_group",
+        "endpoint_host": "endpoint",
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        with pytest.raises(NotOwned):
+            resources[name].remove(OwnedItem(kind=kind, name="other", location=str(tmp_path / "other")))
+    assert (tmp_path / "other").is_dir()
+
+
+class Messages(Notifier):
+    """Writes messages into a file."""
+
+    path: str
+
+    def notify(self, title: str, text: str) -> None:
+        with Path(self.path).open("a") as file:
+            file.write(f"{title}\n{text}\n")
+
+
+def test_processes_whose_run_is_gone_are_found_and_stopped_if_configured(
+    tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    artifacts = str(tmp_path / "data" / "artifacts")
+    gone, running = "a" * 8, instance.create_run_for_job(teardown, status=dg.DagsterRunStatus.STARTED).run_id
+    folder = tmp_path / "housing-ray"
+    folder.mkdir()
+    program = [sys.executable, "-c", "import time; time.sleep(600)", "step_scripts.worker"]
+    processes = [
+        subprocess.Popen(program, env=os.environ | {"HOUSING_RUN_ID": run, "HOUSING_ARTIFACTS": place,
+                                                    "HOUSING_RAY_FOLDER": str(folder)})
+        for run, place in ((gone, artifacts), (running, artifacts), (gone, str(tmp_path / "other")))
+    ]  # fmt: skip
+    orphan = processes[0]
+    messages = Messages(path=str(tmp_path / "messages"))
+    try:
+        resources = {"notifier": messages}
+        done, metadata = launch(sweep, tmp_path, instance, minutes=60, resources=resources)
+        assert (done, metadata["looked_at"], metadata["abandoned"]) == (True, 2, 0)
+        done, metadata = launch(sweep, tmp_path, instance, minutes=0, resources=resources)
+        assert done
+        [found] = [r.data for r in metadata["found"].records]
+        assert (found["name"], found["outcome"]) == (f"process {orphan.pid}", "reported")
+        assert found["why"] == f"run {gone} is not known here"
+        assert "1 abandoned" in (tmp_path / "messages").read_text()
+        assert orphan.poll() is None
+        done, metadata = launch(sweep, tmp_path, instance, minutes=0, stop=True, resources=resources)
+        assert done, metadata
+        assert orphan.wait(30) is not None
+        assert not folder.exists()
+        assert [p.poll() for p in processes[1:]] == [None, None]
+        assert len(LocalRay(artifact_root=artifacts).inventory()) == 1
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_a_server_whose_folder_is_gone_is_found(tmp_path: Path) -> None:
+    root = tmp_path / "endpoints"
+    path = str(root / "housing" / "deployment.json")
+    other = str(tmp_path / "elsewhere" / "housing" / "deployment.json")
+    program = [sys.executable, "-c", "import time; time.sleep(600)", "-m", "step_scripts.serve_model", "--deployment"]
+    processes = [subprocess.Popen([*program, where]) for where in (path, other)]
+    host = LocalEndpointHost(root=str(root))
+    try:
+        [item] = host.inventory()
+        assert (item.name, item.temporary) == ("housing", True)
+        host.remove(item)
+        assert processes[0].wait(30) is not None
+        assert processes[1].poll() is None
+        assert host.inventory() == []
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_only_what_is_temporary_and_old_enough_is_abandoned(instance: dg.DagsterInstance) -> None:
+    now = datetime.now(UTC)
+    ids = {
+        status: instance.create_run_for_job(teardown, status=status).run_id
+        for status in (dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.STARTING)
+    }
+
+    def item(name: str, run_id: str | None, *, minutes: float = 20, temporary: bool = True) -> OwnedItem:
+        created = now - timedelta(minutes=minutes)
+        return OwnedItem(kind="job", name=name, location=name, run_id=run_id, created_at=created, temporary=temporary)
+
+    failed = ids[dg.DagsterRunStatus.FAILURE]
+    items = [
+        item("of a running run", ids[dg.DagsterRunStatus.STARTED]),
+        item("of a starting run", ids[dg.DagsterRunStatus.STARTING]),
+        item("of a failed run", failed),
+        item("of a failed run, young", failed, minutes=1),
+        item("of a failed run, attended to", failed, temporary=False),
+        item("of an unknown run", "nobody"),
+        item("candidate, perhaps of a run in progress", None, minutes=200),
+    ]
+    found = abandoned(items, instance, now - timedelta(minutes=10))
+    assert [i.name for i, _ in found] == ["of a failed run", "of an unknown run"]
+
+
+def test_what_names_no_run_is_abandoned_when_no_run_is_in_progress_and_it_is_old(instance: dg.DagsterInstance) -> None:
+    now = datetime.now(UTC)
+    items = [
+        OwnedItem(
+            kind="endpoint",
+            name=str(minutes),
+            location="x",
+            created_at=now - timedelta(minutes=minutes),
+            temporary=True,
+        )
+        for minutes in (5, 40, 200)
+    ]
+    own = instance.create_run_for_job(teardown, status=dg.DagsterRunStatus.STARTED).run_id
+    found = abandoned(items, instance, now - timedelta(minutes=10), [own])
+    assert [i.name for i, _ in found] == ["200"]
+    assert abandoned(items, instance, now - timedelta(minutes=10)) == []
