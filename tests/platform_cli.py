@@ -24,12 +24,19 @@ class Platform:
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Make Dagster's folder and its databases: two processes cannot make them at once."""
+        (self.folder / "dagster").mkdir(exist_ok=True)
+        (self.folder / "dagster" / "dagster.yaml").write_text((ROOT / "dagster.yaml").read_text())
+        with self.instance() as instance:
+            instance.get_runs(limit=1)
+            instance.all_asset_keys()
+            instance.all_instigator_state()
+
     @property
     def env(self) -> dict[str, str]:
         """The environment of its processes."""
         own = {"HOUSING_ROOT": str(self.folder / "data"), "DAGSTER_HOME": str(self.folder / "dagster")}
-        (self.folder / "dagster").mkdir(exist_ok=True)
-        (self.folder / "dagster" / "dagster.yaml").write_text((ROOT / "dagster.yaml").read_text())
         return os.environ | {"HOUSING_SAMPLE_ROWS": "1500", "PYTHONWARNINGS": "ignore"} | own | self.environment
 
     def command(self, select: str, config: dict[str, Any] | None) -> list[str]:
