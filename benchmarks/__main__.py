@@ -1,9 +1,35 @@
-"""`python -m benchmarks`: all benchmarks, one after the other."""
+"""`python -m benchmarks [--pairs 1]`: all benchmarks in a small form, one after the other."""
 
 from __future__ import annotations
 
-from benchmarks import code_location, whole_graph
+import argparse
+
+from benchmarks import (
+    article,
+    code_location,
+    endpoint,
+    feature_store,
+    final_fit,
+    ingestion,
+    overhead,
+    plain_script,
+    second_run,
+    tuning,
+    whole_graph,
+)
+
+options = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+options.add_argument("--pairs", default="1", help="pairs of each comparison, after one that is not counted (default 1)")
+pairs = ["--pairs", options.parse_args().pairs]
 
 code_location.main([])
-whole_graph.main(["--rows", "10000", "--again"])
-whole_graph.main(["--rows", "1000000", "--again"])
+overhead.main(["--repeats", "1"])
+whole_graph.main(["--rows", "10000"])
+tuning.main(pairs)
+final_fit.main([*pairs, "--rows", "200000"])
+ingestion.main([*pairs, "--rows", "200000"])
+feature_store.main([*pairs, "--rows", "2000"])
+endpoint.main([*pairs, "--seconds", "3"])
+second_run.main(pairs)
+plain_script.main(pairs)
+article.main(pairs)

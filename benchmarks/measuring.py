@@ -1,14 +1,19 @@
-"""What the benchmarks share: running a command with its whole process tree watched, and recording results."""
+"""What the benchmarks share: running a command with its whole process tree watched, comparing, recording results."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
+import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,8 +21,13 @@ from typing import Any
 
 import psutil
 
+from benchmarks.side import MARK
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results.jsonl"
+# Both sides alike where other programs use the cores too: threads of XGBoost do not spin while they wait, and Ray's
+# workers do not give way to everybody else.
+_ALIKE = {"OMP_WAIT_POLICY": "PASSIVE", "RAY_worker_niceness": "0", "PYTHONWARNINGS": "ignore"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,121 @@ def run_measured(command: list[str], environment: dict[str, str] | None = None) 
     done.set()
     watcher.join()
     return Measured(seconds, peak, process.returncode, output)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to do the work: a function of a module, which a process of its own calls with `arguments`.
+
+    The function returns `{"figures": {name: number}, "result": {name: value}}`. The figure `process_seconds`, from the
+    start of the process to its end, is added here.
+    """
+
+    label: str
+    function: Callable[..., dict[str, Any]]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(self) -> tuple[dict[str, float], dict[str, Any], int]:
+        """Figures, result, and peak memory of the process tree (bytes). Exits with the output if the process fails."""
+        module = self.function.__module__
+        if module == "__main__":
+            module = sys.modules["__main__"].__spec__.name  # pyright: ignore[reportOptionalMemberAccess]
+        call = [f"{module}:{self.function.__qualname__}", json.dumps(dict(self.arguments))]
+        done = run_measured([sys.executable, "-m", "benchmarks.side", *call], _ALIKE)
+        line = next((line for line in reversed(done.output.splitlines()) if line.startswith(MARK)), None)
+        if done.status or line is None:
+            sys.exit(f"{self.label} failed with status {done.status}:\n{done.output}")
+        returned = json.loads(line.removeprefix(MARK))
+        figures = {**returned.get("figures", {}), "process_seconds": done.seconds}
+        return figures, returned.get("result", {}), done.peak_bytes
+
+
+def compare(
+    benchmark: str,
+    ours: Side,
+    other: Side,
+    *,
+    pairs: int,
+    warm_ups: int = 1,
+    agree: Mapping[str, float] | None = None,
+    other_first: bool = False,
+    **facts: Any,
+) -> dict[str, Any]:
+    """Run both sides in turn, print the median of each figure and of its ratio (ours to other), and record them.
+
+    `agree`: entries of the results that must be equal within a relative tolerance; others are a failure of the
+    benchmark. The first `warm_ups` pairs fill caches and are not counted. Ratios are those of pairs. `other_first`:
+    ours needs what the other leaves.
+    """
+    rows: dict[str, tuple[list[float], list[float]]] = {}
+    peaks: tuple[list[int], list[int]] = ([], [])
+    result: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for pair in range(warm_ups + pairs):
+        done = {side.label: side.run() for side in ((other, ours) if other_first else (ours, other))}
+        (mine, my_result, my_peak), (theirs, their_result, their_peak) = done[ours.label], done[other.label]
+        check_agreement(my_result, their_result, agree or {})
+        result = my_result, their_result
+        if pair < warm_ups:
+            continue
+        peaks[0].append(my_peak)
+        peaks[1].append(their_peak)
+        for name in mine.keys() & theirs.keys():
+            pair_of = rows.setdefault(name, ([], []))
+            pair_of[0].append(mine[name])
+            pair_of[1].append(theirs[name])
+    facts = {k: v for k, v in facts.items() if v is not None}
+    print(f"{benchmark} {facts}\n  ours:  {ours.label} {result[0]}\n  other: {other.label} {result[1]}")
+    recorded: dict[str, Any] = {}
+    for name, (mine_all, theirs_all) in sorted(rows.items()):
+        ratios = [m / t for m, t in zip(mine_all, theirs_all, strict=True)]
+        recorded[name] = {
+            "ours": _rounded(statistics.median(mine_all)),
+            "other": _rounded(statistics.median(theirs_all)),
+            "ratio": _rounded(statistics.median(ratios)),
+            "lowest": _rounded(min(ratios)),
+            "highest": _rounded(max(ratios)),
+        }
+        print(f"  {name:24s}" + "".join(f" {k} {v:<10g}" for k, v in recorded[name].items()))
+    megabytes = {side: round(max(peak) / 1e6) for side, peak in zip(("ours", "other"), peaks, strict=True)}
+    print(f"  peak memory: ours {megabytes['ours']:,} MB, other {megabytes['other']:,} MB; {pairs} pairs", flush=True)
+    record(
+        benchmark,
+        **facts,
+        sides={"ours": ours.label, "other": other.label},
+        pairs=pairs,
+        **recorded,
+        peak_megabytes=megabytes,
+    )
+    return recorded
+
+
+def check_agreement(ours: Mapping[str, Any], other: Mapping[str, Any], agree: Mapping[str, float]) -> None:
+    """Exit if an entry differs by more than its relative tolerance: then both sides did not do the same work."""
+    for name, tolerance in agree.items():
+        if abs(ours[name] - other[name]) > tolerance * abs(other[name]):
+            sys.exit(f"the results differ: {name} is {ours[name]} here and {other[name]} there")
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def parser(description: str | None, rows: int | None = None, pairs: int = 5) -> argparse.ArgumentParser:
+    """The options that all comparisons have: `--pairs`, `--warm-ups` and, with a default, `--rows`."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--pairs", type=int, default=pairs, help="pairs to measure (default %(default)s)")
+    made.add_argument("--warm-ups", type=int, default=1, help="pairs before those (default %(default)s)")
+    if rows is not None:
+        made.add_argument("--rows", type=int, default=rows, help="rows to generate (default %(default)s)")
+    return made
+
+
+@contextmanager
+def stopwatch(figures: dict[str, float], name: str = "seconds") -> Iterator[None]:
+    """Put the duration of the block into `figures`."""
+    start = time.perf_counter()
+    yield
+    figures[name] = time.perf_counter() - start
 
 
 def tree_bytes(pid: int) -> int:

@@ -7,17 +7,19 @@ which nothing has changed.
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
-from benchmarks.measuring import ROOT, Measured, record, run_measured
+from benchmarks.measuring import ROOT, Measured, record, run_measured, stopwatch
 from housing_assets.sample_data import write_sample
-
-# The gate is not what is measured: other data may need another threshold.
-CONFIG = '{"ops": {"evaluation_report": {"config": {"rmse_threshold": 1e9}}}}'
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,40 +31,83 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="housing-bench-") as name:
         folder = Path(name)
-        (folder / "dagster").mkdir()
-        (folder / "dagster" / "dagster.yaml").write_text((ROOT / "dagster.yaml").read_text())
         source = options.source or str(write_sample(folder / "sales.csv", rows=options.rows))
-        environment = {
-            "HOUSING_ROOT": str(folder / "data"),
-            "DAGSTER_HOME": str(folder / "dagster"),
-            "HOUSING_RAW_CSV": str(Path(source).absolute()) if "://" not in source else source,
-            "PYTHONWARNINGS": "ignore",
-        }
-        stop = [sys.executable, "-m", "resources.endpoints.local", "stop", "--root", str(folder / "data" / "endpoints")]
-        try:
+        with platform(folder, source) as environment:
             first = measure(environment)
             seconds = seconds_per_asset(folder / "dagster")
+            phases = phases_per_step(folder / "dagster")
             figures = {"seconds": round(first.seconds, 2), "peak_megabytes": round(first.peak_bytes / 1e6)}
             if options.again:
                 figures["unchanged_seconds"] = round(measure(environment).seconds, 2)
             rmse = rmse_of(folder / "dagster")
-        finally:
-            run_measured(stop, environment)
     for asset, duration in seconds.items():
-        print(f"{asset:40s} {duration:8.2f} s")
+        spent = ", ".join(f"{phase} {length:.2f}" for phase, length in phases.get(asset, {}).items())
+        print(f"{asset:40s} {duration:8.2f} s  {spent}")
     print(
         f"{'whole command':40s} {first.seconds:8.2f} s, peak memory {first.peak_bytes / 1e6:,.0f} MB, RMSE {rmse:,.0f}"
     )
     if options.again:
         print(f"{'unchanged second run':40s} {figures['unchanged_seconds']:8.2f} s")
-    record("whole_graph", rows=options.rows, source=options.source, rmse=round(rmse, 1), per_step=seconds, **figures)
+    record(
+        "whole_graph",
+        rows=options.rows,
+        source=options.source,
+        rmse=round(rmse, 1),
+        per_step=seconds,
+        phases=phases,
+        **figures,
+    )
 
 
-def measure(environment: dict[str, str]) -> Measured:
+@contextmanager
+def platform(folder: Path, source: str) -> Iterator[dict[str, str]]:
+    """The environment of a platform in `folder` that has not run yet. Its endpoint is stopped at the end."""
+    (folder / "dagster").mkdir(parents=True)
+    (folder / "dagster" / "dagster.yaml").write_text((ROOT / "dagster.yaml").read_text())
+    environment = environment_of(folder, source)
+    try:
+        yield environment
+    finally:
+        stop_endpoint(environment)
+
+
+def environment_of(folder: Path, source: str) -> dict[str, str]:
+    """What makes commands use the platform in `folder`."""
+    return {
+        "HOUSING_ROOT": str(folder / "data"),
+        "DAGSTER_HOME": str(folder / "dagster"),
+        "HOUSING_RAW_CSV": str(Path(source).absolute()) if "://" not in source else source,
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def stop_endpoint(environment: dict[str, str]) -> None:
+    """Stop the endpoint of a platform."""
+    root = f"{environment['HOUSING_ROOT']}/endpoints"
+    run_measured([sys.executable, "-m", "resources.endpoints.local", "stop", "--root", root], environment)
+
+
+def whole_run(source: str, trials: int, preset: str = "default", folder: str | None = None) -> dict[str, Any]:
+    """The first run of the whole graph, in a new folder, as one side of a comparison."""
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="housing-bench-") as name:
+        root = Path(folder or name)
+        shutil.rmtree(root, ignore_errors=True)
+        with platform(root, source) as environment:
+            with stopwatch(figures):
+                measure(environment, {"num_trials": trials, "preset": preset})
+            return {"figures": figures, "result": {"rmse": rmse_of(root / "dagster")}}
+
+
+def measure(environment: dict[str, str], tuning: dict[str, Any] | None = None) -> Measured:
     """Run everything once. Exits with the run's output if it fails."""
+    # The gate is not what is measured: other data may need another threshold.
+    config: dict[str, Any] = {"evaluation_report": {"config": {"rmse_threshold": 1e9}}}
+    if tuning:
+        config["tuned_model"] = {"config": tuning}
     command = [
         *(sys.executable, "-m", "dagster", "asset", "materialize", "--select", "*"),
-        *("-m", "housing_assets.definitions", "--config-json", CONFIG),
+        *("-m", "housing_assets.definitions", "--config-json", json.dumps({"ops": config})),
     ]
     done = run_measured(command, environment)
     if done.status:
@@ -76,6 +121,23 @@ def seconds_per_asset(home: Path) -> dict[str, float]:
         run = instance.get_runs(limit=1)[0]
         statistics = instance.get_run_step_stats(run.run_id)
     return {s.step_key: round(s.end_time - s.start_time, 2) for s in statistics if s.start_time and s.end_time}
+
+
+def phases_per_step(home: Path) -> dict[str, dict[str, float]]:
+    """Seconds of each phase, by step of the latest run, from the assets' metadata."""
+    found: dict[str, dict[str, float]] = {}
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        run = instance.get_runs(limit=1)[0]
+        records = instance.get_records_for_run(run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION).records
+    for event in records:
+        materialization = event.asset_materialization
+        phases = materialization.metadata.get("phases") if materialization else None
+        if materialization and isinstance(phases, dg.TableMetadataValue):
+            rows = [row.data for row in phases.records]
+            found[materialization.asset_key.to_user_string()] = {
+                str(r["phase"]): float(r["seconds"] or 0) for r in rows
+            }
+    return found
 
 
 def rmse_of(home: Path) -> float:
