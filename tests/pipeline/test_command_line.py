@@ -137,6 +137,12 @@ def test_a_model_that_waits_for_approval_is_not_served_until_it_is_approved(mate
     ping = httpx.get(httpx.URL(endpoint["url"]).join("/ping"))
     assert ping.json()["model_digest"] == endpoint["model_digest"]
 
+    job = ("-m", "dagster", "job", "execute", "-m", "housing_assets.definitions", "-j", "rollback_endpoint")
+    back = materialized.run(*job)
+    assert back.returncode == 0, back.stdout
+    assert materialized.reference("endpoint")["model_digest"] == serving
+    assert httpx.get(httpx.URL(endpoint["url"]).join("/ping")).json()["model_digest"] == serving
+
 
 @pytest.mark.parametrize("when", ['Started execution of step "raw_csv"', "trial"])
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])

@@ -1,5 +1,6 @@
 """The tests of storage that take a root, on S3; references between assets there; generated data there."""
 
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +8,7 @@ import dagster as dg
 import pytest
 
 from housing_assets.deployments import SourceLocation
+from housing_assets.landing import LandingCursor, day_of, files_of_days, landed_files
 from resources.io_manager import ReferenceIOManager
 from resources.references import SplitRef
 from resources.sources import find_source_files
@@ -52,6 +54,19 @@ def test_references_go_from_asset_to_asset_through_s3(root: str) -> None:
 
     assert dg.materialize([split, reader], resources={"io_manager": ReferenceIOManager(root=root)}).success
     assert storage.list_files(root) == [storage.join(root, "split.json")]
+
+
+def test_landed_files_are_found_by_day_on_s3(root: str) -> None:
+    for name in ("2026-11-20/a.csv", "2026-11-20/b.csv", "2026-11-21/c.csv", "2026-11-20/notes.txt"):
+        storage.write_bytes(storage.join(root, name), b"x")
+    files = landed_files(root)
+    assert [str(day_of(file, root)) for file in files] == ["2026-11-20", "2026-11-20", "2026-11-21"]
+    later = max(file.modified for file in files) + 100
+    ready, waiting = files_of_days(root, [date(2026, 11, 20)], later, 60.0)
+    assert ([file.uri for file in ready], waiting) == ([file.uri for file in files[:2]], 0)
+    _, cursor = LandingCursor().look(files, later, 60.0)
+    batch, _ = cursor.look(landed_files(root), later, 60.0)
+    assert batch == list(files)
 
 
 def test_generated_data_and_source_files_are_found_on_s3(root: str) -> None:
