@@ -69,12 +69,16 @@ format: $(VENV)/.installed-dev  ## Format the code
 
 # As root on Debian: iproute2 (the emulated SageMaker gives every host a network namespace of its own), PostgreSQL
 # (Dagster's storage for a team) and Chromium (the UI). Without them, the tests that need them say so and are skipped.
+WANTED = iproute2 postgresql chromium
+rehearse: WANTED = iproute2
 .PHONY: system-packages
 system-packages:
 	@missing=; \
-	command -v ip >/dev/null || missing="$$missing iproute2"; \
-	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || missing="$$missing postgresql"; \
-	command -v chromium >/dev/null || missing="$$missing chromium"; \
+	for package in $(WANTED); do case $$package in \
+	  iproute2) command -v ip ;; \
+	  postgresql) ls /usr/lib/postgresql/*/bin/initdb || command -v initdb ;; \
+	  chromium) command -v chromium ;; \
+	  esac >/dev/null 2>&1 || missing="$$missing $$package"; done; \
 	if [ "$$(id -u)" = 0 ] && [ -n "$$missing" ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq; \
 	  for package in $$missing; do \
