@@ -44,6 +44,7 @@ class Both:
     remote: Platform
     s3: Any
     sagemaker: Any
+    others: frozenset[str]
 
     def reference(self, where: str, asset: str) -> dict[str, Any]:
         if where == "local":
@@ -62,10 +63,16 @@ class Both:
         return pl.concat(frames).sort("record_id")
 
     def jobs(self) -> list[str]:
-        training = self.sagemaker.list_training_jobs(MaxResults=100)["TrainingJobSummaries"]
-        processing = self.sagemaker.list_processing_jobs(MaxResults=100)["ProcessingJobSummaries"]
-        names = [j["TrainingJobName"] for j in training] + [j["ProcessingJobName"] for j in processing]
-        return sorted(name for name in names if name.startswith("housing-"))
+        """The platform's jobs; other tests have jobs of their own on this emulator."""
+        return sorted(all_jobs(self.sagemaker) - self.others)
+
+
+def all_jobs(sagemaker: Any) -> set[str]:
+    names: set[str] = set()
+    for kind in ("Training", "Processing"):
+        pages = sagemaker.get_paginator(f"list_{kind.lower()}_jobs").paginate(NameContains="housing-")
+        names.update(job[f"{kind}JobName"] for page in pages for job in page[f"{kind}JobSummaries"])
+    return names
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +94,7 @@ def both(emulator: SageMakerEmulator, tmp_path_factory: pytest.TempPathFactory) 
     local = Platform(folder / "local", {"HOUSING_RAW_CSV": str(source), "HOUSING_NUM_CPUS": "2"})
     variables = platform_environment(folder, emulator, BUCKET, hosts=2)
     remote = Platform(folder / "remote", variables | {"HOUSING_RAW_CSV": f"s3://{BUCKET}/source/sales.csv"})
+    others = frozenset(all_jobs(clients["sagemaker"]))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in emulator.environment().items():
             patch.setenv(name, value)
@@ -94,7 +102,7 @@ def both(emulator: SageMakerEmulator, tmp_path_factory: pytest.TempPathFactory) 
             for platform in (local, remote):
                 done = platform.materialize(config=CONFIG, timeout=900)
                 assert done.returncode == 0, done.stdout
-            yield Both(local, remote, clients["s3"], clients["sagemaker"])
+            yield Both(local, remote, clients["s3"], clients["sagemaker"], others)
         finally:
             local.stop()
 
