@@ -49,7 +49,6 @@ def read_captured(uri: str, table: TableSpec, since: datetime, limit: int, witho
 
     At most `limit` rows, of the latest requests. Requests whose inference id starts with `without` are left out.
     """
-    since = since.replace(microsecond=0)  # captured times are whole seconds, cut off
     parser = FeatureParser(table)
     features: list[np.ndarray] = []
     predictions: list[np.ndarray] = []

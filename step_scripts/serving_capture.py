@@ -141,7 +141,8 @@ def _encoded(exchange: Exchange) -> bytes:
 
 def captured_line(exchange: Exchange) -> Iterator[str]:
     """One line of SageMaker's captured data, in pieces."""
-    metadata = {"eventId": str(uuid.uuid4()), "inferenceTime": exchange.at.strftime("%Y-%m-%dT%H:%M:%SZ")}
+    # SageMaker's times are whole seconds; finer ones tell the requests before a change of model from those after it.
+    metadata = {"eventId": str(uuid.uuid4()), "inferenceTime": exchange.at.strftime("%Y-%m-%dT%H:%M:%S.%fZ")}
     if exchange.inference_id:
         metadata["inferenceId"] = exchange.inference_id
     yield '{"captureData":{"endpointInput":'
