@@ -76,7 +76,7 @@ def test_a_line_has_the_form_of_sagemaker() -> None:
     }
     assert found["eventVersion"] == "0"
     metadata = found["eventMetadata"]
-    assert (metadata["inferenceTime"], metadata["inferenceId"]) == ("2026-03-04T05:06:07Z", "mine")
+    assert (metadata["inferenceTime"], metadata["inferenceId"]) == ("2026-03-04T05:06:07.890000Z", "mine")
     assert len(metadata["eventId"]) == 36
 
 
