@@ -110,6 +110,7 @@ class RequestCapture:
                 self._waiting_bytes -= exchange.size
             try:
                 self._files.write(exchange.at, _encoded(exchange))
+                self._files.flush()  # what counts as written can be read
                 self._written += 1
                 self._error = ""
             except (OSError, ValueError) as error:  # ValueError: larger than the bound
