@@ -102,6 +102,7 @@ class RequestCapture:
 
     def _write_waiting(self) -> None:
         self._some.clear()
+        written = 0
         while True:
             with self._lock:
                 if not self._waiting:
@@ -110,8 +111,7 @@ class RequestCapture:
                 self._waiting_bytes -= exchange.size
             try:
                 self._files.write(exchange.at, _encoded(exchange))
-                self._files.flush()  # what counts as written can be read
-                self._written += 1
+                written += 1
                 self._error = ""
             except (OSError, ValueError) as error:  # ValueError: larger than the bound
                 self._failed(error)
@@ -121,6 +121,7 @@ class RequestCapture:
             self._files.flush()
         except OSError as error:
             self._failed(error)
+        self._written += written  # only now can it be read
 
     def _failed(self, error: Exception) -> None:
         if not self._error:
