@@ -42,6 +42,7 @@ from step_scripts.contract import StepError
 from step_scripts.interruption import Alarm
 from step_scripts.job_files import JobFiles
 from step_scripts.job_hosts import JobHosts, ml_root, read_hosts
+from step_scripts.ray_session import WORKER_ENVIRONMENT
 
 FAILED, STOPPED = 1, 128 + signal.SIGTERM
 _LONGEST_FOLDER = 24  # Ray puts sockets below its folder; a socket's path is limited to 107 bytes
@@ -128,8 +129,7 @@ def _prepare_environment(hosts: JobHosts, files: JobFiles, folder: Path) -> None
         "RAY_AUTH_TOKEN_PATH": str(path),
         # SIGTERM ends Ray's processes at once: when it comes, the step has ended or saved its work.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        # XGBoost's threads otherwise spin while they wait, and keep a host's other processes from its CPUs.
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        **{name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()},
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
     }
     os.environ.pop("RAY_AUTH_TOKEN", None)  # would win over the file

@@ -174,7 +174,7 @@ def main() -> None:
     logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it would like to have SIGTERM for itself
     driver = Driver(Assignment.model_validate_json(sys.stdin.readline()))
     signal.signal(signal.SIGTERM, driver.stop)
-    import ray.data  # noqa: F401  # while the cluster forms
+    import ray  # noqa: F401  # while the cluster forms
 
     for line in sys.stdin:
         message = json.loads(line)

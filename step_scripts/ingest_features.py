@@ -1,25 +1,27 @@
 """Step: ingest validated rows into a feature store.
 
-Ray actors compare the rows with what is stored, write what is new or changed, and read it back; where there is an
-online store, they bring it up to date; then one commit makes all visible. If a single row cannot be read back, nothing
-is committed and the step fails.
+Ray tasks (or, where their number is configured, actors) compare the rows with what is stored, write what is new or
+changed, and read it back; where there is an online store, they bring it up to date; then one commit makes all visible.
+If a single row cannot be read back, nothing is committed and the step fails.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
+import ray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from step_scripts.actor_pool import ActorPool
 from step_scripts.contract import StepContext, StepDefinition, StepError, StepOutcome
-from step_scripts.feature_ingestion import IngestionResult, ingest
+from step_scripts.feature_ingestion import IngestionResult, ParallelRun, ingest
 from step_scripts.group_folder import LOCK_SECONDS, GroupFolder
 from step_scripts.offline_store import OfflineStore
 from step_scripts.online_store import OnlineTarget
 from step_scripts.parameters import IngestFeaturesParams
-
-_ROWS_WORTH_AN_ACTOR = 100_000
+from step_scripts.ray_tasks import completed_tasks
 
 
 class LocalTarget(BaseModel):
@@ -71,23 +73,34 @@ def run(context: StepContext, params: IngestFeaturesParams) -> StepOutcome:
     online = None
     if isinstance(target, SageMakerTarget) and target.online:
         online = OnlineTarget(params.group, target.region_name, target.calls_in_flight, target.patience_seconds)
-    rows = context.inputs["rows"].rows
-    # Starting a process takes as long as it takes to ingest this many rows.
-    enough = None if rows is None else -(-rows // _ROWS_WORTH_AN_ACTOR) or 1
-    with ActorPool(params.num_actors or enough) as pool:
+    with _workers(params.num_actors) as (parallel_run, workers):
         result = ingest(
             folder,
             params.table,
             context.inputs["rows"],
-            pool.run,
+            parallel_run,
             context.log,
             mirror=target.mirror,
-            workers=pool.size,
+            workers=workers,
             lock_seconds=target.lock_seconds if isinstance(target, LocalTarget) else LOCK_SECONDS,
             online=online,
             phase=context.phase,
         )
     return _outcome(context, folder, result, online=online is not None)
+
+
+@contextlib.contextmanager
+def _workers(num_actors: int | None) -> Iterator[tuple[ParallelRun, int]]:
+    """What runs the pieces, and how many at once.
+
+    By default tasks: the worker processes that other steps have used are there already, while an actor is always a new
+    process, which costs a second or two.
+    """
+    if num_actors is None:
+        yield completed_tasks, max(1, int(ray.cluster_resources().get("CPU", 1)))
+        return
+    with ActorPool(num_actors) as pool:
+        yield pool.run, pool.size
 
 
 def _outcome(context: StepContext, folder: GroupFolder, result: IngestionResult, *, online: bool) -> StepOutcome:

@@ -53,7 +53,7 @@ class IngestFeaturesSettings(BaseModel):
     """How validated rows enter the feature store."""
 
     num_actors: int | None = Field(
-        default=None, ge=1, le=1024, description="Ray actors that write in parallel. Empty: one per CPU."
+        default=None, ge=1, le=1024, description="Ray actors that ingest in parallel. Empty: tasks on all CPUs."
     )
 
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel
+
+# Of the processes that Ray starts.
+WORKER_ENVIRONMENT = {
+    # XGBoost's threads would otherwise spin while they wait for each other: where other processes use the same cores, a
+    # fit on two threads then takes up to 30 times as long.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # There is a worker for each CPU already.
+    "POLARS_MAX_THREADS": "1",
+}
 
 
 class RaySettings(BaseModel):
@@ -46,23 +56,16 @@ class RaySession:
             if self.temporary_folder is None:
                 # Short: Ray puts sockets below it, and a socket's path is limited to 107 bytes.
                 self.temporary_folder = Path(tempfile.mkdtemp(prefix="ray-"))
-            # XGBoost's threads would otherwise spin while they wait for each other: where other processes use the same
-            # cores, a fit on two threads then takes up to 30 times as long. Workers inherit it.
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-            ray.init(
-                address="local",
-                num_cpus=self.settings.num_cpus,
-                object_store_memory=self.settings.object_store_memory,
-                include_dashboard=False,
-                _temp_dir=str(self.temporary_folder),
-                **common,
-            )
+            with _inherited_by_workers():
+                ray.init(
+                    address="local",
+                    num_cpus=self.settings.num_cpus,
+                    object_store_memory=self.settings.object_store_memory,
+                    include_dashboard=False,
+                    _temp_dir=str(self.temporary_folder),
+                    **common,
+                )
         self._started = True
-        import ray.data
-
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        # Steps report their own progress; what goes wrong in Ray Data arrives as an exception.
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
 
     def stop(self) -> None:
         """Disconnect; end a private session and remove its folder."""
@@ -90,3 +93,15 @@ class RaySession:
         import ray
 
         return float(ray.cluster_resources().get("CPU", 1.0))
+
+
+@contextlib.contextmanager
+def _inherited_by_workers() -> Iterator[None]:
+    """Add `WORKER_ENVIRONMENT`, where the user has set nothing else, to what processes that start now inherit."""
+    added = {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]

@@ -14,7 +14,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
 from step_scripts import storage
 from step_scripts.contract import Artifact, Reporter, StepError
@@ -23,6 +23,7 @@ from step_scripts.contract import Artifact, Reporter, StepError
 _LARGEST_PIECE_CELLS = 6_000_000
 _SMALLEST_PIECE_ROWS = 25_000
 _PIECES_WANTED = 8
+_RETRIES = 3  # of a task whose process ended
 _SECONDS_TO_CANCEL = 5.0
 
 
@@ -144,10 +145,11 @@ def completed_tasks(
     """Run `function(*call)` for each call as a Ray task; yield (index of the call, result) as they finish.
 
     No more than twice as many tasks as CPUs are under way. A `StepError` of a task is raised as such; whatever ends the
-    loop early, the other tasks are cancelled. With `results_each` > 1 a call has that many results; they stay in Ray's
-    object store, and a list of references is yielded.
+    loop early, the other tasks are cancelled. A task whose process ends is tried again, and if that does not help,
+    `StepError` is raised. With `results_each` > 1 a call has that many results; they stay in Ray's object store, and a
+    list of references is yielded.
     """
-    options = {"max_retries": 3, "num_returns": results_each}
+    options = {"max_retries": _RETRIES, "num_returns": results_each}
     remote = ray.remote(function).options(**options)
     limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting = iter(enumerate(calls))
@@ -172,6 +174,12 @@ def completed_tasks(
         if isinstance(error.cause, StepError):
             raise error.cause from error
         raise
+    except (OutOfMemoryError, WorkerCrashedError) as error:
+        name = getattr(function, "__name__", "call")
+        raise StepError(
+            f"the process of a Ray task ended {_RETRIES + 1} times in {name}: {str(error).splitlines()[0]} "
+            "If memory is short, give the session fewer CPUs, so that fewer tasks run at once"
+        ) from error
     finally:
         # By force, and waited for: a task that went on would write below a folder that its step has removed.
         for reference in running:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -45,7 +46,8 @@ class ChunkReport(BaseModel):
     part: PartReport = PartReport()
 
 
-class ChunkTask(BaseModel):
+@dataclass(frozen=True)
+class ChunkTask:
     """What a worker is sent. Parts go below `rows_uri`, what only this step needs below `scratch_uri`."""
 
     chunk: Chunk
@@ -65,17 +67,15 @@ def ids_uri(scratch_uri: str, index: int) -> str:
     return storage.join(scratch_uri, f"ids-{index:05d}.bin")
 
 
-def validate_chunk(row: dict[str, str]) -> dict[str, str]:
-    """`{"task": ChunkTask}` to `{"report": ChunkReport}`, both as JSON: a row of a Ray dataset."""
-    task = ChunkTask.model_validate_json(row["task"])
+def validate_chunk(task: ChunkTask) -> ChunkReport:
+    """Do the task. What is wrong with the piece as a whole is in the report's `fault`."""
     try:
-        report = _validate(task)
+        return _validate(task)
     except ChunkFault as fault:
-        report = ChunkReport(index=task.chunk.index, fault=(fault.line, fault.problem))
+        return ChunkReport(index=task.chunk.index, fault=(fault.line, fault.problem))
     except FileNotFoundError:
         problem = "the file disappeared while it was read. Restore it, then start again"
-        report = ChunkReport(index=task.chunk.index, fault=(1, problem))
-    return {"report": report.model_dump_json()}
+        return ChunkReport(index=task.chunk.index, fault=(1, problem))
 
 
 def _validate(task: ChunkTask) -> ChunkReport:

@@ -1,19 +1,18 @@
 """Step `validate_source`: CSV files of any size to validated Parquet, with a table of the rows that were rejected.
 
-Headers are checked first, in the driver. Then the files are cut into pieces (`csv_chunks`), and Ray Data streams the
-pieces through `validate_chunk`, which writes one part each; only small reports come back. What the step writes does not
-depend on how many pieces there were, other than the names of the parts.
+Headers are checked first, in the driver. Then the files are cut into pieces (`csv_chunks`), and Ray tasks
+(`validate_chunk`) write one part each; only small reports come back. What the step writes does not depend on how many
+pieces there were, other than the names of the parts.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
 import ray
-import ray.data
 
 from step_scripts import storage
 from step_scripts.contract import Artifact, StepContext, StepDefinition, StepError, StepOutcome, file_info
@@ -121,17 +120,9 @@ def _validate(
     progress = _Progress(context, len(chunks))
 
     def process(pieces: Sequence[Chunk]) -> None:
-        tasks = (
-            ChunkTask(
-                chunk=chunk,
-                params=params,
-                rows_uri=context.output_uri("rows"),
-                scratch_uri=scratch_uri,
-                buckets=buckets,
-            )
-            for chunk in pieces
-        )
-        for report in _in_ray_data(tasks):
+        rows_uri = context.output_uri("rows")
+        calls = ((ChunkTask(chunk, params, rows_uri, scratch_uri, buckets),) for chunk in pieces)
+        for _, report in completed_tasks(validate_chunk, calls):
             reports[report.index] = report
             progress.add(report)
             if report.fault:
@@ -147,13 +138,6 @@ def _validate(
         process(again)
     _raise_fault(chunks, reports)
     return chunks, [reports[c.index] for c in chunks]
-
-
-def _in_ray_data(tasks: Iterable[ChunkTask]) -> Iterator[ChunkReport]:
-    items = [{"task": task.model_dump_json()} for task in tasks]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(validate_chunk)
-    for row in dataset.iter_rows():
-        yield ChunkReport.model_validate_json(row["report"])
 
 
 def _by_file(chunks: Sequence[Chunk]) -> Iterator[tuple[str, list[Chunk]]]:
