@@ -11,7 +11,7 @@ import numpy as np
 import xgboost as xgb
 from xgboost.callback import TrainingCallback
 
-from step_scripts.training_data import Matrix
+from step_scripts.matrix import Matrix
 
 _HISTORY = "history"
 _ROWS_PER_THREAD = 20_000

@@ -22,13 +22,15 @@ from step_scripts.cluster_resources import cpus_per_worker, node_cpus, scratch_f
 from step_scripts.contract import Reporter, StepError
 from step_scripts.parameters import TuneModelParams
 from step_scripts.search_progress import LivesInDriver, SearchProgress
-from step_scripts.search_trial import BoostingTrial, TrialTask, matrix_holder
+from step_scripts.search_trial import BoostingTrial, TrialTask
 from step_scripts.training_data import TrainingSplit
+from step_scripts.trial_matrices import TrialMatrices, trial_matrices
 from step_scripts.trial_records import TrialRecord, TrialStore
 
 # Where people would begin; the ranges clip it.
 _FIRST_TRIAL = {"max_depth": 3, "eta": 0.1, "min_child_weight": 1.0, "subsample": 0.8}
-_REPORTS_PER_TRIAL = 12
+_REPORTS_PER_TRIAL = 8
+_ROUNDS_WITHOUT_SCHEDULER = 250
 _REDUCTION_FACTOR = 3
 _HOPELESS_AFTER = 3  # failed trials, and none that was completed
 # What Ray Tune would otherwise write, print or check.
@@ -116,9 +118,11 @@ def run_search(
         log.info(f"{len(finished)} of {resolved['num_trials']} trials were finished before and are not run again")
     records = finished
     if remaining > 0:
-        progress = SearchProgress(finished, store, log, resolved["num_trials"])
-        with matrix_holder(train, validation) as holder:
-            _run_tune(params, holder, progress, remaining)
+        nodes = node_cpus()
+        concurrent = min(resolved["max_concurrent_trials"] or sum(nodes), remaining, sum(nodes))
+        with trial_matrices(train, validation, concurrent) as matrices:
+            progress = SearchProgress(finished, store, log, resolved["num_trials"], matrices)
+            _run_tune(params, progress, matrices, remaining, concurrent)
         records = sorted(progress.records, key=lambda r: r.trial)
     if not any(record.rmse is not None for record in records):
         reason = next((r.error for r in records if r.error), "none ran")
@@ -129,18 +133,23 @@ def run_search(
     return records
 
 
-def _run_tune(params: TuneModelParams, holder: str, progress: SearchProgress, num_trials: int) -> None:
+def _report_rounds(resolved: dict[str, Any]) -> int:
+    """Rounds between two reports of a trial. Only the early-stopping scheduler and people who wait need them."""
+    rounds = resolved["num_boost_round"]
+    if resolved["scheduler"] == "none":
+        return min(rounds, _ROUNDS_WITHOUT_SCHEDULER)
+    return max(1, min(100, -(-rounds // _REPORTS_PER_TRIAL)))
+
+
+def _run_tune(
+    params: TuneModelParams, progress: SearchProgress, matrices: TrialMatrices, num_trials: int, concurrent: int
+) -> None:
     resolved = params.resolved()
-    nodes = node_cpus()
-    concurrent = min(resolved["max_concurrent_trials"] or sum(nodes), num_trials, sum(nodes))
-    cpus = cpus_per_worker(concurrent, nodes)
-    report_rounds = max(1, min(100, -(-resolved["num_boost_round"] // _REPORTS_PER_TRIAL)))
     task = TrialTask(
-        holder=holder,
         num_boost_round=resolved["num_boost_round"],
         early_stopping_rounds=resolved["early_stopping_rounds"],
-        report_rounds=report_rounds,
-        cpus=cpus,
+        report_rounds=_report_rounds(resolved),
+        cpus=cpus_per_worker(concurrent, node_cpus()),
         seed=resolved["seed"],
     )
     stopped = threading.Event()
@@ -151,14 +160,14 @@ def _run_tune(params: TuneModelParams, holder: str, progress: SearchProgress, nu
 
     def search(folder: str) -> None:
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(BoostingTrial, task=task), {"cpu": cpus}),
+            tune.with_resources(tune.with_parameters(BoostingTrial, task=task), {"cpu": task.cpus}),
             tune_config=tune.TuneConfig(
                 metric="rmse",
                 mode="min",
                 num_samples=num_trials,
                 max_concurrent_trials=concurrent,
                 search_alg=searcher(params, progress.records),
-                scheduler=scheduler(params, report_rounds),
+                scheduler=scheduler(params, task.report_rounds),
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
@@ -167,7 +176,7 @@ def _run_tune(params: TuneModelParams, holder: str, progress: SearchProgress, nu
                 verbose=0,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 callbacks=[progress],
-                stop=_StopEarly(stopped, progress),
+                stop=_StopEarly(stopped, progress, matrices),
             ),
         )
         tuner.fit()
@@ -187,18 +196,19 @@ def _run_tune(params: TuneModelParams, holder: str, progress: SearchProgress, nu
 class _StopEarly(LivesInDriver, tune.Stopper):
     """Ends the search when whoever waits for it was interrupted, or when nothing but failures can be expected."""
 
-    def __init__(self, interrupted: threading.Event, progress: SearchProgress) -> None:
+    def __init__(self, interrupted: threading.Event, progress: SearchProgress, matrices: TrialMatrices) -> None:
         self._interrupted = interrupted
         self._progress = progress
+        self._matrices = matrices
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return self._interrupted.is_set()
+        return self._matrices.unreadable or self._interrupted.is_set()
 
     def stop_all(self) -> bool:
         """Whether no trial shall start any more."""
         records = self._progress.records
         hopeless = len(records) >= _HOPELESS_AFTER and all(r.status == "failed" for r in records)
-        return hopeless or self._interrupted.is_set()
+        return hopeless or self._matrices.unreadable or self._interrupted.is_set()
 
 
 @contextlib.contextmanager

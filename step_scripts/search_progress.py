@@ -14,6 +14,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from step_scripts.contract import Reporter
+from step_scripts.trial_matrices import TrialMatrices
 from step_scripts.trial_records import TrialRecord, TrialStore
 
 _SECONDS_BETWEEN_MESSAGES = 15.0
@@ -31,11 +32,22 @@ class LivesInDriver:
 
 
 class SearchProgress(LivesInDriver, tune.Callback):
-    """Numbers the trials, reports each that ends, and keeps it. `records` holds what ended, in that order."""
+    """Numbers the trials, gives them the matrices, reports each that ends, and keeps it.
 
-    def __init__(self, finished: list[TrialRecord], store: TrialStore | None, log: Reporter, num_trials: int) -> None:
+    `records` holds what ended, in that order.
+    """
+
+    def __init__(
+        self,
+        finished: list[TrialRecord],
+        store: TrialStore | None,
+        log: Reporter,
+        num_trials: int,
+        matrices: TrialMatrices,
+    ) -> None:
         self.records = list(finished)
         self.folders: set[Path] = set()
+        self._matrices = matrices
         self._store = store
         self._log = log
         self._num_trials = num_trials
@@ -47,10 +59,12 @@ class SearchProgress(LivesInDriver, tune.Callback):
         self._last_message = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Give the trial its number."""
+        """Give the trial its number and the matrices."""
         self._numbers[trial.trial_id] = next(self._free_numbers)
         self._started[trial.trial_id] = time.monotonic()
-        self._actors[trial.trial_id] = trial.temporary_state.ray_actor
+        actor = self._actors[trial.trial_id] = trial.temporary_state.ray_actor
+        if actor is not None:
+            self._matrices.add(actor)
         if trial.storage is not None:
             self.folders.add(Path(trial.storage.experiment_driver_staging_path).parent)
 
@@ -58,6 +72,10 @@ class SearchProgress(LivesInDriver, tune.Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         """Report an unfinished trial if nothing has been said for a while."""
+        if not result["rounds"]:  # it waits for the matrices
+            self._started[trial.trial_id] = time.monotonic()
+            self._matrices.hand_out()
+            return
         if not result["done"] and time.monotonic() - self._last_message > _SECONDS_BETWEEN_MESSAGES:
             number = self._numbers[trial.trial_id]
             self._say(f"trial {number} of {self._num_trials}: round {result['rounds']}, RMSE {result['rmse']:,.6g}")
@@ -65,7 +83,7 @@ class SearchProgress(LivesInDriver, tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Record, keep and report a trial that ended well, or was stopped by the scheduler."""
         result = trial.last_result
-        if "rmse" not in result:  # the search was interrupted before the trial's first report
+        if not result.get("rounds"):  # the search was interrupted before the trial's first report
             return
         names = ("rmse", "rounds", "best_rounds", "stopped_by")
         self._record(trial, status="completed", **{name: result[name] for name in names})

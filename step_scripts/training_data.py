@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -16,15 +16,9 @@ import pyarrow.parquet as pq
 
 from step_scripts import storage
 from step_scripts.contract import Artifact, StepError
+from step_scripts.matrix import Matrix
 from step_scripts.model_artifact import Scaler
 from step_scripts.table import TableSpec
-
-
-class Matrix(NamedTuple):
-    """Scaled features, float32, shape (rows, features), nulls as NaN; and the target, float32, shape (rows,)."""
-
-    features: np.ndarray
-    target: np.ndarray
 
 
 @dataclass(frozen=True)

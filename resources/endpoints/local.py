@@ -33,6 +33,7 @@ from resources.endpoints.base import (
     SmokeTestResult,
     require_approved,
 )
+from resources.endpoints.captured_files import CapturedFile, captured_below, remove_captured
 from resources.endpoints.changeover import read_deployment, restored_on_failure, wait_for_change
 from resources.endpoints.server_process import (
     ServerUnreachable,
@@ -157,6 +158,14 @@ class LocalEndpointHost(EndpointHost):
             return None
         return read_captured(str(folder / CAPTURE_FOLDER), table, since, limit, without=PROBE_ID)
 
+    def captured_files(self) -> Sequence[CapturedFile]:
+        """See `EndpointHost.captured_files`. The serving process bounds their size itself, but not their age."""
+        return [f for name in self._names() for f in captured_below(str(self._folder(name) / CAPTURE_FOLDER), name)]
+
+    def remove_captured(self, files: Sequence[CapturedFile]) -> None:
+        """See `EndpointHost.remove_captured`."""
+        remove_captured(files, str(Path(self.root).absolute()))
+
     def delete(self, name: str) -> None:
         """See `EndpointHost.delete`."""
         folder = self._folder(name)
@@ -171,9 +180,7 @@ class LocalEndpointHost(EndpointHost):
 
     def list(self) -> Sequence[EndpointStatus]:
         """See `EndpointHost.list`."""
-        root = Path(self.root)
-        names = sorted(p.name for p in root.iterdir() if _NAME.fullmatch(p.name)) if root.is_dir() else []
-        return [status for name in names if (status := self.describe(name)) is not None]
+        return [status for name in self._names() if (status := self.describe(name)) is not None]
 
     def inventory(self) -> Sequence[OwnedItem]:
         """See `EndpointHost.inventory`; with servers whose state folder is gone."""
@@ -215,6 +222,10 @@ class LocalEndpointHost(EndpointHost):
             if name == item.name:
                 end_processes([process])
 
+    def _names(self) -> Sequence[str]:
+        root = Path(self.root)
+        return sorted(p.name for p in root.iterdir() if _NAME.fullmatch(p.name)) if root.is_dir() else []
+
     def _folder(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no name of an endpoint: 1 to 63 letters, digits and inner hyphens")
@@ -239,7 +250,9 @@ class LocalEndpointHost(EndpointHost):
             log.info(f"Endpoint {name} serves {version.reference} already.")
             return self._status(name, _smoke(server, name, smoke_test))
         record = self._record(name, version, current, server)
-        self._prove(folder, record, smoke_test, log)
+        first = current is None and server is None  # nobody calls it yet: it is proved as it is
+        if not first:
+            self._prove(folder, record, smoke_test, log)
         with restored_on_failure(folder, current, server if served else None, self.swap_timeout_seconds, log):
             record.write(folder / DEPLOYMENT_FILE)
             if server and served and record.port in (0, server.port):
@@ -249,6 +262,8 @@ class LocalEndpointHost(EndpointHost):
                     log.info(f"The server of endpoint {name} is started again, on port {record.port}.")
                 server = self._start(folder, record)
             result = _smoke(server, name, smoke_test)
+            if first:
+                log.info(_measured(record, result))
         log.info(f"Endpoint {name} serves {version.reference} at http://{server.host}:{server.port}.")
         return self._status(name, result)
 
@@ -300,8 +315,7 @@ class LocalEndpointHost(EndpointHost):
                 raise ServerUnreachable(f"{error}:\n{log_tail(trial)}") from error
         finally:
             shutil.rmtree(trial, ignore_errors=True)
-        difference = f"largest difference {result.largest_difference:g}"
-        log.info(f"Smoke test of {record.version}: {result.rows} rows, {difference}, {result.median_ms:g} ms a row.")
+        log.info(_measured(record, result))
 
     def _change(self, folder: Path, server: ServerRecord, record: DeploymentRecord) -> None:
         ask_to_reload(server, folder)
@@ -309,7 +323,10 @@ class LocalEndpointHost(EndpointHost):
 
     def _start(self, folder: Path, record: DeploymentRecord) -> ServerRecord:
         start_detached(folder)
-        server = wait_until_serving(folder, self.start_timeout_seconds)
+        try:
+            server = wait_until_serving(folder, self.start_timeout_seconds)
+        except ServerUnreachable as error:
+            raise ServerUnreachable(f"{error}:\n{log_tail(folder)}") from error
         # The port that it got is the one to ask for from now on.
         record.model_copy(update={"port": server.port}).write(folder / DEPLOYMENT_FILE)
         return server
@@ -341,6 +358,13 @@ def _invoke(
         text = answer.decode(errors="replace")[:2000]
         raise InvocationFailed(f"endpoint {name} answered {status}: {text}", status=status, body=answer)
     return answer
+
+
+def _measured(record: DeploymentRecord, result: SmokeTestResult) -> str:
+    return (
+        f"Smoke test of {record.version}: {result.rows} rows, largest difference {result.largest_difference:g}, "
+        f"{result.median_ms:g} ms a row."
+    )
 
 
 def _smoke(server: ServerRecord, name: str, smoke_test: SmokeTest) -> SmokeTestResult:
