@@ -10,8 +10,10 @@ from typing import Any
 
 import dagster as dg
 
+from housing_assets.alerts import TOLD
 from housing_assets.deployments import load_automation
 from housing_assets.landing import LandingCursor, batches, landed_files, run_key
+from housing_assets.watching import watch_endpoint
 from resources.endpoints.base import EndpointHost
 from resources.model_registry.base import ModelRegistry
 from resources.notifier import Notifier
@@ -149,10 +151,24 @@ def approved_models(
     description="Tells people about failed runs: in the log, by Slack, e-mail or SNS (HOUSING_NOTIFIER).",
 )
 def failed_runs(context: dg.RunFailureSensorContext, notifier: Notifier) -> None:
-    """One message a failed run, with the steps that failed and why."""
+    """One message a failed run, with the steps that failed and why; none where what failed tells people itself."""
     run = context.dagster_run
+    if (failures := _failures(context)) and all(_tells_itself(run, failure) for failure in failures):
+        return
     reasons = "\n".join(_reasons(context)) or context.failure_event.message or ""
     notifier.notify(f"Run {run.run_id[:8]} of {_what(run)} failed", reasons)
+
+
+def _failures(context: dg.RunFailureSensorContext) -> list[Any]:
+    return [event.step_failure_data for event in context.get_step_failure_events()]
+
+
+def _tells_itself(run: dg.DagsterRun, failure: Any) -> bool:
+    """Whether it is a finding of the watch or the sweep, which recur with every tick and are told once."""
+    if failure.user_failure_data:
+        return TOLD in failure.user_failure_data.metadata
+    is_check = failure.error is not None and failure.error.cls_name == "DagsterAssetCheckFailedError"
+    return is_check and run.job_name == watch_endpoint.name
 
 
 def _what(run: dg.DagsterRun) -> str:
@@ -164,7 +180,10 @@ def _what(run: dg.DagsterRun) -> str:
 def _reasons(context: dg.RunFailureSensorContext) -> Iterator[str]:
     for event in context.get_step_failure_events():
         data: Any = event.step_failure_data
-        text = data.user_failure_data.description if data.user_failure_data else data.error and data.error.message
+        error = data.error
+        while error is not None and error.cause is not None:  # Dagster's own error only names the step
+            error = error.cause
+        text = data.user_failure_data.description if data.user_failure_data else error and error.message
         yield f"{event.step_key}: {(text or event.message or '').strip()}"
 
 

@@ -12,7 +12,7 @@ from housing_assets.checks import splits as splits_checks
 from housing_assets.deployments import load_resources
 from housing_assets.executor import in_process_executor
 from housing_assets.lineage import lineage
-from housing_assets.retention import prune
+from housing_assets.retention import nightly_prune, prune
 from housing_assets.sweeper import hourly_sweep, sweep
 from housing_assets.teardown import teardown
 from housing_assets.watching import endpoint_watch, watch_endpoint
@@ -35,7 +35,7 @@ defs = dg.Definitions(
     assets=assets,
     asset_checks=dg.load_asset_checks_from_modules([ingestion_checks, splits_checks, model_checks, serving_checks]),
     jobs=[refresh, approve_model, reject_model, *automation.jobs, watch_endpoint, lineage, prune, sweep, teardown],
-    schedules=[*automation.schedules, endpoint_watch, hourly_sweep],
+    schedules=[*automation.schedules, endpoint_watch, hourly_sweep, nightly_prune],
     sensors=automation.sensors,
     resources=load_resources(),
     # The graph is a chain, and Ray is the parallelism: one process a run, and one Ray session in it.

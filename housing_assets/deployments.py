@@ -133,6 +133,12 @@ class AutomationSettings(BaseModel):
     watch_cron: str = Field(default="*/15 * * * *", description="When the endpoint is looked at.")
     drift_days: float = Field(default=7.0, gt=0, description="Captured requests of so many days are compared.")
     drift_rows: int = Field(default=200, ge=1, description="With fewer captured rows, nothing is said about drift.")
+    repeat_hours: float = Field(default=24.0, gt=0, description="What is still abandoned after so long is told again.")
+    prune_cron: str = Field(default="37 2 * * *", description="When old things are removed.")
+    keep_versions: int = Field(default=10, ge=1, description="Newest versions of a model that stay.")
+    pending_days: float = Field(default=30.0, ge=0, description="Versions that wait for a decision stay for so long.")
+    capture_days: float = Field(default=30.0, gt=0, description="Captured requests older than this are removed.")
+    capture_megabytes: float = Field(default=10_000.0, gt=0, description="Bound of an endpoint's captured requests.")
 
     @property
     def stale_after(self) -> timedelta:
@@ -290,7 +296,7 @@ def _local_capture(settings: Settings) -> dict[str, Any]:
 
 
 def _sagemaker_capture(settings: Settings) -> dict[str, Any]:
-    """The same for SageMaker's, which is not bounded: give its bucket a lifecycle rule."""
+    """The same for SageMaker's, which job `prune` bounds."""
     from resources.endpoints.endpoint_requests import DataCapture
 
     if not settings.switch("HOUSING_DATA_CAPTURE", default=False):

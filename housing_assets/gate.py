@@ -7,16 +7,13 @@ latest evaluation up itself, and refuses unless it passed for exactly the model 
 from __future__ import annotations
 
 import dagster as dg
-from dagster._core.storage.asset_check_execution_record import (  # has no public name
-    AssetCheckExecutionRecordStatus,
-)
 
+from housing_assets.check_history import finished_checks
 from resources.model_registry.base import GateEvidence
 from resources.references import EvaluationRef, ModelRef
 
 EVALUATION = dg.AssetKey("evaluation_report")
 GATE_CHECK = "rmse_threshold"
-_FINISHED = {AssetCheckExecutionRecordStatus.SUCCEEDED, AssetCheckExecutionRecordStatus.FAILED}
 _HISTORY = 1000
 
 
@@ -72,15 +69,9 @@ def require_not_failed_since(instance: dg.DagsterInstance, model_digest: str) ->
 
 def _latest_check(instance: dg.DagsterInstance, **facts: str | float) -> tuple[dg.AssetCheckEvaluation, str] | None:
     """The latest finished evaluation of the check whose metadata holds `facts`, with its run's id."""
-    history = instance.event_log_storage.get_asset_check_execution_history(
-        dg.AssetCheckKey(EVALUATION, GATE_CHECK), limit=_HISTORY, status=_FINISHED
-    )
-    for record in history:
-        if record.event is None or record.event.dagster_event is None:
-            continue
-        check = record.event.dagster_event.asset_check_evaluation_data
+    for check, run_id in finished_checks(instance, dg.AssetCheckKey(EVALUATION, GATE_CHECK), limit=_HISTORY):
         if all(name in check.metadata and check.metadata[name].value == value for name, value in facts.items()):
-            return check, record.run_id
+            return check, run_id
     return None
 
 

@@ -10,8 +10,17 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from housing_assets.config import CONFIG_OF_OP, TunedModelConfig
+from housing_assets.retention import PruneConfig
+from housing_assets.sweeper import SweepConfig
+from housing_assets.teardown import TeardownConfig
 from step_scripts.parameters import PRESETS
 
+# Of the assets, and of the jobs that clean up.
+_CONFIGS = CONFIG_OF_OP | {
+    "prune_old": PruneConfig,
+    "sweep_abandoned": SweepConfig,
+    "remove_everything": TeardownConfig,
+}
 ENVIRONMENT: dict[str, dict[str, tuple[str, str]]] = {
     "Everywhere": {
         "HOUSING_DEPLOYMENT": ("local", "`local` or `sagemaker`: which implementations the resources have."),
@@ -23,6 +32,9 @@ ENVIRONMENT: dict[str, dict[str, tuple[str, str]]] = {
         "HOUSING_CACHE": ("on", "`off`: run every step, even if nothing has changed."),
         "HOUSING_DATA_CAPTURE": ("off", "`on`: the endpoint keeps requests and answers, for `prediction_drift`."),
         "HOUSING_CAPTURE_PERCENT": ("100", "Share of the requests that is kept, percent."),
+        "HOUSING_CAPTURE_MEGABYTES": ("100; `sagemaker`: 10000", "Bound of what an endpoint keeps; the oldest make "
+                                      "room (`sagemaker`: when job `prune` runs)."),
+        "HOUSING_CAPTURE_DAYS": ("30", "What is older is removed when job `prune` runs."),
         "HOUSING_CACHE_HOURS": ("12", "How long an earlier run's result is reused."),
         "DAGSTER_HOME": ("./.dagster (make)", "Dagster's runs and events."),
     },
@@ -30,7 +42,6 @@ ENVIRONMENT: dict[str, dict[str, tuple[str, str]]] = {
         "HOUSING_NUM_CPUS": ("all", "CPUs that local Ray may use."),
         "RAY_ADDRESS": ("none", "An existing Ray cluster to use; it is never shut down."),
         "HOUSING_ENDPOINT_PORT": ("8080, or a free one", "Port of the local endpoint."),
-        "HOUSING_CAPTURE_MEGABYTES": ("100", "Bound of the requests that it keeps; the oldest make room."),
     },
     "SageMaker": {
         "HOUSING_ROLE_ARN": ("required", "ARN of the IAM role that jobs and endpoints run as."),
@@ -53,7 +64,11 @@ ENVIRONMENT: dict[str, dict[str, tuple[str, str]]] = {
         "HOUSING_WATCH_CRON": ("*/15 * * * *", "When `endpoint_watch` looks at the endpoint."),
         "HOUSING_DRIFT_DAYS": ("7", "Captured requests of so many days are compared with the training data."),
         "HOUSING_DRIFT_ROWS": ("200", "With fewer captured rows, nothing is said about drift."),
-        "HOUSING_NOTIFIER": ("log", "How people are told of failed runs: `log`, `slack`, `email`, `sns`."),
+        "HOUSING_PRUNE_CRON": ("37 2 * * *", "When `nightly_prune` removes what is old."),
+        "HOUSING_KEEP_VERSIONS": ("10", "So many newest versions of a model stay, and those that are needed."),
+        "HOUSING_PENDING_DAYS": ("30", "Versions that wait for a decision stay for so many days."),
+        "HOUSING_REPEAT_HOURS": ("24", "What `hourly_sweep` has reported is reported again after so long."),
+        "HOUSING_NOTIFIER": ("log", "How people are told what went wrong: `log`, `slack`, `email`, `sns`."),
         "HOUSING_SLACK_WEBHOOK": ("none", "URL of Slack's incoming webhook. A secret."),
         "HOUSING_SNS_TOPIC": ("none", "ARN of the topic."),
         "HOUSING_SMTP_HOST": ("none", "SMTP server; also `HOUSING_SMTP_PORT` (587), `_SENDER`, `_RECIPIENTS`, `_USER`, "
@@ -80,7 +95,7 @@ def reference() -> str:
         "In the launchpad of the UI, or in a file: `make run CONFIG=file.yaml`, "
         "`dagster asset materialize ... --config file.yaml`. Sections stand below `ops: <name>: config:`.",
     ]
-    for op, config in CONFIG_OF_OP.items():
+    for op, config in _CONFIGS.items():
         lines += ["", f"### {op}", "", (config.__doc__ or "").strip(), ""]
         lines += ["| field | default | allowed | meaning |", "|---|---|---|---|"]
         lines += [
@@ -102,11 +117,13 @@ def _variables(chapter: str, variables: dict[str, tuple[str, str]]) -> list[str]
 
 
 def _default(op: str, name: str, field: FieldInfo) -> str:
-    if CONFIG_OF_OP[op] is TunedModelConfig and name in PRESETS["default"]:
+    if _CONFIGS[op] is TunedModelConfig and name in PRESETS["default"]:
         return "preset"
     value = field.get_default(call_default_factory=True)
     if value is None or value == {} or value == "":
         return ""
+    if isinstance(value, list):
+        return ", ".join(f"`{item}`" for item in value)
     return f"`{value}`" if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -1,12 +1,18 @@
-"""Finds what costs money or memory although the run that needs it is gone: jobs, candidates of endpoints, processes."""
+"""Finds what costs money or memory although the run that needs it is gone: jobs, candidates of endpoints, processes.
 
-from collections.abc import Sequence
+People are told of each finding once, and again if it changes or stays. What they were told is kept with the findings,
+in an observation of `abandoned` a sweep: so the UI also plots their number over time.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import dagster as dg
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
+from housing_assets.alerts import TOLD
 from housing_assets.deployments import load_automation
 from housing_assets.teardown import BUSY, Owner, expected_errors, look
 from resources.compute.base import table
@@ -15,6 +21,9 @@ from resources.notifier import Notifier
 
 _OWNERS = ("compute", "endpoint_host")
 _KINDS = ("job", "endpoint")
+_SETTINGS = load_automation()
+_FINDINGS = dg.AssetKey("abandoned")
+_LOOK_BACK = 20  # observations; deployments that share an instance have theirs among them
 _CANDIDATE_AGE = timedelta(hours=1)  # a deployment waits that long for an endpoint to start, and more
 
 
@@ -23,6 +32,18 @@ class SweepConfig(dg.Config):
 
     stop: bool = Field(default=False, description="Stop and remove what is abandoned. Off: only report it.")
     minutes: float = Field(default=10.0, ge=0, description="What is younger than this is left to its run; minutes.")
+    repeat_hours: float = Field(
+        default=_SETTINGS.repeat_hours, ge=0, description="People are told again of what is still there after so long."
+    )
+
+
+class Told(BaseModel):
+    """What people were told of a finding, and when."""
+
+    model_config = ConfigDict(frozen=True)
+
+    what: str
+    at: datetime
 
 
 def abandoned(
@@ -50,9 +71,18 @@ def abandoned(
     return found
 
 
-@dg.op(required_resource_keys={*_OWNERS, "notifier"})
+def untold(lines: Mapping[str, str], told: Mapping[str, Told], before: datetime) -> dict[str, str]:
+    """Those findings (place → what is said of it) that are new, have changed, or were told `before` that time."""
+    return {
+        place: what
+        for place, what in lines.items()
+        if place not in told or told[place].what != what or told[place].at <= before
+    }
+
+
+@dg.op(required_resource_keys={*_OWNERS, "io_manager", "notifier"})
 def sweep_abandoned(context: dg.OpExecutionContext, config: SweepConfig) -> None:
-    """Report, and if configured stop, jobs and endpoints whose run is gone."""
+    """Report, and if configured stop, jobs and endpoints whose run is gone. Tell people of what they do not know."""
     owners = [
         Owner(name, getattr(context.resources, name).inventory, getattr(context.resources, name).remove)
         for name in _OWNERS
@@ -78,8 +108,7 @@ def sweep_abandoned(context: dg.OpExecutionContext, config: SweepConfig) -> None
         "found": table(rows),
         "could_not_be_listed": dg.MetadataValue.json(findings.problems),
     }
-    if rows or findings.problems:
-        _tell(context.resources.notifier, rows, findings.problems)
+    metadata[TOLD] = _tell(context, rows, findings.problems, timedelta(hours=config.repeat_hours))
     failures = [row["name"] for row in rows if row["outcome"].startswith("could not")]
     if failures or findings.problems:
         problems = [*failures, *(f"{name}: {reason}" for name, reason in findings.problems.items())]
@@ -87,10 +116,47 @@ def sweep_abandoned(context: dg.OpExecutionContext, config: SweepConfig) -> None
     context.add_output_metadata(metadata)
 
 
-def _tell(notifier: Notifier, rows: Sequence[dict[str, Any]], problems: dict[str, str]) -> None:
-    lines = [f"{row['kind']} {row['name']} ({row['detail']}): {row['why']}; {row['outcome']}" for row in rows]
-    lines += [f"{name} could not be asked: {reason}" for name, reason in problems.items()]
-    notifier.notify(f"{len(rows)} abandoned jobs or endpoints", "\n".join(lines))
+def _tell(
+    context: dg.OpExecutionContext, rows: Sequence[dict[str, Any]], problems: dict[str, str], repeat: timedelta
+) -> int:
+    """Send one message of what is new, if anything is, and remember what people know now. Returns how many lines."""
+    now, root = datetime.now(UTC), context.resources.io_manager.root
+    lines = {
+        row["where"]: f"{row['kind']} {row['name']} ({row['detail']}): {row['why']}; {row['outcome']}" for row in rows
+    }
+    lines |= {name: f"{name} could not be asked: {reason}" for name, reason in problems.items()}
+    known = _remembered(context.instance, root)
+    fresh = untold(lines, known, now - repeat)
+    if fresh:
+        notifier: Notifier = context.resources.notifier
+        title = f"{len(rows)} abandoned jobs or endpoints, {len(fresh)} new or changed"
+        notifier.notify(title, "\n".join(fresh.values()))
+    # What could not be listed this time may still be there.
+    told = {place: known[place] for place in known if place in lines or problems}
+    told |= {place: Told(what=what, at=now) for place, what in fresh.items()}
+    context.log_event(
+        dg.AssetObservation(
+            _FINDINGS,
+            description="What the sweep found; people are told of each thing once.",
+            metadata={
+                "root": root,
+                "abandoned": len(rows),
+                "found": table(list(rows)),
+                "told": dg.MetadataValue.json({place: t.model_dump(mode="json") for place, t in told.items()}),
+            },
+        )
+    )
+    return len(fresh)
+
+
+def _remembered(instance: dg.DagsterInstance, root: str) -> dict[str, Told]:
+    """What people were told of, at the last sweep of the deployment at `root`."""
+    for record in instance.fetch_observations(_FINDINGS, limit=_LOOK_BACK).records:
+        observation = record.asset_observation
+        if observation is not None and observation.metadata.get("root") == dg.MetadataValue.text(root):
+            stored: Any = observation.metadata["told"].value
+            return {place: Told.model_validate_json(json.dumps(told)) for place, told in stored.items()}
+    return {}
 
 
 @dg.job
@@ -103,6 +169,6 @@ hourly_sweep = dg.ScheduleDefinition(
     name="hourly_sweep",
     job=sweep,
     cron_schedule="17 * * * *",
-    execution_timezone=load_automation().timezone,
-    description="Looks every hour for jobs and endpoints whose run is gone, and reports them.",
+    execution_timezone=_SETTINGS.timezone,
+    description="Looks every hour for jobs and endpoints whose run is gone, and reports each once a day at most.",
 )

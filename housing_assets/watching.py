@@ -1,7 +1,7 @@
 """Watching the endpoint: does it serve an approved version, and does the traffic look like the training data?
 
 The two checks are in `housing_assets.checks.serving`; the job runs them alone, so that their numbers become curves in
-the UI. A failed health check fails its run, which sensor `failed_runs` tells people about.
+the UI. They tell people when they fail, once, not at every look. A failed health check fails its run.
 """
 
 import json
@@ -16,6 +16,7 @@ import dagster as dg
 
 from housing_assets.config import EndpointConfig
 from housing_assets.deployments import load_automation
+from housing_assets.stability import PSI_THRESHOLD, stability_result
 from resources.endpoints.base import PROBE_ID, EndpointHost, EndpointNotFound, EndpointStatus, InvocationFailed
 from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound
 
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
     from step_scripts.captured_requests import CapturedRows
 
 HEALTH_CHECK, DRIFT_CHECK = "endpoint_health", "prediction_drift"
-PSI_THRESHOLD = 0.2  # the customary limit above which a population counts as shifted
+REMEDIES = {
+    HEALTH_CHECK: "job deploy_endpoint deploys a version again (configuration: version), rollback_endpoint goes back "
+    "to the one before; approve_model and reject_model decide.",
+    DRIFT_CHECK: "see the indices of the columns. If the world has changed, ingest newer data and launch job retrain; "
+    "if the requests are wrong, correct who sends them.",
+}
 _PREDICTIONS = "predictions"
 _PROBES = 5
 _TOLERANCE = 1e-5  # relative; only the text form of a number may differ
@@ -37,7 +43,7 @@ watch_endpoint = dg.define_asset_job(
         *(dg.AssetCheckKey(dg.AssetKey("endpoint"), name) for name in (HEALTH_CHECK, DRIFT_CHECK))
     ),
     description="Runs the endpoint's health and drift checks alone: does it answer, and is it asked what it was "
-    "trained for? Fails, and so alerts, if the endpoint does not serve an approved version.",
+    "trained for? Alerts when one of them fails, once. Fails if the endpoint does not serve an approved version.",
 )
 endpoint_watch = dg.ScheduleDefinition(
     name="endpoint_watch",
@@ -111,7 +117,7 @@ def _health(
     try:
         probe = _probe(name, version, endpoint_host)
     except (EndpointNotFound, InvocationFailed) as error:
-        return _ill(f"{name} does not answer a typical row: {error}", facts)
+        return _ill(f"{name} does not answer a typical row (look into its log): {error}", facts)
     facts |= {
         "requests": len(probe.milliseconds),
         "median_milliseconds": round(statistics.median(probe.milliseconds), 3),
@@ -220,20 +226,9 @@ def drift(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry)
     found = _stability(_distributions(version), rows, table)
     if not found:
         return dg.AssetCheckResult(passed=True, description=f"{version.reference} has no statistics", metadata=facts)
-    shifted = [column for column, index in found.items() if index > PSI_THRESHOLD]
-    facts |= {
-        "largest_psi": max(found.values()),
-        **({"predictions_psi": found[_PREDICTIONS]} if _PREDICTIONS in found else {}),
-        "psi": dg.MetadataValue.table([dg.TableRecord({"column": c, "psi": p}) for c, p in found.items()]),
-    }
-    return dg.AssetCheckResult(
-        passed=not shifted,
-        severity=dg.AssetCheckSeverity.WARN,
-        description=f"shifted against the training data of {version.reference}: {', '.join(shifted)}"
-        if shifted
-        else f"as the training data of {version.reference}",
-        metadata=facts,
-    )
+    if _PREDICTIONS in found:
+        facts["predictions_psi"] = found[_PREDICTIONS]
+    return stability_result(found, version.reference, facts)
 
 
 def _stability(known: Mapping[str, Any], rows: "CapturedRows", table: Any) -> dict[str, float]:

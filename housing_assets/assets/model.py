@@ -11,7 +11,7 @@ from housing_assets.lineage import lineage_facts
 from housing_assets.metadata import artifact_metadata, run_costs, run_metadata
 from resources.compute.base import ComputeBackend, as_metadata
 from resources.experiments import ExperimentTracker, TrackedSearch
-from resources.model_registry.base import ModelRegistry, ModelVersion
+from resources.model_registry.base import ModelRegistry, ModelVersion, champion_of
 from resources.references import EvaluationRef, ModelRef, SplitRef
 from step_scripts.code_version import step_version
 from step_scripts.contract import Artifact
@@ -104,7 +104,7 @@ def evaluation_report(
     from housing_assets.schema import HOUSING_TABLE
 
     approved = model_registry.list(config.model_group or model_registry.default_group, "Approved")
-    champion = next((v for v in reversed(approved) if v.artifact.digest != tuned_model.model.digest), None)
+    champion = champion_of(approved, tuned_model.model.digest)
     inputs: dict[str, Artifact] = {
         "model": tuned_model.model,
         "train": train_split.rows,

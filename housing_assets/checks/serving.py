@@ -6,8 +6,10 @@ import time
 import dagster as dg
 
 from housing_assets import watching
+from housing_assets.alerts import tell_if_worse
 from resources.endpoints.base import PROBE_ID, EndpointHost, EndpointStatus
 from resources.model_registry.base import ModelRegistry
+from resources.notifier import Notifier
 from resources.references import SplitRef
 
 ROWS = 100
@@ -50,18 +52,33 @@ def serves_offline_predictions(
 
 @dg.asset_check(asset="endpoint", name=watching.HEALTH_CHECK, blocking=True)
 def endpoint_health(
-    context: dg.AssetCheckExecutionContext, endpoint_host: EndpointHost, model_registry: ModelRegistry
+    context: dg.AssetCheckExecutionContext,
+    endpoint_host: EndpointHost,
+    model_registry: ModelRegistry,
+    notifier: Notifier,
 ) -> dg.AssetCheckResult:
     """The endpoint answers a typical row as its model does, and the version that it serves is approved.
 
     A warning if another version has been approved since and waits to be deployed.
     """
-    return watching.health(watching.endpoint_name(context.instance, endpoint_host), endpoint_host, model_registry)
+    name = watching.endpoint_name(context.instance, endpoint_host)
+    return _told(watching.health(name, endpoint_host, model_registry), watching.HEALTH_CHECK, context, notifier)
 
 
 @dg.asset_check(asset="endpoint", name=watching.DRIFT_CHECK)
 def prediction_drift(
-    context: dg.AssetCheckExecutionContext, endpoint_host: EndpointHost, model_registry: ModelRegistry
+    context: dg.AssetCheckExecutionContext,
+    endpoint_host: EndpointHost,
+    model_registry: ModelRegistry,
+    notifier: Notifier,
 ) -> dg.AssetCheckResult:
     """Features and predictions of captured requests are distributed as the training data of the served model (PSI)."""
-    return watching.drift(watching.endpoint_name(context.instance, endpoint_host), endpoint_host, model_registry)
+    name = watching.endpoint_name(context.instance, endpoint_host)
+    return _told(watching.drift(name, endpoint_host, model_registry), watching.DRIFT_CHECK, context, notifier)
+
+
+def _told(
+    result: dg.AssetCheckResult, check: str, context: dg.AssetCheckExecutionContext, notifier: Notifier
+) -> dg.AssetCheckResult:
+    key = dg.AssetCheckKey(dg.AssetKey("endpoint"), check)
+    return tell_if_worse(result, key, watching.REMEDIES[check], notifier, context.instance)

@@ -4,13 +4,13 @@ import math
 
 import dagster as dg
 
+from housing_assets.stability import stability_result
 from resources.model_registry.base import ModelRegistry
 from resources.references import SplitRef
 
 COMPARED_IDS = 2_000_000
 # Fractions of n hashed records scatter binomially: four standard deviations are exceeded once in 16,000 times.
 STANDARD_DEVIATIONS = 4.0
-PSI_THRESHOLD = 0.2  # the customary limit above which a population counts as shifted
 
 _SPLITS = {f"{name}_split": dg.AssetIn(f"{name}_split") for name in ("validation", "test")}
 
@@ -82,18 +82,5 @@ def feature_drift(train_split: SplitRef, model_registry: ModelRegistry) -> dg.As
         return dg.AssetCheckResult(passed=True, description="no approved model to compare with")
     before = json.loads(storage.read_bytes(champion.artifact.file_uri("statistics.json")))["distributions"]
     now = json.loads(storage.read_bytes(train_split.statistics.file_uri("statistics.json")))["distributions"]
-    rows = [{"column": name, "psi": round(psi(before[name], now[name]), 4)} for name in now if name in before]
-    drifted = [str(row["column"]) for row in rows if float(row["psi"]) > PSI_THRESHOLD]
-    return dg.AssetCheckResult(
-        passed=not drifted,
-        severity=dg.AssetCheckSeverity.WARN,
-        description=f"shifted against {champion.reference}: {', '.join(drifted)}"
-        if drifted
-        else f"as in {champion.reference}",
-        metadata={
-            "champion": champion.reference,
-            "threshold": PSI_THRESHOLD,
-            "largest_psi": max((float(row["psi"]) for row in rows), default=0.0),
-            "psi": dg.MetadataValue.table([dg.TableRecord(row) for row in rows]),
-        },
-    )
+    found = {name: round(psi(before[name], now[name]), 4) for name in now if name in before}
+    return stability_result(found, champion.reference, {"champion": champion.reference})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from resources.endpoints.captured_files import CapturedFile
 from resources.inventory import OwnedItem
 from resources.model_registry.base import ModelVersion
 from step_scripts.deployment import CaptureCounts
@@ -202,6 +203,14 @@ class EndpointHost(dg.ConfigurableResource, ABC):
 
         None: there is no such endpoint, or its requests are not captured.
         """
+
+    @abstractmethod
+    def captured_files(self) -> Sequence[CapturedFile]:
+        """Files of captured requests below this host's root, also of endpoints that are gone."""
+
+    @abstractmethod
+    def remove_captured(self, files: Sequence[CapturedFile]) -> None:
+        """Remove some of them; nothing happens to those that are gone. Raises `NotOwned` for what is another's."""
 
     @abstractmethod
     def delete(self, name: str) -> None:

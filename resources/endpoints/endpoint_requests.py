@@ -50,10 +50,12 @@ class Serverless(dg.Config):
 
 
 class DataCapture(dg.Config):
-    """Requests and answers, kept on S3."""
+    """Requests and answers, kept on S3; job `prune` bounds them."""
 
     sampling_percentage: int = Field(default=100, ge=0, le=100, description="Share of the requests, percent.")
-    uri: str | None = Field(default=None, description="s3:// prefix. Empty: captured/ below the host's root.")
+    uri: str | None = Field(
+        default=None, description="s3:// prefix, which `prune` leaves alone. Empty: captured/ below the root."
+    )
     kms_key: str | None = Field(default=None, description="KMS key for the captured data.")
 
 

@@ -31,6 +31,7 @@ from resources.endpoints.base import (
     SmokeTestResult,
     require_approved,
 )
+from resources.endpoints.captured_files import CapturedFile, captured_below, remove_captured
 from resources.endpoints.endpoint_inventory import EndpointInventory
 from resources.endpoints.endpoint_parts import BROKEN, EndpointParts, FoundEndpoint
 from resources.endpoints.endpoint_requests import (
@@ -215,6 +216,17 @@ class SageMakerEndpointHost(EndpointHost):
             return None
         uri = storage.join(capture["DestinationS3Uri"], name)
         return read_captured(uri, table, since, limit, without=PROBE_ID)
+
+    def captured_files(self) -> Sequence[CapturedFile]:
+        """See `EndpointHost.captured_files`. What is captured to another `uri` is its owner's business."""
+        from step_scripts.s3_objects import list_folders
+
+        root = f"{self.root.rstrip('/')}/{CAPTURED}"
+        return [file for name in list_folders(root) for file in captured_below(f"{root}/{name}", name)]
+
+    def remove_captured(self, files: Sequence[CapturedFile]) -> None:
+        """See `EndpointHost.remove_captured`."""
+        remove_captured(files, f"{self.root.rstrip('/')}/{CAPTURED}")
 
     def delete(self, name: str) -> None:
         """See `EndpointHost.delete`. With it go its candidates, configurations and models; its log stays.

@@ -106,6 +106,12 @@ def require_gate(name: str, gate: GateEvidence) -> None:
         )
 
 
+def champion_of(versions: Sequence[ModelVersion], challenger: str) -> ModelVersion | None:
+    """The approved version that a model with digest `challenger` has to beat: the latest that is another model."""
+    others = [v for v in versions if v.status == "Approved" and v.artifact.digest != challenger]
+    return max(others, key=lambda v: v.version, default=None)
+
+
 class ModelRegistry(dg.ConfigurableResource, ABC):
     """Versions of model groups. Assets depend on this type; the deployment picks the implementation."""
 

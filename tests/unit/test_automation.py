@@ -11,6 +11,7 @@ import dagster as dg
 import pytest
 
 from housing_assets import automation
+from housing_assets.alerts import TOLD
 from housing_assets.definitions import defs
 from housing_assets.deployments import AutomationSettings, load_automation
 from resources.endpoints.local import LocalEndpointHost
@@ -127,6 +128,40 @@ def test_a_failed_run_is_told_with_step_and_reason(instance: dg.DagsterInstance)
     assert _messages == [
         (f"Run {result.run_id[:8]} of job broken failed", "breaks: file x.csv is bad: mend it"),
     ]
+
+
+def test_what_a_run_has_told_itself_is_not_told_again(instance: dg.DagsterInstance) -> None:
+    @dg.op
+    def finds() -> None:
+        raise dg.Failure("S3 cannot be asked", metadata={TOLD: 0}, allow_retries=False)
+
+    @dg.op
+    def breaks() -> None:
+        raise ValueError("no such bucket")
+
+    @dg.job
+    def sweeps() -> None:
+        finds()
+
+    @dg.job
+    def sweeps_and_breaks() -> None:
+        finds()
+        breaks()
+
+    _messages.clear()
+    for job in (sweeps, sweeps_and_breaks):
+        result = job.execute_in_process(instance=instance, raise_on_error=False)
+        context = dg.build_run_status_sensor_context(
+            "failed_runs",
+            dagster_event=result.get_run_failure_event(),
+            dagster_instance=instance,
+            dagster_run=result.dagster_run,
+            resources={"notifier": Recorder()},
+        ).for_run_failure()
+        automation.failed_runs(context)
+    [(title, reasons)] = _messages
+    assert title.endswith("of job sweeps_and_breaks failed")
+    assert "breaks: ValueError: no such bucket" in reasons.splitlines()
 
 
 def passed(instance: dg.DagsterInstance, asset: str, check: str, *, ok: bool, blocking: bool = True) -> None:

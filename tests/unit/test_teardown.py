@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from housing_assets.deployments import load_resources
-from housing_assets.sweeper import abandoned, sweep
+from housing_assets.sweeper import Told, abandoned, sweep, untold
 from housing_assets.teardown import teardown
 from resources.compute.local_ray import LocalRay
 from resources.endpoints.local import LocalEndpointHost
@@ -266,6 +266,98 @@ def test_processes_whose_run_is_gone_are_found_and_stopped_if_configured(
         for process in processes:
             process.kill()
             process.wait()
+
+
+def test_people_are_told_of_each_finding_once_until_it_changes_or_stays(
+    tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    artifacts = str(tmp_path / "data" / "artifacts")
+    path = tmp_path / "messages"
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(run: str) -> subprocess.Popen[bytes]:
+        program = [sys.executable, "-c", "import time; time.sleep(600)", "step_scripts.worker"]
+        variables = {"HOUSING_RUN_ID": run, "HOUSING_ARTIFACTS": artifacts, "HOUSING_RAY_FOLDER": str(tmp_path / "ray")}
+        processes.append(subprocess.Popen(program, env=os.environ | variables))
+        return processes[-1]
+
+    def look(folder: Path = tmp_path, **config: Any) -> list[str]:
+        """What one sweep tells."""
+        path.unlink(missing_ok=True)
+        messages = {"notifier": Messages(path=str(path))}
+        done, metadata = launch(sweep, folder, instance, minutes=0, resources=messages, **config)
+        assert done, metadata
+        said = path.read_text().splitlines() if path.exists() else []
+        assert metadata["people_were_told"] == len(said[1:])
+        return said
+
+    run = instance.create_run_for_job(teardown, status=dg.DagsterRunStatus.FAILURE).run_id
+    try:
+        first = start(run)
+        title, line = look()
+        assert title == "1 abandoned jobs or endpoints, 1 new or changed"
+        assert line == f"job process {first.pid} (Ray driver): run {run} is FAILURE; reported"
+        assert look() == []
+        assert look(repeat_hours=0) == [title, line], "it is still there after so long"
+        assert look() == []
+
+        second = start("b" * 8)
+        title, line = look()
+        assert title == "2 abandoned jobs or endpoints, 1 new or changed"
+        assert f"process {second.pid}" in line
+        assert look() == []
+        instance.delete_run(run)
+        [_, line] = look()
+        assert f"process {first.pid} (Ray driver): run {run} is not known here" in line, "why it is abandoned changed"
+
+        (tmp_path / "other").mkdir()
+        artifacts = str(tmp_path / "other" / "data" / "artifacts")
+        third = start("c" * 8)
+        [_, line] = look(tmp_path / "other")
+        assert f"process {third.pid}" in line, "another deployment on this instance has its own memory"
+        assert look(tmp_path / "other") == []
+        assert look() == []
+
+        assert [said.endswith("; stopped") for said in look(stop=True)] == [False, True, True]
+        assert look() == []
+        found = instance.fetch_observations(dg.AssetKey("abandoned"), limit=2).records
+        assert [r.asset_observation and r.asset_observation.metadata["abandoned"].value for r in found] == [0, 2]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+class Unreachable(Notifier):
+    def notify(self, title: str, text: str) -> None:
+        raise ConnectionRefusedError("nobody listens")
+
+
+def test_what_could_not_be_told_is_told_next_time(
+    tmp_path: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: LocalRay) -> list[OwnedItem]:
+        raise PermissionError("may not look")
+
+    monkeypatch.setattr(LocalRay, "inventory", fail)
+    told = tmp_path / "messages"
+    with pytest.raises(AssertionError, match="nobody listens"):  # the op ends with the notifier's error
+        launch(sweep, tmp_path, instance, resources={"notifier": Unreachable()})
+    said = (
+        "0 abandoned jobs or endpoints, 1 new or changed\ncompute could not be asked: PermissionError: may not look\n"
+    )
+    for _ in range(2):
+        done, metadata = launch(sweep, tmp_path, instance, resources={"notifier": Messages(path=str(told))})
+        assert not done, "what could not be asked fails the run every time"
+        assert "compute: PermissionError: may not look" in metadata["error"]
+        assert told.read_text() == said
+
+
+def test_what_is_untold() -> None:
+    now = datetime.now(UTC)
+    told = {name: Told(what=name, at=now - timedelta(hours=hours)) for name, hours in (("a", 1), ("b", 25), ("c", 1))}
+    lines = {"a": "a", "b": "b", "c": "changed", "d": "new"}
+    assert set(untold(lines, told, now - timedelta(hours=24))) == {"b", "c", "d"}
 
 
 def test_a_server_whose_folder_is_gone_is_found(tmp_path: Path) -> None:

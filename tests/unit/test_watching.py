@@ -20,6 +20,7 @@ from dagster._core.definitions.freshness import FreshnessState
 from dagster._core.loader import LoadingContextForTest
 
 from housing_assets import automation, watching
+from housing_assets.alerts import tell_if_worse
 from housing_assets.definitions import defs
 from housing_assets.deployments import load_automation
 from housing_assets.schema import HOUSING_TABLE
@@ -49,6 +50,16 @@ def trained(folder: Path, factor: float = 100.0) -> Artifact:
     return small_model(folder, factor=factor, statistics={"distributions": known})
 
 
+class Messages(Notifier):
+    """Writes messages into a file."""
+
+    path: str
+
+    def notify(self, title: str, text: str) -> None:
+        with Path(self.path).open("a") as file:
+            file.write(f"{title}\n{text}\n")
+
+
 class Platform:
     """An endpoint and a registry, and the checks of the code location on them."""
 
@@ -57,6 +68,7 @@ class Platform:
         self.registry = LocalModelRegistry(root=str(folder / "registry"))
         self.host = LocalEndpointHost(root=str(folder / "endpoints"), data_capture=LocalDataCapture())
         self.instance = dg.DagsterInstance.ephemeral()
+        self.notifier = Messages(path=str(folder / "messages"))
 
     def register(self, number: int, *, approved: bool = True) -> tuple[Artifact, ModelVersion]:
         model = trained(self.folder / str(number), factor=100.0 * number)
@@ -67,7 +79,12 @@ class Platform:
 
     def watch(self) -> tuple[dg.ExecuteInProcessResult, dict[str, dg.AssetCheckEvaluation]]:
         """Run job `watch_endpoint`."""
-        resources: Any = {**(defs.resources or {}), "endpoint_host": self.host, "model_registry": self.registry}
+        resources: Any = {
+            **(defs.resources or {}),
+            "endpoint_host": self.host,
+            "model_registry": self.registry,
+            "notifier": self.notifier,
+        }
         checks = [defs.get_asset_checks_def(key) for key in _keys()]
         job = dg.Definitions(asset_checks=checks, jobs=[watching.watch_endpoint], resources=resources)
         done = job.resolve_job_def("watch_endpoint").execute_in_process(instance=self.instance, raise_on_error=False)
@@ -98,11 +115,12 @@ class Platform:
         found = self.host.captured(NAME, HOUSING_TABLE, datetime(2020, 1, 1, tzinfo=UTC), 1_000_000)
         return found.requests if found else 0
 
-    def captured(self) -> int:
-        status = self.host.describe(NAME)
-        assert status is not None
-        assert status.captured is not None
-        return status.captured.written
+    def told(self) -> list[str]:
+        """The lines that people were sent since this was asked last."""
+        file = Path(self.notifier.path)
+        lines = file.read_text().splitlines() if file.exists() else []
+        file.unlink(missing_ok=True)
+        return lines
 
 
 def _keys() -> list[dg.AssetCheckKey]:
@@ -147,6 +165,9 @@ def test_health_from_the_first_deployment_to_the_end_of_the_server(platform: Pla
     succeeded, found = platform.health()
     assert not succeeded
     assert found.description == "there is no endpoint housing: materialize endpoint"
+    title, reason, *_, remedy = platform.told()
+    assert (title, reason) == ("Check endpoint_health of endpoint failed (error)", found.description)
+    assert remedy.startswith("Remedy: job deploy_endpoint deploys a version again")
 
     first = platform.register(1)
     platform.deploy(*first)
@@ -157,6 +178,7 @@ def test_health_from_the_first_deployment_to_the_end_of_the_server(platform: Pla
     assert 0 < value(found, "median_milliseconds") <= value(found, "slowest_milliseconds")
     assert value(found, "relative_difference") < 1e-6
     assert value(found, "dropped_requests") == 0
+    assert platform.told() == []
 
     platform.register(2, approved=False)
     assert platform.health()[1].passed, "a version that waits for a decision is no reason to worry"
@@ -165,6 +187,7 @@ def test_health_from_the_first_deployment_to_the_end_of_the_server(platform: Pla
     assert succeeded, "a warning fails no run"
     assert (found.passed, found.severity) == (False, dg.AssetCheckSeverity.WARN)
     assert "housing/2 is approved, housing/1 is served: deploy it, or reject it" in (found.description or "")
+    assert platform.told()[0] == "Check endpoint_health of endpoint failed (warn)"
     platform.registry.set_status("housing", 2, "Rejected", who="ann", why="worse after all")
     assert platform.health()[1].passed
 
@@ -172,11 +195,15 @@ def test_health_from_the_first_deployment_to_the_end_of_the_server(platform: Pla
     succeeded, found = platform.health()
     assert not succeeded
     assert "housing serves housing/1, which is Rejected (bob: biased)" in (found.description or "")
+    title, reason, *figures, _ = platform.told()
+    assert (title, reason) == ("Check endpoint_health of endpoint failed (error)", found.description)
+    assert {"model_version: housing/1", "state: InService", "dropped_requests: 0"} <= set(figures)
 
     assert platform.host.stop(NAME)
     succeeded, found = platform.health()
     assert not succeeded
     assert "does not answer (OutOfService): materialize endpoint to start it again" in (found.description or "")
+    assert platform.told() == [], "people know that it is ill"
 
 
 def test_another_model_than_the_registrys_is_found(platform: Platform) -> None:
@@ -198,28 +225,88 @@ def test_another_model_than_the_registrys_is_found(platform: Platform) -> None:
     assert "serves housing/2, which the registry does not have" in (found.description or "")
 
 
-class Recorder(Notifier):
+def test_a_failed_health_check_is_told_once_and_not_as_a_failed_run_as_well(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failed_runs() -> list[str]:
+        """What sensor `failed_runs` says of a run of the watch."""
+        done, _ = platform.watch()
+        context = dg.build_run_status_sensor_context(
+            "failed_runs",
+            dagster_event=done.get_run_failure_event(),
+            dagster_instance=platform.instance,
+            dagster_run=done.dagster_run,
+            resources={"notifier": platform.notifier},
+        ).for_run_failure()
+        said = platform.told()
+        automation.failed_runs(context)
+        return [*said[:1], *platform.told()]
+
+    assert failed_runs() == ["Check endpoint_health of endpoint failed (error)"]
+    assert failed_runs() == []
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no answer from AWS")
+
+    monkeypatch.setattr(LocalEndpointHost, "describe", fail)
+    title, *reasons = failed_runs()
+    assert title.endswith("of job watch_endpoint failed"), "the check itself broke"
+    assert any("no answer from AWS" in reason for reason in reasons)
+
+
+class Unreachable(Notifier):
     def notify(self, title: str, text: str) -> None:
-        _messages.append((title, text))
+        raise ConnectionRefusedError("nobody listens")
 
 
-_messages: list[tuple[str, str]] = []
+HEALTH = dg.AssetCheckKey(dg.AssetKey("endpoint"), "health")
 
 
-def test_a_failed_health_check_reaches_the_notifier(platform: Platform) -> None:
-    done, _ = platform.watch()
-    context = dg.build_run_status_sensor_context(
-        "failed_runs",
-        dagster_event=done.get_run_failure_event(),
-        dagster_instance=platform.instance,
-        dagster_run=done.dagster_run,
-        resources={"notifier": Recorder()},
-    ).for_run_failure()
-    _messages.clear()
-    automation.failed_runs(context)
-    [(title, text)] = _messages
-    assert title == f"Run {done.run_id[:8]} of job watch_endpoint failed"
-    assert "endpoint_health" in text
+def look(
+    instance: dg.DagsterInstance, severity: dg.AssetCheckSeverity | None, notifier: Notifier
+) -> dg.AssetCheckEvaluation:
+    """One run of a check that fails with `severity`, or passes."""
+
+    @dg.asset_check(asset="endpoint", name="health")
+    def health(context) -> dg.AssetCheckResult:  # pyright: ignore[reportMissingParameterType]
+        found = dg.AssetCheckResult(
+            passed=severity is None, severity=severity or dg.AssetCheckSeverity.WARN, metadata={"rows": 7}
+        )
+        return tell_if_worse(found, HEALTH, "mend it", notifier, context.instance)
+
+    checks = dg.define_asset_job("look", selection=dg.AssetSelection.checks(health))
+    job = dg.Definitions(asset_checks=[health], jobs=[checks]).resolve_job_def("look")
+    [evaluation] = job.execute_in_process(instance=instance).get_asset_check_evaluations()
+    return evaluation
+
+
+def test_people_are_told_when_a_check_gets_worse(tmp_path: Path) -> None:
+    """A check's history on a real instance; a message that could not be sent is sent at the next look."""
+    file = tmp_path / "messages"
+    messages = Messages(path=str(file))
+    warn, error = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
+    looks: list[tuple[dg.AssetCheckSeverity | None, Notifier, int]] = [
+        (None, messages, 0),
+        (warn, messages, 1),
+        (warn, messages, 0),
+        (error, Unreachable(), 0),
+        (error, messages, 1),
+        (error, messages, 0),
+        (warn, messages, 0),
+        (error, messages, 1),
+        (None, messages, 0),
+        (error, Unreachable(), 0),
+        (error, Unreachable(), 0),
+        (error, messages, 1),
+    ]
+    with dg.DagsterInstance.ephemeral() as instance:
+        for number, (severity, notifier, told) in enumerate(looks):
+            evaluation = look(instance, severity, notifier)
+            assert ("message_not_sent" in evaluation.metadata) == isinstance(notifier, Unreachable), number
+            text = file.read_text() if file.exists() else ""
+            assert text.count("Check health of endpoint failed") == told, number
+            assert text.endswith("rows: 7\nRemedy: mend it\n" if told else ""), number
+            file.unlink(missing_ok=True)
 
 
 def test_drift_is_found_in_captured_requests(platform: Platform) -> None:
@@ -245,6 +332,13 @@ def test_drift_is_found_in_captured_requests(platform: Platform) -> None:
     assert (found.passed, found.severity) == (False, dg.AssetCheckSeverity.WARN)
     assert found.description == "shifted against the training data of housing/1: SQUARE_FEET, predictions"
     assert value(found, "predictions_psi") > 0.2
+    title, reason, *figures, remedy = platform.told()
+    assert (title, reason) == ("Check prediction_drift of endpoint failed (warn)", found.description)
+    assert "captured_rows: 5000" in figures
+    assert {f"psi: {name}" for name in ("SQUARE_FEET", "predictions")} <= {line.rpartition(" ")[0] for line in figures}
+    assert "launch job retrain" in remedy
+    assert not platform.drift().passed
+    assert platform.told() == [], "people know it"
 
     platform.deploy(*platform.register(2))
     found = platform.drift()

@@ -1,0 +1,21 @@
+"""What checks have found before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import dagster as dg
+from dagster._core.storage.asset_check_execution_record import (  # has no public name
+    AssetCheckExecutionRecordStatus,
+)
+
+_FINISHED = {AssetCheckExecutionRecordStatus.SUCCEEDED, AssetCheckExecutionRecordStatus.FAILED}
+
+
+def finished_checks(
+    instance: dg.DagsterInstance, key: dg.AssetCheckKey, limit: int
+) -> Iterator[tuple[dg.AssetCheckEvaluation, str]]:
+    """The last finished evaluations of a check with the ids of their runs, the latest first."""
+    for record in instance.event_log_storage.get_asset_check_execution_history(key, limit=limit, status=_FINISHED):
+        if record.event is not None and record.event.dagster_event is not None:
+            yield record.event.dagster_event.asset_check_evaluation_data, record.run_id
