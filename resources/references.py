@@ -16,6 +16,13 @@ class Reference(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class MadeReference(Reference):
+    """Base of references to what a run has made: with which code."""
+
+    run_id: str | None = None
+    code_version: str | None = None
+
+
 class DataFile(Reference):
     """A source file as it was read. `modified`: seconds since 1970."""
 
@@ -25,7 +32,7 @@ class DataFile(Reference):
     rows: int | None = None
 
 
-class DatasetRef(Reference):
+class DatasetRef(MadeReference):
     """What was ingested at once. `digest` is that of the validated rows. No files: nobody recorded them."""
 
     digest: str
@@ -33,8 +40,6 @@ class DatasetRef(Reference):
     files: tuple[DataFile, ...] = ()
     rows: int | None = None
     rows_rejected: int | None = None
-    run_id: str | None = None
-    code_version: str | None = None
     commit: int | None = None
     ingested_at: datetime | None = None
 
@@ -50,7 +55,7 @@ class SnapshotRef(Reference):
     datasets: tuple[DatasetRef, ...] = ()
 
 
-class SourceRef(Reference):
+class SourceRef(MadeReference):
     """Validated rows of a source, the rows that were rejected, and the table (with its bounds) that decided."""
 
     source: str
@@ -60,11 +65,9 @@ class SourceRef(Reference):
     rows_total: int
     rows_rejected: int
     files: tuple[DataFile, ...] = ()
-    run_id: str | None = None
-    code_version: str | None = None
 
 
-class SplitRef(Reference):
+class SplitRef(MadeReference):
     """One split. Only the training split carries the statistics that were fitted on it."""
 
     rows: Artifact
@@ -72,11 +75,9 @@ class SplitRef(Reference):
     configured_fraction: float
     statistics: Artifact | None = None
     snapshot: SnapshotRef | None = None
-    run_id: str | None = None
-    code_version: str | None = None
 
 
-class ModelRef(Reference):
+class ModelRef(MadeReference):
     """A trained model, and the report of the search that found it."""
 
     model: Artifact
@@ -84,8 +85,6 @@ class ModelRef(Reference):
     metrics: dict[str, float]
     parameters: dict[str, float | int | str]
     request_digest: str
-    run_id: str | None = None
-    code_version: str | None = None
     made_at: datetime | None = None
     validation_digest: str | None = None
     versions: dict[str, str] = {}

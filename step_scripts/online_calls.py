@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from step_scripts.contract import StepError
@@ -72,13 +72,10 @@ def write_records(store: Any, group: str, records: Sequence[Mapping[str, str]], 
 
 
 def _write_entries(store: Any, group: str, entries: list[dict[str, Any]], patience_seconds: float) -> None:
-    pending = entries
-    patience = _Patience(patience_seconds)
-    while pending:
+    def write(pending: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
         answer, reason = _answer(store.batch_write_record, Entries=pending)
         if answer is None:
-            patience.wait(group, reason)
-            continue
+            return pending, reason
         left = list(answer.get("UnprocessedEntries", []))
         for error in answer.get("Errors", []):
             if error["ErrorCode"] not in _TRANSIENT:
@@ -87,10 +84,25 @@ def _write_entries(store: Any, group: str, entries: list[dict[str, Any]], patien
                     f"{error['ErrorCode']}: {error['ErrorMessage'][:_SHOWN]}. Nothing was committed"
                 )
             left.append(error["Entry"])
+        return left, f"{len(left)} entries were not processed"
+
+    _repeat_until_done(write, entries, group, patience_seconds)
+
+
+def _repeat_until_done(
+    call: Callable[[list[Any]], tuple[list[Any], str]], pending: list[Any], group: str, patience_seconds: float
+) -> None:
+    """Call with what is `pending` until nothing is left. `call` returns what is left, and why.
+
+    Raises `StepError` if nothing becomes less for `patience_seconds`.
+    """
+    patience = _Patience(patience_seconds)
+    while pending:
+        left, reason = call(pending)
         if len(left) < len(pending):
             patience.progress()
         if left:
-            patience.wait(group, f"{len(left)} entries were not processed")
+            patience.wait(group, reason)
         pending = left
 
 
@@ -121,30 +133,26 @@ def delete_records(
 def read_records(store: Any, group: str, ids: Sequence[str], patience_seconds: float) -> dict[str, dict[str, str]]:
     """Features of those records that the online store holds, by record id."""
     found: dict[str, dict[str, str]] = {}
+
+    def read(pending: list[str]) -> tuple[list[str], str]:
+        identifiers = [{"FeatureGroupName": group, "RecordIdentifiersValueAsString": pending}]
+        answer, reason = _answer(store.batch_get_record, Identifiers=identifiers)
+        if answer is None:
+            return pending, reason
+        for record in answer.get("Records", []):
+            found[record["RecordIdentifierValueAsString"]] = features_of(record["Record"])
+        left = [i for u in answer.get("UnprocessedIdentifiers", []) for i in u["RecordIdentifiersValueAsString"]]
+        for error in answer.get("Errors", []):
+            if error["ErrorCode"] not in _TRANSIENT:
+                raise StepError(
+                    f"record {error['RecordIdentifierValueAsString']} cannot be read from the online store of "
+                    f"feature group {group}: {error['ErrorCode']}: {error['ErrorMessage']}"
+                )
+            left.append(error["RecordIdentifierValueAsString"])
+        return left, f"{len(left)} records were not read"
+
     for start in range(0, len(ids), _READ_AT_ONCE):
-        pending = list(ids[start : start + _READ_AT_ONCE])
-        patience = _Patience(patience_seconds)
-        while pending:
-            identifiers = [{"FeatureGroupName": group, "RecordIdentifiersValueAsString": pending}]
-            answer, reason = _answer(store.batch_get_record, Identifiers=identifiers)
-            if answer is None:
-                patience.wait(group, reason)
-                continue
-            for record in answer.get("Records", []):
-                found[record["RecordIdentifierValueAsString"]] = features_of(record["Record"])
-            left = [i for u in answer.get("UnprocessedIdentifiers", []) for i in u["RecordIdentifiersValueAsString"]]
-            for error in answer.get("Errors", []):
-                if error["ErrorCode"] not in _TRANSIENT:
-                    raise StepError(
-                        f"record {error['RecordIdentifierValueAsString']} cannot be read from the online store of "
-                        f"feature group {group}: {error['ErrorCode']}: {error['ErrorMessage']}"
-                    )
-                left.append(error["RecordIdentifierValueAsString"])
-            if len(left) < len(pending):
-                patience.progress()
-            if left:
-                patience.wait(group, f"{len(left)} records were not read")
-            pending = left
+        _repeat_until_done(read, list(ids[start : start + _READ_AT_ONCE]), group, patience_seconds)
     return found
 
 

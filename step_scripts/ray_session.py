@@ -56,7 +56,7 @@ class RaySession:
             if self.temporary_folder is None:
                 # Short: Ray puts sockets below it, and a socket's path is limited to 107 bytes.
                 self.temporary_folder = Path(tempfile.mkdtemp(prefix="ray-"))
-            with _inherited_by_workers():
+            with _inherited_by_workers(self.settings.num_cpus):
                 ray.init(
                     address="local",
                     num_cpus=self.settings.num_cpus,
@@ -96,9 +96,14 @@ class RaySession:
 
 
 @contextlib.contextmanager
-def _inherited_by_workers() -> Iterator[None]:
-    """Add `WORKER_ENVIRONMENT`, where the user has set nothing else, to what processes that start now inherit."""
-    added = {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ}
+def _inherited_by_workers(num_cpus: int | None) -> Iterator[None]:
+    """Add `WORKER_ENVIRONMENT`, where the user has set nothing else, to what processes that start now inherit.
+
+    Ray ends idle workers when there are more processes than CPUs, so the actors of a search would drive out those that
+    the next step uses. Twice as many are kept.
+    """
+    wanted = {**WORKER_ENVIRONMENT, "RAY_num_workers_soft_limit": str(2 * (num_cpus or os.cpu_count() or 1))}
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
     try:
         yield
