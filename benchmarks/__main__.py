@@ -10,11 +10,13 @@ from benchmarks import (
     endpoint,
     feature_store,
     final_fit,
+    growth,
     ingestion,
     overhead,
     plain_script,
     second_run,
     tuning,
+    two_hosts,
     whole_graph,
 )
 
@@ -29,7 +31,9 @@ tuning.main(pairs)
 final_fit.main([*pairs, "--rows", "200000"])
 ingestion.main([*pairs, "--rows", "200000"])
 feature_store.main([*pairs, "--rows", "2000"])
+two_hosts.main([*pairs, "--rows", "200000"])
 endpoint.main([*pairs, "--seconds", "3"])
 second_run.main(pairs)
 plain_script.main(pairs)
 article.main(pairs)
+growth.main(["--rows", "10000", "100000"])

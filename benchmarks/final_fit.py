@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.measuring import Side, compare, parser, stopwatch
 from benchmarks.steps import read_inputs, scaled_split, warm_ray, write_splits
 
-_PARAMETERS = {
+PARAMETERS = {
     "objective": "reg:squarederror",
     "eval_metric": "rmse",
     "tree_method": "hist",
@@ -38,7 +38,7 @@ def on_ray(folder: str, rounds: int) -> dict[str, Any]:
             FitRequest(
                 train=train,
                 validation=validation,
-                parameters=_PARAMETERS,
+                parameters=PARAMETERS,
                 num_boost_round=rounds,
                 early_stopping_rounds=rounds,
             ),
@@ -57,7 +57,7 @@ def in_process(folder: str, rounds: int) -> dict[str, Any]:
         train = xgb.QuantileDMatrix(*scaled_split(folder, "train"), nthread=threads)
         validation = xgb.QuantileDMatrix(*scaled_split(folder, "validation"), ref=train, nthread=threads)
         xgb.train(
-            _PARAMETERS | {"nthread": threads},
+            PARAMETERS | {"nthread": threads},
             train,
             rounds,
             evals=[(train, "train"), (validation, "validation")],
