@@ -9,6 +9,7 @@ When the other end closes, or on SIGTERM, the process ends Ray and itself.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import queue
@@ -17,6 +18,7 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,16 @@ from step_scripts.ray_session import RaySession, RaySettings
 from step_scripts.runner import run_step
 
 _SHUTDOWN_SECONDS = 3.0
+# What later steps import, in small portions: a request that comes in the meantime waits for the one under way.
+_LATER_IMPORTS = (
+    "step_scripts.ingest_features",
+    "step_scripts.prepare_splits",
+    "xgboost",
+    "optuna",
+    "ray.tune",
+    "step_scripts.tune_model",
+    "step_scripts.evaluate_model",
+)
 
 
 class PipesReporter:
@@ -70,6 +82,13 @@ def _end(session: RaySession) -> None:
     os._exit(0)
 
 
+def _next_request(requests: queue.SimpleQueue[dict[str, Any]], imports: Iterator[str]) -> dict[str, Any]:
+    """The next request. While there is none, the time goes into what later steps will import."""
+    while requests.empty() and (module := next(imports, None)) is not None:
+        importlib.import_module(module)
+    return requests.get()
+
+
 def main(descriptor: int) -> None:
     """Serve requests until the other end closes."""
     channel = socket.socket(fileno=descriptor)
@@ -87,9 +106,12 @@ def main(descriptor: int) -> None:
         _end(session)
 
     threading.Thread(target=listen, daemon=True).start()
+    request = requests.get()
+    imports = iter(_LATER_IMPORTS)
     while True:
-        reply = answer(requests.get(), session)
+        reply = answer(request, session)
         channel.sendall(json.dumps(reply).encode() + b"\n")
+        request = _next_request(requests, imports)
 
 
 if __name__ == "__main__":

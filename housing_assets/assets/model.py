@@ -8,7 +8,7 @@ from housing_assets.config import SLICES, EvaluationConfig, RegistrationConfig, 
 from housing_assets.executor import RAY_POOL
 from housing_assets.gate import require_gate_passed
 from housing_assets.lineage import lineage_facts
-from housing_assets.metadata import artifact_metadata, run_costs, run_metadata
+from housing_assets.metadata import artifact_metadata, plot_metadata, run_costs, run_metadata
 from resources.compute.base import ComputeBackend, as_metadata
 from resources.experiments import ExperimentTracker, TrackedSearch
 from resources.model_registry.base import ModelRegistry, ModelVersion, champion_of
@@ -32,7 +32,7 @@ def tuned_model(
     The artifact holds model, scaling statistics, schema, parameters and metrics in open formats. Read by
     `evaluation_report` and, if it passes the gate, by `registered_model`.
     """
-    from housing_assets.plots import importance_plot, learning_curve_plot, to_markdown, trials_plot
+    from housing_assets.plots import importance_plot, learning_curve_plot, trials_plot
     from housing_assets.schema import HOUSING_TABLE
 
     assert train_split.statistics is not None
@@ -69,14 +69,14 @@ def tuned_model(
         versions=result.versions,
     )
     plots = {
-        "learning_curve": to_markdown(learning_curve_plot(details["learning_curve"], HOUSING_TABLE), "learning curve"),
-        "importance": to_markdown(importance_plot(details["importance"]), "feature importance"),
-        "search": to_markdown(trials_plot(details["trials"]), "trials"),
+        "learning_curve": lambda: learning_curve_plot(details["learning_curve"], HOUSING_TABLE),
+        "importance": lambda: importance_plot(details["importance"]),
+        "search": lambda: trials_plot(details["trials"]),
     }
     others = {name: value for name, value in details.items() if name not in plots}
     metadata = {
         **result.metrics,
-        **plots,
+        **plot_metadata(context, result, plots),
         **tracked,
         **as_metadata(others),
         **artifact_metadata(model),
@@ -100,7 +100,7 @@ def evaluation_report(
     `evaluation.json` has the form of SageMaker's model quality reports. The blocking check `rmse_threshold` on this
     asset is the quality gate. Read by `registered_model`.
     """
-    from housing_assets.plots import prediction_plot, residual_plot, to_markdown
+    from housing_assets.plots import prediction_plot, residual_plot
     from housing_assets.schema import HOUSING_TABLE
 
     approved = model_registry.list(config.model_group or model_registry.default_group, "Approved")
@@ -126,16 +126,17 @@ def evaluation_report(
     )
     details = dict(result.details)
     predictions = details.pop("predictions")
+    plots = {
+        "predicted_against_actual": lambda: prediction_plot(predictions, HOUSING_TABLE),
+        "residuals": lambda: residual_plot(predictions, HOUSING_TABLE),
+    }
     metadata: dict[str, Any] = {
         "rmse_threshold": config.rmse_threshold,
         **result.metrics,
         **as_metadata(details),
         **artifact_metadata(report),
+        **plot_metadata(context, result, plots),
         **run_metadata(result),
-        "predicted_against_actual": to_markdown(
-            prediction_plot(predictions, HOUSING_TABLE), "predicted against actual"
-        ),
-        "residuals": to_markdown(residual_plot(predictions, HOUSING_TABLE), "residuals"),
     }
     if champion:
         metadata["champion"] = champion.reference
