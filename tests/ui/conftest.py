@@ -24,9 +24,14 @@ SCREENSHOTS = ROOT / "tests" / "ui" / "screenshots"
 
 
 @pytest.fixture(scope="module")
-def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[UserInterface]:
-    """`dagster dev`, as `make ui` starts it, on an installation of its own."""
-    platform = Platform(tmp_path_factory.mktemp("ui"), {"HOUSING_SAMPLE_ROWS": "2000"})
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Platform:
+    """The installation behind the UI: one a module, which may have its own."""
+    return Platform(tmp_path_factory.mktemp("ui"), {"HOUSING_SAMPLE_ROWS": "2000"})
+
+
+@pytest.fixture(scope="module")
+def ui(platform: Platform) -> Iterator[UserInterface]:
+    """`dagster dev`, as `make ui` starts it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -50,7 +50,7 @@ def test_a_failing_gate_blocks(ui: UserInterface, browser: Browser) -> None:
     run = browser.launch("retrain", {**SMALL_SEARCH, "evaluation_report": {"rmse_threshold": 1.0}})
     assert run.status == FAILURE
     assert ui.platform.materializations("registered_model") == registered
-    browser.open("/assets/evaluation_report?view=checks")
+    browser.open("/assets/evaluation_report?view=checks&checkDetail=rmse_threshold")
     browser.sees("rmse_threshold")
     browser.sees("Failed")
     browser.screenshot("gate")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import yaml
 
 from housing_assets.config import check_run_config
 from housing_assets.reference import reference
+from tests.documented import commands, files, mentions, pages
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("**/*.md"), *(ROOT / "benchmarks").glob("*.md")])
@@ -41,3 +44,29 @@ def test_run_configuration_in_examples_is_valid(page: Path) -> None:
         document = yaml.safe_load(block)
         if isinstance(document, dict) and "ops" in document:
             check_run_config(document)
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_is_installed_exists(page: Path) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for words in (shlex.split(command) for command in commands(page) if "pip install" in command):
+        [target] = [word for word in words if word.startswith(".[")]
+        assert set(target[2:-1].split(",")) <= extras.keys(), f"{page.name}: {target}"
+        assert (ROOT / words[words.index("-c") + 1]).is_file()
+
+
+def test_commands_are_found_in_all_their_forms(tmp_path: Path) -> None:
+    """A page's commands are what other tests run: none may be overlooked."""
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Use `make ui`, `dagster.yaml`, `make` or `HOUSING_A=b`.\n"
+        "```bash\nexport A=$PWD/b   # a comment\n\nA='x y' make run  # z\nmake \\\n  stop\n```\n"
+        "  ```yaml\n  # my.yaml: dagster job execute -c my.yaml\n  ops: {}\n  ```\n"
+        "```\nraw_csv ─▶ feature_group\ncurl -s localhost\n```\n"
+        "```python\nmake = 1\n```\n"
+    )
+    found = ["export A=$PWD/b", "A='x y' make run", "make stop", "dagster job execute -c my.yaml", "curl -s localhost"]
+    assert commands(page) == found
+    assert list(files(page)) == ["my.yaml"]
+    assert yaml.safe_load(files(page)["my.yaml"]) == {"ops": {}}
+    assert mentions(page) == ["make ui"]
