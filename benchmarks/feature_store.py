@@ -56,8 +56,7 @@ def by_step(rows_file: str, online: bool, delay: float) -> dict[str, Any]:
         rows = Artifact.of(
             folder, [file_info(rows_file, folder, pl.scan_parquet(rows_file).select(pl.len()).collect().item())]
         )
-        actors = int(session.cpus())
-        params = IngestFeaturesParams(table=HOUSING_TABLE, group="sales", target=target, num_actors=actors)
+        params = IngestFeaturesParams(table=HOUSING_TABLE, group="sales", target=target)
         with stopwatch(figures):
             done = run_step(session, "ingest_features", params, {"rows": rows}, scratch)
     return {"figures": figures, "result": {"rows": int(done.metrics["rows_readable"])}}
@@ -84,8 +83,8 @@ def row_by_row(rows_file: str, online: bool, delay: float) -> dict[str, Any]:
     figures: dict[str, float] = {}
     # Records can be put only into a group with an online store.
     with emulated_service(True, delay), warm_ray() as session, stopwatch(figures):
-        records = encoded_records(pl.read_parquet(rows_file), HOUSING_TABLE)
         actors = int(session.cpus())
+        records = encoded_records(pl.read_parquet(rows_file), HOUSING_TABLE)
         writers: list[Any] = [ray.remote(num_cpus=1)(Writer).remote() for _ in range(actors)]
         written = sum(ray.get([writer.put.remote(records[i::actors]) for i, writer in enumerate(writers)]))
     return {"figures": figures, "result": {"rows": written}}
