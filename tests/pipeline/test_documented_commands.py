@@ -1,7 +1,7 @@
 """The commands of README and `docs/`, run as they stand there, page after page, in one copy of the project.
 
 Every command that a page tells people to run is run here (those of `docs/sagemaker.md` in
-`tests/sagemaker/test_documented_commands.py`), or stands in `NOT_RUN` with the reason and with what covers it instead.
+`tests/sagemaker/test_sagemaker_documentation.py`), or stands in `NOT_RUN` with the reason and what covers it instead.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ MENTIONED = {
     "dagster asset materialize ... --config file.yaml": "make run CONFIG=my_config.yaml",
     "dagster asset materialize --select '*'": "make run",
     "dagster instance concurrency set ray 4": "in NOT_RUN with another number",
-    "export AWS_ENDPOINT_URL=…": "tests/sagemaker/test_documented_commands.py: what the emulator prints",
+    "export AWS_ENDPOINT_URL=…": "tests/sagemaker/test_sagemaker_documentation.py: what the emulator prints",
 }
 # By the end of a command, what it prints when it has done its work.
 SAID = {
