@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from step_scripts import storage
 from step_scripts.cluster_resources import await_lost_nodes, scratch_folder
 from step_scripts.contract import StepError
 from step_scripts.engines import EngineResult, FitRequest, boost, boost_in_task, with_fewer_workers
+from step_scripts.environment import environment_defaults
 
 _log = logging.getLogger(__name__)
 _ATTEMPTS = 3
@@ -43,7 +43,7 @@ def train_booster(request: FitRequest) -> EngineResult:
     """
     if request.num_workers == 1:
         return boost_in_task(request)
-    with _settings(), _checkpoints(request) as uri:
+    with environment_defaults(_SETTINGS), _checkpoints(request) as uri:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 booster = _fit(request, uri)
@@ -163,14 +163,3 @@ def _checkpoints(request: FitRequest) -> Iterator[str]:
         yield request.checkpoint_uri
     finally:
         storage.delete(request.checkpoint_uri)
-
-
-@contextlib.contextmanager
-def _settings() -> Iterator[None]:
-    added = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel
+
+from step_scripts.environment import environment_defaults
 
 # Of the processes that Ray starts.
 WORKER_ENVIRONMENT = {
@@ -56,7 +56,7 @@ class RaySession:
             if self.temporary_folder is None:
                 # Short: Ray puts sockets below it, and a socket's path is limited to 107 bytes.
                 self.temporary_folder = Path(tempfile.mkdtemp(prefix="ray-"))
-            with _inherited_by_workers(self.settings.num_cpus):
+            with environment_defaults(_worker_environment(self.settings.num_cpus)):
                 ray.init(
                     address="local",
                     num_cpus=self.settings.num_cpus,
@@ -95,18 +95,10 @@ class RaySession:
         return float(ray.cluster_resources().get("CPU", 1.0))
 
 
-@contextlib.contextmanager
-def _inherited_by_workers(num_cpus: int | None) -> Iterator[None]:
-    """Add `WORKER_ENVIRONMENT`, where the user has set nothing else, to what processes that start now inherit.
+def _worker_environment(num_cpus: int | None) -> dict[str, str]:
+    """`WORKER_ENVIRONMENT`, and how many idle workers are kept.
 
     Ray ends idle workers when there are more processes than CPUs, so the actors of a search would drive out those that
     the next step uses. Twice as many are kept.
     """
-    wanted = {**WORKER_ENVIRONMENT, "RAY_num_workers_soft_limit": str(2 * (num_cpus or os.cpu_count() or 1))}
-    added = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del os.environ[name]
+    return {**WORKER_ENVIRONMENT, "RAY_num_workers_soft_limit": str(2 * (num_cpus or os.cpu_count() or 1))}

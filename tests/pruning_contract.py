@@ -22,6 +22,7 @@ from resources.inventory import OwnedItem
 from resources.model_registry.base import ApprovalStatus, ModelRegistry, ModelVersion
 from step_scripts import storage
 from step_scripts.contract import Artifact
+from tests.job_outcome import outcome
 from tests.registry_contract import artifact
 from tests.serving_models import gate, small_model, smoke_test
 
@@ -49,14 +50,7 @@ def launch_prune(
         instance=instance,
         raise_on_error=False,
     )
-    for event in done.all_events:
-        if event.is_step_failure:
-            failure = event.step_failure_data.user_failure_data
-            assert failure is not None, event.step_failure_data.error
-            return False, {"error": failure.description} | {k: v.value for k, v in failure.metadata.items()}
-        if event.is_successful_output:
-            return True, {k: v.value for k, v in event.step_output_data.metadata.items()}
-    raise AssertionError("nothing happened")
+    return outcome(done)
 
 
 def names(metadata: dict[str, Any], table: str) -> list[str]:

@@ -24,6 +24,7 @@ from resources.sagemaker.job_tags import RUN_TAG
 from resources.sagemaker.ownership import CREATED_BY, CREATED_BY_TAG, creation_tags
 from step_scripts.offline_store import OfflineStore
 from tests.feature_rows import TABLE, ingest_rows, row, write_rows
+from tests.job_outcome import outcome
 from tests.sagemaker_emulator import SageMakerEmulator
 from tests.sagemaker_emulator.testing import IMAGE, ROLE, Aws
 from tests.serving_models import gate, small_model, smoke_test
@@ -75,14 +76,7 @@ def launch(
     [op] = job.nodes
     run_config = {"ops": {op.name: {"config": config}}}
     done = job.execute_in_process(run_config, instance, resources=resources, raise_on_error=False)
-    for event in done.all_events:
-        if event.is_step_failure:
-            failure = event.step_failure_data.user_failure_data
-            assert failure is not None, event.step_failure_data.error
-            return False, {"error": failure.description} | {k: v.value for k, v in failure.metadata.items()}
-        if event.is_successful_output:
-            return True, {k: v.value for k, v in event.step_output_data.metadata.items()}
-    raise AssertionError("nothing happened")
+    return outcome(done)
 
 
 def account(aws: Aws) -> dict[str, list[str]]:

@@ -26,6 +26,7 @@ from resources.model_registry.local import LocalModelRegistry
 from resources.notifier import Notifier
 from step_scripts.offline_store import OfflineStore
 from tests.feature_rows import TABLE, ingest_rows, row, write_rows
+from tests.job_outcome import outcome
 from tests.serving_models import registered, small_model, smoke_test
 
 ROOT = Path(__file__).parents[2]
@@ -64,14 +65,7 @@ def launch(job: dg.JobDefinition, folder: Path, instance: dg.DagsterInstance, **
         instance=instance,
         raise_on_error=False,
     )
-    for event in done.all_events:
-        if event.is_step_failure:
-            failure = event.step_failure_data.user_failure_data
-            assert failure is not None, event.step_failure_data.error
-            return False, {"error": failure.description} | {k: v.value for k, v in failure.metadata.items()}
-        if event.is_successful_output:
-            return True, {k: v.value for k, v in event.step_output_data.metadata.items()}
-    raise AssertionError("nothing happened")
+    return outcome(done)
 
 
 def files(folder: Path) -> set[str]:
