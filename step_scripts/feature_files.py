@@ -78,16 +78,17 @@ def hash_source(source: Source, table: TableSpec, buckets: int, folder: str, wan
     frame = read_source(source, [*content_columns(table), *flags], table, rows)
     content = content_hashes(frame, content_columns(table))
     time = ids["event_time"].to_physical().to_numpy()
-    lanes = np.zeros((HASH_LANES, len(rows)), np.uint64)
-    lanes[0:2], lanes[2], lanes[3:5], lanes[5] = record, time.view(np.uint64), content, rows
+    values = [*record, time.view(np.uint64), *content, rows]
     if source.commits is not None:
-        lanes[6] = np.repeat(*np.array(source.commits).T)[rows]
-        lanes[7] = frame["is_deleted"].to_numpy()
-    starts = (0, len(rows))
+        values += [np.repeat(*np.array(source.commits).T)[rows], frame["is_deleted"].to_numpy()]
+    starts, order = (0, len(rows)), None
     if buckets > 1:
         bucket = (record[0] >> np.uint64(64 - buckets.bit_length() + 1)).astype(np.uint16)
-        lanes = lanes[:, np.argsort(bucket, kind="stable")]
+        order = np.argsort(bucket, kind="stable")
         starts = (0, *np.cumsum(np.bincount(bucket, minlength=buckets)).tolist())
+    lanes = np.zeros((HASH_LANES, len(rows)), np.uint64)
+    for lane, column in enumerate(values):
+        lanes[lane] = column if order is None else column[order]
     path = storage.join(folder, f"hashes-{source.index}.npy")
     save_lanes(path, lanes)
     return Hashed(path, starts, int(time.min()) if len(time) else None, int(time.max()) if len(time) else None)

@@ -38,7 +38,7 @@ class ValidateSourceSettings(BaseModel):
         default=1 << 20, ge=256, le=1 << 26, description="A longer line means that the file is not a table; bytes."
     )
     chunk_bytes: int = Field(
-        default=64 << 20, ge=1 << 10, le=1 << 32, description="Size of the pieces that are read in parallel; bytes."
+        default=32 << 20, ge=1 << 10, le=1 << 32, description="Size of the pieces that are read in parallel; bytes."
     )
 
 
