@@ -1,9 +1,9 @@
 """How long does ingestion into SageMaker's feature store take, and how long a `PutRecord` for every row?
 
-`python -m benchmarks.feature_store [--rows 5000] [--delay 0.01]`, on the emulated SageMaker. First into the offline
-store, written directly; then into the online store too, by `BatchWriteRecord`, where the service answers every call
-after `--delay` seconds. Other: Ray actors, as many, that call `PutRecord` row by row. `seconds`: on a Ray session that
-is there.
+`python -m benchmarks.feature_store [--rows 5000] [--delay 0.01] [--store offline]`, on the emulated SageMaker. First
+into the offline store, written directly; then into the online store too, by `BatchWriteRecord`, where the service
+answers every call after `--delay` seconds. `--store` asks for one of both. Other: Ray actors, as many, that call
+`PutRecord` row by row. `seconds`: on a Ray session that is there.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Compare both ways in turn."""
     options = parser(__doc__, rows=5000)
     options.add_argument("--delay", type=float, default=0.01, help="delay of each answer; seconds (default 0.01)")
+    options.add_argument("--store", choices=["offline", "online"], help="one of both only (default: both)")
     chosen = options.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="housing-bench-") as folder:
         sample = write_sample(Path(folder, "sales.csv"), rows=chosen.rows, invalid_fraction=0.0)
@@ -101,6 +102,8 @@ def main(arguments: list[str] | None = None) -> None:
         Path(rows_file).parent.mkdir()
         _write_rows(sample, rows_file)
         for name, online, delay in (("offline", False, 0.0), ("online", True, chosen.delay)):
+            if chosen.store not in (None, name):
+                continue
             work = {"rows_file": rows_file, "online": online, "delay": delay}
             compare(
                 f"feature_store_{name}",

@@ -26,7 +26,7 @@ SIZES = {
 _TITLES = {"ingestion": "CSV to feature store and splits", "graph": "Whole graph, first run"}
 
 
-def measure(what: str, sizes: list[int], trials: int) -> list[dict[str, float]]:
+def measure(what: str, sizes: list[int], trials: int, rounds: int) -> list[dict[str, float]]:
     """Rows, seconds and peak megabytes of each size, after a small run that is not counted."""
     found: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(prefix="housing-bench-") as folder:
@@ -35,7 +35,7 @@ def measure(what: str, sizes: list[int], trials: int) -> list[dict[str, float]]:
             if what == "ingestion":
                 side = Side(_TITLES[what], steps, {"source": str(source)})
             else:
-                side = Side(_TITLES[what], whole_run, {"source": str(source), "trials": trials})
+                side = Side(_TITLES[what], whole_run, {"source": str(source), "trials": trials, "rounds": rounds})
             figures, _, peak = side.run()
             source.unlink()
             if number == 0:
@@ -90,14 +90,21 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--what", choices=list(SIZES), help="one of both only (default: both)")
     options.add_argument("--rows", type=int, nargs="+", help=f"sizes (default {SIZES})")
     options.add_argument("--trials", type=int, default=8, help="trials of the whole graph's search (default 8)")
+    options.add_argument(
+        "--rounds",
+        type=int,
+        default=100,
+        help="most rounds of a trial: with early stopping alone, more rows allow more rounds (default 100)",
+    )
     options.add_argument("--plot", type=Path, help="PNG file to draw")
     options.add_argument("--draw-only", action="store_true", help="draw what was recorded, measure nothing")
     chosen = options.parse_args(arguments)
     for what, sizes in SIZES.items():
         if chosen.what in (None, what) and not chosen.draw_only:
             print(_TITLES[what])
-            trials = chosen.trials if what == "graph" else None
-            record("growth", what=what, trials=trials, sizes=measure(what, chosen.rows or sizes, chosen.trials))
+            work = {"trials": chosen.trials, "rounds": chosen.rounds}
+            found = measure(what, chosen.rows or sizes, **work)
+            record("growth", what=what, **(work if what == "graph" else {}), sizes=found)
     if chosen.plot:
         plot(recorded(), chosen.plot)
 

@@ -87,15 +87,18 @@ def stop_endpoint(environment: dict[str, str]) -> None:
     run_measured([sys.executable, "-m", "resources.endpoints.local", "stop", "--root", root], environment)
 
 
-def whole_run(source: str, trials: int, preset: str = "default", folder: str | None = None) -> dict[str, Any]:
+def whole_run(
+    source: str, trials: int, preset: str = "default", folder: str | None = None, rounds: int | None = None
+) -> dict[str, Any]:
     """The first run of the whole graph, in a new folder, as one side of a comparison."""
     figures: dict[str, float] = {}
+    tuning = {"num_trials": trials, "preset": preset} | ({"num_boost_round": rounds} if rounds else {})
     with tempfile.TemporaryDirectory(prefix="housing-bench-") as name:
         root = Path(folder or name)
         shutil.rmtree(root, ignore_errors=True)
         with platform(root, source) as environment:
             with stopwatch(figures):
-                measure(environment, {"num_trials": trials, "preset": preset})
+                measure(environment, tuning)
             return {"figures": figures, "result": {"rmse": rmse_of(root / "dagster")}}
 
 
