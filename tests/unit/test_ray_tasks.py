@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import polars as pl
 import pytest
 
 from step_scripts.contract import Artifact, FileInfo, StepError
-from step_scripts.ray_session import RaySession
+from step_scripts.ray_session import WORKER_ENVIRONMENT, RaySession
 from step_scripts.ray_tasks import FilePart, Progress, completed_tasks, pieces_of, read_part
 
 
@@ -64,6 +65,14 @@ def test_results_come_with_their_index(ray_session: RaySession) -> None:
     found = dict(completed_tasks(squared, [(i,) for i in range(20)]))
     assert found == {i: i * i for i in range(20)}
     assert dict(completed_tasks(squared, [])) == {}
+
+
+def test_workers_have_their_settings_and_what_the_user_has_set_instead(ray_session: RaySession) -> None:
+    def environment(names: list[str]) -> dict[str, str | None]:
+        return {name: os.environ.get(name) for name in names}
+
+    [(_, found)] = completed_tasks(environment, [(list(WORKER_ENVIRONMENT),)])
+    assert found == {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
 
 
 def test_several_results_stay_in_the_object_store(ray_session: RaySession) -> None:
