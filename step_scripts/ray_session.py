@@ -20,8 +20,9 @@ WORKER_ENVIRONMENT = {
     # There is a worker for each CPU already.
     "POLARS_MAX_THREADS": "1",
     # glibc, and Polars' allocator (https://jemalloc.net/jemalloc.3.html#opt.dirty_decay_ms), would give the memory of
-    # large columns back to the system at once. To get it again, zeroed page by page, was a third of the CPU time of an
-    # ingestion on a virtual machine. Workers keep up to 256 MiB, and for seconds what Polars has freed.
+    # large columns back to the system at once. To get it again, zeroed page by page, was most of the system's time in
+    # ingestion, over a quarter of its CPU time on a virtual machine. Workers keep up to 256 MiB, and for
+    # seconds what Polars has freed.
     "MALLOC_MMAP_THRESHOLD_": str(256 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
     "MALLOC_TOP_PAD_": str(64 << 20),
