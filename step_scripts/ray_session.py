@@ -19,14 +19,12 @@ WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     # There is a worker for each CPU already.
     "POLARS_MAX_THREADS": "1",
-    # glibc, and Polars' allocator (https://jemalloc.net/jemalloc.3.html#opt.dirty_decay_ms), would give the memory of
-    # large columns back to the system at once. To get it again, zeroed page by page, was most of the system's time in
-    # ingestion, over a quarter of its CPU time on a virtual machine. Workers keep up to 256 MiB, and for
-    # seconds what Polars has freed.
+    # glibc would give the memory of large columns back to the system at once. To get it again, zeroed page by page, was
+    # most of the system's time in ingestion, over a quarter of its CPU time on a virtual machine. Workers keep up to
+    # 256 MiB. Polars has an allocator of its own, which keeps what is freed for a second.
     "MALLOC_MMAP_THRESHOLD_": str(256 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
     "MALLOC_TOP_PAD_": str(64 << 20),
-    "_RJEM_MALLOC_CONF": "dirty_decay_ms:2000,muzzy_decay_ms:10000",
 }
 
 
