@@ -146,6 +146,13 @@ def trials_plot(trials: Sequence[Mapping[str, Any]]) -> bytes:
     return _png(figure)
 
 
+def load_matplotlib() -> None:
+    """Import what the plots need (0.7 s), so that a thread can do it while there is nothing to draw yet."""
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure
+    import matplotlib.ticker  # noqa: F401
+
+
 def _figure(height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

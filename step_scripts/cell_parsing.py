@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
-from pandera.errors import SchemaErrors
 
+from step_scripts.column_types import polars_schema
 from step_scripts.csv_chunks import Records
 from step_scripts.table import ColumnSpec, DType, TableSpec
-from step_scripts.validation import pandera_schema, polars_schema
 
 EMPTY = "is empty, but a value is required"
 _READ_AS_NUMBERS = ("int64", "float64")
@@ -188,6 +187,11 @@ def _null_roles(frame: pl.DataFrame, table: TableSpec) -> pl.DataFrame:
 
 def _violations(frame: pl.DataFrame, table: TableSpec) -> pl.DataFrame:
     """What pandera finds."""
+    # Here, because the driver, which imports this module to send the work to others, needs no pandera (0.6 s).
+    from pandera.errors import SchemaErrors
+
+    from step_scripts.validation import pandera_schema
+
     try:
         pandera_schema(table).validate(frame, lazy=True)
     except SchemaErrors as errors:

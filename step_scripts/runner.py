@@ -67,20 +67,20 @@ def find_result(request: StepRequest) -> StepResult | None:
 
 
 def run_step(
-    request: StepRequest, reporter: Reporter, session: RaySession, *, attempt: str | None = None
+    request: StepRequest, reporter: Reporter, session: RaySession, *, attempt: str | None = None, waited: float = 0.0
 ) -> StepResult:
     """Run `request`, or answer it from its manifest.
 
     Raises `StepError` for bad input or parameters. On any failure the attempt's files are removed, other than those
     that the error says to keep, which then stand below `<output_uri>/failed/`. `attempt` names the folder of the files,
-    for a caller that cleans up after a killed process.
+    for a caller that cleans up after a killed process. `waited` is how long the request waited for Ray, seconds.
     """
     attempt = attempt or uuid.uuid4().hex[:12]
     context = StepContext(request, storage.join(request.output_uri, attempt), reporter)
     if (found := find_result(request)) is not None:
         _forget_checkpoints(context)
         return found
-    start = time.perf_counter()
+    start = time.perf_counter() - waited
     step = load_step(request.step)
     if missing := [name for name in step.inputs if name not in request.inputs]:
         raise StepError(f"step {request.step} needs the inputs {missing}")
@@ -92,6 +92,7 @@ def run_step(
         if step.uses_ray:
             with context.phase("start Ray"):
                 session.ensure()
+            context.seconds["start Ray"] += waited
         outcome = step.run(context, params)
         if absent := [name for name in step.outputs if name not in outcome.outputs]:
             raise RuntimeError(f"step {request.step} returned without its outputs {absent}")

@@ -2,7 +2,7 @@
 
 Started by a compute backend as `python -m step_scripts.worker <control descriptor>`. The control descriptor is one end
 of a socket pair that carries JSON lines: in `{"request": …, "attempt": …, "pipes": {…}}`, out `{"result": …}` or
-`{"error": …}`.
+`{"error": …}`. `{"prepare": true}` says that a request will follow; there is no answer.
 When the other end closes, or on SIGTERM, the process ends Ray and itself.
 """
 
@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +66,8 @@ def answer(message: dict[str, Any], session: RaySession) -> dict[str, Any]:
             context_loader=PipesDefaultContextLoader(),
             message_writer=PipesDefaultMessageWriter(),
         ) as pipes:
-            result = run_step(request, PipesReporter(pipes), session, attempt=message["attempt"])
+            reporter, waited = PipesReporter(pipes), message.get("waited", 0.0)
+            result = run_step(request, reporter, session, attempt=message["attempt"], waited=waited)
     except StepError as error:
         return {"error": {"kind": "input", "message": str(error), "details": error.details}}
     except Exception as error:  # noqa: BLE001  # the process's boundary: becomes the other side's exception
@@ -102,16 +104,24 @@ def main(descriptor: int) -> None:
     def listen() -> None:
         with channel.makefile("r", encoding="utf-8") as lines, contextlib.suppress(OSError):
             for line in lines:
-                requests.put(json.loads(line))
+                requests.put({**json.loads(line), "received": time.monotonic()})
         _end(session)
 
     threading.Thread(target=listen, daemon=True).start()
-    request = requests.get()
-    imports = iter(_LATER_IMPORTS)
+    imports, later = iter(()), iter(_LATER_IMPORTS)
+    ready = 0.0
     while True:
+        request = _next_request(requests, imports)
+        if "prepare" in request:
+            # An error comes again with the request, and is reported then.
+            with contextlib.suppress(Exception):
+                session.ensure()
+            ready = time.monotonic()
+            continue
+        request["waited"] = max(0.0, ready - request["received"])
         reply = answer(request, session)
         channel.sendall(json.dumps(reply).encode() + b"\n")
-        request = _next_request(requests, imports)
+        imports = later
 
 
 if __name__ == "__main__":

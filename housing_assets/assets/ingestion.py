@@ -49,6 +49,7 @@ def raw_csv(
     Rows that violate the schema are left out and listed, each with its reason, in `rejected_rows.csv`. Too many of
     them, or a file that is not such a table at all, fail the asset. Read by `feature_group`.
     """
+    compute.prepare(context)  # while the schema is imported
     from housing_assets.schema import HOUSING_TABLE
 
     ranges = {name: ColumnRange(**bounds.model_dump()) for name, bounds in config.column_ranges.items()}

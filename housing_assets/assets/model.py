@@ -32,7 +32,7 @@ def tuned_model(
     The artifact holds model, scaling statistics, schema, parameters and metrics in open formats. Read by
     `evaluation_report` and, if it passes the gate, by `registered_model`.
     """
-    from housing_assets.plots import importance_plot, learning_curve_plot, trials_plot
+    from housing_assets.plots import importance_plot, learning_curve_plot, load_matplotlib, trials_plot
     from housing_assets.schema import HOUSING_TABLE
 
     assert train_split.statistics is not None
@@ -41,6 +41,7 @@ def tuned_model(
         "tune_model",
         TuneModelParams(**config.resolved(), table=HOUSING_TABLE),
         {"train": train_split.rows, "validation": validation_split.rows, "statistics": train_split.statistics},
+        meanwhile=load_matplotlib,
     )
     model, details = result.outputs["model"], result.details
     tracked = experiments.record(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -36,11 +37,14 @@ class ComputeBackend(dg.ConfigurableResource, ABC):
         inputs: dict[str, Artifact] | None = None,
         *,
         cacheable: bool = True,
+        meanwhile: Callable[[], object] | None = None,
     ) -> StepResult:
         """Run `step`, or reuse its result if request, code and inputs are unchanged.
 
         `cacheable=False`: the step changes something beyond its outputs, so that a manifest does not prove that its
-        work is still there. Raises `dagster.Failure` without retries for bad input, with the figures as metadata.
+        work is still there. `meanwhile` is called in a thread while the step runs elsewhere, for imports of what the
+        asset does with the result; not for a result that is reused. Raises `dagster.Failure` without retries for bad
+        input, with the figures as metadata.
         """
         reusable = cacheable and self.use_cache
         now = datetime.now(UTC)
@@ -57,7 +61,12 @@ class ComputeBackend(dg.ConfigurableResource, ABC):
             age = (now - found.created_at).total_seconds()
             context.log.info(f"{step}: unchanged; reused the result of {age:.0f} s ago ({request.manifest_uri})")
             return found
+        if meanwhile is not None:
+            threading.Thread(target=meanwhile, daemon=True).start()
         return self._execute(context, request)
+
+    def prepare(self, context: dg.AssetExecutionContext) -> None:
+        """Get ready for a first step that will follow in a moment, if it is certain that it has to be run."""
 
     @abstractmethod
     def inventory(self) -> Sequence[OwnedItem]:

@@ -48,7 +48,9 @@ class _Worker:
     received: bytes = b""
 
     def send(self, message: dict[str, Any]) -> None:
-        self.channel.sendall(json.dumps(message).encode() + b"\n")
+        """Send `message`. That the process has ended is seen when its reply is waited for."""
+        with contextlib.suppress(ConnectionError):
+            self.channel.sendall(json.dumps(message).encode() + b"\n")
 
     def reply(self) -> dict[str, Any] | None:
         """The next reply; `None` if the process has ended. The main thread can be interrupted while it waits."""
@@ -188,6 +190,12 @@ class LocalRay(ComputeBackend):
                 start_new_session=True,  # Ctrl-C reaches the run alone, which then ends this process in order
             )
         return _Worker(process, ours, folder)
+
+    def prepare(self, context: dg.AssetExecutionContext) -> None:
+        """Start Ray now if there is no earlier result that could make it unnecessary."""
+        if self._worker is None and not (self.use_cache and storage.exists(self.artifact_root)):
+            self._worker = self._start(context.run.run_id)
+            self._worker.send({"prepare": True})
 
     def _execute(self, context: dg.AssetExecutionContext, request: StepRequest) -> StepResult:
         attempt = uuid.uuid4().hex[:12]
