@@ -77,6 +77,8 @@ class _Worker:
         family: list[psutil.Process] = []
         with contextlib.suppress(psutil.NoSuchProcess):
             driver = psutil.Process(self.process.pid)
+            if self.private:
+                driver.suspend()  # so that it starts nothing while its children are listed
             family = [driver, *driver.children(recursive=True)]
         for process in family if self.private else ():
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def materialize(
-    folder: Path, *actions: str, values: list[int] | None = None, **options: Any
+    folder: Path,
+    *actions: str,
+    values: list[int] | None = None,
+    meanwhile: Callable[[], object] | None = None,
+    **options: Any,
 ) -> tuple[dg.ExecuteInProcessResult, list[Any]]:
     results: list[Any] = []
 
@@ -31,11 +37,15 @@ def materialize(
             params = ProbeParams.model_validate(
                 {"action": action, "value": values[index] if values else 0, "marker": str(folder / "marker")}
             )
-            results.append(compute.run(context, PROBE, params))
+            results.append(compute.run(context, PROBE, params, meanwhile=meanwhile))
         return dg.MaterializeResult()
 
-    compute = LocalRay(artifact_root=str(folder / "artifacts"), num_cpus=1, object_store_memory=80 << 20, **options)
+    compute = backend(folder, **options)
     return dg.materialize([probe], resources={"compute": compute}, raise_on_error=False), results
+
+
+def backend(folder: Path, **options: Any) -> LocalRay:
+    return LocalRay(artifact_root=str(folder / "artifacts"), num_cpus=1, object_store_memory=80 << 20, **options)
 
 
 def failure(result: dg.ExecuteInProcessResult) -> Any:
@@ -65,6 +75,54 @@ def test_one_session_serves_all_steps_and_unchanged_requests_are_not_run(tmp_pat
     _, expired = materialize(tmp_path, "write", values=[1], cache_expiry_hours=1e-9)
     assert not expired[0].reused
     assert len((tmp_path / "marker").read_text().splitlines()) == 4
+
+
+def test_a_driver_is_started_ahead_only_where_no_earlier_result_could_make_it_unnecessary(tmp_path: Path) -> None:
+    ahead: list[list[str]] = []
+    served_by: list[int] = []
+
+    @dg.asset
+    def prepared(context: dg.AssetExecutionContext, compute: LocalRay) -> dg.MaterializeResult:
+        compute.prepare(context)
+        compute.prepare(context)
+        ahead.append([item.name for item in compute.inventory() if item.kind == "job"])
+        served_by.append(compute.run(context, PROBE, ProbeParams()).details["driver"])
+        return dg.MaterializeResult()
+
+    for options in ({}, {}, {"use_cache": False}):
+        assert dg.materialize([prepared], resources={"compute": backend(tmp_path, **options)}).success
+    assert ahead == [[f"process {served_by[0]}"], [], [f"process {served_by[2]}"]]
+    assert served_by[1] == served_by[0], "the second run was answered by the first one's result"
+
+
+def test_a_driver_that_was_started_ahead_ends_with_a_run_that_fails(tmp_path: Path) -> None:
+    drivers: list[psutil.Process] = []
+    folders: list[Path] = []
+
+    @dg.asset
+    def fails(context: dg.AssetExecutionContext, compute: LocalRay) -> None:
+        compute.prepare(context)
+        for item in compute.inventory():
+            drivers.append(psutil.Process(int(item.name.removeprefix("process "))))
+            folders.append(Path(drivers[-1].environ()["HOUSING_RAY_FOLDER"]))
+        assert folders[0].exists()
+        raise dg.Failure("there is no such file")
+
+    done = dg.materialize([fails], resources={"compute": backend(tmp_path)}, raise_on_error=False)
+    assert not done.success
+    assert len(drivers) == 1
+    assert not drivers[0].is_running()
+    assert not folders[0].exists()
+
+
+def test_what_is_to_be_done_meanwhile_is_not_done_for_a_reused_result(tmp_path: Path) -> None:
+    called = threading.Event()
+    materialize(tmp_path, "write", meanwhile=called.set)
+    assert called.is_set()
+    called.clear()
+    _, results = materialize(tmp_path, "write", meanwhile=called.set)
+    assert results[0].reused
+    assert not called.wait(0.2)
 
 
 def test_bad_input_fails_once_with_its_figures_and_keeps_what_helps(tmp_path: Path) -> None:
