@@ -75,7 +75,7 @@ class Side:
     """One way to do the work: a function of a module, which a process of its own calls with `arguments`.
 
     The function returns `{"figures": {name: number}, "result": {name: value}}`. The figure `process_seconds`, from the
-    start of the process to its end, is added here.
+    start of the process to its end, is added here, unless the function measured a process that it started itself.
     """
 
     label: str
@@ -93,7 +93,7 @@ class Side:
         if done.status or line is None:
             sys.exit(f"{self.label} failed with status {done.status}:\n{done.output}")
         returned = json.loads(line.removeprefix(MARK))
-        figures = {**returned.get("figures", {}), "process_seconds": done.seconds}
+        figures = {"process_seconds": done.seconds, **returned.get("figures", {})}
         return figures, returned.get("result", {}), done.peak_bytes
 
 

@@ -62,13 +62,18 @@ def main(arguments: list[str] | None = None) -> None:
 @contextmanager
 def platform(folder: Path, source: str) -> Iterator[dict[str, str]]:
     """The environment of a platform in `folder` that has not run yet. Its endpoint is stopped at the end."""
-    (folder / "dagster").mkdir(parents=True)
-    (folder / "dagster" / "dagster.yaml").write_text((ROOT / "dagster.yaml").read_text())
-    environment = environment_of(folder, source)
+    environment = new_platform(folder, source)
     try:
         yield environment
     finally:
         stop_endpoint(environment)
+
+
+def new_platform(folder: Path, source: str) -> dict[str, str]:
+    """The environment of a platform in `folder` that has not run yet."""
+    (folder / "dagster").mkdir(parents=True)
+    (folder / "dagster" / "dagster.yaml").write_text((ROOT / "dagster.yaml").read_text())
+    return environment_of(folder, source)
 
 
 def environment_of(folder: Path, source: str) -> dict[str, str]:
@@ -98,7 +103,7 @@ def whole_run(
         shutil.rmtree(root, ignore_errors=True)
         with platform(root, source) as environment:
             with stopwatch(figures):
-                measure(environment, tuning)
+                figures["process_seconds"] = measure(environment, tuning).seconds
             return {"figures": figures, "result": {"rmse": rmse_of(root / "dagster")}}
 
 
