@@ -23,6 +23,7 @@ _INGESTION = dg.AssetSelection.assets("raw_csv", "feature_group")
 _TRAINING = dg.AssetSelection.assets(
     "train_split", "validation_split", "test_split", "tuned_model", "evaluation_report", "registered_model"
 )
+_ENDPOINT = dg.AssetSelection.assets("endpoint")  # a text would be parsed, by a parser that takes 0.05 s to import
 
 _CHECKED = dg.AutomationCondition.all_deps_blocking_checks_passed()
 _FOLLOWS = dg.AutomationCondition.eager() & _CHECKED
@@ -75,12 +76,12 @@ retrain = dg.define_asset_job(
 )
 deploy_endpoint = dg.define_asset_job(
     "deploy_endpoint",
-    selection="endpoint",
+    selection=_ENDPOINT,
     description="Serve an approved version: the latest registered, or `version`.",
 )
 rollback_endpoint = dg.define_asset_job(
     "rollback_endpoint",
-    selection="endpoint",
+    selection=_ENDPOINT,
     config={"ops": {"endpoint": {"config": {"rollback": True}}}},
     description="Serve again what the endpoint served before. It is tested like every other version.",
 )

@@ -28,14 +28,20 @@ def step_version(step: str) -> str:
         module = pending.pop()
         if module in sources:
             continue
-        sources[module] = _source(module).read_bytes()
-        for found in _IMPORT.finditer(sources[module].decode()):
-            names = found["module"] or found["modules"]
-            pending += [name.split()[0] for name in names.split(",") if name.strip()]
+        sources[module], imported = _read(module)
+        pending += imported
     digest = hashlib.sha256()
     for module in sorted(sources):
         digest.update(module.encode() + b"\0" + sources[module] + b"\0")
     return digest.hexdigest()[:12]
+
+
+@cache
+def _read(module: str) -> tuple[bytes, tuple[str, ...]]:
+    """The source of a module, and the modules of this package that it imports. Steps share most of theirs."""
+    source = _source(module).read_bytes()
+    found = (match["module"] or match["modules"] for match in _IMPORT.finditer(source.decode()))
+    return source, tuple(name.split()[0] for names in found for name in names.split(",") if name.strip())
 
 
 def _source(module: str) -> Path:
