@@ -93,11 +93,21 @@ def stop_endpoint(environment: dict[str, str]) -> None:
 
 
 def whole_run(
-    source: str, trials: int, preset: str = "default", folder: str | None = None, rounds: int | None = None
+    source: str,
+    trials: int,
+    preset: str = "default",
+    folder: str | None = None,
+    rounds: int | None = None,
+    all_rounds: bool = False,
 ) -> dict[str, Any]:
-    """The first run of the whole graph, in a new folder, as one side of a comparison."""
+    """The first run of the whole graph, in a new folder, as one side of a comparison.
+
+    `all_rounds`: every trial boosts `rounds` rounds, whatever comes of it.
+    """
     figures: dict[str, float] = {}
-    tuning = {"num_trials": trials, "preset": preset} | ({"num_boost_round": rounds} if rounds else {})
+    tuning: dict[str, Any] = {"num_trials": trials, "preset": preset} | ({"num_boost_round": rounds} if rounds else {})
+    if all_rounds:
+        tuning |= {"scheduler": "none", "early_stopping_rounds": rounds}
     with tempfile.TemporaryDirectory(prefix="housing-bench-") as name:
         root = Path(folder or name)
         shutil.rmtree(root, ignore_errors=True)
