@@ -81,17 +81,25 @@ def hash_source(source: Source, table: TableSpec, buckets: int, folder: str, wan
     values = [*record, time.view(np.uint64), *content, rows]
     if source.commits is not None:
         values += [np.repeat(*np.array(source.commits).T)[rows], frame["is_deleted"].to_numpy()]
-    starts, order = (0, len(rows)), None
-    if buckets > 1:
-        bucket = (record[0] >> np.uint64(64 - buckets.bit_length() + 1)).astype(np.uint16)
-        order = np.argsort(bucket, kind="stable")
-        starts = (0, *np.cumsum(np.bincount(bucket, minlength=buckets)).tolist())
+    order, starts = by_bucket(record[0], buckets)
     lanes = np.zeros((HASH_LANES, len(rows)), np.uint64)
     for lane, column in enumerate(values):
         lanes[lane] = column if order is None else column[order]
     path = storage.join(folder, f"hashes-{source.index}.npy")
     save_lanes(path, lanes)
     return Hashed(path, starts, int(time.min()) if len(time) else None, int(time.max()) if len(time) else None)
+
+
+def by_bucket(records: np.ndarray, buckets: int) -> tuple[np.ndarray | None, tuple[int, ...]]:
+    """Positions that order records by bucket (None: as they are), and the start of each bucket and the end of the last.
+
+    `records` are first halves of hashes of record ids, `buckets` is a power of two.
+    """
+    if buckets == 1:
+        return None, (0, len(records))
+    bucket = (records >> np.uint64(64 - buckets.bit_length() + 1)).astype(np.uint16)
+    starts = (0, *np.cumsum(np.bincount(bucket, minlength=buckets)).tolist())
+    return np.argsort(bucket, kind="stable"), starts
 
 
 def compare_bucket(
@@ -241,10 +249,18 @@ def _bucket_events(bucket: int, sources: Sequence[tuple[int, Hashed]]) -> Events
 
 
 def selected_rows(source: Source, selections: Sequence[Selection], item: WriteItem, table: TableSpec) -> pl.DataFrame:
-    """The events to store from one source: its rows, or tombstones of its records.
+    """The events to store from one source: its rows (all of them without `selections`), or tombstones of its records.
 
     Columns: record_id, event_time, those of the table, is_deleted, is_latest.
     """
+    columns = ["record_id", "event_time", *table.column_names]
+    if not selections:
+        frame = read_source(source, columns, table)
+        hour = frame["event_time"].to_physical() // HOUR
+        inside = hour.is_between(item.first_hour, item.last_hour)
+        if not inside.all():
+            frame = frame.filter(inside)
+        return frame.with_columns(pl.lit(False).alias("is_deleted"), pl.lit(True).alias("is_latest"))
     parts = [load_lanes(s.path, SELECTION_LANES, np.int64, s.start, s.stop) for s in selections]
     row, time, latest = np.concatenate(parts, axis=1)
     hours = time // HOUR
@@ -254,7 +270,7 @@ def selected_rows(source: Source, selections: Sequence[Selection], item: WriteIt
     if source.commits is not None:
         ids = read_source(source, ["record_id"], table)[row]
         return tombstones(ids["record_id"], time, table).with_columns(pl.lit(True).alias("is_latest"))
-    frame = read_source(source, ["record_id", "event_time", *table.column_names], table)
+    frame = read_source(source, columns, table)
     if len(row) < source.rows:
         frame = frame[row]
     else:

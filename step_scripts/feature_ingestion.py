@@ -21,6 +21,7 @@ from step_scripts.event_hash import add_sums, subtract_sums
 from step_scripts.event_sources import dataset_sources, read_source, stored_sources
 from step_scripts.event_timeline import Changes
 from step_scripts.feature_files import SHOWN, attempt_token, compare_bucket, hash_source, read_back, write_files
+from step_scripts.first_ingestion import all_added, records_differ, summarize_source
 from step_scripts.group_folder import LOCK_SECONDS, Commit, GroupFolder, StoredFile, digest_of, until_committed
 from step_scripts.group_schema import adopts, check_columns
 from step_scripts.ingestion_plan import (
@@ -37,6 +38,9 @@ from step_scripts.table import TableSpec
 
 # Runs `function(*call)` for each call, in any order and anywhere; yields (index of the call, result).
 ParallelRun = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterator[tuple[int, Any]]]
+
+# What changes, the rows to store of each source, how many of each (source, hour), their digest, how many are latest.
+_Comparison = tuple[Changes, dict[int, list[Selection]], list[tuple[int, int, int]], tuple[int, int], int]
 
 _FILES_READ_AT_ONCE = 64
 _COUNTS = ("added", "unchanged", "superseded", "deleted")
@@ -202,9 +206,9 @@ class _Ingestion:
             **counts,
         )
 
-    def _compare(
-        self, scratch: str
-    ) -> tuple[Changes, dict[int, list[Selection]], list[tuple[int, int, int]], tuple[int, int], int]:
+    def _compare(self, scratch: str) -> _Comparison:
+        if not self.stored_files and (first := self._compare_with_nothing(scratch)) is not None:
+            return first
         stored_rows = sum(f.rows for _, f in self.stored_files)
         filtered = not self.mirror and self.rows_in < min(stored_rows // 4, BUCKET_EVENTS)
         buckets = bucket_count(self.rows_in + (self.rows_in if filtered else stored_rows))
@@ -232,6 +236,18 @@ class _Ingestion:
         if found.conflicts:
             raise self._contradiction(found)
         return found, selections, histogram, expected, latest_events
+
+    def _compare_with_nothing(self, scratch: str) -> _Comparison | None:
+        """All rows are news, if every record occurs once; otherwise None."""
+        buckets = bucket_count(self.rows_in)
+        calls = [(source, self.table, buckets, scratch) for source in self.inputs]
+        summaries = self._all(summarize_source, calls, "rows read", [s.rows for s in self.inputs])
+        if not all(self._all(records_differ, [(bucket, summaries) for bucket in range(buckets)])):
+            return None
+        self.sources = self.inputs
+        found = all_added(summaries)
+        histogram = [(s.index, *counted) for s, of in zip(self.inputs, summaries, strict=True) for counted in of.hours]
+        return found, {s.index: [] for s in self.inputs}, histogram, found.live_added, self.rows_in
 
     def _write_items(
         self, selections: dict[int, list[Selection]], histogram: list[tuple[int, int, int]]

@@ -42,7 +42,10 @@ class Selection:
 
 @dataclass(frozen=True)
 class WriteItem:
-    """Files to write: those of the hours `first_hour` to `last_hour`, from the rows selected of these sources."""
+    """Files to write: those of the hours `first_hour` to `last_hour`, from the rows selected of these sources.
+
+    A source without selections is stored as a whole: its records are new, and occur once.
+    """
 
     number: int
     first_hour: int

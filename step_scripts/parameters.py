@@ -136,7 +136,8 @@ class TuneModelSettings(BaseModel):
         default="optuna", description="`optuna`: tree-structured Parzen estimator; `random`: random search."
     )
     scheduler: Literal["asha", "median", "none"] = Field(
-        default="asha", description="Stops bad trials early: successive halving, median rule, or not at all."
+        default="asha",
+        description="Stops bad trials early: successive halving, median rule, or not at all. Trials of seconds go on.",
     )
     seed: int = Field(default=42, ge=0, le=2**31 - 1, description="Seed of the search and of XGBoost.")
     engine: Literal["ray_train", "xgboost_ray"] = Field(

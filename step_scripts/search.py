@@ -1,4 +1,7 @@
-"""The hyperparameter search: Ray Tune, with Optuna's samplers and an early-stopping scheduler."""
+"""The hyperparameter search: Ray Tune, with Optuna's samplers and an early-stopping scheduler.
+
+Trials that take seconds run as tasks (`step_scripts.short_trials`).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import optuna
+import ray
 from optuna.distributions import FloatDistribution, IntDistribution
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
@@ -22,17 +26,19 @@ from step_scripts.cluster_resources import cpus_per_worker, node_cpus, scratch_f
 from step_scripts.contract import Reporter, StepError
 from step_scripts.parameters import TuneModelParams
 from step_scripts.search_progress import LivesInDriver, SearchProgress
-from step_scripts.search_trial import BoostingTrial, TrialTask
+from step_scripts.search_trial import BoostingTrial
+from step_scripts.short_trials import ShortTrials, are_short
 from step_scripts.training_data import TrainingSplit
+from step_scripts.trial_ledger import TrialLedger
 from step_scripts.trial_matrices import TrialMatrices, trial_matrices
 from step_scripts.trial_records import TrialRecord, TrialStore
+from step_scripts.trial_task import TrialTask
 
 # Where people would begin; the ranges clip it.
 _FIRST_TRIAL = {"max_depth": 3, "eta": 0.1, "min_child_weight": 1.0, "subsample": 0.8}
 _REPORTS_PER_TRIAL = 8
 _ROUNDS_WITHOUT_SCHEDULER = 250
 _REDUCTION_FACTOR = 3
-_HOPELESS_AFTER = 3  # failed trials, and none that was completed
 # What Ray Tune would otherwise write, print or check.
 _QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -113,17 +119,22 @@ def run_search(
     """
     resolved = params.resolved()
     finished = store.load()[: resolved["num_trials"]] if store is not None else []
-    remaining = resolved["num_trials"] - len(finished)
     if finished:
         log.info(f"{len(finished)} of {resolved['num_trials']} trials were finished before and are not run again")
-    records = finished
-    if remaining > 0:
+    ledger = TrialLedger(finished, store, log, resolved["num_trials"])
+    if ledger.remaining > 0:
         nodes = node_cpus()
-        concurrent = min(resolved["max_concurrent_trials"] or sum(nodes), remaining, sum(nodes))
-        with trial_matrices(train, validation, concurrent) as matrices:
-            progress = SearchProgress(finished, store, log, resolved["num_trials"], matrices)
-            _run_tune(params, progress, matrices, remaining, concurrent)
-        records = sorted(progress.records, key=lambda r: r.trial)
+        concurrent = min(resolved["max_concurrent_trials"] or sum(nodes), ledger.remaining, sum(nodes))
+        task = TrialTask(
+            num_boost_round=resolved["num_boost_round"],
+            early_stopping_rounds=resolved["early_stopping_rounds"],
+            report_rounds=_report_rounds(resolved),
+            cpus=cpus_per_worker(concurrent, nodes),
+            seed=resolved["seed"],
+        )
+        search = _run_short if are_short(train.rows, task.num_boost_round) else _run_tune
+        search(params, task, train, validation, ledger, concurrent)
+    records = sorted(ledger.records, key=lambda r: r.trial)
     if not any(record.rmse is not None for record in records):
         reason = next((r.error for r in records if r.error), "none ran")
         raise StepError(
@@ -141,17 +152,37 @@ def _report_rounds(resolved: dict[str, Any]) -> int:
     return max(1, min(100, -(-rounds // _REPORTS_PER_TRIAL)))
 
 
-def _run_tune(
-    params: TuneModelParams, progress: SearchProgress, matrices: TrialMatrices, num_trials: int, concurrent: int
+def _run_short(
+    params: TuneModelParams,
+    task: TrialTask,
+    train: TrainingSplit,
+    validation: TrainingSplit,
+    ledger: TrialLedger,
+    concurrent: int,
 ) -> None:
-    resolved = params.resolved()
-    task = TrialTask(
-        num_boost_round=resolved["num_boost_round"],
-        early_stopping_rounds=resolved["early_stopping_rounds"],
-        report_rounds=_report_rounds(resolved),
-        cpus=cpus_per_worker(concurrent, node_cpus()),
-        seed=resolved["seed"],
-    )
+    trials = ShortTrials(task, ray.put(train.load()), ray.put(validation.load()))
+    with _quiet():
+        run_in_thread(
+            lambda: trials.run(searcher(params, ledger.records), ledger, concurrent), on_interrupt=trials.stop
+        )
+
+
+def _run_tune(
+    params: TuneModelParams,
+    task: TrialTask,
+    train: TrainingSplit,
+    validation: TrainingSplit,
+    ledger: TrialLedger,
+    concurrent: int,
+) -> None:
+    with trial_matrices(train, validation, concurrent) as matrices:
+        _tune(params, task, SearchProgress(ledger, matrices), matrices, concurrent)
+
+
+def _tune(
+    params: TuneModelParams, task: TrialTask, progress: SearchProgress, matrices: TrialMatrices, concurrent: int
+) -> None:
+    ledger = progress.ledger
     stopped = threading.Event()
 
     def stop() -> None:
@@ -164,9 +195,9 @@ def _run_tune(
             tune_config=tune.TuneConfig(
                 metric="rmse",
                 mode="min",
-                num_samples=num_trials,
+                num_samples=ledger.remaining,
                 max_concurrent_trials=concurrent,
-                search_alg=searcher(params, progress.records),
+                search_alg=searcher(params, ledger.records),
                 scheduler=scheduler(params, task.report_rounds),
                 reuse_actors=True,
             ),
@@ -176,7 +207,7 @@ def _run_tune(
                 verbose=0,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 callbacks=[progress],
-                stop=_StopEarly(stopped, progress, matrices),
+                stop=_StopEarly(stopped, ledger, matrices),
             ),
         )
         tuner.fit()
@@ -196,9 +227,9 @@ def _run_tune(
 class _StopEarly(LivesInDriver, tune.Stopper):
     """Ends the search when whoever waits for it was interrupted, or when nothing but failures can be expected."""
 
-    def __init__(self, interrupted: threading.Event, progress: SearchProgress, matrices: TrialMatrices) -> None:
+    def __init__(self, interrupted: threading.Event, ledger: TrialLedger, matrices: TrialMatrices) -> None:
         self._interrupted = interrupted
-        self._progress = progress
+        self._ledger = ledger
         self._matrices = matrices
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -206,9 +237,7 @@ class _StopEarly(LivesInDriver, tune.Stopper):
 
     def stop_all(self) -> bool:
         """Whether no trial shall start any more."""
-        records = self._progress.records
-        hopeless = len(records) >= _HOPELESS_AFTER and all(r.status == "failed" for r in records)
-        return hopeless or self._matrices.unreadable or self._interrupted.is_set()
+        return self._ledger.hopeless or self._matrices.unreadable or self._interrupted.is_set()
 
 
 @contextlib.contextmanager

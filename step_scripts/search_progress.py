@@ -1,11 +1,9 @@
-"""Follows the trials that Ray Tune runs: numbers, reports and keeps them."""
+"""Follows the trials that Ray Tune runs."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,9 +11,9 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
-from step_scripts.contract import Reporter
+from step_scripts.trial_ledger import TrialLedger
 from step_scripts.trial_matrices import TrialMatrices
-from step_scripts.trial_records import TrialRecord, TrialStore
+from step_scripts.trial_records import TrialRecord
 
 _SECONDS_BETWEEN_MESSAGES = 15.0
 _ERROR_LINE = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)(:|$)")
@@ -32,35 +30,19 @@ class LivesInDriver:
 
 
 class SearchProgress(LivesInDriver, tune.Callback):
-    """Numbers the trials, gives them the matrices, reports each that ends, and keeps it.
+    """Gives the trials that begin their number and the matrices, and enters those that end in `ledger`."""
 
-    `records` holds what ended, in that order.
-    """
-
-    def __init__(
-        self,
-        finished: list[TrialRecord],
-        store: TrialStore | None,
-        log: Reporter,
-        num_trials: int,
-        matrices: TrialMatrices,
-    ) -> None:
-        self.records = list(finished)
+    def __init__(self, ledger: TrialLedger, matrices: TrialMatrices) -> None:
+        self.ledger = ledger
         self.folders: set[Path] = set()
         self._matrices = matrices
-        self._store = store
-        self._log = log
-        self._num_trials = num_trials
-        taken = {record.trial for record in finished}
-        self._free_numbers: Iterator[int] = (number for number in count(1) if number not in taken)
         self._numbers: dict[str, int] = {}
         self._started: dict[str, float] = {}
         self._actors: dict[str, Any] = {}
-        self._last_message = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Give the trial its number and the matrices."""
-        self._numbers[trial.trial_id] = next(self._free_numbers)
+        self._numbers[trial.trial_id] = self.ledger.next_number()
         self._started[trial.trial_id] = time.monotonic()
         actor = self._actors[trial.trial_id] = trial.temporary_state.ray_actor
         if actor is not None:
@@ -76,9 +58,9 @@ class SearchProgress(LivesInDriver, tune.Callback):
             self._started[trial.trial_id] = time.monotonic()
             self._matrices.hand_out()
             return
-        if not result["done"] and time.monotonic() - self._last_message > _SECONDS_BETWEEN_MESSAGES:
-            number = self._numbers[trial.trial_id]
-            self._say(f"trial {number} of {self._num_trials}: round {result['rounds']}, RMSE {result['rmse']:,.6g}")
+        if not result["done"] and self.ledger.silent_seconds > _SECONDS_BETWEEN_MESSAGES:
+            number, total = self._numbers[trial.trial_id], self.ledger.num_trials
+            self.ledger.say(f"trial {number} of {total}: round {result['rounds']}, RMSE {result['rmse']:,.6g}")
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Record, keep and report a trial that ended well, or was stopped by the scheduler."""
@@ -101,20 +83,9 @@ class SearchProgress(LivesInDriver, tune.Callback):
                 ray.kill(actor)
 
     def _record(self, trial: Trial, **values: Any) -> None:
-        number = self._numbers.pop(trial.trial_id, None) or next(self._free_numbers)
+        number = self._numbers.pop(trial.trial_id, None) or self.ledger.next_number()
         seconds = time.monotonic() - self._started.get(trial.trial_id, time.monotonic())
-        record = TrialRecord(trial=number, parameters=dict(trial.config), seconds=round(seconds, 4), **values)
-        if self._store is not None and record.status == "completed":
-            try:
-                self._store.save(record)
-            except OSError as error:
-                self._log.warning(f"trial {record.trial} could not be kept for a resume: {error}")
-        self.records.append(record)
-        self._say(f"{len(self.records)} of {self._num_trials} done, {record.describe()}")
-
-    def _say(self, message: str) -> None:
-        self._log.info(message)
-        self._last_message = time.monotonic()
+        self.ledger.add(TrialRecord(trial=number, parameters=dict(trial.config), seconds=round(seconds, 4), **values))
 
 
 def _reason(trial: Trial) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -12,20 +11,10 @@ import xgboost as xgb
 from ray import tune
 
 from step_scripts.boosting import TrialBoosting, quantile_matrices, useful_threads, xgboost_parameters
+from step_scripts.trial_task import TrialTask
 
 _SECONDS_BETWEEN_LOOKS = 0.05
 _NOTHING_YET = {"rmse": math.inf, "rounds": 0, "best_rounds": 0, "stopped_by": "scheduler", "done": False}
-
-
-@dataclass(frozen=True)
-class TrialTask:
-    """What all trials share."""
-
-    num_boost_round: int
-    early_stopping_rounds: int
-    report_rounds: int
-    cpus: int
-    seed: int
 
 
 class BoostingTrial(tune.Trainable):

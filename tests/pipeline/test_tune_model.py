@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ import pytest
 import ray
 import xgboost as xgb
 
+from step_scripts import search
 from step_scripts.contract import Artifact, StepError, StepRequest, StepResult
 from step_scripts.model_artifact import load_model
 from step_scripts.ray_session import RaySession
@@ -55,6 +57,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     return write_inputs(tmp_path_factory.mktemp("splits"), sales(600), sales(200, seed=1), files=2)
 
 
+@pytest.fixture(params=["short trials", "Ray Tune"])
+def runner_of_trials(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What runs the trials: tasks, as for all data as small as here, or, as for large data, Ray Tune."""
+    monkeypatch.setattr(search, "are_short", lambda rows, rounds: request.param == "short trials")
+    return request.param
+
+
+@pytest.fixture
+def with_ray_tune(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "are_short", lambda rows, rounds: False)
+
+
 @pytest.fixture
 def tune(ray_session: RaySession, inputs: dict[str, Artifact], tmp_path: Path) -> Callable[..., StepResult]:
     def call(messages: Messages | None = None, changed: dict[str, Artifact] | None = None, **params: Any) -> StepResult:
@@ -81,6 +95,17 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
+def _workers(title: str) -> list[psutil.Process]:
+    """Processes of this test's Ray session that have `title` in their name."""
+    return [p for p in psutil.Process().children(recursive=True) if title in _title(p)]
+
+
+def _kill_the_worker(title: str) -> int:
+    [worker] = _workers(title)
+    worker.kill()
+    return worker.pid
+
+
 def _leftovers() -> list[Path]:
     """Files of a search in this Ray session's folder, where Ray Tune and the search put theirs."""
     session = Path(ray._private.worker._global_node.get_session_dir_path())  # pyright: ignore
@@ -94,6 +119,7 @@ def _wait_for_free_cpus() -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.usefixtures("runner_of_trials")
 def test_model_and_report(tune: Callable[..., StepResult], inputs: dict[str, Artifact]) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     environment = dict(os.environ)
@@ -147,6 +173,19 @@ def test_one_trial_with_fixed_parameters_is_reproducible(tune: Callable[..., Ste
     assert len(digests) == 1
 
 
+def test_both_runners_of_trials_find_the_same(tune: Callable[..., StepResult], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same proposals, rounds and RMSE of every trial, and therefore the same model."""
+    found = []
+    for are_short in (True, False):
+        monkeypatch.setattr(search, "are_short", lambda rows, rounds, answer=are_short: answer)
+        result = tune(num_trials=5, max_concurrent_trials=1, scheduler="none", checkpoint_uri=None)
+        trials = _json(result.outputs["report"], "trials.json")
+        found.append(([{**t, "seconds": 0} for t in trials], result.outputs["model"].digest))
+        shutil.rmtree(Path(result.outputs["model"].uri).parents[1])
+    assert found[0] == found[1]
+
+
+@pytest.mark.usefixtures("runner_of_trials")
 def test_an_interrupted_search_goes_on(tune: Callable[..., StepResult], tmp_path: Path) -> None:
     def interrupt(texts: list[str]) -> None:
         if len(_done(texts)) == 2:
@@ -184,11 +223,12 @@ def test_trials_of_another_search_are_not_taken_over(tmp_path: Path) -> None:
     assert TrialStore(str(tmp_path), "a" * 64).load() == []
 
 
+@pytest.mark.usefixtures("with_ray_tune")
 def test_a_lost_trial_is_in_the_table_and_the_others_count(tune: Callable[..., StepResult]) -> None:
     def during_the_second_trial(texts: list[str]) -> None:
         if _done(texts) == [texts[-1]]:
             # Between two trials the actor's process has the name of its class.
-            [actor] = [p for p in psutil.Process().children(recursive=True) if "BoostingTrial" in _title(p)]
+            [actor] = _workers("BoostingTrial")
             threading.Timer(0.3, actor.kill).start()
 
     long = {"num_boost_round": 5000, "early_stopping_rounds": 5000, "scheduler": "none"}
@@ -200,6 +240,46 @@ def test_a_lost_trial_is_in_the_table_and_the_others_count(tune: Callable[..., S
     assert result.metrics["trials_failed"] == 1
 
 
+def test_a_short_trial_that_lost_its_process_is_run_again(tune: Callable[..., StepResult]) -> None:
+    killed: list[int] = []
+
+    def during_the_second_trial(texts: list[str]) -> None:
+        if _done(texts) == [texts[-1]]:
+            threading.Timer(0.3, lambda: killed.append(_kill_the_worker("run_trial"))).start()
+
+    long = {"num_boost_round": 5000, "early_stopping_rounds": 5000}
+    result = tune(Messages(during_the_second_trial), max_concurrent_trials=1, **long)
+    assert killed
+    trials = _json(result.outputs["report"], "trials.json")
+    assert [t["status"] for t in trials] == ["completed"] * 3
+    assert [t["rounds"] for t in trials] == [5000] * 3
+
+
+def test_a_short_trial_that_loses_its_process_again_is_in_the_table(tune: Callable[..., StepResult]) -> None:
+    killed: set[int] = set()
+    over = threading.Event()
+
+    def kill_twice() -> None:
+        while len(killed) < 2 and not over.wait(0.05):
+            killed.update(process.pid for process in _workers("run_trial"))
+            for process in _workers("run_trial"):
+                process.kill()
+
+    long = {"num_boost_round": 5000, "early_stopping_rounds": 5000}
+    killer = threading.Thread(target=kill_twice)
+    killer.start()
+    try:
+        result = tune(max_concurrent_trials=1, **long)
+    finally:
+        over.set()
+        killer.join()
+    trials = _json(result.outputs["report"], "trials.json")
+    assert [t["status"] for t in trials] == ["failed", "completed", "completed"]
+    assert "WorkerCrashedError" in trials[0]["error"]
+    assert result.metrics["trials_failed"] == 1
+
+
+@pytest.mark.usefixtures("runner_of_trials")
 def test_the_first_reason_is_told_if_all_trials_fail(tune: Callable[..., StepResult], tmp_path: Path) -> None:
     infinite = sales(600).with_columns(area=pl.lit(float("inf")))
     with pytest.raises(StepError, match=r"all 3 trials failed; the first: .*XGBoostError.*inf") as caught:
@@ -208,6 +288,7 @@ def test_the_first_reason_is_told_if_all_trials_fail(tune: Callable[..., StepRes
     _wait_for_free_cpus()
 
 
+@pytest.mark.usefixtures("runner_of_trials")
 def test_an_unreadable_split_is_named(tune: Callable[..., StepResult], tmp_path: Path) -> None:
     bad = write_split(tmp_path / "bad", sales(50).with_columns(price=pl.lit(None, dtype=pl.Float64)))
     with pytest.raises(StepError, match="50 of 50 rows of the validation split have no finite price"):
