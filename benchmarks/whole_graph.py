@@ -102,12 +102,12 @@ def whole_run(
 ) -> dict[str, Any]:
     """The first run of the whole graph, in a new folder, as one side of a comparison.
 
-    `all_rounds`: every trial boosts `rounds` rounds, whatever comes of it.
+    `all_rounds`: every trial boosts `rounds` rounds of trees of depth 6, whatever comes of it.
     """
     figures: dict[str, float] = {}
     tuning: dict[str, Any] = {"num_trials": trials, "preset": preset} | ({"num_boost_round": rounds} if rounds else {})
     if all_rounds:
-        tuning |= {"scheduler": "none", "early_stopping_rounds": rounds}
+        tuning |= {"scheduler": "none", "early_stopping_rounds": rounds, "max_depth_min": 6, "max_depth_max": 6}
     with tempfile.TemporaryDirectory(prefix="housing-bench-") as name:
         root = Path(folder or name)
         shutil.rmtree(root, ignore_errors=True)

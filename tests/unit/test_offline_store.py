@@ -183,6 +183,28 @@ def test_data_that_arrives_in_order_reads_as_its_last_event_says(batches: list[t
             assert {k: v[1:] for k, v in records(store.scan("sales", as_of=moment)).items()} == expected
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.dictionaries(st.integers(0, 40), st.tuples(_times, st.none() | st.integers(0, 3)), min_size=1))
+def test_a_first_ingestion_stores_what_a_full_comparison_would(rows: dict[int, tuple[float, int | None]]) -> None:
+    """Where every record occurs once, with and without the shorter way."""
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingestion_plan, "BUCKET_EVENTS", 4)
+        patch.setattr(ingestion_plan, "_PIECE_ROWS", (1, 6))
+        given = [row(n, hours=hours, rooms=rooms) for n, (hours, rooms) in rows.items()]
+        dataset = write_rows(Path(name), given, parts=2, digest=uuid.uuid4().hex)
+        found = []
+        for way in ("shorter", "longer"):
+            store = OfflineStore(str(Path(name) / way))
+            if way == "longer":
+                patch.setattr(feature_ingestion._Ingestion, "_compare_with_nothing", lambda self, scratch: None)
+            result = ingest_rows(store, dataset)
+            assert result.added == result.rows_readable == len(rows)
+            files = [(f.rows, f.first_event_time, f.last_event_time) for f in store.files("sales")]
+            commit = result.commit.model_dump(exclude={"created_at", "write_time", "files"})
+            found.append((commit, files, result.hour_partitions, records(store.scan("sales"))))
+        assert found[0] == found[1]
+
+
 def _assert_same(store: OfflineStore, model: Model) -> None:
     if "sales" not in store.groups():
         assert not model.timelines
