@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,11 @@ class Silent:
 
 
 @contextmanager
-def warm_ray() -> Iterator[Any]:
-    """A private Ray session whose workers have started, as earlier steps of a run leave it."""
+def warm_ray(*modules: str) -> Iterator[Any]:
+    """A private Ray session whose workers have started, as earlier steps of a run leave it.
+
+    This process and the workers have imported `modules`.
+    """
     import ray
 
     from step_scripts.ray_session import RaySession, RaySettings
@@ -36,11 +40,18 @@ def warm_ray() -> Iterator[Any]:
     session = RaySession(RaySettings())
     session.ensure()
     try:
-        wait = ray.remote(lambda: None)
-        ray.get([wait.remote() for _ in range(int(ray.cluster_resources()["CPU"]))])
+        import_all(modules)
+        wait = ray.remote(import_all)
+        ray.get([wait.remote(modules) for _ in range(int(ray.cluster_resources()["CPU"]))])
         yield session
     finally:
         session.stop()
+
+
+def import_all(modules: Sequence[str]) -> None:
+    """Import modules by their names."""
+    for module in modules:
+        importlib.import_module(module)
 
 
 def run_step(
