@@ -6,6 +6,7 @@ from housing_assets.config import EndpointConfig
 from housing_assets.gate import refusal, require_not_failed_since
 from housing_assets.lineage import lineage_rows
 from housing_assets.metadata import run_costs
+from housing_assets.timeline import run_timeline
 from resources.compute.base import table
 from resources.endpoints.base import EndpointDeploymentFailed, EndpointHost, EndpointStatus, VersionNotApproved
 from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound
@@ -54,6 +55,7 @@ def endpoint(
     }
     metadata["lineage"] = table(lineage_rows(version, status, deployed_by=context.run.run_id))
     metadata |= run_costs(context.instance, context.run.run_id)
+    metadata["run_timeline"] = table(run_timeline(context.instance, context.run.run_id))
     if status.smoke_test:
         metadata |= {
             "median_milliseconds": status.smoke_test.median_ms,
