@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from step_scripts import storage
+from step_scripts import code_version, storage
 from step_scripts.code_version import step_version
 from step_scripts.contract import Artifact, FileInfo, StepError, StepRequest
 from step_scripts.ray_session import RaySession
@@ -128,6 +128,7 @@ def test_the_code_version_changes_with_every_way_of_importing(tmp_path: Path, mo
     for name, text in sources.items():
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setattr("step_scripts.code_version._PACKAGE", tmp_path)
+    monkeypatch.setattr("step_scripts.code_version._read", code_version._read.__wrapped__)  # each time a new process
     version = step_version.__wrapped__("a")
     (tmp_path / "unrelated.py").write_text("y = 1")
     assert step_version.__wrapped__("a") == version
