@@ -88,9 +88,9 @@ class Artifact(BaseModel):
 
 
 class StepParams(BaseModel):
-    """Base of all parameter models. Unknown names are errors."""
+    """Base of all parameter models. Unknown names are errors. Validators are built when they are first needed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class StepRequest(BaseModel):

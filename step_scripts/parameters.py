@@ -8,10 +8,17 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from step_scripts.contract import StepParams
 from step_scripts.table import TableSpec
+
+
+class StepSettings(BaseModel):
+    """Base of all settings."""
+
+    # A validator is built when it is first needed, not while a code location loads.
+    model_config = ConfigDict(defer_build=True)
 
 
 class SourceFile(StepParams):
@@ -22,7 +29,7 @@ class SourceFile(StepParams):
     modified: float = Field(description="Modification time, seconds since 1970, UTC.")
 
 
-class ValidateSourceSettings(BaseModel):
+class ValidateSourceSettings(StepSettings):
     """How the source files are read and which rows are acceptable."""
 
     max_rejected_fraction: float = Field(
@@ -49,7 +56,7 @@ class ValidateSourceParams(ValidateSourceSettings, StepParams):
     files: tuple[SourceFile, ...]
 
 
-class IngestFeaturesSettings(BaseModel):
+class IngestFeaturesSettings(StepSettings):
     """How validated rows enter the feature store."""
 
     num_actors: int | None = Field(
@@ -65,7 +72,7 @@ class IngestFeaturesParams(IngestFeaturesSettings, StepParams):
     target: dict[str, Any]
 
 
-class PrepareSplitsSettings(BaseModel):
+class PrepareSplitsSettings(StepSettings):
     """Fractions of the records in each split; they sum to 1."""
 
     train_size: float = Field(default=0.6, gt=0, lt=1, description="Fraction of the records to train on.")
@@ -110,7 +117,7 @@ PRESETS: dict[str, dict[str, float | int]] = {
 }  # fmt: skip
 
 
-class TuneModelSettings(BaseModel):
+class TuneModelSettings(StepSettings):
     """The search and the final fit. What is left empty comes from the preset."""
 
     preset: Literal["default", "article"] = Field(
@@ -186,7 +193,7 @@ MODEL_GROUP = Field(
 )
 
 
-class EvaluateModelSettings(BaseModel):
+class EvaluateModelSettings(StepSettings):
     """The quality gate, and the group whose approved version is the champion to compare with."""
 
     model_group: str | None = MODEL_GROUP
@@ -204,7 +211,7 @@ class EvaluateModelParams(StepParams):
     plotted_rows: int = Field(default=2000, ge=10, le=100_000)
 
 
-class RegisterModelSettings(BaseModel):
+class RegisterModelSettings(StepSettings):
     """How a model enters the registry."""
 
     model_group: str | None = MODEL_GROUP
@@ -213,7 +220,7 @@ class RegisterModelSettings(BaseModel):
     )
 
 
-class DeployEndpointSettings(BaseModel):
+class DeployEndpointSettings(StepSettings):
     """Where the model is served."""
 
     endpoint_name: str | None = Field(
