@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import importlib.util
+import os
 import socket
 import subprocess
 import sys
@@ -49,7 +50,11 @@ def running(command: Any) -> Iterator[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = subprocess.Popen([sys.executable, *command(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # MLflow's server looks for uvicorn on the path.
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    process = subprocess.Popen(
+        [sys.executable, *command(port)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         deadline = time.monotonic() + _SECONDS_TO_START
         while not _answers(port):

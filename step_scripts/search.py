@@ -132,7 +132,8 @@ def run_search(
             cpus=cpus_per_worker(concurrent, nodes),
             seed=resolved["seed"],
         )
-        search = _run_short if are_short(train.rows, task.num_boost_round) else _run_tune
+        short = are_short(train.rows, task.num_boost_round, resolved["scheduler"])
+        search = _run_short if short else _run_tune
         search(params, task, train, validation, ledger, concurrent)
     records = sorted(ledger.records, key=lambda r: r.trial)
     if not any(record.rmse is not None for record in records):

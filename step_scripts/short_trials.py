@@ -21,13 +21,14 @@ from step_scripts.trial_records import TrialRecord
 from step_scripts.trial_task import TrialTask, run_trial
 
 _RETRIES = 1  # of a trial whose process ended
-_LARGEST_WORK = 30_000_000  # training rows × rounds: some 3 seconds on one core
-_MOST_ROWS = 200_000
+# Training rows × rounds. Ten million are about half a second on one core; a scheduler would spare a part of it.
+_LARGEST_WORK = {"none": 200_000_000, "median": 30_000_000, "asha": 30_000_000}
+_MOST_ROWS = 2_000_000  # a worker keeps them, binned, until the session ends: 8 bytes each and more
 
 
-def are_short(training_rows: int, num_boost_round: int) -> bool:
+def are_short(training_rows: int, num_boost_round: int, scheduler: str) -> bool:
     """Whether trials are so short that they should be tasks."""
-    return training_rows <= _MOST_ROWS and training_rows * num_boost_round <= _LARGEST_WORK
+    return training_rows <= _MOST_ROWS and training_rows * num_boost_round <= _LARGEST_WORK[scheduler]
 
 
 class ShortTrials:

@@ -24,6 +24,7 @@ from step_scripts.contract import Artifact, StepError, StepRequest, StepResult
 from step_scripts.model_artifact import load_model
 from step_scripts.ray_session import RaySession
 from step_scripts.runner import run_step
+from step_scripts.short_trials import are_short
 from step_scripts.trial_records import TrialRecord, TrialStore
 from tests.split_files import TABLE, sales, scaler_of, write_inputs, write_split
 
@@ -60,13 +61,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
 @pytest.fixture(params=["short trials", "Ray Tune"])
 def runner_of_trials(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What runs the trials: tasks, as for all data as small as here, or, as for large data, Ray Tune."""
-    monkeypatch.setattr(search, "are_short", lambda rows, rounds: request.param == "short trials")
+    monkeypatch.setattr(search, "are_short", lambda *size: request.param == "short trials")
     return request.param
 
 
 @pytest.fixture
 def with_ray_tune(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "are_short", lambda rows, rounds: False)
+    monkeypatch.setattr(search, "are_short", lambda *size: False)
 
 
 @pytest.fixture
@@ -173,11 +174,19 @@ def test_one_trial_with_fixed_parameters_is_reproducible(tune: Callable[..., Ste
     assert len(digests) == 1
 
 
+def test_only_short_trials_are_tasks() -> None:
+    assert are_short(6_000, 1500, "asha")
+    assert are_short(600_000, 100, "none")
+    assert not are_short(600_000, 100, "asha")  # what a scheduler spares is worth the start of actors
+    assert not are_short(600_000, 1500, "none")  # too long without news
+    assert not are_short(3_000_000, 1, "none")  # too many rows to leave in the workers
+
+
 def test_both_runners_of_trials_find_the_same(tune: Callable[..., StepResult], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same proposals, rounds and RMSE of every trial, and therefore the same model."""
     found = []
-    for are_short in (True, False):
-        monkeypatch.setattr(search, "are_short", lambda rows, rounds, answer=are_short: answer)
+    for short in (True, False):
+        monkeypatch.setattr(search, "are_short", lambda *size, answer=short: answer)
         result = tune(num_trials=5, max_concurrent_trials=1, scheduler="none", checkpoint_uri=None)
         trials = _json(result.outputs["report"], "trials.json")
         found.append(([{**t, "seconds": 0} for t in trials], result.outputs["model"].digest))
