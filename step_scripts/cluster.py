@@ -42,7 +42,7 @@ from step_scripts.contract import StepError
 from step_scripts.interruption import Alarm
 from step_scripts.job_files import JobFiles
 from step_scripts.job_hosts import JobHosts, ml_root, read_hosts
-from step_scripts.ray_session import WORKER_ENVIRONMENT
+from step_scripts.ray_session import worker_environment
 
 FAILED, STOPPED = 1, 128 + signal.SIGTERM
 _LONGEST_FOLDER = 24  # Ray puts sockets below its folder; a socket's path is limited to 107 bytes
@@ -129,7 +129,7 @@ def _prepare_environment(hosts: JobHosts, files: JobFiles, folder: Path) -> None
         "RAY_AUTH_TOKEN_PATH": str(path),
         # SIGTERM ends Ray's processes at once: when it comes, the step has ended or saved its work.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        **{name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()},
+        **worker_environment(),
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
     }
     os.environ.pop("RAY_AUTH_TOKEN", None)  # would win over the file

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from step_scripts.environment import environment_defaults
+from step_scripts.environment import environment_set
 
+_POLARS_ALLOCATOR = "_RJEM_MALLOC_CONF"
 # Of the processes that Ray starts.
-WORKER_ENVIRONMENT = {
+_WORKER_ENVIRONMENT = {
     # XGBoost's threads would otherwise spin while they wait for each other: where other processes use the same cores, a
     # fit on two threads then takes up to 30 times as long.
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -21,10 +23,12 @@ WORKER_ENVIRONMENT = {
     "POLARS_MAX_THREADS": "1",
     # glibc would give the memory of large columns back to the system at once. To get it again, zeroed page by page, was
     # most of the system's time in ingestion, over a quarter of its CPU time on a virtual machine. Workers keep up to
-    # 256 MiB. Polars has an allocator of its own, which keeps what is freed for a second.
+    # 256 MiB. Polars has an allocator of its own, which would keep what is freed for half a second, and
+    # then fill as many pages with zeros again.
     "MALLOC_MMAP_THRESHOLD_": str(256 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
     "MALLOC_TOP_PAD_": str(64 << 20),
+    _POLARS_ALLOCATOR: "dirty_decay_ms:10000",
 }
 
 
@@ -62,7 +66,7 @@ class RaySession:
             if self.temporary_folder is None:
                 # Short: Ray puts sockets below it, and a socket's path is limited to 107 bytes.
                 self.temporary_folder = Path(tempfile.mkdtemp(prefix="ray-"))
-            with environment_defaults(_worker_environment(self.settings.num_cpus)):
+            with environment_set(_session_environment(self.settings.num_cpus)):
                 ray.init(
                     address="local",
                     num_cpus=self.settings.num_cpus,
@@ -101,10 +105,22 @@ class RaySession:
         return float(ray.cluster_resources().get("CPU", 1.0))
 
 
-def _worker_environment(num_cpus: int | None) -> dict[str, str]:
-    """`WORKER_ENVIRONMENT`, and how many idle workers are kept.
+def worker_environment() -> dict[str, str]:
+    """Settings of the processes that Ray starts, as environment variables; what the user has set is kept."""
+    chosen = {name: os.environ.get(name, value) for name, value in _WORKER_ENVIRONMENT.items()}
+    # Polars has set this one where it is imported, before what it has found there. The last setting counts.
+    given = os.environ.get(_POLARS_ALLOCATOR, "")
+    if given.count("dirty_decay_ms") <= ("polars" in sys.modules):
+        chosen[_POLARS_ALLOCATOR] = ",".join(filter(None, (given, _WORKER_ENVIRONMENT[_POLARS_ALLOCATOR])))
+    return chosen
+
+
+def _session_environment(num_cpus: int | None) -> dict[str, str]:
+    """`worker_environment`, and how many idle workers are kept.
 
     Ray ends idle workers when there are more processes than CPUs, so the actors of a search would drive out those that
     the next step uses. Twice as many are kept.
     """
-    return {**WORKER_ENVIRONMENT, "RAY_num_workers_soft_limit": str(2 * (num_cpus or os.cpu_count() or 1))}
+    idle = "RAY_num_workers_soft_limit"
+    kept = os.environ.get(idle, str(2 * (num_cpus or os.cpu_count() or 1)))
+    return {**worker_environment(), idle: kept}

@@ -7,6 +7,7 @@ it is no protection against somebody who constructs collisions.
 
 from __future__ import annotations
 
+import binascii
 import hashlib
 from collections.abc import Sequence
 
@@ -64,14 +65,20 @@ def ids_of_lanes(lanes: np.ndarray) -> pl.Series:
 
 def lanes_of_ids(ids: pl.Series) -> np.ndarray:
     """The inverse of `ids_of_lanes`; what follows the 32nd digit is ignored. Raises `ValueError` for any other text."""
-    texts = ids.str.slice(0, ID_DIGITS)
-    if ids.null_count() or not (texts.str.len_bytes() == ID_DIGITS).all():
-        raise ValueError(f"column {ids.name!r} holds texts that do not begin with {ID_DIGITS} hexadecimal digits")
+    lengths = ids.str.len_bytes()
+    texts = ids.str.slice(0, ID_DIGITS) if (lengths > ID_DIGITS).any() else ids
+    no_ids = f"column {ids.name!r} holds texts that do not begin with {ID_DIGITS} hexadecimal digits"
+    if ids.null_count() or (lengths < ID_DIGITS).any():
+        raise ValueError(no_ids)
     array = texts.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.large_string())
     _, _, data = array.buffers()
     start = array.offset * ID_DIGITS
-    digits = bytes(data)[start : start + len(array) * ID_DIGITS].decode("ascii") if len(array) else ""
-    return np.frombuffer(bytes.fromhex(digits), ">u8").reshape(-1, 2).T.astype(np.uint64)
+    digits = memoryview(data)[start : start + len(array) * ID_DIGITS] if len(array) else b""
+    try:
+        numbers = binascii.unhexlify(digits)
+    except binascii.Error as error:
+        raise ValueError(no_ids) from error
+    return np.frombuffer(numbers, ">u8").reshape(-1, 2).T.astype(np.uint64)
 
 
 def split_fraction(ids: pl.Series, salt: str = "") -> np.ndarray:

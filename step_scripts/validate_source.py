@@ -113,9 +113,10 @@ def _validate(
     context: StepContext, params: ValidateSourceParams, files: list[CsvFile], scratch_uri: str, buckets: int
 ) -> tuple[list[Chunk], list[ChunkReport]]:
     """All pieces, and the report of each."""
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    share = max(-(-sum(f.bytes for f in files) // cpus), _SMALLEST_SHARE)
-    chunks = plan_chunks(files, min(params.chunk_bytes, share))
+    # As many pieces for each CPU, so that none waits for the last.
+    share = -(-sum(f.bytes for f in files) // max(1, int(ray.cluster_resources().get("CPU", 1))))
+    piece = -(-share // -(-share // params.chunk_bytes))
+    chunks = plan_chunks(files, min(params.chunk_bytes, max(piece, _SMALLEST_SHARE)))
     reports: dict[int, ChunkReport] = {}
     progress = _Progress(context, len(chunks))
 

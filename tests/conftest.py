@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from step_scripts.ray_session import RaySession, RaySettings
 
@@ -13,6 +14,10 @@ from step_scripts.ray_session import RaySession, RaySettings
 for _name in [n for n in os.environ if n.startswith(("HOUSING_", "DAGSTER_", "AWS_")) or n == "RAY_ADDRESS"]:
     del os.environ[_name]
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+
+# Nothing is timed: to make its tables of characters takes Hypothesis over a second in a clean clone.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from step_scripts.contract import Artifact, FileInfo, StepError
-from step_scripts.ray_session import WORKER_ENVIRONMENT, RaySession
+from step_scripts.ray_session import RaySession, worker_environment
 from step_scripts.ray_tasks import FilePart, Progress, completed_tasks, pieces_of, read_part
 
 
@@ -67,12 +67,29 @@ def test_results_come_with_their_index(ray_session: RaySession) -> None:
     assert dict(completed_tasks(squared, [])) == {}
 
 
-def test_workers_have_their_settings_and_what_the_user_has_set_instead(ray_session: RaySession) -> None:
+def test_workers_have_their_settings(ray_session: RaySession) -> None:
     def environment(names: list[str]) -> dict[str, str | None]:
+        import polars as pl
+
+        assert pl.Series([1]).sum() == 1
         return {name: os.environ.get(name) for name in names}
 
-    [(_, found)] = completed_tasks(environment, [(list(WORKER_ENVIRONMENT),)])
-    assert found == {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
+    wanted = worker_environment()
+    [(_, found)] = completed_tasks(environment, [(list(wanted),)])
+    allocator, wanted_allocator = found.pop("_RJEM_MALLOC_CONF"), wanted.pop("_RJEM_MALLOC_CONF")
+    assert found == wanted
+    assert allocator is not None
+    assert allocator.endswith(wanted_allocator)  # Polars puts its own before; the last setting counts
+    assert wanted_allocator.endswith("dirty_decay_ms:10000")
+
+
+def test_what_the_user_has_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_polars = os.environ["_RJEM_MALLOC_CONF"]
+    monkeypatch.setenv("POLARS_MAX_THREADS", "3")
+    monkeypatch.setenv("_RJEM_MALLOC_CONF", f"{by_polars},dirty_decay_ms:77")
+    found = worker_environment()
+    assert found["POLARS_MAX_THREADS"] == "3"
+    assert found["_RJEM_MALLOC_CONF"] == f"{by_polars},dirty_decay_ms:77"
 
 
 def test_several_results_stay_in_the_object_store(ray_session: RaySession) -> None:
