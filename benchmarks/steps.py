@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ import polars as pl
 from housing_assets.sample_data import write_sample
 from step_scripts.contract import Artifact, StepParams, StepRequest, StepResult, file_info, write_json
 
+# At the beginning Ray starts more workers than it needs at once.
+_SECONDS_TO_SETTLE = 1.0
 SPLITS = {"train": 0.6, "validation": 0.2, "test": 0.2}
 TARGET = "PRICE"
 
@@ -42,7 +45,9 @@ def warm_ray(*modules: str) -> Iterator[Any]:
     try:
         import_all(modules)
         wait = ray.remote(import_all)
-        ray.get([wait.remote(modules) for _ in range(int(ray.cluster_resources()["CPU"]))])
+        for _ in range(2):
+            ray.get([wait.remote(modules) for _ in range(int(ray.cluster_resources()["CPU"]))])
+            time.sleep(_SECONDS_TO_SETTLE)
         yield session
     finally:
         session.stop()

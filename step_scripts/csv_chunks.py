@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -20,6 +21,7 @@ from step_scripts.csv_header import CsvFile, encoding_fault, long_line_fault, nu
 
 _BLOCK = 1 << 23
 _BEYOND_END = 1 << 16
+_COUNTED_AT_ONCE = 1 << 17  # bytes that stay in the CPU's cache
 _NEWLINE, _QUOTE, _RETURN = 10, 34, 13
 _SHOWN_CHARACTERS = 100
 
@@ -58,14 +60,18 @@ class Records:
 
     def subset(self, rows: np.ndarray) -> Records:
         """The records of these indices, as records of their own without lines."""
+        starts, stops = self._bounds[rows].tolist(), self._bounds[rows + 1].tolist()
+        data = b"".join(self.data[start:stop] for start, stop in zip(starts, stops, strict=True))
+        return Records(data, len(rows), self.quoted)
+
+    @cached_property
+    def _bounds(self) -> np.ndarray:
+        """Where each record begins, and the end."""
         text = np.frombuffer(self.data, np.uint8)
         ends = np.flatnonzero(text == _NEWLINE)
         if self.quoted:
             ends = ends[~_inside_quotes(text)[ends]]
-        bounds = np.concatenate([[0], ends + 1, [len(self.data)]])
-        starts, stops = bounds[rows].tolist(), bounds[rows + 1].tolist()
-        data = b"".join(self.data[start:stop] for start, stop in zip(starts, stops, strict=True))
-        return Records(data, len(rows), self.quoted)
+        return np.concatenate([[0], ends + 1, [len(self.data)]])
 
 
 def _inside_quotes(text: np.ndarray) -> np.ndarray:
@@ -133,9 +139,16 @@ def _line_at(data: bytes, position: int) -> int:
     return data.count(b"\n", 0, position) + 1
 
 
+def count_byte(data: bytes, byte: int) -> int:
+    """How often `byte` stands in `data`. `bytes.count` takes five times as long."""
+    text = np.frombuffer(data, np.uint8)
+    starts = range(0, len(text), _COUNTED_AT_ONCE)
+    return sum(int(np.count_nonzero(text[start : start + _COUNTED_AT_ONCE] == byte)) for start in starts)
+
+
 def has_odd_quotes(data: bytes) -> bool:
     """Whether the piece ends inside a quoted field, if it does not begin in one."""
-    return data.count(b'"') % 2 == 1
+    return count_byte(data, _QUOTE) % 2 == 1
 
 
 def split_records(data: bytes, delimiter: str, fields: int, *, exact: bool = False) -> Records:
@@ -144,10 +157,10 @@ def split_records(data: bytes, delimiter: str, fields: int, *, exact: bool = Fal
     Without `exact`, a piece without quotes whose number of delimiters fits is taken as it is: it may still hold
     rows that are too long if as many are too short. Raises `ChunkFault` for a quote character out of place.
     """
-    newlines = data.count(b"\n")
+    newlines = count_byte(data, _NEWLINE)
     rows = newlines + (0 if data.endswith(b"\n") or not data else 1)
     quoted = b'"' in data
-    if not exact and not quoted and data.count(delimiter.encode()) == rows * (fields - 1):
+    if not exact and not quoted and count_byte(data, ord(delimiter)) == rows * (fields - 1):
         return Records(data, rows, quoted=False)
     text = np.frombuffer(data, np.uint8)
     separators = np.flatnonzero((text == _NEWLINE) | (text == ord(delimiter)))

@@ -293,10 +293,11 @@ def tombstones(record_ids: pl.Series, time: np.ndarray, table: TableSpec) -> pl.
 def _storage_order(record_ids: pl.Series, hours: np.ndarray) -> np.ndarray:
     """Positions that order rows by hour, then by record id: by its first 8 bytes, if these tell most ids apart."""
     prefixes = text_prefixes(record_ids)
-    if pl.Series(prefixes).n_unique() < len(prefixes) * 0.9:
+    order = np.argsort(prefixes)
+    ordered = prefixes[order]
+    if np.count_nonzero(ordered[1:] == ordered[:-1]) > len(prefixes) // 10:
         both = pl.DataFrame({"hour": hours, "id": record_ids})
         return both.select(pl.arg_sort_by(["hour", "id"])).to_series().to_numpy()
-    order = np.argsort(prefixes)
     if len(hours) and (hours != hours[0]).any():
         order = order[np.argsort(hours[order], kind="stable")]
     return order

@@ -15,6 +15,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from step_scripts.event_hash import text_hashes
+
 ID_DIGITS = 32
 _BLOCK_ROWS = 1 << 14  # intermediate arrays stay in the CPU's cache
 _SEEDS = (np.uint64(0x243F6A8885A308D3), np.uint64(0x13198A2E03707344))  # digits of pi
@@ -57,7 +59,7 @@ def record_ids(frame: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
 def ids_of_lanes(lanes: np.ndarray) -> pl.Series:
     """The two lanes as 32 hexadecimal digits, the first lane first."""
     rows = lanes.shape[1]
-    digits = np.ascontiguousarray(lanes.T).astype(">u8").tobytes().hex().encode()
+    digits = binascii.hexlify(lanes.T.astype(">u8", order="C").data)
     offsets = np.arange(0, ID_DIGITS * rows + 1, ID_DIGITS, dtype=np.int64)
     texts = pa.LargeStringArray.from_buffers(rows, pa.py_buffer(offsets), pa.py_buffer(digits))
     return pl.Series("record_id", texts, dtype=pl.String)
@@ -81,13 +83,27 @@ def lanes_of_ids(ids: pl.Series) -> np.ndarray:
     return np.frombuffer(numbers, ">u8").reshape(-1, 2).T.astype(np.uint64)
 
 
+def distinct_lanes(ids: pl.Series, lanes: np.ndarray) -> np.ndarray:
+    """The lanes of ids, other where digits are followed by more: duplicates that were kept differ from the original."""
+    longer = (ids.str.len_bytes() > ID_DIGITS).to_numpy()
+    if not longer.any():
+        return lanes
+    lanes = lanes.copy()
+    lanes[:, longer] ^= np.stack(text_hashes(ids.filter(longer)))
+    return lanes
+
+
 def split_fraction(ids: pl.Series, salt: str = "") -> np.ndarray:
     """A number in [0, 1) for each record id: float64, uniform, fixed by the id and `salt`.
 
     Only the first 32 digits count: duplicates that were kept (`…-1`) get the number of their original.
     """
+    return split_fraction_of_lanes(lanes_of_ids(ids), salt)
+
+
+def split_fraction_of_lanes(lanes: np.ndarray, salt: str = "") -> np.ndarray:
+    """`split_fraction` of the ids whose lanes these are."""
     salts = np.frombuffer(hashlib.blake2b(salt.encode(), digest_size=16).digest(), "<u8").astype(np.uint64)
-    lanes = lanes_of_ids(ids)
     hashes = lanes[0] ^ salts[0]
     scratch = np.empty_like(hashes)
     _mix(hashes, 0, scratch)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from step_scripts.event_hash import add_sums, content_hashes, event_hashes, lane_sums, text_hashes
+from step_scripts.event_hash import Lanes, add_sums, content_hashes, event_hashes, lane_sums, text_hashes
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,14 @@ class RowSetDigest:
     sums: tuple[int, int] = (0, 0)
 
     @classmethod
-    def of(cls, frame: pl.DataFrame, columns: Sequence[str]) -> RowSetDigest:
-        """Of the column `record_id` and `columns`, in any order."""
+    def of(cls, frame: pl.DataFrame, columns: Sequence[str], ids: Lanes | None = None) -> RowSetDigest:
+        """Of the column `record_id` and `columns`, in any order.
+
+        `ids`: numbers that stand for the record ids, if there are any; else the ids are hashed.
+        """
         no_time = np.zeros(frame.height, np.int64)
-        hashes = event_hashes(text_hashes(frame["record_id"]), no_time, content_hashes(frame, columns))
+        record = text_hashes(frame["record_id"]) if ids is None else ids
+        hashes = event_hashes(record, no_time, content_hashes(frame, columns))
         return cls(frame.height, lane_sums(hashes))
 
     def merge(self, other: RowSetDigest) -> RowSetDigest:

@@ -17,7 +17,7 @@ from step_scripts.contract import FileInfo
 from step_scripts.distributions import TableSketch
 from step_scripts.moments import Moments
 from step_scripts.ray_tasks import Piece, read_part
-from step_scripts.record_ids import split_fraction
+from step_scripts.record_ids import distinct_lanes, lanes_of_ids, split_fraction, split_fraction_of_lanes
 from step_scripts.row_set_digest import RowSetDigest
 from step_scripts.table import TableSpec
 from step_scripts.validation import polars_schema
@@ -67,7 +67,7 @@ class SplitReport:
 def split_piece(plan: SplitPlan, index: int, piece: Piece) -> SplitReport:
     """Divide the records of one piece, none of which has two events."""
     frame, later = _read(plan, piece)
-    live = frame.filter(~pl.col("is_deleted"))
+    live = frame.filter(~pl.col("is_deleted")) if frame["is_deleted"].any() else frame
     report = _write(plan, index, live)
     report.rows_read, report.rows_later = frame.height + later, later
     report.rows_deleted = frame.height - live.height
@@ -93,16 +93,22 @@ def _read(plan: SplitPlan, piece: Piece) -> tuple[pl.DataFrame, int]:
 
 
 def _write(plan: SplitPlan, index: int, live: pl.DataFrame) -> SplitReport:
-    fractions = split_fraction(live["record_id"], plan.salt)
-    sides = np.searchsorted(plan.limits, fractions, side="right")
+    lanes = lanes_of_ids(live["record_id"])
+    fractions = split_fraction_of_lanes(lanes, plan.salt)
+    ids = distinct_lanes(live["record_id"], lanes)
+    train, below = (fractions < limit for limit in plan.limits)
+    sides = {"train": train, "validation": below & ~train, "test": ~below}
     rows = live.select("record_id", *plan.table.column_names)
-    chosen = {split: rows.filter(pl.Series(sides == side)) for side, split in enumerate(SPLITS)}
+    chosen = {split: rows.filter(pl.Series(side)) for split, side in sides.items()}
     values = chosen["train"].select(pl.col(plan.statistics_columns).cast(pl.Float64)).to_numpy()
     return SplitReport(
         files={split: _write_parts(plan, plan.uris[split], index, frame) for split, frame in chosen.items()},
-        digests={split: RowSetDigest.of(frame, plan.table.column_names) for split, frame in chosen.items()},
+        digests={
+            split: RowSetDigest.of(frame, plan.table.column_names, (ids[0, sides[split]], ids[1, sides[split]]))
+            for split, frame in chosen.items()
+        },
         moments=Moments.of(values[:, :-1]),
-        sketch=TableSketch.of(values, fractions[sides == 0]),
+        sketch=TableSketch.of(values, fractions[train]),
     )
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from step_scripts import storage
 from step_scripts.cell_parsing import ParsedRows, parse_rows
-from step_scripts.csv_chunks import Chunk, ChunkFault, Records, has_odd_quotes, read_chunk, split_records
+from step_scripts.csv_chunks import Chunk, ChunkFault, Records, count_byte, has_odd_quotes, read_chunk, split_records
 from step_scripts.duplicate_rows import write_ids
 from step_scripts.parameters import ValidateSourceParams
 from step_scripts.record_ids import ids_of_lanes, record_lanes
@@ -83,7 +83,7 @@ def _validate(task: ChunkTask) -> ChunkReport:
     data, _ = read_chunk(chunk, params.max_line_bytes)
     if has_odd_quotes(data):
         return ChunkReport(index=chunk.index, odd_quotes=True)
-    lines_total = data.count(b"\n")
+    lines_total = count_byte(data, ord("\n"))
     records, parsed = _parse(data, chunk, params)
     del data
     lines = records.lines if records.lines is not None else np.arange(1, records.count + 1, dtype=np.uint32)

@@ -67,14 +67,29 @@ def _column_from_pandera(owner: str, column: Any) -> ColumnSpec:
 
 def pandera_schema(table: TableSpec) -> pa.DataFrameSchema:
     """The pandera schema of `table`, for batches whose columns already have its types."""
-    columns = {}
-    for column in table.columns:
-        checks = []
-        for field, check in (("ge", pa.Check.ge), ("gt", pa.Check.gt), ("le", pa.Check.le), ("lt", pa.Check.lt)):
-            if (bound := getattr(column, field)) is not None:
-                checks.append(check(bound))
-        if column.isin is not None:
-            # Polars compares members of a list only with values of the very same type.
-            checks.append(pa.Check.isin([int(v) if column.dtype == "int64" else v for v in column.isin]))
-        columns[column.name] = pa.Column(POLARS_TYPES[column.dtype], checks=checks, nullable=column.nullable)
+    columns = {
+        column.name: pa.Column(POLARS_TYPES[column.dtype], checks=_checks(column), nullable=column.nullable)
+        for column in table.columns
+    }
     return pa.DataFrameSchema(columns, strict=True)
+
+
+def _checks(column: ColumnSpec) -> list[pa.Check]:
+    whole = column.dtype == "int64"
+    # A bound that is no whole number would have Polars cast a column of them first.
+    bounds = {
+        name: int(bound) if whole and float(bound).is_integer() else bound
+        for name in ("ge", "gt", "le", "lt")
+        if (bound := getattr(column, name)) is not None
+    }
+    low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
+    checks: list[pa.Check] = []
+    if len(bounds) == 2 and low is not None and high is not None and low < high:
+        # One pass over the column instead of two.
+        checks.append(pa.Check.in_range(low, high, include_min="ge" in bounds, include_max="le" in bounds))
+    else:
+        checks += [getattr(pa.Check, name)(bound) for name, bound in bounds.items()]
+    if column.isin is not None:
+        # Polars compares members of a list only with values of the very same type.
+        checks.append(pa.Check.isin([int(v) if whole else v for v in column.isin]))
+    return checks

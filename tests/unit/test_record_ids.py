@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_scripts.record_ids import ids_of_lanes, lanes_of_ids, record_ids, record_lanes, split_fraction
+from step_scripts.record_ids import distinct_lanes, ids_of_lanes, lanes_of_ids, record_ids, record_lanes, split_fraction
 
 TYPES: dict[str, Any] = {
     "price": pl.Float64,
@@ -154,6 +154,15 @@ def test_fractions_are_uniform_and_ignore_suffixes() -> None:
     assert abs(counts - 5000).max() < 5 * np.sqrt(5000)
     assert (split_fraction(record + "-12") == fractions).all()
     assert abs(np.corrcoef(fractions, split_fraction(record, "other"))[0, 1]) < 0.02
+
+
+def test_a_suffix_makes_another_record() -> None:
+    record = pl.Series("record_id", [GOLDEN_IDS[0], GOLDEN_IDS[0] + "-1", GOLDEN_IDS[0] + "-2", GOLDEN_IDS[1]])
+    lanes = distinct_lanes(record, lanes_of_ids(record))
+    assert all(len(set(lane.tolist())) == 4 for lane in lanes)
+    alone = record[1:2]
+    assert (distinct_lanes(alone, lanes_of_ids(alone))[:, 0] == lanes[:, 1]).all()
+    assert (lanes[:, [0, 3]] == lanes_of_ids(record)[:, [0, 3]]).all()
 
 
 def test_lanes_are_independent() -> None:

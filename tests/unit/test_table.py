@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import pandera.polars as pa
 import polars as pl
 import pytest
+from pandera.errors import SchemaErrors
 
 from housing_assets.schema import HOUSING_TABLE, HouseSale
-from step_scripts.table import ColumnRange, TableSpec
+from step_scripts.table import ColumnRange, ColumnSpec, DType, TableSpec
 from step_scripts.validation import pandera_schema, polars_schema, table_from_pandera
 
 ROW = {
@@ -20,6 +24,35 @@ def frame(**changes: object) -> pl.DataFrame:
     return pl.DataFrame([ROW | changes], schema=polars_schema(HOUSING_TABLE))
 
 
+def limits(column: pa.Column) -> dict[str, Any]:
+    """The statistics of its checks by name; a range is two limits."""
+    found = {check.name: dict(check.statistics) for check in column.checks}
+    if range_ := found.pop("in_range", None):
+        low = "greater_than_or_equal_to" if range_["include_min"] else "greater_than"
+        high = "less_than_or_equal_to" if range_["include_max"] else "less_than"
+        found |= {low: {"min_value": range_["min_value"]}, high: {"max_value": range_["max_value"]}}
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["int64", "float64"])
+@pytest.mark.parametrize("low", [{}, {"ge": 0.0}, {"gt": 0.0}, {"gt": 0.5}, {"ge": 0.0, "gt": 1.0}])
+@pytest.mark.parametrize("high", [{}, {"le": 2.0}, {"lt": 2.0}, {"lt": 1.5}, {"le": -3.0}, {"le": 2.0, "lt": 1.0}])
+def test_limits_are_those_of_the_table(dtype: DType, low: dict[str, float], high: dict[str, float]) -> None:
+    limited = ColumnSpec.model_validate({"name": "x", "dtype": dtype, **low, **high})
+    columns = (limited, ColumnSpec(name="y", dtype="float64"))
+    table = TableSpec(name="numbers", columns=columns, target="y")
+    values = [value for value in (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0) if dtype == "float64" or value.is_integer()]
+    compare = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt}
+    outside = [v for v in values if not all(compare[name](v, bound) for name, bound in (low | high).items())]
+    rows = pl.DataFrame({"x": values, "y": [0.0] * len(values)}).cast(pl.Schema(polars_schema(table)))
+    try:
+        pandera_schema(table).validate(rows, lazy=True)
+        found = []
+    except SchemaErrors as errors:
+        found = sorted({values[index] for index in errors.failure_cases["index"]})
+    assert found == outside
+
+
 def test_the_table_carries_everything_that_the_schema_declares() -> None:
     again = pandera_schema(TableSpec.model_validate_json(HOUSING_TABLE.model_dump_json()))
     original = HouseSale.to_schema()
@@ -28,7 +61,7 @@ def test_the_table_carries_everything_that_the_schema_declares() -> None:
         other = again.columns[name]
         assert other.dtype == column.dtype
         assert other.nullable == column.nullable
-        assert {c.name: c.statistics for c in other.checks} == {c.name: c.statistics for c in column.checks}
+        assert limits(other) == limits(column)
 
 
 def test_features_are_all_columns_but_the_target() -> None:

@@ -1,0 +1,15 @@
+"""The bytes of a piece of a CSV file."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from step_scripts.csv_chunks import count_byte, has_odd_quotes
+
+
+@given(st.binary(max_size=50), st.integers(0, 20_000), st.sampled_from(b'\n,"'))
+def test_bytes_are_counted_in_pieces_of_any_size(data: bytes, times: int, byte: int) -> None:
+    text = data * times + bytes([byte])
+    assert count_byte(text, byte) == text.count(bytes([byte]))
+    assert has_odd_quotes(text) == (text.count(b'"') % 2 == 1)
