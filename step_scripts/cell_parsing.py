@@ -110,6 +110,9 @@ def _examined(
         infinite = ~numbers.is_finite().fill_null(True)
         problem = pl.concat([problem, _problem(rows[infinite.to_numpy()], column.name, "is not a finite number")])
         numbers = pl.DataFrame([numbers]).select(pl.when(~infinite).then(pl.first())).to_series()
+    as_read = cells.gather(rows)
+    if as_read.equals(numbers, null_equal=True):  # the reader was right; to put them in copies the column
+        return cells, problem
     return cells.scatter(rows, numbers), problem
 
 

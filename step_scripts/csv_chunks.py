@@ -21,7 +21,7 @@ from step_scripts.csv_header import CsvFile, encoding_fault, long_line_fault, nu
 
 _BLOCK = 1 << 23
 _BEYOND_END = 1 << 16
-_COUNTED_AT_ONCE = 1 << 17  # bytes that stay in the CPU's cache
+_CACHED_BYTES = 1 << 17  # looked through at once, so that what is found stays in the CPU's cache
 _NEWLINE, _QUOTE, _RETURN = 10, 34, 13
 _SHOWN_CHARACTERS = 100
 
@@ -68,7 +68,9 @@ class Records:
     def _bounds(self) -> np.ndarray:
         """Where each record begins, and the end."""
         text = np.frombuffer(self.data, np.uint8)
-        ends = np.flatnonzero(text == _NEWLINE)
+        starts = range(0, len(text), _CACHED_BYTES)
+        found = [np.flatnonzero(text[start : start + _CACHED_BYTES] == _NEWLINE) + start for start in starts]
+        ends = np.concatenate([*found, np.empty(0, np.int64)])
         if self.quoted:
             ends = ends[~_inside_quotes(text)[ends]]
         return np.concatenate([[0], ends + 1, [len(self.data)]])
@@ -142,8 +144,8 @@ def _line_at(data: bytes, position: int) -> int:
 def count_byte(data: bytes, byte: int) -> int:
     """How often `byte` stands in `data`. `bytes.count` takes five times as long."""
     text = np.frombuffer(data, np.uint8)
-    starts = range(0, len(text), _COUNTED_AT_ONCE)
-    return sum(int(np.count_nonzero(text[start : start + _COUNTED_AT_ONCE] == byte)) for start in starts)
+    starts = range(0, len(text), _CACHED_BYTES)
+    return sum(int(np.count_nonzero(text[start : start + _CACHED_BYTES] == byte)) for start in starts)
 
 
 def has_odd_quotes(data: bytes) -> bool:

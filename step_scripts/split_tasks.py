@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -100,30 +101,32 @@ def _write(plan: SplitPlan, index: int, live: pl.DataFrame) -> SplitReport:
     sides = {"train": train, "validation": below & ~train, "test": ~below}
     rows = live.select("record_id", *plan.table.column_names)
     chosen = {split: rows.filter(pl.Series(side)) for split, side in sides.items()}
-    values = chosen["train"].select(pl.col(plan.statistics_columns).cast(pl.Float64)).to_numpy()
-    return SplitReport(
-        files={split: _write_parts(plan, plan.uris[split], index, frame) for split, frame in chosen.items()},
-        digests={
+    with ThreadPoolExecutor(1) as disk:  # which makes one wait for it
+        writing = {split: _write_parts(plan, plan.uris[split], index, frame, disk) for split, frame in chosen.items()}
+        values = chosen["train"].select(pl.col(plan.statistics_columns).cast(pl.Float64)).to_numpy()
+        digests = {
             split: RowSetDigest.of(frame, plan.table.column_names, (ids[0, sides[split]], ids[1, sides[split]]))
             for split, frame in chosen.items()
-        },
-        moments=Moments.of(values[:, :-1]),
-        sketch=TableSketch.of(values, fractions[train]),
-    )
+        }
+        moments, sketch = Moments.of(values[:, :-1]), TableSketch.of(values, fractions[train])
+        files = {split: [stored.result() for stored in parts] for split, parts in writing.items()}
+    return SplitReport(files=files, digests=digests, moments=moments, sketch=sketch)
 
 
-def _write_parts(plan: SplitPlan, uri: str, index: int, rows: pl.DataFrame) -> list[FileInfo]:
-    files = []
+def _write_parts(plan: SplitPlan, uri: str, index: int, rows: pl.DataFrame, disk: Executor) -> list[Future[FileInfo]]:
     size = max(1, -(-rows.height // plan.parts))
+    writing = []
     for part, frame in enumerate(rows.iter_slices(size) if rows.height else ()):
         path = f"part-{index * plan.parts + part:05d}.parquet"
         buffer = io.BytesIO()
         frame.write_parquet(buffer, compression="zstd", compression_level=1, statistics=False)  # readers take all rows
-        content = buffer.getvalue()
-        storage.write_bytes(storage.join(uri, path), content)
-        checksum = hashlib.sha256(content).hexdigest()
-        files.append(FileInfo(path=path, rows=frame.height, bytes=len(content), sha256=checksum))
-    return files
+        writing.append(disk.submit(_store, storage.join(uri, path), path, frame.height, buffer.getvalue()))
+    return writing
+
+
+def _store(uri: str, path: str, rows: int, content: bytes) -> FileInfo:
+    storage.write_bytes(uri, content)
+    return FileInfo(path=path, rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def scatter_piece(plan: SplitPlan, piece: Piece, buckets: int) -> tuple[Any, ...]:
