@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from step_scripts.moments import without_nan
+
 Distribution = dict[str, Any]
 
 SAMPLE_ROWS = 20_000
@@ -39,7 +41,7 @@ class ColumnSketch:
     @classmethod
     def of(cls, values: np.ndarray) -> ColumnSketch:
         """Of a float64 array of shape (rows,)."""
-        present = values[~np.isnan(values)]
+        present = without_nan(values)
         missing = len(values) - len(present)
         if not len(present):
             return cls(0, missing, np.inf, -np.inf, {})

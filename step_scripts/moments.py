@@ -12,6 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 
+def without_nan(values: np.ndarray) -> np.ndarray:
+    """The values of a float array that are not NaN; the array itself if all are."""
+    # The sum is NaN if any value is, or if there are infinities of both signs.
+    return values[~np.isnan(values)] if np.isnan(values.sum()) else values
+
+
 @dataclass(frozen=True)
 class Moments:
     """Count, mean and sum of squared deviations of each column; NaN values are left out. Arrays of shape (columns,).
@@ -33,7 +39,7 @@ class Moments:
     @classmethod
     def of(cls, values: np.ndarray) -> Moments:
         """Of a float64 array of shape (rows, columns)."""
-        parts = [_moments_of_column(column[~np.isnan(column)]) for column in values.T]
+        parts = [_moments_of_column(without_nan(column)) for column in values.T]
         return cls(*np.array(parts, dtype=np.float64).reshape(-1, 4).T)
 
     def merge(self, other: Moments) -> Moments:

@@ -27,11 +27,10 @@ from step_scripts.feature_files import (
     attempt_token,
     content_columns,
     event_file_path,
-    read_back,
+    store_file,
     stored_columns,
     to_microseconds,
     tombstones,
-    write_parquet,
 )
 from step_scripts.feature_ingestion import ingested_by
 from step_scripts.group_folder import (
@@ -225,7 +224,7 @@ class OfflineStore:
                 stamp.alias("write_time"), stamp.alias("api_invocation_time")
             )
             path = event_file_path(as_utc(event_time), token, f"{token}/{record_id}")
-            write_parquet(storage.join(folder.data_uri, path), stone.select(stored_columns(table)))
+            file = store_file(folder.data_uri, path, stone.select(stored_columns(table)))
             live_digest = last.live_digest
             if dies:
                 live_digest = digest_of(subtract_sums(last.live_sums, _sums(events.tail(1), table)))
@@ -236,7 +235,7 @@ class OfflineStore:
                     write_time=write_time,
                     dataset_digest=None,
                     table=table,
-                    files=tuple(read_back(folder.data_uri, [path], table)[0]),
+                    files=(file,),
                     added=0,
                     unchanged=0,
                     superseded=0,
