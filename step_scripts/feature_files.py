@@ -21,7 +21,6 @@ import polars as pl
 
 from step_scripts import storage
 from step_scripts.column_types import polars_schema
-from step_scripts.contract import StepError
 from step_scripts.event_hash import Lanes, content_hashes, event_hashes, lane_sums, text_hashes, text_prefixes
 from step_scripts.event_sources import TIMESTAMP, Source, check_complete, read_source
 from step_scripts.event_timeline import Changes, Events, changes, joined
@@ -136,8 +135,8 @@ def compare_bucket(
     return light, selections, histogram, news.sums(with_deleted=True), int(latest.sum())
 
 
-def write_files(item: WriteItem, target: WriteTarget) -> tuple[list[StoredFile], tuple[int, int]]:
-    """Write the files of `item`, one an hour: what they are, and the digest of the events that are in them."""
+def write_files(item: WriteItem, target: WriteTarget) -> list[str]:
+    """Write the files of `item`, one an hour; their paths relative to `target.data`."""
     frames = [selected_rows(source, selections, item, target.table) for source, selections in item.sources]
     frame = pl.concat(frames).drop("is_latest").rechunk()  # reordering many chunks takes longer
     hours = frame["event_time"].to_physical().to_numpy() // HOUR
@@ -152,10 +151,9 @@ def write_files(item: WriteItem, target: WriteTarget) -> tuple[list[StoredFile],
         )
         latest = to_datetime(int(events["event_time"].to_physical().max()))  # pyright: ignore[reportArgumentType]
         path = event_file_path(latest, target.ingestion, f"{target.ingestion}/{item.number}/{hours[start]}")
-        written.append(store_file(target.data, path, events.select(stored_columns(target.table))))
-    time, deleted = frame["event_time"].to_physical().to_numpy(), frame["is_deleted"].to_numpy()
-    content = content_hashes(frame, content_columns(target.table))
-    return written, lane_sums(event_hashes(text_hashes(frame["record_id"]), time, content, deleted))
+        write_parquet(storage.join(target.data, path), events.select(stored_columns(target.table)))
+        written.append(path)
+    return written
 
 
 def stored_columns(table: TableSpec) -> list[str]:
@@ -163,35 +161,19 @@ def stored_columns(table: TableSpec) -> list[str]:
     return ["record_id", "event_time", *table.column_names, "write_time", "api_invocation_time", "is_deleted"]
 
 
-def store_file(data: str, path: str, events: pl.DataFrame) -> StoredFile:
-    """Write one stored file below `data`, and see that it is stored for good.
-
-    Raises `StepError` if its bytes do not decode to `events`.
-    """
-    buffer = io.BytesIO()
-    events.write_parquet(buffer, compression="zstd", compression_level=1, row_group_size=ROW_GROUP_ROWS)
-    content = buffer.getvalue()
-    if not pl.read_parquet(content).equals(events):
-        raise StepError(f"{path}: the Parquet file would not hold the {events.height:,} rows that were put into it")
-    uri = storage.join(data, path)
+def write_parquet(uri: str, events: pl.DataFrame) -> None:
+    """Write one stored file, and see that it is stored for good."""
     if storage.is_remote(uri):
-        storage.write_bytes(uri, content)
-    else:
-        local = storage.local_path(uri)
-        local.parent.mkdir(parents=True, exist_ok=True)
-        with local.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    time = events["event_time"].to_physical()
-    return StoredFile(
-        path=path,
-        rows=events.height,
-        bytes=len(content),
-        sha256=hashlib.sha256(content).hexdigest(),
-        first_event_time=to_datetime(int(time.min())),  # pyright: ignore[reportArgumentType]
-        last_event_time=to_datetime(int(time.max())),  # pyright: ignore[reportArgumentType]
-    )
+        content = io.BytesIO()
+        events.write_parquet(content, compression="zstd", compression_level=1, row_group_size=ROW_GROUP_ROWS)
+        storage.write_bytes(uri, content.getvalue())
+        return
+    path = storage.local_path(uri)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        events.write_parquet(file, compression="zstd", compression_level=1, row_group_size=ROW_GROUP_ROWS)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def attempt_token() -> str:
@@ -213,20 +195,36 @@ def event_file_path(latest: datetime, token: str, unique: str) -> str:
     return f"{day}/{stamp}_{characters}.parquet"
 
 
-def read_back(data: str, files: Sequence[StoredFile]) -> tuple[list[str], int, bool]:
-    """Read stored files again: the paths of those that can be decoded, their rows, and whether all are as written."""
-    readable, rows, intact = list[str](), 0, True
-    for file in files:
+def read_back(data: str, paths: Sequence[str], table: TableSpec) -> tuple[list[StoredFile], tuple[int, int]]:
+    """Read stored files again, from their bytes: their descriptions, and the digest of all their events.
+
+    A file that is not there, or cannot be decoded, is left out.
+    """
+    files, frames = [], []
+    for path in paths:
         try:
-            content = storage.read_bytes(storage.join(data, file.path))
-            same = hashlib.sha256(content).hexdigest() == file.sha256
-            rows += file.rows if same else pl.read_parquet(io.BytesIO(content)).height
+            content = storage.read_bytes(storage.join(data, path))
+            frame = pl.read_parquet(io.BytesIO(content))
         except (FileNotFoundError, pl.exceptions.ComputeError):
-            intact = False
             continue
-        readable.append(file.path)
-        intact &= same
-    return readable, rows, intact
+        frames.append(frame)
+        time = frame["event_time"].to_physical().to_numpy()
+        files.append(
+            StoredFile(
+                path=path,
+                rows=frame.height,
+                bytes=len(content),
+                sha256=hashlib.sha256(content).hexdigest(),
+                first_event_time=to_datetime(int(time.min())),
+                last_event_time=to_datetime(int(time.max())),
+            )
+        )
+    if not frames:
+        return [], (0, 0)
+    events = pl.concat(frames)
+    time, deleted = events["event_time"].to_physical().to_numpy(), events["is_deleted"].to_numpy()
+    content = content_hashes(events, content_columns(table))
+    return files, lane_sums(event_hashes(text_hashes(events["record_id"]), time, content, deleted))
 
 
 def _bucket_events(bucket: int, sources: Sequence[tuple[int, Hashed]]) -> Events:

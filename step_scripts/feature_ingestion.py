@@ -21,7 +21,7 @@ from step_scripts.event_hash import add_sums, subtract_sums
 from step_scripts.event_sources import dataset_sources, read_source, stored_sources
 from step_scripts.event_timeline import Changes
 from step_scripts.feature_files import SHOWN, attempt_token, compare_bucket, hash_source, read_back, write_files
-from step_scripts.first_ingestion import records_differ, summarize_source
+from step_scripts.first_ingestion import all_added, records_differ, summarize_source
 from step_scripts.group_folder import LOCK_SECONDS, Commit, GroupFolder, StoredFile, digest_of, until_committed
 from step_scripts.group_schema import adopts, check_columns
 from step_scripts.ingestion_plan import (
@@ -40,8 +40,7 @@ from step_scripts.table import TableSpec
 ParallelRun = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterator[tuple[int, Any]]]
 
 # What changes, the rows to store of each source, how many of each (source, hour), their digest, how many are latest.
-# The digest is not known where all rows are news.
-_Comparison = tuple[Changes, dict[int, list[Selection]], list[tuple[int, int, int]], tuple[int, int] | None, int]
+_Comparison = tuple[Changes, dict[int, list[Selection]], list[tuple[int, int, int]], tuple[int, int], int]
 
 _FILES_READ_AT_ONCE = 64
 _COUNTS = ("added", "unchanged", "superseded", "deleted")
@@ -173,11 +172,9 @@ class _Ingestion:
             target = WriteTarget(self.folder.data_uri, self.table, write_time, self.token)
             with self.phase("write"):
                 items = self._write_items(selections, histogram)
-                stored, sums = self._write(target, items, expected)
-                if expected is None:
-                    found = replace(found, live_added=sums)
+                written = self._write(target, items)
             with self.phase("read back"):
-                self._read_back(stored, sum(rows for _, rows in items))
+                stored = self._read_back(written, expected, sum(rows for _, rows in items))
             if self.online is not None:
                 with self.phase("write online"):
                     self._write_online(self.online, items, latest)
@@ -248,9 +245,9 @@ class _Ingestion:
         if not all(self._all(records_differ, [(bucket, summaries) for bucket in range(buckets)])):
             return None
         self.sources = self.inputs
+        found = all_added(summaries)
         histogram = [(s.index, *counted) for s, of in zip(self.inputs, summaries, strict=True) for counted in of.hours]
-        found = Changes(added=self.rows_in, live_rows=self.rows_in)
-        return found, {s.index: [] for s in self.inputs}, histogram, None, self.rows_in
+        return found, {s.index: [] for s in self.inputs}, histogram, found.live_added, self.rows_in
 
     def _write_items(
         self, selections: dict[int, list[Selection]], histogram: list[tuple[int, int, int]]
@@ -265,21 +262,10 @@ class _Ingestion:
             items.append((WriteItem(number, first_hour, last_hour, chosen), count))
         return items
 
-    def _write(
-        self, target: WriteTarget, items: list[tuple[WriteItem, int]], expected: tuple[int, int] | None
-    ) -> tuple[list[StoredFile], tuple[int, int]]:
-        """Files and digest of what was written. Raises `StepError` if these are not the events to store."""
+    def _write(self, target: WriteTarget, items: list[tuple[WriteItem, int]]) -> list[str]:
         calls = [(item, target) for item, _ in items]
-        files, sums = list[StoredFile](), (0, 0)
-        for written, part in self._all(write_files, calls, "rows written", [rows for _, rows in items]):
-            files += written
-            sums = add_sums(sums, part)
-        if expected is not None and sums != expected:
-            raise StepError(
-                f"what was written to feature group {self.folder.name} is not what was to be stored. Nothing was "
-                "committed; ingest again"
-            )
-        return sorted(files, key=lambda f: f.path), sums
+        found = self._all(write_files, calls, "rows written", [rows for _, rows in items])
+        return [path for paths in found for path in paths]
 
     def _write_online(self, online: OnlineTarget, items: list[tuple[WriteItem, int]], expected: int) -> None:
         """Bring the online store up to date. Raises `StepError` unless it holds the `expected` records afterwards."""
@@ -291,22 +277,26 @@ class _Ingestion:
                 f"{written:,} were. Nothing was committed; ingest again"
             )
 
-    def _read_back(self, files: list[StoredFile], rows: int) -> None:
-        """Prove that the storage holds all files as they were written. Raises `StepError` if it does not."""
+    def _read_back(self, written: list[str], expected: tuple[int, int], rows: int) -> list[StoredFile]:
+        """Prove that the written files hold exactly the events to store. Raises `StepError` if they do not."""
         data = self.folder.data_uri
-        wanted = len(files) * piece_rows(rows, self.workers) // max(rows, 1)
-        size = max(1, min(_FILES_READ_AT_ONCE, wanted, -(-len(files) // self.workers)))
-        calls = [(data, files[at : at + size]) for at in range(0, len(files), size)]
-        found = self._all(read_back, calls)
-        readable = sum(count for _, count, _ in found)
-        if readable != rows or not all(intact for *_, intact in found):
-            kept = [f.path for _, f in self.stored_files] + [path for paths, *_ in found for path in paths]
+        wanted = len(written) * piece_rows(rows, self.workers) // max(rows, 1)
+        size = max(1, min(_FILES_READ_AT_ONCE, wanted, -(-len(written) // self.workers)))
+        calls = [(data, written[at : at + size], self.table) for at in range(0, len(written), size)]
+        files, sums = list[StoredFile](), (0, 0)
+        for described, part in self._all(read_back, calls):
+            files += described
+            sums = add_sums(sums, part)
+        readable = sum(f.rows for f in files)
+        if readable != rows or sums != expected:
+            kept = [f.path for _, f in self.stored_files] + [f.path for f in files]
             raise self._unreadable(
                 f"{rows:,} rows were written to feature group {self.folder.name}, {readable:,} can be read back"
                 + (" but not as they were" if readable == rows else ""),
                 kept,
                 "nothing was committed; check the storage, then ingest again",
             )
+        return sorted(files, key=lambda f: f.path)
 
     def _live_digest(self, last: Commit | None, found: Changes) -> str:
         before = last.live_sums if last else (0, 0)

@@ -13,9 +13,10 @@ import numpy as np
 import polars as pl
 
 from step_scripts import storage
-from step_scripts.event_hash import text_hashes
+from step_scripts.event_hash import add_sums, content_hashes, event_hashes, lane_sums, text_hashes
 from step_scripts.event_sources import Source, check_complete, read_source
-from step_scripts.feature_files import HOUR, by_bucket
+from step_scripts.event_timeline import Changes
+from step_scripts.feature_files import HOUR, by_bucket, content_columns
 from step_scripts.scratch_arrays import load_lanes, save_lanes
 from step_scripts.table import TableSpec
 
@@ -23,27 +24,30 @@ from step_scripts.table import TableSpec
 @dataclass(frozen=True)
 class SourceSummary:
     """Of all events of one source: first halves of the record ids' hashes, in a file, and in it the start of each
-    bucket (and the end of the last); how many events there are of each hour.
+    bucket (and the end of the last); the digest of the events; how many there are of each hour.
     """
 
     path: str
     starts: tuple[int, ...]
+    sums: tuple[int, int]
     hours: tuple[tuple[int, int], ...]
 
 
 def summarize_source(source: Source, table: TableSpec, buckets: int, folder: str) -> SourceSummary:
-    """Hash the records of `source`.
+    """Hash the events of `source`.
 
-    Raises `StepError` if it has empty record ids or event times, or lacks these columns.
+    Raises `StepError` if it lacks a column, has one of another type, or has empty record ids or event times.
     """
-    frame = read_source(source, ["record_id", "event_time"], table)
+    frame = read_source(source, list(dict.fromkeys(["record_id", "event_time", *content_columns(table)])), table)
     check_complete(frame, source)
-    record, _ = text_hashes(frame["record_id"])
-    order, starts = by_bucket(record, buckets)
+    record = text_hashes(frame["record_id"])
+    time = frame["event_time"].to_physical().to_numpy()
+    sums = lane_sums(event_hashes(record, time, content_hashes(frame, content_columns(table))))
+    order, starts = by_bucket(record[0], buckets)
     path = storage.join(folder, f"records-{source.index}.npy")
-    save_lanes(path, (record if order is None else record[order])[np.newaxis])
-    hours = zip(*np.unique(frame["event_time"].to_physical().to_numpy() // HOUR, return_counts=True), strict=True)
-    return SourceSummary(path, starts, tuple((int(hour), int(count)) for hour, count in hours))
+    save_lanes(path, (record[0] if order is None else record[0][order])[np.newaxis])
+    hours = zip(*np.unique(time // HOUR, return_counts=True), strict=True)
+    return SourceSummary(path, starts, sums, tuple((int(hour), int(count)) for hour, count in hours))
 
 
 def records_differ(bucket: int, summaries: Sequence[SourceSummary]) -> bool:
@@ -51,3 +55,9 @@ def records_differ(bucket: int, summaries: Sequence[SourceSummary]) -> bool:
     parts = [load_lanes(s.path, 1, np.uint64, s.starts[bucket], s.starts[bucket + 1])[0] for s in summaries]
     records = pl.Series(np.concatenate(parts))
     return records.n_unique() == len(records)
+
+
+def all_added(summaries: Sequence[SourceSummary]) -> Changes:
+    """What such a dataset changes in an empty group, without the events."""
+    rows, sums = sum(s.starts[-1] for s in summaries), add_sums(*(s.sums for s in summaries))
+    return Changes(added=rows, live_rows=rows, live_added=sums)

@@ -27,10 +27,11 @@ from step_scripts.feature_files import (
     attempt_token,
     content_columns,
     event_file_path,
-    store_file,
+    read_back,
     stored_columns,
     to_microseconds,
     tombstones,
+    write_parquet,
 )
 from step_scripts.feature_ingestion import ingested_by
 from step_scripts.group_folder import (
@@ -224,7 +225,7 @@ class OfflineStore:
                 stamp.alias("write_time"), stamp.alias("api_invocation_time")
             )
             path = event_file_path(as_utc(event_time), token, f"{token}/{record_id}")
-            file = store_file(folder.data_uri, path, stone.select(stored_columns(table)))
+            write_parquet(storage.join(folder.data_uri, path), stone.select(stored_columns(table)))
             live_digest = last.live_digest
             if dies:
                 live_digest = digest_of(subtract_sums(last.live_sums, _sums(events.tail(1), table)))
@@ -235,7 +236,7 @@ class OfflineStore:
                     write_time=write_time,
                     dataset_digest=None,
                     table=table,
-                    files=(file,),
+                    files=tuple(read_back(folder.data_uri, [path], table)[0]),
                     added=0,
                     unchanged=0,
                     superseded=0,

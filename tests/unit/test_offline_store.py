@@ -553,35 +553,6 @@ def test_a_file_with_other_rows_than_planned_is_not_committed(store: OfflineStor
     assert store.commits("sales") == []
 
 
-def test_a_file_that_would_hold_other_rows_is_not_stored(
-    store: OfflineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = pl.DataFrame.write_parquet
-    dataset = write_rows(tmp_path, [row(n, float(n)) for n in range(3)])
-    monkeypatch.setattr(pl.DataFrame, "write_parquet", lambda self, *args, **more: write(self.reverse(), *args, **more))
-    with pytest.raises(StepError, match="would not hold the 3 rows"):
-        ingest_rows(store, dataset)
-    assert store.commits("sales") == []
-    assert not _data_files(store)
-
-
-def test_events_other_than_those_to_store_are_not_committed(store: OfflineStore, tmp_path: Path) -> None:
-    ingest_rows(store, write_rows(tmp_path, [row(0)]))
-    before = _data_files(store)
-
-    def run(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Any:
-        for index, result in run_here(function, calls):
-            if function.__name__ == "write_files":
-                files, (first, second) = result
-                result = files, (first ^ 1, second)
-            yield index, result
-
-    with pytest.raises(StepError, match="is not what was to be stored"):
-        ingest_rows(store, write_rows(tmp_path, [row(1)]), run=run)
-    assert len(store.commits("sales")) == 1
-    assert _data_files(store) == before
-
-
 def test_a_lost_file_is_found_by_readers_and_by_the_next_ingestion(store: OfflineStore, tmp_path: Path) -> None:
     dataset = write_rows(tmp_path, [row(0), row(1, hours=1)])
     ingest_rows(store, dataset)
