@@ -7,16 +7,9 @@ import os
 from collections.abc import Iterator, Mapping
 
 
-@contextlib.contextmanager
-def environment_defaults(values: Mapping[str, str]) -> Iterator[None]:
+def environment_defaults(values: Mapping[str, str]) -> contextlib.AbstractContextManager[None]:
     """Set those of `values` that the user has not set, for the block."""
-    added = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
+    return environment_set({name: value for name, value in values.items() if name not in os.environ})
 
 
 @contextlib.contextmanager
