@@ -1,8 +1,9 @@
 """How long does a hyperparameter search take on Ray Tune, and how long with Optuna in one process?
 
 `python -m benchmarks.tuning [--rows 10000] [--trials 20] [--rounds 100]`. No early stopping on either side,
-the same ranges and sampler. `seconds`: the search with reading, on a Ray session that is there and with all modules
-imported on both sides. `process_seconds`: all of it, with the start of Ray and the imports.
+the same ranges and sampler. `seconds`: the search with reading, on a Ray session that is there, with the modules of
+both main processes imported, but not those of our workers. `process_seconds`: all of it, with the start of Ray and the
+imports.
 """
 
 from __future__ import annotations

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import xgboost as xgb
-from xgboost.callback import TrainingCallback
 
 from step_scripts.matrix import Matrix
+from step_scripts.xgboost_native import TrainingCallback, xgb
 
 _HISTORY = "history"
 _ROWS_PER_THREAD = 20_000

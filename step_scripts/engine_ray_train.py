@@ -11,15 +11,13 @@ from typing import Any
 
 import ray
 import ray.train
-import xgboost as xgb
-from ray.train.xgboost import XGBoostTrainer
-from xgboost.callback import TrainingCallback
 
 from step_scripts import storage
 from step_scripts.cluster_resources import await_lost_nodes, scratch_folder
 from step_scripts.contract import StepError
 from step_scripts.engines import EngineResult, FitRequest, boost, boost_in_task, with_fewer_workers
 from step_scripts.environment import environment_defaults
+from step_scripts.xgboost_native import TrainingCallback, xgb
 
 _log = logging.getLogger(__name__)
 _ATTEMPTS = 3
@@ -69,6 +67,8 @@ def _settings(rows: int) -> dict[str, str]:
 
 
 def _fit(request: FitRequest, uri: str) -> xgb.Booster:
+    from ray.train.xgboost import XGBoostTrainer  # imports XGBoost, which `xgboost_native` is to do first
+
     filesystem, path = storage.filesystem(uri)
     trainer = XGBoostTrainer(
         _train_loop,

@@ -18,13 +18,13 @@ from typing import Any
 
 import pandas as pd
 import ray
-import xgboost as xgb
 from ray.exceptions import RayActorError, RayTaskError
 
 from step_scripts.boosting import EarlyStopping
 from step_scripts.contract import StepError
 from step_scripts.engines import EngineResult, FitRequest
 from step_scripts.training_data import TrainingSplit
+from step_scripts.xgboost_native import xgb
 
 _REPLACED = (
     "_start_rabit_tracker",

@@ -9,15 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-import xgboost as xgb
 from ray.exceptions import RayTaskError
-from xgboost.callback import TrainingCallback
 
 from step_scripts.background import run_in_thread
 from step_scripts.boosting import EarlyStopping, History, finished, quantile_matrices, useful_threads
 from step_scripts.cluster_resources import cpus_per_worker, node_cpus
 from step_scripts.contract import StepError
 from step_scripts.training_data import TrainingSplit
+from step_scripts.xgboost_native import TrainingCallback, xgb
 
 # Modules with a function `train_booster(FitRequest) -> EngineResult`; imported only when asked for.
 ENGINES = {"ray_train": "step_scripts.engine_ray_train", "xgboost_ray": "step_scripts.engine_xgboost_ray"}

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import xgboost as xgb
 
 from step_scripts import storage
 from step_scripts.contract import Artifact, file_info, write_json
 from step_scripts.table import TableSpec
+from step_scripts.xgboost_native import xgb
 
 FILES = (
     "model.ubj",

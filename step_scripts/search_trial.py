@@ -7,11 +7,11 @@ import time
 from typing import Any
 
 import ray
-import xgboost as xgb
 from ray import tune
 
 from step_scripts.boosting import TrialBoosting, quantile_matrices, useful_threads, xgboost_parameters
 from step_scripts.trial_task import TrialTask
+from step_scripts.xgboost_native import xgb
 
 _SECONDS_BETWEEN_LOOKS = 0.05
 _NOTHING_YET = {"rmse": math.inf, "rounds": 0, "best_rounds": 0, "stopped_by": "scheduler", "done": False}

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import xgboost as xgb
 
 from step_scripts.contract import Artifact, file_info
 from step_scripts.deployment import DamagedArtifactError, verify_artifact
 from step_scripts.feature_parser import FeatureParser
 from step_scripts.model_artifact import FILES, load_model
+from step_scripts.xgboost_native import xgb
 
 _ROWS_ON_ONE_THREAD = 256  # with fewer, waking other threads takes longer than the trees
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import xgboost as xgb
-
 from step_scripts.boosting import TrialBoosting, quantile_matrices, useful_threads, xgboost_parameters
 from step_scripts.matrix import Matrix
+from step_scripts.xgboost_native import xgb
 
 _binned: dict[str, tuple[xgb.DMatrix, xgb.DMatrix]] = {}  # of the latest search of this process
 

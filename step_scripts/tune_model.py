@@ -13,7 +13,6 @@ import json
 from typing import Any
 
 import numpy as np
-import xgboost as xgb
 
 from step_scripts import storage
 from step_scripts.boosting import History, xgboost_parameters
@@ -24,6 +23,7 @@ from step_scripts.parameters import TuneModelParams
 from step_scripts.search import run_search
 from step_scripts.training_data import read_splits
 from step_scripts.trial_records import TrialRecord, TrialStore, fingerprint
+from step_scripts.xgboost_native import xgb
 
 _CURVE_POINTS = 500
 _SHOWN_POINTS = 100

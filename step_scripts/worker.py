@@ -34,7 +34,7 @@ _SHUTDOWN_SECONDS = 3.0
 _LATER_IMPORTS = (
     "step_scripts.ingest_features",
     "step_scripts.prepare_splits",
-    "xgboost",
+    "step_scripts.xgboost_native",
     "optuna",
     "ray.tune",
     "step_scripts.tune_model",
