@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from step_scripts.matrix import Matrix
 from step_scripts.xgboost_native import TrainingCallback, xgb
@@ -30,6 +33,17 @@ def xgboost_parameters(tuned: dict[str, float | int], seed: int) -> dict[str, An
 def useful_threads(rows: int, cpus: int) -> int:
     """How many of `cpus` threads help to fit `rows` rows: on small data they mostly wait for each other."""
     return max(1, min(cpus, -(-rows // _ROWS_PER_THREAD)))
+
+
+@contextlib.contextmanager
+def openmp_threads(threads: int) -> Iterator[None]:
+    """Allow OpenMP, in this thread, that many threads.
+
+    Ray allows a process as many as the task had CPUs in which OpenMP was loaded, and XGBoost starts no more than that,
+    whatever `nthread` says: a fit on two cores would use one of them after trials that had a core each.
+    """
+    with threadpool_limits(threads, user_api="openmp"):
+        yield
 
 
 def quantile_matrices(train: Matrix, validation: Matrix, threads: int) -> tuple[xgb.DMatrix, xgb.DMatrix]:

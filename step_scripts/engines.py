@@ -12,7 +12,14 @@ import ray
 from ray.exceptions import RayTaskError
 
 from step_scripts.background import run_in_thread
-from step_scripts.boosting import EarlyStopping, History, finished, quantile_matrices, useful_threads
+from step_scripts.boosting import (
+    EarlyStopping,
+    History,
+    finished,
+    openmp_threads,
+    quantile_matrices,
+    useful_threads,
+)
 from step_scripts.cluster_resources import cpus_per_worker, node_cpus
 from step_scripts.contract import StepError
 from step_scripts.training_data import TrainingSplit
@@ -143,17 +150,18 @@ def boost(
     """
     train = request.train.load(rank, num_workers)
     validation = request.validation.load(rank, num_workers)
-    dtrain, dvalidation = quantile_matrices(train, validation, request.threads)
-    del train, validation
-    return xgb.train(
-        request.parameters | {"nthread": request.threads},
-        dtrain,
-        num_boost_round=request.num_boost_round - (checkpoint.num_boosted_rounds() if checkpoint else 0),
-        evals=[(dtrain, "train"), (dvalidation, "validation")],
-        verbose_eval=False,
-        xgb_model=checkpoint,
-        callbacks=[EarlyStopping(request.early_stopping_rounds, request.checkpoint_rounds), *callbacks],
-    )
+    with openmp_threads(request.threads):
+        dtrain, dvalidation = quantile_matrices(train, validation, request.threads)
+        del train, validation
+        return xgb.train(
+            request.parameters | {"nthread": request.threads},
+            dtrain,
+            num_boost_round=request.num_boost_round - (checkpoint.num_boosted_rounds() if checkpoint else 0),
+            evals=[(dtrain, "train"), (dvalidation, "validation")],
+            verbose_eval=False,
+            xgb_model=checkpoint,
+            callbacks=[EarlyStopping(request.early_stopping_rounds, request.checkpoint_rounds), *callbacks],
+        )
 
 
 def boost_in_task(request: FitRequest) -> EngineResult:

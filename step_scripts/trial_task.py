@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from step_scripts.boosting import TrialBoosting, quantile_matrices, useful_threads, xgboost_parameters
+from step_scripts.boosting import TrialBoosting, openmp_threads, quantile_matrices, useful_threads, xgboost_parameters
 from step_scripts.matrix import Matrix
 from step_scripts.xgboost_native import xgb
 
@@ -27,12 +27,13 @@ def run_trial(
 ) -> dict[str, float | int | str]:
     """Boost until early stopping or the last round. Splits are binned once a worker for all trials with that `key`."""
     threads = useful_threads(len(train.target), task.cpus)
-    if key not in _binned:
-        _binned.clear()
-        _binned[key] = quantile_matrices(train, validation, threads)
-    parameters = xgboost_parameters(tuned, task.seed) | {"nthread": threads}
-    boosting = TrialBoosting(*_binned[key], parameters, task.num_boost_round, task.early_stopping_rounds)
-    stopped_by = boosting.advance(task.num_boost_round)
+    with openmp_threads(threads):
+        if key not in _binned:
+            _binned.clear()
+            _binned[key] = quantile_matrices(train, validation, threads)
+        parameters = xgboost_parameters(tuned, task.seed) | {"nthread": threads}
+        boosting = TrialBoosting(*_binned[key], parameters, task.num_boost_round, task.early_stopping_rounds)
+        stopped_by = boosting.advance(task.num_boost_round)
     assert stopped_by is not None
     return {
         "rmse": boosting.best_rmse,

@@ -29,6 +29,7 @@ REQUIRED = {
     "pyarrow": "",
     "pydantic": "",
     "ray": "[data,train,tune]",
+    "threadpoolctl": "",
     "xgboost": "",
     "xgboost-ray": "",
 }

@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -16,7 +17,7 @@ import xgboost as xgb
 
 from step_scripts.boosting import xgboost_parameters
 from step_scripts.contract import StepError
-from step_scripts.engines import ENGINES, FitRequest, FitResult, fit
+from step_scripts.engines import ENGINES, FitRequest, FitResult, boost, fit
 from step_scripts.ray_session import RaySession
 from tests.split_files import sales, splits_of, write_inputs
 
@@ -98,6 +99,25 @@ def test_one_worker_equals_plain_xgboost(
     expected = booster.predict(xgb.DMatrix(request_.validation.load().features))
     np.testing.assert_allclose(result.booster.predict(matrix), expected, rtol=1e-4)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_fit_has_all_its_cores_where_openmp_was_loaded_with_one(ray_session: RaySession, tmp_path: Path) -> None:
+    _wait_for_free_cpus()
+    train, validation = sales(20_001), sales(100, seed=1)  # enough rows for two threads
+    splits = splits_of(write_inputs(tmp_path, train, validation), train)
+    request = FitRequest(*splits, PARAMETERS, num_boost_round=2, early_stopping_rounds=2, cpus_per_worker=2)
+
+    class Process:  # an actor, because a worker of tasks may have started threads before
+        def threads_started(self) -> int:
+            boost(replace(request, cpus_per_worker=1))
+            before = psutil.Process().num_threads()
+            boost(request)
+            return psutil.Process().num_threads() - before
+
+    process: Any = ray.remote(Process).options(num_cpus=1).remote()
+    assert ray.get(process.threads_started.remote()) == 1
+    ray.kill(process)
+    _wait_for_free_cpus()
 
 
 @pytest.mark.parametrize("engine", ENGINE_NAMES)
