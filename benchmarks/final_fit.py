@@ -1,7 +1,8 @@
 """How long does the final fit of one host take, and how long `xgboost.train` with as many threads?
 
 `python -m benchmarks.final_fit [--rows 2000000] [--rounds 100]`. 60 % of the rows are fitted, 20 % evaluated after
-every round, on both sides. `seconds`: reading, binning and boosting, on a Ray session as the search leaves it.
+every round, on both sides. `seconds`: reading, binning and boosting, on a Ray session as a search of
+short trials leaves it.
 """
 
 from __future__ import annotations
