@@ -2,9 +2,16 @@
 
 Dagster calls a run canceled only if its termination was requested through the instance (the UI does that). A run on the
 command line that is ended by Ctrl-C or SIGTERM would count as failed, and alert whoever watches failures.
+
+Dagster turns the signal into an exception wherever the run's main thread is. In a finalizer or a weak reference's
+callback Python ignores exceptions, and the run would go on; the signal is then sent again.
 """
 
+import signal
+import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import dagster as dg
@@ -13,6 +20,35 @@ from dagster._core.errors import DagsterExecutionInterruptedError  # has no publ
 # Concurrency pool of the assets that run on Ray; dagster.yaml says how many runs may have it at once.
 RAY_POOL = "ray"
 _GRACEFUL = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
+_INTERRUPTIONS = (DagsterExecutionInterruptedError, KeyboardInterrupt)
+# Until then the callback that ignored the exception has long returned.
+_RESEND_SECONDS = 0.1
+
+
+def _interrupt_main_thread() -> None:
+    ident = threading.main_thread().ident
+    assert ident is not None
+    signal.pthread_kill(ident, signal.SIGINT)  # this thread, so that it wakes from whatever it waits for
+
+
+@contextmanager
+def _ignored_interruptions_sent_again() -> Iterator[None]:
+    """Within the block, an interruption that Python ignored is repeated until it ends what is being executed."""
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, _INTERRUPTIONS):
+            timer = threading.Timer(_RESEND_SECONDS, _interrupt_main_thread)
+            timer.daemon = True
+            timer.start()
+        else:
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
 
 
 class CancelingExecutor(dg.Executor):
@@ -34,8 +70,9 @@ class CancelingExecutor(dg.Executor):
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
         """Execute the plan in this process."""
         try:
-            yield from self._executor.execute(plan_context, execution_plan)
-        except (DagsterExecutionInterruptedError, KeyboardInterrupt):
+            with _ignored_interruptions_sent_again():
+                yield from self._executor.execute(plan_context, execution_plan)
+        except _INTERRUPTIONS:
             instance: dg.DagsterInstance = plan_context.instance
             run = instance.get_run_by_id(plan_context.run_id)
             if run is not None and run.status not in _GRACEFUL:
