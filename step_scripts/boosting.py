@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -87,10 +88,11 @@ class TrialBoosting:
 
 @dataclass
 class History:
-    """RMSE on both splits after each round, in the target's unit."""
+    """RMSE on both splits after each round, in the target's unit, and the seconds that the rounds took."""
 
     train: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
+    seconds: float = 0.0
 
     @property
     def best_rounds(self) -> int:
@@ -109,6 +111,7 @@ class EarlyStopping(TrainingCallback):
     def __init__(self, patience: int, interval: int) -> None:
         super().__init__()
         self.history = History()
+        self._round_since: float | None = None
         self._best_rmse, self._best_rounds = math.inf, 0
         self._patience = patience
         self._interval = interval
@@ -121,8 +124,17 @@ class EarlyStopping(TrainingCallback):
             self._best_rmse = min(self.history.validation, default=math.inf)
         return model
 
+    def before_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
+        """The first round begins: matrices are made, and workers have found each other."""
+        if self._round_since is None:
+            self._round_since = time.perf_counter()
+        return False
+
     def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
         """Record the round; whether to stop."""
+        now = time.perf_counter()
+        self.history.seconds += now - (self._round_since or now)
+        self._round_since = now  # what other callbacks do between two rounds is part of the next
         self.history.train.append(evals_log["train"]["rmse"][-1])
         self.history.validation.append(evals_log["validation"]["rmse"][-1])
         rounds = len(self.history.validation)

@@ -64,7 +64,7 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
     context.log.info(
         f"final fit by {resolved['engine']} with {fitted.num_workers} worker(s): validation RMSE "
         f"{fitted.validation_rmse:,.6g}, train RMSE {fitted.train_rmse:,.6g}, {fitted.best_rounds} rounds, "
-        f"{fitted.seconds:.1f} s"
+        f"{fitted.seconds:.1f} s, {fitted.history.seconds:.1f} s of it boosting"
     )
     with context.phase("write"):
         model = save_model(
@@ -141,6 +141,7 @@ def _outcome(
             "trials_failed": float(sum(t.status == "failed" for t in trials)),
             "tuning_seconds": round(context.seconds["tune"], 4),
             "fit_seconds": round(fitted.seconds, 4),
+            "boosting_seconds": round(fitted.history.seconds, 4),
         },
         details={
             "best_parameters": best.parameters,

@@ -79,6 +79,7 @@ def _check(result: FitResult, request: FitRequest) -> None:
         predicted = result.booster.predict(xgb.DMatrix(features, feature_names=list(request.features)))
         assert rmse == pytest.approx(float(np.sqrt(np.mean((predicted - target) ** 2))), rel=1e-4)
     assert result.nodes == (ray.util.get_node_ip_address(),)
+    assert 0 < history.seconds <= result.seconds
 
 
 @pytest.mark.parametrize("engine", ENGINE_NAMES)
