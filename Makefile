@@ -12,6 +12,8 @@ export HOUSING_ROOT ?= $(CURDIR)/data
 UI_PORT ?= 3000
 # Hosts of each job of `make rehearse`.
 HOSTS ?= 2
+# Of pytest, each with a Ray session of its own. Most tests wait for processes that they have started.
+TEST_PROCESSES ?= 2
 # A file with run configuration: make run CONFIG=my_config.yaml
 CONFIG ?=
 # Without compiled bytecode everything that Ray does is several times slower.
@@ -89,7 +91,7 @@ system-packages:
 
 .PHONY: test
 test: system-packages lint  ## Run ruff, pyright and all tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 .PHONY: rehearse
 rehearse: system-packages $(VENV)/.installed-dev  ## Materialize the whole graph on the emulated SageMaker (HOSTS=2)
