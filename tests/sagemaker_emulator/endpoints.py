@@ -75,6 +75,8 @@ class Endpoint:
         self.deployment = deployment or None
         self._switch(fleet)
         if old is not None:
+            old.retired = True
+        if old is not None:
             old.close()
         return self._settle("InService")
 

@@ -78,6 +78,7 @@ class Fleet:
         self.config = config
         self.log_group = f"/aws/sagemaker/Endpoints/{endpoint}"
         self.variants: list[Variant] = []
+        self.retired = False  # whether another fleet has its requests
 
     def start(self) -> None:
         """Start all containers and wait until all answer the ping; raises DeploymentError."""

@@ -19,6 +19,10 @@ _PASSED_ON = ("Content-Type", "Accept", f"{_PREFIX}Custom-Attributes", f"{_PREFI
 _REFUSED = ("Target-Model", "Target-Container-Hostname", "Inference-Component", "Session-Id", "Enable-Explanations")
 
 
+class _Retired(Exception):
+    """The instances were replaced while they had the request."""
+
+
 class Invocations:
     """The runtime of endpoints."""
 
@@ -48,7 +52,10 @@ class Invocations:
                 "1 validation error detected: Value at 'body' failed to satisfy constraint: "
                 f"Member must have length less than or equal to {limit}",
             )
-        response = self._forward(request, body, fleet, variant)
+        try:
+            response = self._forward(request, body, fleet, variant)
+        except _Retired:  # SageMaker lets old instances finish: here the new ones answer
+            return self.invoke(request, name, region)
         if endpoint.capture is not None:
             endpoint.capture.add(
                 Exchange(
@@ -73,6 +80,8 @@ class Invocations:
             answer = connection.getresponse()
             content = answer.read()
         except (OSError, http.client.HTTPException) as error:
+            if fleet.retired:
+                raise _Retired from error
             raise self._model_error(fleet, container, 0, f"server error (0) from primary: {error}", "") from error
         finally:
             connection.close()
