@@ -76,7 +76,6 @@ class Endpoint:
         self._switch(fleet)
         if old is not None:
             old.retired = True
-        if old is not None:
             old.close()
         return self._settle("InService")
 
