@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,8 @@ from pydantic import BaseModel
 from step_scripts.environment import environment_set
 
 _POLARS_ALLOCATOR = "_RJEM_MALLOC_CONF"
+# Polars puts this before what it finds in the variable, in every process that imports it, and children inherit it.
+_DECAY_BY_POLARS = "500"
 # Of the processes that Ray starts.
 _WORKER_ENVIRONMENT = {
     # XGBoost's threads would otherwise spin while they wait for each other: where other processes use the same cores, a
@@ -108,11 +109,16 @@ class RaySession:
 def worker_environment() -> dict[str, str]:
     """Settings of the processes that Ray starts, as environment variables; what the user has set is kept."""
     chosen = {name: os.environ.get(name, value) for name, value in _WORKER_ENVIRONMENT.items()}
-    # Polars has set this one where it is imported, before what it has found there. The last setting counts.
     given = os.environ.get(_POLARS_ALLOCATOR, "")
-    if given.count("dirty_decay_ms") <= ("polars" in sys.modules):
+    if _decay_of(given) in (None, _DECAY_BY_POLARS):
         chosen[_POLARS_ALLOCATOR] = ",".join(filter(None, (given, _WORKER_ENVIRONMENT[_POLARS_ALLOCATOR])))
     return chosen
+
+
+def _decay_of(settings: str) -> str | None:
+    """The last `dirty_decay_ms` of jemalloc's settings, which is the one that counts; None if there is none."""
+    pairs = [setting.partition(":") for setting in settings.split(",")]
+    return next((value for name, _, value in reversed(pairs) if name == "dirty_decay_ms"), None)
 
 
 def _session_environment(num_cpus: int | None) -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -81,6 +83,23 @@ def test_workers_have_their_settings(ray_session: RaySession) -> None:
     assert allocator is not None
     assert allocator.endswith(wanted_allocator)  # Polars puts its own before; the last setting counts
     assert wanted_allocator.endswith("dirty_decay_ms:10000")
+
+
+@pytest.mark.parametrize("importing", range(4), ids=lambda n: f"{n} processes above import Polars")
+def test_what_polars_sets_is_not_taken_for_a_choice(importing: int) -> None:
+    """A run's driver inherits what its parents' imports have set: those of Dagster, of a schedule, of a benchmark."""
+    script = "from step_scripts.ray_session import worker_environment as w; print(w()['_RJEM_MALLOC_CONF'])"
+    call = ["-c", script]
+    parent = "import polars, subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], check=True)"
+    for _ in range(importing):
+        call = ["-c", parent, *call]
+    environment = {name: value for name, value in os.environ.items() if name != "_RJEM_MALLOC_CONF"}
+    done = subprocess.run([sys.executable, *call], env=environment, capture_output=True, text=True, check=True)
+    settings = done.stdout.strip()
+    assert (
+        settings.count("dirty_decay_ms:500") == importing
+    )  # or Polars sets something else now: see `_DECAY_BY_POLARS`
+    assert settings.endswith("dirty_decay_ms:10000")
 
 
 def test_what_the_user_has_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
