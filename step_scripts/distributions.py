@@ -47,10 +47,12 @@ class ColumnSketch:
             return cls(0, missing, np.inf, -np.inf, {})
         counts: dict[float, int] | None = None
         if len(np.unique(present[:1000])) <= MOST_VALUES:  # spares sorting what is continuous anyway
-            distinct, occurrences = np.unique(present, return_counts=True)
-            if len(distinct) <= MOST_VALUES:
+            import polars as pl  # here, because checks and monitors use this module without it
+
+            counted = pl.Series("value", present).value_counts()  # numpy sorts
+            if counted.height <= MOST_VALUES:
                 # Adding zero makes -0.0 the same text as 0.0.
-                counts = dict(zip((distinct + 0.0).tolist(), occurrences.tolist(), strict=True))
+                counts = dict(counted.select(pl.col("value") + 0.0, "count").sort("value").rows())
         return cls(len(present), missing, float(present.min()), float(present.max()), counts)
 
     def merge(self, other: ColumnSketch) -> ColumnSketch:

@@ -78,7 +78,7 @@ def find_duplicates(
     """
     arrays = _column(id_uris, buckets, bucket, "lane_1")
     hashes = np.concatenate(arrays)
-    ordered = np.sort(hashes)
+    ordered = pl.Series(hashes).sort().to_numpy()  # by their digits: numpy compares, which takes four times as long
     repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     del ordered
     if not len(repeated):

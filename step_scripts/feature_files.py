@@ -293,7 +293,7 @@ def tombstones(record_ids: pl.Series, time: np.ndarray, table: TableSpec) -> pl.
 def _storage_order(record_ids: pl.Series, hours: np.ndarray) -> np.ndarray:
     """Positions that order rows by hour, then by record id: by its first 8 bytes, if these tell most ids apart."""
     prefixes = text_prefixes(record_ids)
-    order = np.argsort(prefixes)
+    order = pl.Series(prefixes).arg_sort().to_numpy()  # numpy takes twice as long
     ordered = prefixes[order]
     if np.count_nonzero(ordered[1:] == ordered[:-1]) > len(prefixes) // 10:
         both = pl.DataFrame({"hour": hours, "id": record_ids})
