@@ -46,8 +46,8 @@ class ColumnSketch:
         if not len(present):
             return cls(0, missing, np.inf, -np.inf, {})
         counts: dict[float, int] | None = None
-        if len(np.unique(present[:1000])) <= MOST_VALUES:  # spares sorting what is continuous anyway
-            import polars as pl  # here, because checks and monitors use this module without it
+        if len(np.unique(present[:1000])) <= MOST_VALUES:  # spares counting what is continuous anyway
+            import polars as pl  # here, because asset checks use this module without it
 
             counted = pl.Series("value", present).value_counts()  # numpy sorts
             if counted.height <= MOST_VALUES:

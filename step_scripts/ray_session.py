@@ -117,8 +117,8 @@ def worker_environment() -> dict[str, str]:
 
 def _decay_of(settings: str) -> str | None:
     """The last `dirty_decay_ms` of jemalloc's settings, which is the one that counts; None if there is none."""
-    pairs = [setting.partition(":") for setting in settings.split(",")]
-    return next((value for name, _, value in reversed(pairs) if name == "dirty_decay_ms"), None)
+    values = {name: value for name, _, value in (setting.partition(":") for setting in settings.split(","))}
+    return values.get("dirty_decay_ms")
 
 
 def _session_environment(num_cpus: int | None) -> dict[str, str]:
