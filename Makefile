@@ -36,27 +36,25 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-$(DAGSTER_HOME)/dagster.yaml: dagster.yaml
-	@mkdir -p $(DAGSTER_HOME)
-	@cp dagster.yaml $@
-
 .PHONY: install
 install: $(VENV)/.installed  ## Create .venv and install the platform
 
 .PHONY: run
-run: $(VENV)/.installed $(DAGSTER_HOME)/dagster.yaml  ## Materialize the whole graph on local Ray
+run: $(VENV)/.installed  ## Materialize the whole graph on local Ray
+	@$(BIN)/python -m housing_assets.local_places prepare
 	@PYTHONWARNINGS=ignore $(BIN)/dagster asset materialize --select '*' -m housing_assets.definitions \
-	  $(if $(CONFIG),--config $(CONFIG))
+	  $(if $(CONFIG),--config "$(CONFIG)")
 	@$(BIN)/python -m housing_assets.summary
 
 .PHONY: ui
-ui: $(VENV)/.installed $(DAGSTER_HOME)/dagster.yaml  ## Open the Dagster UI on http://127.0.0.1:3000 (UI_PORT=...)
+ui: $(VENV)/.installed  ## Open the Dagster UI on http://127.0.0.1:3000 (UI_PORT=...)
+	@$(BIN)/python -m housing_assets.local_places prepare
 	$(BIN)/dagster dev --host 127.0.0.1 --port $(UI_PORT)
 
 .PHONY: stop
 stop: $(VENV)/.installed  ## Stop the local endpoints, of all environments
-	@for root in $(HOUSING_ROOT)/endpoints $(wildcard $(HOUSING_ROOT)/environments/*/endpoints); do \
-	  $(BIN)/python -m resources.endpoints.local stop --root $$root; done
+	@for root in "$$HOUSING_ROOT"/endpoints "$$HOUSING_ROOT"/environments/*/endpoints; do \
+	  if [ -d "$$root" ]; then $(BIN)/python -m resources.endpoints.local stop --root "$$root"; fi; done
 
 .PHONY: lint
 lint: $(VENV)/.installed-dev  ## Run ruff and pyright
@@ -108,6 +106,5 @@ constraints: $(VENV)/.installed-dev  ## Write the versions of .venv, with all ex
 	  $(BIN)/python -m pip freeze --exclude-editable --exclude housing-assets; } > constraints.txt
 
 .PHONY: clean-data
-clean-data:  ## Stop the endpoint; remove artifacts, generated data and Dagster's history
-	@if [ -x $(BIN)/python ] && [ -d $(HOUSING_ROOT) ]; then $(MAKE) --no-print-directory stop; fi
-	rm -rf $(HOUSING_ROOT) $(DAGSTER_HOME)
+clean-data: $(VENV)/.installed  ## Stop the endpoint; remove artifacts, generated data and Dagster's history
+	@$(BIN)/python -m housing_assets.local_places clean

@@ -195,7 +195,15 @@ def root_of(environment: Mapping[str, str] | None = None) -> str:
     """The folder or s3:// prefix below which this environment keeps everything."""
     settings = Settings(os.environ if environment is None else environment)
     if (settings.text("HOUSING_DEPLOYMENT") or "local") == "local":
-        root = str(Path(settings.text("HOUSING_ROOT") or "data").absolute())
+        place = settings.text("HOUSING_ROOT") or "data"
+        if "://" in place:
+            raise ValueError(
+                f"HOUSING_ROOT={place!r}: with HOUSING_DEPLOYMENT=local it must be a folder of this machine; for a "
+                "root on S3 set HOUSING_DEPLOYMENT=sagemaker"
+            )
+        if Path(place).exists() and not Path(place).is_dir():
+            raise ValueError(f"HOUSING_ROOT={place!r} is a file: name a folder")
+        root = str(Path(place).absolute())
     else:
         root = settings.required(
             "HOUSING_ROOT", "the s3:// prefix below which everything is kept, for example s3://bucket/housing"

@@ -36,7 +36,8 @@ def find_versions(
     an endpoint serves or would go back to, what an asset refers to, and what waits for a decision `pending_since`
     that time or later. Raises what registry and host do if they cannot be asked.
     """
-    items = {item.name: item for item in registry.inventory() if item.kind == "model_package"}
+    listed = (item for item in registry.inventory() if item.kind == "model_package" and not item.discarded)
+    items = {item.name: item for item in listed}
     served = served_versions(endpoint_host)
     found = VersionsFound()
     for group in sorted({name.rpartition("/")[0] for name in items}):

@@ -17,19 +17,22 @@ from pydantic import BaseModel, ConfigDict, Field
 from housing_assets.deployments import load_automation
 from housing_assets.model_retention import VersionsFound, find_versions
 from housing_assets.sweeper import sweep
-from housing_assets.teardown import BUSY, expected_errors
+from housing_assets.teardown import BUSY, asset_keys, expected_errors
 from housing_assets.watching import watch_endpoint
 from resources.compute.base import table
 from resources.endpoints.captured_files import CapturedFile, surplus
+from resources.inventory import RESULT_FILE, OwnedItem
 from resources.model_registry.base import ModelVersion
 from step_scripts import storage
 
 _FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 _RUNS_AT_ONCE = 200
+_DISCARDING = ("feature_store", "model_registry", "endpoint_host")
 _FIGURES = {
     "result": "results",
     "model version": "model_versions",
     "captured requests": "captured_folders",
+    "rest": "rests",
     "run": "runs",
 }
 _SETTINGS = load_automation()
@@ -66,12 +69,11 @@ class StoredResult(BaseModel):
 
 
 def stored_results(root: str) -> list[StoredResult]:
-    """All folders `<root>/<step>/<request digest>` with what they hold."""
+    """All folders `<root>/<step>/<request digest>` with what they hold. Other things there are not ours."""
     found: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for path, size, modified in storage.list_details(root):
-        parts = path.split("/")
-        if len(parts) > 2:
-            found.setdefault((parts[0], parts[1]), []).append((size, modified))
+        if match := RESULT_FILE.fullmatch(path):
+            found.setdefault((match["step"], match["digest"]), []).append((size, modified))
     return [
         StoredResult(
             uri=storage.join(root, step, digest),
@@ -125,7 +127,7 @@ class Removal:
     bytes: int = 0
 
 
-@dg.op(required_resource_keys={"compute", "io_manager", "model_registry", "endpoint_host"})
+@dg.op(required_resource_keys={"compute", "io_manager", "feature_store", "model_registry", "endpoint_host"})
 def prune_old(context: dg.OpExecutionContext, config: PruneConfig) -> None:
     """List, and unless it is a dry run remove, what is old and unused; one failure does not keep the rest."""
     now = datetime.now(UTC)
@@ -154,7 +156,11 @@ def prune_old(context: dg.OpExecutionContext, config: PruneConfig) -> None:
         captured = resources.endpoint_host.captured_files()
         chosen = surplus(captured, now - timedelta(days=config.capture_days), config.capture_megabytes * 1e6)
         found += _of_captured(chosen, resources.endpoint_host.remove_captured)
-    for run_id in _old_runs(context.instance, now - timedelta(days=config.runs_days), context.run_id):
+    for name in _DISCARDING:
+        owner = getattr(resources, name)
+        with _noted(name, problems):
+            found += [_of_rest(item, owner.remove) for item in owner.inventory() if item.discarded]
+    for run_id in _old_runs(context.instance, now - timedelta(days=config.runs_days), context.run):
         found.append(Removal("run", run_id, "with its events", partial(context.instance.delete_run, run_id)))
     failed = _remove(found, context.log, dry_run=config.dry_run)
     gone = [removal for removal in found if removal.name not in failed]
@@ -197,6 +203,10 @@ def _of_result(result: StoredResult) -> Removal:
     return Removal("result", result.uri, detail, partial(storage.delete, result.uri), result.bytes)
 
 
+def _of_rest(item: OwnedItem, remove: Callable[[OwnedItem], None]) -> Removal:
+    return Removal("rest", item.location, f"{item.kind}: {item.detail}", partial(remove, item))
+
+
 def _of_captured(files: Sequence[CapturedFile], remove: Callable[[Sequence[CapturedFile]], None]) -> Iterator[Removal]:
     """One removal a folder: there may be a file a minute."""
     for folder in sorted({file.folder for file in files}):
@@ -232,17 +242,48 @@ def _others_in_progress(context: dg.OpExecutionContext) -> str:
     return ", ".join(run.run_id[:8] for run in busy if run.job_name not in harmless)
 
 
-def _old_runs(instance: dg.DagsterInstance, before: datetime, own: str) -> list[str]:
-    """Ids of runs that were made and have ended before that time, oldest first, without those that hold the latest
-    materialization of an asset: the asset's metadata is theirs."""
+def _old_runs(instance: dg.DagsterInstance, before: datetime, own: dg.DagsterRun) -> list[str]:
+    """Ids of this code location's runs that were made and have ended before that time, oldest first.
+
+    Without those that hold the latest materialization of an asset: the asset's metadata is theirs.
+    """
     latest = {
         record.asset_entry.last_run_id for record in instance.get_asset_records() if record.asset_entry.last_run_id
     }
-    kept = latest | {own}
+    kept, ours = latest | {own.run_id}, _own_runs(own)
     records = instance.get_run_records(
         dg.RunsFilter(statuses=_FINISHED, created_before=before), limit=_RUNS_AT_ONCE, ascending=True
     )
-    return [record.dagster_run.run_id for record in records if record.dagster_run.run_id not in kept]
+    return [r.dagster_run.run_id for r in records if r.dagster_run.run_id not in kept and ours(r.dagster_run)]
+
+
+def _own_runs(own: dg.DagsterRun) -> Callable[[dg.DagsterRun], bool]:
+    """Tells this code location's runs from those of others that share the instance.
+
+    A run that the UI or the daemon has launched names its code location. One from the command line does not: then its
+    job, and for a materialization its assets, must be ours.
+    """
+    from housing_assets.definitions import defs  # which imports this module
+
+    assets = set(asset_keys())
+    jobs = {job.name for job in defs.resolve_all_job_defs()}
+    here = _code_location(own)
+
+    def is_ours(run: dg.DagsterRun) -> bool:
+        if here is not None and (place := _code_location(run)) is not None:
+            return place == here
+        if not run.job_name.startswith("__"):
+            return run.job_name in jobs
+        checked = {check.asset_key for check in run.asset_check_selection or ()}
+        chosen = {*(run.asset_selection or ()), *checked}
+        return bool(chosen) and chosen <= assets
+
+    return is_ours
+
+
+def _code_location(run: dg.DagsterRun) -> str | None:
+    origin = run.remote_job_origin
+    return origin.repository_origin.code_location_origin.location_name if origin else None
 
 
 @dg.job

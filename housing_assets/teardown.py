@@ -207,11 +207,10 @@ def remove_everything(context: dg.OpExecutionContext, config: TeardownConfig) ->
         return
     removed, failed, kept = remove_all(findings, protected, context.log)
     after = look(owners, kinds)
-    left = [
-        {**_shown(item), "why": failed.get(item.location, "it is still there")}
-        for _, item in after.items
-        if item.location not in kept
-    ]
+    there = {item.location: item for _, item in after.items if item.location not in kept}
+    # What could not be removed whole may be found under another place, or not at all: it counts in any case.
+    there |= {item.location: item for _, item in findings.items if item.location in failed}
+    left = [{**_shown(item), "why": failed.get(place, "it is still there")} for place, item in there.items()]
     metadata = {
         "dry_run": False,
         "root": root,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,7 +26,8 @@ KINDS: tuple[ItemKind, ...] = (
     "feature_group",
     "files",
 )
-_RESULT = re.compile(r"(?P<step>[\w.]+)/(?P<digest>[0-9a-f]{16})/.+")
+# What steps write below the folder of their results. Other things there are not ours.
+RESULT_FILE = re.compile(r"(?P<step>[\w.]+)/(?P<digest>[0-9a-f]{16})/.+")
 
 
 class NotOwned(RuntimeError):
@@ -47,6 +49,7 @@ class OwnedItem(BaseModel):
     created_at: datetime | None = None
     run_id: str | None = None
     temporary: bool = False
+    discarded: bool = Field(default=False, description="The rest of something whose removal has failed.")
     detail: str = Field(default="", description="What people want to know before they remove it.")
 
 
@@ -56,10 +59,10 @@ def files_at(uri: str, name: str) -> list[OwnedItem]:
 
 
 def step_results(root: str) -> list[OwnedItem]:
-    """An item a step, of the folders `<root>/<step>/<16 digits>` that hold results. Other things there are not ours."""
+    """An item a step, of the folders `<root>/<step>/<16 digits>` that hold results."""
     found: dict[str, list[tuple[int, float]]] = {}
     for path, size, modified in storage.list_details(root):
-        if match := _RESULT.fullmatch(path):
+        if match := RESULT_FILE.fullmatch(path):
             found.setdefault(match["step"], []).append((size, modified))
     return [
         item
@@ -71,10 +74,28 @@ def step_results(root: str) -> list[OwnedItem]:
 def remove_step_results(root: str, uri: str) -> None:
     """Remove the results of the step whose item is located at `uri`; with them the folder, if that leaves it empty."""
     step = uri.removeprefix(root.rstrip("/") + "/")
-    digests = {m["digest"] for path, _, _ in storage.list_details(uri) if (m := _RESULT.fullmatch(f"{step}/{path}"))}
+    files = (f"{step}/{path}" for path, _, _ in storage.list_details(uri))
+    digests = {found["digest"] for file in files if (found := RESULT_FILE.fullmatch(file))}
     for digest in sorted(digests):
         remove_tree(storage.join(uri, digest))
     remove_empty(uri, root)
+
+
+def discarded_items(folder: str, kind: ItemKind) -> list[OwnedItem]:
+    """What is left, directly in a local folder, of things of this kind whose removal has failed."""
+    return [
+        OwnedItem(kind=kind, name=path.name, location=str(path), detail="its removal is incomplete", discarded=True)
+        for path in storage.discarded_folders(storage.local_path(folder).absolute())
+    ]
+
+
+def remove_discarded(folder: str, item: OwnedItem) -> None:
+    """Remove what `discarded_items(folder, …)` listed; nothing happens if it is gone. Raises `NotOwned`."""
+    parent = storage.local_path(folder).absolute()
+    if item.location in map(str, storage.discarded_folders(parent)):
+        shutil.rmtree(item.location)
+    elif Path(item.location).parent != parent:
+        raise NotOwned(f"{item.location} is nothing that was removed from {folder}")
 
 
 def remove_tree(uri: str) -> None:

@@ -129,9 +129,7 @@ class LocalGroupFolder(GroupFolder):
 
     def remove(self) -> None:
         """Delete the group. The caller holds the lock; it is gone at once, however long the removal takes."""
-        doomed = self.path.with_name(f".{self.name}.{uuid.uuid4().hex}.deleted")
-        self.path.rename(doomed)
-        shutil.rmtree(doomed)
+        storage.discard_folder(self.path)
 
     def remove_attempt(self, token: str) -> None:
         """Remove what the caller, who holds the lock, has written: nobody else's files are uncommitted."""

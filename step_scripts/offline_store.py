@@ -97,6 +97,11 @@ class OfflineStore:
             names = [p.name for p in root.iterdir()] if root.is_dir() else []
         return sorted(name for name in names if GROUP_NAME.fullmatch(name) and self.folder(name).info())
 
+    def unfinished_removals(self) -> dict[str, str]:
+        """What is left on S3 of groups whose removal has failed: places by name."""
+        folders = [self.folder(name) for name in list_folders(self.root) if GROUP_NAME.fullmatch(name)]
+        return {f.name: f.uri for f in folders if isinstance(f, S3GroupFolder) and f.removal_is_incomplete()}
+
     def folder(self, group: str, data_uri: str | None = None) -> GroupFolder:
         """The group's folder, there or not. `data_uri`, on S3 only: where its data are, if that is known already."""
         if storage.is_remote(self.root):

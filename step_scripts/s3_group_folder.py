@@ -31,6 +31,7 @@ from step_scripts.s3_objects import delete_objects, delete_prefix, list_objects,
 from step_scripts.table import TableSpec
 
 STRAY_SECONDS = 48 * 3600.0
+_REMOVAL = "removal.json"  # there while the group is being deleted
 _READERS = 16
 
 
@@ -113,11 +114,21 @@ class S3GroupFolder(GroupFolder):
         delete_objects(self.data_uri, [p for p in paths if p.rpartition("_")[2].startswith(token)])
 
     def remove(self) -> None:
-        """Delete the group: its description first, so that nobody sees a half of it."""
+        """Delete the group: its description first, so that nobody sees a half of it.
+
+        A marker stays until everything is gone, so that a removal that has failed can be found and repeated.
+        """
         data_uri = self.data_uri
+        storage.write_bytes(storage.join(self.uri, _REMOVAL), b"{}")
         delete_objects(self.uri, ["group.json"])
+        delete_prefix(self.log_uri)
         delete_prefix(data_uri)
+        delete_objects(self.uri, [o.path for o in list_objects(self.uri) if o.path != _REMOVAL])
         delete_prefix(self.uri)
+
+    def removal_is_incomplete(self) -> bool:
+        """Whether the group was to be deleted, and something of it is left."""
+        return self.info() is None and storage.exists(storage.join(self.uri, _REMOVAL))
 
     def info(self) -> GroupInfo | None:
         """The group's description, or None if there is no such group."""

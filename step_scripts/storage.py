@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from pyarrow import fs
 
 
+_DISCARDED = re.compile(r"\..+\.[0-9a-f]{32}\.deleted")
 # What Arrow takes credentials from, other than files and services that renew them.
 _CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
 
@@ -180,3 +183,22 @@ def delete(uri: str) -> None:
         filesystem_.delete_dir(path)
     elif kind == fs.FileType.File:
         filesystem_.delete_file(path)
+
+
+def discard_folder(folder: Path) -> None:
+    """Remove a local folder: it is gone from its place at once, however long the removal takes.
+
+    Raises `OSError` if something in it cannot be removed; `discarded_folders` then lists what is left. Nothing happens
+    if there is no such folder.
+    """
+    doomed = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.deleted")
+    try:
+        folder.rename(doomed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(doomed)
+
+
+def discarded_folders(parent: Path) -> list[Path]:
+    """What is left, directly in `parent`, of folders whose removal was interrupted or has failed."""
+    return sorted(p for p in parent.iterdir() if _DISCARDED.fullmatch(p.name)) if parent.is_dir() else []

@@ -193,8 +193,7 @@ class SageMakerCompute(ComputeBackend):
         """See `ComputeBackend.inventory`. Jobs in progress; files of jobs, code and checkpoints below `job_root`."""
         from step_scripts.s3_objects import list_folders
 
-        ours = re.compile(rf"code|checkpoints|{re.escape(self.name_prefix)}-.+|tune-[0-9a-f]+-[0-9a-f]+(-[0-9]+)?")
-        folders = [name for name in sorted(list_folders(self.job_root)) if ours.fullmatch(name)]
+        folders = [name for name in sorted(list_folders(self.job_root)) if self._is_job_folder(name)]
         files = [item for name in folders for item in files_at(f"{self.job_root}/{name}", f"files of job {name}")]
         return [*self._jobs.items(), *step_results(self.artifact_root), *files]
 
@@ -203,11 +202,18 @@ class SageMakerCompute(ComputeBackend):
         if item.kind == "job":
             self._jobs.remove(item)
         elif item.location.startswith(f"{self.job_root}/"):
+            if not self._is_job_folder(item.location.removeprefix(f"{self.job_root}/")):
+                raise NotOwned(f"{item.location} holds no files of jobs of this deployment")
             remove_tree(item.location)
         elif item.location.startswith(f"{self.artifact_root.rstrip('/')}/"):
             remove_step_results(self.artifact_root, item.location)
         else:
             raise NotOwned(f"{item.location} is neither below {self.job_root} nor below {self.artifact_root}")
+
+    def _is_job_folder(self, name: str) -> bool:
+        """Whether a folder of that name, below `job_root`, is one that this deployment's jobs use."""
+        ours = rf"code|checkpoints|{re.escape(self.name_prefix)}-[^/]+|tune-[0-9a-f]+-[0-9a-f]+(-[0-9]+)?"
+        return re.fullmatch(ours, name) is not None
 
     @property
     def _jobs(self) -> JobInventory:

@@ -9,7 +9,7 @@ from itertools import groupby
 
 from pydantic import BaseModel, ConfigDict
 
-from resources.inventory import NotOwned, remove_empty
+from resources.inventory import NotOwned, OwnedItem, remove_empty
 from step_scripts import storage
 
 # What SageMaker and the local server write below an endpoint's folder; anything else there is not ours.
@@ -38,6 +38,15 @@ def captured_below(folder: str, endpoint: str) -> list[CapturedFile]:
         if _FILE.fullmatch(path)
     ]
     return sorted(found, key=lambda file: file.changed_at)
+
+
+def captured_items(files: Sequence[CapturedFile], location: str) -> list[OwnedItem]:
+    """All of them as one item of the inventory; none if there are none."""
+    if not files:
+        return []
+    detail = f"{len(files)} files, {sum(file.bytes for file in files) / 1e6:,.1f} MB"
+    first = min(file.changed_at for file in files)
+    return [OwnedItem(kind="files", name="captured requests", location=location, created_at=first, detail=detail)]
 
 
 def surplus(files: Sequence[CapturedFile], before: datetime, most_bytes: float) -> list[CapturedFile]:

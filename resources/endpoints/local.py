@@ -50,8 +50,9 @@ from resources.endpoints.server_process import (
     wait_until_serving,
 )
 from resources.file_lock import file_lock
-from resources.inventory import NotOwned, OwnedItem
+from resources.inventory import NotOwned, OwnedItem, discarded_items, remove_discarded
 from resources.model_registry.base import ModelVersion
+from step_scripts import storage
 from step_scripts.deployment import (
     CAPTURE_FOLDER,
     DEPLOYMENT_FILE,
@@ -101,6 +102,7 @@ class LocalEndpointHost(EndpointHost):
         require_approved(version)
         folder = self._folder(name)
         with file_lock(self._lock_path(name), self.lock_timeout_seconds, f"deploying to endpoint {name}"):
+            made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 return self._deploy(folder, name, version, smoke_test, log)
@@ -112,7 +114,7 @@ class LocalEndpointHost(EndpointHost):
                     f"Log of the server ({folder}):\n{log_tail(folder)}"
                 ) from error
             finally:
-                if not (folder / DEPLOYMENT_FILE).exists():
+                if made and not (folder / DEPLOYMENT_FILE).exists():
                     shutil.rmtree(folder, ignore_errors=True)
 
     def describe(self, name: str) -> EndpointStatus | None:
@@ -171,7 +173,7 @@ class LocalEndpointHost(EndpointHost):
         folder = self._folder(name)
         with file_lock(self._lock_path(name), self.lock_timeout_seconds, f"deleting endpoint {name}"):
             end_server(folder, self.stop_timeout_seconds)
-            shutil.rmtree(folder, ignore_errors=True)
+            storage.discard_folder(folder)
 
     def stop(self, name: str) -> bool:
         """End the serving process, keep the endpoint: its next deployment uses the same port. False if none ran."""
@@ -194,6 +196,7 @@ class LocalEndpointHost(EndpointHost):
             )
             for status in self.list()
         ]
+        items += discarded_items(self.root, "endpoint")
         known = {item.name for item in items}
         for name, process in stray_servers(Path(self.root).absolute()):
             if name in known or not _NAME.fullmatch(name):
@@ -214,6 +217,9 @@ class LocalEndpointHost(EndpointHost):
 
     def remove(self, item: OwnedItem) -> None:
         """See `EndpointHost.remove`. Ends the serving process."""
+        if item.discarded:
+            remove_discarded(self.root, item)
+            return
         if item.kind != "endpoint" or item.location != str(self._folder(item.name)):
             raise NotOwned(f"{item.location} is no endpoint of this host ({self.root})")
         if not item.temporary:

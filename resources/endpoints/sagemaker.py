@@ -31,7 +31,7 @@ from resources.endpoints.base import (
     SmokeTestResult,
     require_approved,
 )
-from resources.endpoints.captured_files import CapturedFile, captured_below, remove_captured
+from resources.endpoints.captured_files import CapturedFile, captured_below, captured_items, remove_captured
 from resources.endpoints.endpoint_inventory import EndpointInventory
 from resources.endpoints.endpoint_parts import BROKEN, EndpointParts, FoundEndpoint
 from resources.endpoints.endpoint_requests import (
@@ -49,7 +49,7 @@ from resources.endpoints.endpoint_requests import (
 )
 from resources.endpoints.invocation import MAX_BODY_BYTES, send
 from resources.endpoints.rollout import Rollout, RolloutPlan, remove_candidates
-from resources.inventory import OwnedItem, files_at, remove_tree
+from resources.inventory import NotOwned, OwnedItem
 from resources.model_registry.base import ModelVersion
 from resources.sagemaker.aws_calls import AwsCaller, aws_client, error_message
 from resources.sagemaker.model_packages import ModelPackages
@@ -226,7 +226,7 @@ class SageMakerEndpointHost(EndpointHost):
 
     def remove_captured(self, files: Sequence[CapturedFile]) -> None:
         """See `EndpointHost.remove_captured`."""
-        remove_captured(files, f"{self.root.rstrip('/')}/{CAPTURED}")
+        remove_captured(files, self._captured)
 
     def delete(self, name: str) -> None:
         """See `EndpointHost.delete`. With it go its candidates, configurations and models; its log stays.
@@ -251,16 +251,21 @@ class SageMakerEndpointHost(EndpointHost):
 
     def inventory(self) -> Sequence[OwnedItem]:
         """See `EndpointHost.inventory`. With candidates, configurations, models and captured requests; not the logs."""
-        captured = files_at(f"{self.root.rstrip('/')}/{CAPTURED}", "captured requests")
-        return [*self._inventory.items(), *captured]
+        return [*self._inventory.items(), *captured_items(self.captured_files(), self._captured)]
 
     def remove(self, item: OwnedItem) -> None:
         """See `EndpointHost.remove`."""
         if item.kind == "files":
-            remove_tree(item.location)
+            if item.location != self._captured:
+                raise NotOwned(f"{item.location} holds no captured requests of this host ({self.root})")
+            self.remove_captured(self.captured_files())
             return
         self._known.pop(item.name, None)
         self._inventory.remove(item, logger)
+
+    @property
+    def _captured(self) -> str:
+        return f"{self.root.rstrip('/')}/{CAPTURED}"
 
     @property
     def _inventory(self) -> EndpointInventory:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from resources.feature_store.base import FeatureStore, OfflineSnapshot, group_item
-from resources.inventory import NotOwned, OwnedItem
+from resources.inventory import NotOwned, OwnedItem, discarded_items, remove_discarded
 from step_scripts.contract import Artifact
 from step_scripts.table import TableSpec
 
@@ -55,10 +55,14 @@ class LocalFeatureStore(FeatureStore):
     def inventory(self) -> Sequence[OwnedItem]:
         """See `FeatureStore.inventory`."""
         store = self._store()
-        return [group_item(store.describe(name)) for name in store.groups()]
+        groups = [group_item(store.describe(name)) for name in store.groups()]
+        return [*groups, *discarded_items(self.root, "feature_group")]
 
     def remove(self, item: OwnedItem) -> None:
         """See `FeatureStore.remove`."""
+        if item.discarded:
+            remove_discarded(self.root, item)
+            return
         store = self._store()
         folder = store.folder(item.name)
         if item.kind != "feature_group" or item.location != folder.uri:

@@ -152,16 +152,13 @@ class SageMakerFeatureStore(FeatureStore):
 
         Raises `StepError`, having changed nothing, for a feature group that is not below `root`.
         """
-        from step_scripts.s3_objects import delete_prefix
-
         folder = self._store().folder(name)
         described = self._groups().describe(name)
         if described is not None:
             self._check_place(name, described, check_stores=False)
             self._groups().delete(name)
-        if folder.info() is not None:
+        if storage.exists(folder.uri):
             folder.remove()
-        delete_prefix(folder.uri)
 
     def describe(self, name: str) -> dict[str, Any]:
         """Schema, size, span of event times, number of commits; ARN, status and stores of the feature group."""
@@ -176,7 +173,8 @@ class SageMakerFeatureStore(FeatureStore):
     def inventory(self) -> Sequence[OwnedItem]:
         """See `FeatureStore.inventory`. Groups below `root`, also those that only SageMaker or only S3 still has."""
         store, groups, call = self._store(), self._groups(), self._call
-        described = {name: groups.describe(name) for name in store.groups()}
+        unfinished = store.unfinished_removals()
+        described = {name: groups.describe(name) for name in {*store.groups(), *unfinished}}
         for found in list(pages(call, groups.client.list_feature_groups, "FeatureGroupSummaries", MaxResults=100)):
             name = found["FeatureGroupName"]
             if name not in described and belongs_to(tags_of(groups.client, call, found["FeatureGroupArn"]), self.root):
@@ -187,6 +185,11 @@ class SageMakerFeatureStore(FeatureStore):
             arn = group["FeatureGroupArn"] if group and here else None
             if store.folder(name).info() is not None:
                 items.append(group_item(store.describe(name), arn))
+            elif name in unfinished and not arn:
+                detail = "its removal is incomplete"
+                items.append(
+                    OwnedItem(kind="feature_group", name=name, location=unfinished[name], detail=detail, discarded=True)
+                )
             elif group and arn:
                 items.append(
                     OwnedItem(

@@ -19,7 +19,7 @@ from pathlib import Path
 from pydantic import Field, JsonValue, ValidationError
 
 from resources.file_lock import file_lock
-from resources.inventory import NotOwned, OwnedItem, remove_empty
+from resources.inventory import NotOwned, OwnedItem, discarded_items, remove_discarded, remove_empty
 from resources.model_registry.base import (
     ApprovalStatus,
     GateEvidence,
@@ -118,12 +118,9 @@ class LocalModelRegistry(ModelRegistry):
             raise self._not_found(group, version)
         folder = self._group_folder(group)
         with file_lock(folder / "lock", self.lock_timeout_seconds, f"deleting {group}/{version}"):
-            discarded = folder / "versions" / f".deleted-{uuid.uuid4().hex}"
-            try:
-                self._version_folder(group, version).rename(discarded)
-            except FileNotFoundError:
-                raise self._not_found(group, version) from None
-            shutil.rmtree(discarded)
+            if version not in self._numbers(group):
+                raise self._not_found(group, version)
+            storage.discard_folder(self._version_folder(group, version))
 
     def inventory(self) -> Sequence[OwnedItem]:
         """See `ModelRegistry.inventory`."""
@@ -134,11 +131,15 @@ class LocalModelRegistry(ModelRegistry):
             if not _GROUP.fullmatch(folder.name) or not (folder / "last_version").is_file():
                 continue
             items += [self._item(folder.name, number) for number in self._numbers(folder.name)]
+            items += discarded_items(str(folder / "versions"), "model_package")
             items.append(OwnedItem(kind="model_package_group", name=folder.name, location=str(folder)))
         return items
 
     def remove(self, item: OwnedItem) -> None:
         """See `ModelRegistry.remove`. Raises `RegistryDamaged` for a group that has versions."""
+        if item.discarded:
+            self._remove_discarded(item)
+            return
         group, _, number = item.name.rpartition("/")
         folder = self._group_folder(item.name if item.kind == "model_package_group" else group)
         place = folder if item.kind == "model_package_group" else folder / "versions" / number
@@ -149,12 +150,18 @@ class LocalModelRegistry(ModelRegistry):
                 self.delete(group, int(number))
         elif folder.is_dir():
             with file_lock(folder / "lock", self.lock_timeout_seconds, f"removing group {item.name}"):
-                if self._numbers(item.name):
+                if self._numbers(item.name) or storage.discarded_folders(folder / "versions"):
                     raise RegistryDamaged(f"group {item.name} has versions: remove them first")
                 self._remove_unfinished(folder)
                 for name in ("last_version", "lock"):
                     (folder / name).unlink(missing_ok=True)
             remove_empty(str(folder / "versions"), str(folder))
+
+    def _remove_discarded(self, item: OwnedItem) -> None:
+        versions = Path(item.location).parent
+        if versions.name != "versions" or versions.parent.parent != Path(self.root).absolute():
+            raise NotOwned(f"{item.location} is not of this registry ({self.root})")
+        remove_discarded(str(versions), item)
 
     def _item(self, group: str, number: int) -> OwnedItem:
         location = str(self._version_folder(group, number))
@@ -241,9 +248,10 @@ class LocalModelRegistry(ModelRegistry):
             raise
 
     def _remove_unfinished(self, folder: Path) -> None:
-        # Only the holder of the lock makes such folders: these were left by a process that died.
-        for entry in (folder / "versions").glob(".*"):
-            shutil.rmtree(entry)
+        # Only the holder of the lock makes such folders: these were left by a process that died. One that cannot be
+        # removed stays in nobody's way; what is left of a version is in the inventory.
+        for entry in (folder / "versions").glob(".staging-*"):
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _write_record(folder: Path, record: ModelVersion) -> None:

@@ -123,6 +123,7 @@ def foreign_things(aws: Aws, environment: str) -> None:
         f"housing/environments/{environment}/references/mine.json",
         f"housing/environments/{environment}/artifacts/notes.txt",
         f"housing/environments/{environment}/jobs/mine/notes.txt",
+        f"housing/environments/{environment}/endpoints/captured/notes.txt",
         f"housing/environments/{environment}/model_registry/{name}/notes.txt",
     ):
         aws.put(key, "mine")
@@ -150,7 +151,7 @@ def deploy_everything(aws: Aws, folder: Path, resources: dict[str, Any], environ
         f"jobs/housing-{environment}-tuned-model-0123456789-0123456789/request.json",
         "jobs/code/0123456789abcdef/source.tar.gz",
         "jobs/checkpoints/0123/trial.json",
-        "endpoints/captured/housing/AllTraffic/x.jsonl",
+        "endpoints/captured/housing/AllTraffic/2026/11/01/00/x.jsonl",
         "sample/house_sales_10.csv",
     ):
         aws.put(f"{root}/{key}", "ours")

@@ -10,10 +10,15 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.remote_origin import (  # have no public names
+    RegisteredCodeLocationOrigin,
+    RemoteJobOrigin,
+    RemoteRepositoryOrigin,
+)
 
 from housing_assets.definitions import defs
 from housing_assets.deployments import load_automation, load_resources
-from housing_assets.retention import PruneConfig, prune, stored_results
+from housing_assets.retention import PruneConfig, _old_runs, prune, stored_results
 from housing_assets.sweeper import sweep
 from housing_assets.teardown import teardown
 from resources.endpoints.captured_files import CapturedFile, remove_captured, surplus
@@ -37,9 +42,10 @@ def result(root: Path, step: str, digest: str, *, modified: float = OLD) -> Path
 
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_old_results_that_nothing_refers_to_are_removed(tmp_path: Path, dry_run: bool) -> None:
-    used, unused = result(tmp_path, "tune_model", "a"), result(tmp_path, "tune_model", "b")
-    young = result(tmp_path, "prepare_splits", "c", modified=2e9)
-    similar = result(tmp_path, "tune_model", "ab")
+    used, unused = result(tmp_path, "tune_model", "a" * 16), result(tmp_path, "tune_model", "b" * 16)
+    young = result(tmp_path, "prepare_splits", "c" * 16, modified=2e9)
+    similar = result(tmp_path, "tune_model", "a" * 15 + "b")
+    foreign = result(tmp_path, "tune_model", "mine")
     references = tmp_path / "references"
     references.mkdir()
     value = {"model": {"uri": str(used / "attempt"), "files": []}, "metrics": {"rmse": 1.0}}
@@ -59,19 +65,50 @@ def test_old_results_that_nothing_refers_to_are_removed(tmp_path: Path, dry_run:
     assert used.exists()
     assert young.exists()
     assert unused.exists() == similar.exists() == dry_run
+    assert foreign.exists()
 
 
-def test_old_runs_go_but_those_of_the_latest_materializations(tmp_path: Path) -> None:
+def origin_in(location: str) -> RemoteJobOrigin:
+    """Of a run that the UI has launched."""
+    code = RegisteredCodeLocationOrigin(location)
+    return RemoteJobOrigin(RemoteRepositoryOrigin(code, "__repository__"), "sweep")
+
+
+def test_old_runs_go_but_those_of_the_latest_materializations_and_of_others(tmp_path: Path) -> None:
+    @dg.asset(name="endpoint")
+    def ours() -> None: ...
+
     @dg.asset
-    def thing() -> None: ...
+    def theirs() -> None: ...
 
-    config = {"ops": {"prune_old": {"config": {"dry_run": False, "runs_days": 0}}}}
+    @dg.job(name="theirs_too")
+    def other_job() -> None: ...
+
+    def materialized(asset: dg.AssetsDefinition) -> str:
+        job = dg.Definitions(assets=[asset]).resolve_implicit_global_asset_job_def()
+        return job.execute_in_process(instance=instance, asset_selection=[asset.key]).run_id
+
+    def launched(job: dg.JobDefinition, location: str | None = None) -> str:
+        origin = origin_in(location) if location else None
+        status = dg.DagsterRunStatus.FAILURE
+        return instance.create_run_for_job(job, status=status, remote_job_origin=origin).run_id
+
     with dg.DagsterInstance.ephemeral(tempdir=str(tmp_path)) as instance:
-        first, last = (dg.materialize([thing], instance=instance).run_id for _ in range(2))
+        gone = {materialized(ours), launched(sweep), launched(sweep, "housing_assets")}
+        last = materialized(ours)
+        others = {materialized(theirs), materialized(theirs), launched(other_job)}
+
+        def pruned(location: str) -> set[str]:
+            run = instance.create_run_for_job(prune, remote_job_origin=origin_in(location))
+            return {*_old_runs(instance, datetime.now(UTC), run), run.run_id} - {run.run_id}
+
+        assert launched(sweep, "elsewhere") not in pruned("housing_assets")
+        config = {"ops": {"prune_old": {"config": {"dry_run": False, "runs_days": 0}}}}
         resources = load_resources({"HOUSING_ROOT": str(tmp_path)})
         done = prune.execute_in_process(run_config=config, resources=resources, instance=instance)
-        assert {run.run_id for run in instance.get_runs()} == {last, done.run_id}
-        assert instance.get_run_by_id(first) is None
+        left = {run.run_id for run in instance.get_runs()}
+        assert {last, done.run_id, *others} <= left
+        assert not gone & left
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from housing_assets.deployments import load_resources
+from housing_assets.retention import prune
 from housing_assets.sweeper import Told, abandoned, sweep, untold
 from housing_assets.teardown import teardown
 from resources.compute.local_ray import LocalRay
@@ -172,6 +174,65 @@ def test_what_cannot_be_removed_is_reported_and_the_rest_goes(
     done, metadata = launch(teardown, deployment, instance, dry_run=False, confirm=root)
     assert done
     assert {r.data["name"] for r in metadata["removed"].records} == {"house_sales-1", "sales"}
+
+
+@contextmanager
+def held(root: Path, *folders: Path) -> Iterator[None]:
+    """Folders that cannot be removed: something is mounted there, or (not as root) they may not be changed."""
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "rows").write_text("x")
+        if os.geteuid() != 0:
+            folder.chmod(0o500)
+        elif subprocess.run(["mount", "-t", "tmpfs", "none", str(folder)], capture_output=True, check=False).returncode:
+            pytest.skip("nothing can be mounted here")
+    try:
+        yield
+    finally:
+        for folder in folders:
+            for place in list(root.rglob(folder.name)):  # what is above it may have been renamed
+                if os.geteuid() != 0:
+                    place.chmod(0o700)
+                else:
+                    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_what_is_left_of_a_removal_fails_the_job_and_is_found_by_the_next(
+    deployment: Path, instance: dg.DagsterInstance
+) -> None:
+    root = deployment / "data"
+    captured = root / "endpoints" / "housing" / "captured" / "held-requests"
+    rows = root / "feature_store" / "sales" / "data" / "held-rows"
+    model = root / "model_registry" / "housing" / "versions" / "1" / "held-model"
+    result = root / "artifacts" / "tune_model" / ("a" * 16) / "held-result"
+    (root / "references" / "mine.json").write_text("{}")
+    expected = {"endpoint": captured, "feature_group": rows, "model_package": model, "files": result}
+    with held(root, *expected.values()):
+        for attempt in range(2):
+            done, metadata = launch(teardown, deployment, instance, dry_run=False, confirm=str(root))
+            assert not done, f"run {attempt + 1} says that everything is gone"
+            left = {r.data["kind"]: r.data for r in metadata["left"].records}
+            assert left.keys() >= expected.keys()
+            assert all(left[kind]["why"] for kind in expected)
+        assert all(list(root.rglob(place.name)) for place in expected.values())
+
+        done, metadata = launch(prune, deployment, instance, dry_run=False)
+        assert not done
+        assert len(metadata["left"].value) == 3, "results that nobody refers to are young"
+    done, metadata = launch(prune, deployment, instance, dry_run=False)
+    assert (done, metadata["rests"]) == (True, 3), metadata
+    done, metadata = launch(teardown, deployment, instance, dry_run=False, confirm=str(root))
+    assert done, metadata
+    assert {name for name in files(deployment) if not name.endswith(".lock")} == set(FOREIGN)
+
+
+def test_nobody_elses_folders_are_taken_for_rests(tmp_path: Path) -> None:
+    store = LocalFeatureStore(root=str(tmp_path / "feature_store"))
+    other = tmp_path / "other" / f".sales.{'a' * 32}.deleted"
+    other.mkdir(parents=True)
+    with pytest.raises(NotOwned):
+        store.remove(OwnedItem(kind="feature_group", name=other.name, location=str(other), discarded=True))
+    assert other.is_dir()
 
 
 def test_nothing_is_removed_while_another_run_is_in_progress(tmp_path: Path, instance: dg.DagsterInstance) -> None:
