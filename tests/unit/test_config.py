@@ -92,6 +92,9 @@ def test_resources_follow_the_environment() -> None:
         ({"HOUSING_DEPLOYMENT": "moon"}, "HOUSING_DEPLOYMENT='moon': choose one of local"),
         ({"HOUSING_NUM_CPUS": "two"}, "HOUSING_NUM_CPUS='two' is not an integer"),
         ({"HOUSING_CACHE": "maybe"}, "HOUSING_CACHE='maybe': choose on or off"),
+        ({"HOUSING_ROOT": "s3://bucket/x"}, "HOUSING_ROOT='s3://bucket/x': with HOUSING_DEPLOYMENT=local it must be a"),
+        ({"HOUSING_ROOT": "file:///data"}, "HOUSING_ROOT='file:///data': with HOUSING_DEPLOYMENT=local it must be a"),
+        ({"HOUSING_ROOT": __file__}, "is a file: name a folder"),
     ],
 )
 def test_an_environment_that_makes_no_sense_is_refused(environment: dict[str, str], message: str) -> None:

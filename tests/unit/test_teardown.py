@@ -218,7 +218,7 @@ def test_what_is_left_of_a_removal_fails_the_job_and_is_found_by_the_next(
 
         done, metadata = launch(prune, deployment, instance, dry_run=False)
         assert not done
-        assert len(metadata["left"].value) == 3, "results that nobody refers to are young"
+        assert len(metadata["left"]) == 3, "results that nobody refers to are young"
     done, metadata = launch(prune, deployment, instance, dry_run=False)
     assert (done, metadata["rests"]) == (True, 3), metadata
     done, metadata = launch(teardown, deployment, instance, dry_run=False, confirm=str(root))
