@@ -10,6 +10,7 @@ from typing import Any, Literal
 import dagster as dg
 from pydantic import Field, ValidationError
 
+from housing_assets.config_fields import unknown_fields
 from step_scripts.parameters import (
     DeployEndpointSettings,
     EvaluateModelSettings,
@@ -110,8 +111,10 @@ def check_run_config(run_config: dict[str, Any]) -> None:
         model = CONFIG_OF_OP.get(op)
         if model is None:
             continue
+        given = (section or {}).get("config") or {}
+        problems += unknown_fields(model, given, op)
         try:
-            model(**((section or {}).get("config") or {}))
+            model(**given)
         except ValidationError as error:
             problems += [_describe(op, model, dict(e)) for e in error.errors()]
     if problems:

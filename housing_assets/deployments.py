@@ -19,6 +19,7 @@ import dagster as dg
 from pydantic import BaseModel, Field, ValidationError
 
 from housing_assets.config import check_run_config
+from housing_assets.config_fields import suggestion, unknown_fields
 from resources.compute.local_ray import LocalRay
 from resources.endpoints.local import LocalDataCapture, LocalEndpointHost
 from resources.experiments import ExperimentTracker, MlflowTracking, NoTracking
@@ -345,6 +346,8 @@ def _sagemaker(settings: Settings) -> dict[str, Any]:
     registry = {"root": f"{root}/model_registry", "default_group": name, **image, **region, **more["model_registry"]}
     endpoints = {"root": f"{root}/endpoints", "role_arn": role, "default_name": name, **image, **region}
     endpoints |= _sagemaker_capture(settings) | more["endpoint_host"]
+    if not endpoints.get("image") and not registry.get("image"):
+        _check_start_without_packages(endpoints)
     return {
         **_common(settings, root),
         "compute": SageMakerCompute(**compute),
@@ -352,6 +355,15 @@ def _sagemaker(settings: Settings) -> dict[str, Any]:
         "model_registry": SageMakerModelRegistry(**registry),
         "endpoint_host": SageMakerEndpointHost(**endpoints),
     }
+
+
+def _check_start_without_packages(endpoints: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for an endpoint that AWS's image cannot serve: it installs packages when it starts."""
+    if offline := [name for name in ("serverless", "network_isolation") if endpoints.get(name) not in (None, False)]:
+        raise ValueError(
+            f"endpoint_host.{offline[0]} needs a custom image (HOUSING_IMAGE, built from the Dockerfile): AWS's image "
+            "installs this project's requirements when it starts, which such an endpoint cannot do"
+        )
 
 
 def _sections(settings: Settings) -> dict[str, dict[str, Any]]:
@@ -368,7 +380,20 @@ def _sections(settings: Settings) -> dict[str, dict[str, Any]]:
         raise ValueError(f"HOUSING_SAGEMAKER_CONFIG={path!r} cannot be read: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
         raise ValueError(f"HOUSING_SAGEMAKER_CONFIG={path!r} must hold sections with fields, as YAML")
-    if unknown := set(content) - set(SECTIONS):
-        wrong = ", ".join(sorted(unknown))
-        raise ValueError(f"HOUSING_SAGEMAKER_CONFIG={path!r} has {wrong}; its sections are {', '.join(SECTIONS)}")
+    if unknown := sorted(str(name) for name in set(content) - set(SECTIONS)):
+        wrong = ". ".join(f"{name} is unknown{suggestion(name, SECTIONS)}" for name in unknown)
+        raise ValueError(f"HOUSING_SAGEMAKER_CONFIG={path!r}: {wrong}")
+    models = _section_models()
+    if problems := [p for name, section in content.items() for p in unknown_fields(models[name], section, name)]:
+        raise ValueError(f"HOUSING_SAGEMAKER_CONFIG={path!r}: {'. '.join(problems)}")
     return empty | {name: dict(section) for name, section in content.items()}
+
+
+def _section_models() -> dict[str, type[BaseModel]]:
+    from resources.compute.sagemaker import SageMakerCompute
+    from resources.endpoints.sagemaker import SageMakerEndpointHost
+    from resources.feature_store.sagemaker import SageMakerFeatureStore
+    from resources.model_registry.sagemaker import SageMakerModelRegistry
+
+    models = (SageMakerCompute, SageMakerFeatureStore, SageMakerModelRegistry, SageMakerEndpointHost)
+    return dict(zip(SECTIONS, models, strict=True))

@@ -25,6 +25,7 @@ from resources.sagemaker.job_polling import JobPolling
 from resources.sagemaker.job_requests import (
     PROCESSING_INPUT,
     TRAINING_INPUT,
+    TRAINING_ONLY,
     InstanceGroup,
     JobConfig,
     processing_request,
@@ -40,6 +41,7 @@ from step_scripts.contract import StepRequest, StepResult
 from step_scripts.parameters import TuneModelSettings
 
 _LONGEST_NAME = "x" * 63
+STEPS = ("validate_source", "ingest_features", "prepare_splits", "tune_model", "evaluate_model")
 HEAD_GROUP = "HOUSING_CLUSTER_HEAD_GROUP"  # read by step_scripts.cluster
 
 
@@ -56,6 +58,22 @@ class StepJob(dg.Config):
     )
     volume_size_gb: int | None = Field(default=None, ge=1, le=16384, description="Volume of each host, GB.")
     max_run_seconds: int | None = Field(default=None, ge=1, description="Longest running time; seconds.")
+    use_spot: bool | None = Field(default=None, description="Managed spot instances. Training jobs only.")
+    max_wait_seconds: int | None = Field(
+        default=None, ge=1, description="Spot: longest time for waiting and running together; seconds."
+    )
+    internal_error_retries: int | None = Field(
+        default=None, ge=0, le=30, description="Starts after an internal error of SageMaker. Training jobs only."
+    )
+    keep_alive_seconds: int | None = Field(
+        default=None,
+        ge=0,
+        le=21_600,
+        description="Warm pool: how long instances are kept. Training jobs only; seconds.",
+    )
+    volume_kms_key: str | None = Field(default=None, description="KMS key for the hosts' volumes: its id or ARN.")
+    output_kms_key: str | None = Field(default=None, description="KMS key for what SageMaker writes to S3.")
+    encrypt_inter_container_traffic: bool | None = Field(default=None, description="Encrypt traffic between the hosts.")
     price_per_hour: float | None = Field(default=None, ge=0, description="Price of one instance-hour.")
     environment: dict[str, str] = Field(default_factory=dict, description="More environment variables.")
 
@@ -100,6 +118,17 @@ class SageMakerCompute(ComputeBackend):
             if isinstance(uri, dg.EnvVar) or uri.startswith("s3://"):
                 continue
             raise ValueError(f"{name} must be an s3:// URI that the jobs can reach, not {uri!r}")
+        if unknown := [step for step in self.steps if "." not in step and step not in STEPS]:
+            raise ValueError(f"steps: {', '.join(unknown)} is no step; there are {', '.join(STEPS)}")
+        for step, own in self.steps.items():
+            given = [name for name in TRAINING_ONLY if getattr(own, name)]
+            if given and not self._is_training(step):
+                raise ValueError(
+                    f"steps.{step}: {', '.join(given)} exists for training jobs only, and {step} is a processing job; "
+                    "set its job_type: training, or leave it out"
+                )
+            if not isinstance(self.job.role_arn, dg.EnvVar):
+                self.config_of(step)  # raises for values that do not fit together
         if self.native_tuning is not None and self.image is None:
             raise ValueError(
                 "native_tuning needs an image of your own (image, built from the Dockerfile): SageMaker starts the "

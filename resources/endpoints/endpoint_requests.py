@@ -27,6 +27,7 @@ VERSION_TAG, DIGEST_TAG = "housing-assets:model-version", "housing-assets:model-
 PREVIOUS_VERSION_TAG, PREVIOUS_CONFIG_TAG = "housing-assets:previous-version", "housing-assets:previous-config"
 # The configuration of the last deployment that was seen to its end, and when that was.
 CONFIG_TAG, DEPLOYED_TAG = "housing-assets:config", "housing-assets:deployed-at"
+_SMALLEST_LINEAR_STEP = 10  # percent
 CANDIDATE, SERVING = "candidate", "serving"
 _NAME_PART = 40  # of an endpoint's name in the names of its parts, which have at most 63 characters
 
@@ -77,6 +78,14 @@ class TrafficShift(dg.Config):
         max_length=10,
         description="CloudWatch alarms: SageMaker goes back to the old version when one rings during the change.",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.mode == "linear" and self.percent < _SMALLEST_LINEAR_STEP:
+            raise ValueError(
+                f"traffic.percent is {self.percent}: SageMaker's linear steps have {_SMALLEST_LINEAR_STEP} to 50 %"
+            )
+        return self
 
     @property
     def seconds(self) -> int:

@@ -12,6 +12,10 @@ TRAINING_INPUT = "/opt/ml/input/data"
 PROCESSING_INPUT = "/opt/ml/processing/input"
 
 
+# What SageMaker offers for training jobs only.
+TRAINING_ONLY = ("instance_groups", "use_spot", "max_wait_seconds", "internal_error_retries", "keep_alive_seconds")
+
+
 class InstanceGroup(dg.Config):
     """Hosts of one type in a training job of several types."""
 
@@ -57,7 +61,7 @@ class JobConfig(dg.Config):
     )
     subnets: list[str] = Field(default_factory=list, description="VPC subnets. Empty: SageMaker's own network.")
     security_group_ids: list[str] = Field(default_factory=list, description="Security groups; needed with subnets.")
-    volume_kms_key: str | None = Field(default=None, description="KMS key for the hosts' volumes.")
+    volume_kms_key: str | None = Field(default=None, description="KMS key for the hosts' volumes: its id or ARN.")
     output_kms_key: str | None = Field(default=None, description="KMS key for what SageMaker writes to S3.")
     network_isolation: bool = Field(
         default=False,
@@ -75,6 +79,10 @@ class JobConfig(dg.Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.volume_kms_key and "alias/" in self.volume_kms_key:
+            raise ValueError(
+                f"volume_kms_key is {self.volume_kms_key!r}: jobs take the id or the ARN of a key, no alias"
+            )
         if bool(self.subnets) != bool(self.security_group_ids):
             raise ValueError("subnets and security_group_ids belong together: give both or neither")
         if self.max_wait_seconds is not None and not self.use_spot:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
+import yaml
 
 from housing_assets.config import CONFIG_OF_OP, TunedModelConfig, check_run_config
 from housing_assets.deployments import SourceLocation, load_resources
@@ -109,3 +111,70 @@ def test_without_a_source_the_same_sample_is_generated_once(tmp_path: Any) -> No
     content = open(first, "rb").read()  # noqa: PTH123, SIM115
     assert content.count(b"\n") == 51
     assert location.resolve() == first
+
+
+AWS = {
+    "HOUSING_DEPLOYMENT": "sagemaker",
+    "HOUSING_ROOT": "s3://bucket/housing",
+    "HOUSING_ROLE_ARN": "arn:aws:iam::123456789012:role/housing",
+}
+
+
+def sagemaker(folder: Path, sections: dict[str, Any], **variables: str) -> dict[str, Any]:
+    """Resources of the deployment with a file of sections."""
+    file = folder / "sagemaker.yaml"
+    file.write_text(yaml.safe_dump(sections))
+    return load_resources({**AWS, "HOUSING_SAGEMAKER_CONFIG": str(file), **variables})
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"computer": {}}, "computer is unknown; did you mean compute? Known are compute, feature_store"),
+        ({"compute": {"jobs": {}}}, "compute.jobs is unknown; did you mean job?"),
+        (
+            {"compute": {"job": {"volume_kms_keys": "x"}}},
+            "compute.job.volume_kms_keys is unknown; did you mean volume_k",
+        ),
+        ({"compute": {"steps": {"tune_model": {"spot": True}}}}, "compute.steps.tune_model.spot is unknown"),
+        ({"compute": {"steps": {"tune": {}}}}, "tune is no step; there are validate_source, ingest_features"),
+        (
+            {"compute": {"job": {"instance_groups": [{"name": "a", "type": "ml.m5.large"}]}}},
+            "compute.job.instance_groups[0].type is unknown",
+        ),
+        ({"feature_store": {"online": True}}, "feature_store.online is unknown; did you mean online_store?"),
+        ({"model_registry": {"images": "x"}}, "model_registry.images is unknown; did you mean image?"),
+        ({"endpoint_host": {"data_capture": {"percentage": 20}}}, "did you mean sampling_percentage?"),
+        ({"endpoint_host": {"traffic": {"percent": 10, "alarms": []}}}, "endpoint_host.traffic.alarms is unknown"),
+        ({"compute": {"job": {"volume_kms_key": "alias/housing"}}}, "take the id or the ARN of a key, no alias"),
+        ({"endpoint_host": {"traffic": {"mode": "linear", "percent": 5}}}, "linear steps have 10 to 50 %"),
+        ({"endpoint_host": {"serverless": {}}}, "endpoint_host.serverless needs a custom image"),
+        ({"endpoint_host": {"network_isolation": True}}, "endpoint_host.network_isolation needs a custom image"),
+        ({"compute": {"steps": {"evaluate_model": {"use_spot": True}}}}, "evaluate_model is a processing job"),
+        ({"compute": {"steps": {"tune_model": {"max_wait_seconds": 9}}}}, "is for managed spot training: set use_spot"),
+    ],
+)
+def test_what_aws_or_the_project_does_not_know_is_refused_when_the_code_location_loads(
+    tmp_path: Path, sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        sagemaker(tmp_path, sections)
+    assert message in str(error.value)
+
+
+def test_a_step_has_settings_of_its_own(tmp_path: Path) -> None:
+    own = {"use_spot": True, "max_wait_seconds": 200_000, "output_kms_key": "alias/x", "instance_count": 4}
+    sections = {"compute": {"job": {"instance_count": 2}, "steps": {"tune_model": own}}}
+    compute = sagemaker(tmp_path, sections)["compute"]
+    assert compute.config_of("tune_model").model_dump().items() >= own.items()
+    assert compute.config_of("evaluate_model").use_spot is False
+    custom = {"endpoint_host": {"network_isolation": True}}
+    assert sagemaker(tmp_path, custom, HOUSING_IMAGE="image")["endpoint_host"].network_isolation
+
+
+def test_unknown_run_configuration_is_refused_at_every_level() -> None:
+    with pytest.raises(dg.Failure) as failure:
+        check("raw_csv", column_ranges={"PRICE": {"minimun": 1}}, max_rejected_fractions=0.1)
+    text = str(failure.value.description)
+    assert "raw_csv.column_ranges.PRICE.minimun is unknown; did you mean minimum?" in text
+    assert "raw_csv.max_rejected_fractions is unknown; did you mean max_rejected_fraction?" in text

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import textwrap
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
-from housing_assets.config import check_run_config
+from housing_assets.approval import DecisionConfig
+from housing_assets.config import CONFIG_OF_OP, check_run_config
+from housing_assets.config_fields import unknown_fields
+from housing_assets.deployments import load_resources
 from housing_assets.reference import reference
+from housing_assets.retention import PruneConfig
+from housing_assets.teardown import TeardownConfig
 from tests.documented import commands, files, mentions, pages
 
 ROOT = Path(__file__).parents[2]
+CONFIGS = {
+    **CONFIG_OF_OP,
+    **dict.fromkeys(("approve", "reject"), DecisionConfig),
+    "prune_old": PruneConfig,
+    "remove_everything": TeardownConfig,
+}
+AWS = {
+    "HOUSING_DEPLOYMENT": "sagemaker",
+    "HOUSING_ROOT": "s3://bucket/housing",
+    "HOUSING_ROLE_ARN": "role",
+    "HOUSING_IMAGE": "image",
+}
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("**/*.md"), *(ROOT / "benchmarks").glob("*.md")])
 
 
@@ -38,12 +57,21 @@ def test_targets_of_make_exist(page: Path) -> None:
             assert target in targets, f"{page.name}: make {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_run_configuration_in_examples_is_valid(page: Path) -> None:
-    for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL):
-        document = yaml.safe_load(block)
-        if isinstance(document, dict) and "ops" in document:
+@pytest.mark.parametrize("page", pages(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_configuration_in_examples_is_valid(page: Path, tmp_path: Path) -> None:
+    for kind, block in re.findall(r"```(yaml|json)\n(.*?)```", page.read_text(), re.DOTALL):
+        document = json.loads(block) if kind == "json" else yaml.safe_load(textwrap.dedent(block))
+        if kind == "json":
+            assert document["Statement"], "a policy"
+        elif "ops" in document:
             check_run_config(document)
+            for op, section in document["ops"].items():
+                assert not list(unknown_fields(CONFIGS[op], section["config"], op))
+                CONFIGS[op](**section["config"])
+        else:
+            file = tmp_path / "sections.yaml"
+            file.write_text(block)
+            load_resources({**AWS, "HOUSING_SAGEMAKER_CONFIG": str(file)})
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda p: str(p.relative_to(ROOT)))
