@@ -147,7 +147,7 @@ def mentioned(resources: Any) -> set[str]:
 
 def unneeded_evidence(evidence: EvidenceStore, known: set[str], before: datetime) -> list[tuple[str, str]]:
     """URI and check of old evidence, where nothing mentions any digest that was judged."""
-    names = ("group", "endpoint", "endpoint_name")  # no digests: what is named so may hold other content now
+    names = ("group", "endpoint")  # no digests: what is named so may hold other content now
     return [
         (uri, f"of check {found.check}" if found else "damaged")
         for uri, at, found in evidence.stored()

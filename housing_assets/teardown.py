@@ -1,8 +1,8 @@
 """Removing everything that the deployment has created: in its own environment, and nothing that merely looks like it.
 
 What is removed: endpoints with their configurations and models, model packages and groups, feature groups, running
-jobs, results of steps, references, evidence of checks, generated data. What stays: source files and the landing place, logs in
-CloudWatch, Dagster's history, records in MLflow.
+jobs, results of steps, references, evidence of checks, generated data. What stays: source files and the landing place,
+logs in CloudWatch, Dagster's history, records in MLflow.
 """
 
 import json

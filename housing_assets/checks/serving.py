@@ -21,8 +21,9 @@ ROWS = 100
 
 def _looked_at(_: Mapping[str, Any], result: dg.AssetCheckResult) -> Judged:
     """The endpoint and the version that it served; nothing stands behind it."""
-    inputs = {name: str((result.metadata or {}).get(name, "")) for name in ("endpoint_name", "model_version")}
-    return Judged(asset="endpoint", subject=inputs["endpoint_name"], inputs=dict(inputs))
+    facts = result.metadata or {}
+    name, version = (getattr(facts.get(key), "value", "none") for key in ("endpoint_name", "model_version"))
+    return Judged(asset="endpoint", subject=str(name), inputs={"endpoint": str(name), "version": str(version)})
 
 
 @blocking_check(
