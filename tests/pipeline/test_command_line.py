@@ -90,10 +90,8 @@ def test_a_failed_gate_blocks_its_run_and_all_later_ones(materialized: Platform)
 
     alone = materialized.materialize("registered_model")
     assert alone.returncode != 0
-    reason = (
-        r"refused by the quality gate: %s does not start: check rmse_threshold of evaluation_report failed for model "
-    )
-    figures = r"\w+, evaluation \w+, threshold 1: RMSE [\d,.]+, threshold 1\.0 \(run "
+    reason = r"refused by the quality gate: %s does not start: check rmse_threshold of evaluation_report failed for "
+    figures = r"model \w+, evaluation \w+, threshold 1: RMSE [\d,.]+, threshold 1\.0 \(run "
     assert re.search(reason % "registered_model" + figures, alone.stdout), alone.stdout
     served = materialized.materialize("endpoint")
     assert served.returncode != 0
