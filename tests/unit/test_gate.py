@@ -455,10 +455,11 @@ def test_only_evidence_is_listed_and_removed(root: Root) -> None:
     foreign.write_text(json.dumps({}))
     names = {item.name for item in root.store.inventory()}
     assert {"evidence of raw_csv/schema", "evidence of train_split/no_leakage"} <= names
-    for item in root.store.inventory():
+    items = root.store.inventory()
+    for item in items:
         root.store.remove(item)
         root.store.remove(item)
     assert root.store.inventory() == []
     assert [path for path in place.rglob("*") if path.is_file()] == [foreign]
     with pytest.raises(NotOwned):
-        root.store.remove(item.model_copy(update={"location": str(place.parent)}))
+        root.store.remove(items[0].model_copy(update={"location": str(place.parent)}))
