@@ -3,6 +3,8 @@
 import dagster as dg
 from pydantic import Field
 
+from housing_assets.gate import require_checks_passed
+from resources.evidence import EvidenceStore
 from resources.model_registry.base import (
     ApprovalStatus,
     GateNotPassed,
@@ -22,10 +24,16 @@ class DecisionConfig(dg.Config):
 
 
 def _decide(
-    context: dg.OpExecutionContext, config: DecisionConfig, registry: ModelRegistry, status: ApprovalStatus
+    context: dg.OpExecutionContext,
+    config: DecisionConfig,
+    registry: ModelRegistry,
+    status: ApprovalStatus,
+    evidence: EvidenceStore | None = None,
 ) -> None:
     try:
         group = config.model_group or registry.default_group
+        if evidence is not None:
+            require_checks_passed(context, evidence, "endpoint", registry.get(group, config.version))
         version = registry.set_status(group, config.version, status, who=config.who, why=config.why)
     except (ModelVersionNotFound, GateNotPassed, ValueError) as error:
         raise dg.Failure(str(error), allow_retries=False) from error
@@ -47,9 +55,11 @@ def _decide(
 
 
 @dg.op
-def approve(context: dg.OpExecutionContext, config: DecisionConfig, model_registry: ModelRegistry) -> None:
-    """Approve a version whose evaluation passed the gate."""
-    _decide(context, config, model_registry, "Approved")
+def approve(
+    context: dg.OpExecutionContext, config: DecisionConfig, model_registry: ModelRegistry, evidence: EvidenceStore
+) -> None:
+    """Approve a version whose evaluation passed the gate, made from data that passed their checks."""
+    _decide(context, config, model_registry, "Approved", evidence)
 
 
 @dg.op

@@ -22,6 +22,7 @@ from housing_assets.config import check_run_config
 from housing_assets.config_fields import suggestion, unknown_fields
 from resources.compute.local_ray import LocalRay
 from resources.endpoints.local import LocalDataCapture, LocalEndpointHost
+from resources.evidence import EvidenceStore
 from resources.experiments import ExperimentTracker, MlflowTracking, NoTracking
 from resources.feature_store.local import LocalFeatureStore
 from resources.io_manager import ReferenceIOManager
@@ -227,6 +228,7 @@ def _common(settings: Settings, root: str) -> dict[str, Any]:
         "notifier": _notifier(settings),
         "experiments": _experiments(settings),
         "io_manager": CheckedReferenceIOManager(root=storage.join(root, "references")),
+        "evidence": EvidenceStore(root=storage.join(root, "evidence")),
         "source_location": SourceLocation(
             landing=automation.landing,
             settle_seconds=automation.settle_seconds,

@@ -17,6 +17,7 @@ from pydantic import Field, JsonValue
 from housing_assets.deployments import load_resources
 from resources.compute.base import table
 from resources.endpoints.base import EndpointHost, EndpointStatus
+from resources.evidence import Judged
 from resources.model_registry.base import ModelRegistry, ModelVersion
 from resources.references import EvaluationRef, ModelRef, SplitRef
 from step_scripts.code_version import step_version
@@ -26,8 +27,10 @@ FILES_SHOWN = 100
 _DIGEST_SHOWN = 12
 
 
-def lineage_facts(run_id: str, train: SplitRef, model: ModelRef, evaluation: EvaluationRef) -> dict[str, JsonValue]:
-    """What the registry keeps with a version."""
+def lineage_facts(
+    run_id: str, train: SplitRef, model: ModelRef, evaluation: EvaluationRef, judged: Sequence[Judged] = ()
+) -> dict[str, JsonValue]:
+    """What the registry keeps with a version. `judged`: what blocking checks have judged, see `housing_assets.gate`."""
     snapshot = train.snapshot
     facts: dict[str, JsonValue] = {
         "run_id": run_id,
@@ -52,6 +55,7 @@ def lineage_facts(run_id: str, train: SplitRef, model: ModelRef, evaluation: Eva
         },
         "parameters": dict(model.parameters),
         "versions": dict(model.versions),
+        "judged": [one.model_dump(mode="json") for one in judged],
     }
     if snapshot is not None:
         facts["feature_group"] = snapshot.model_dump(mode="json", exclude={"datasets", "run_id"})

@@ -1,4 +1,5 @@
-"""Pruning: results of steps, model versions and captured requests that nobody needs any more, and old runs of Dagster.
+"""Pruning: results of steps with the evidence of their checks, model versions and captured requests that nobody needs
+any more, and old runs of Dagster.
 
 What assets refer to, what is younger than the limit, and versions that are served or compared with stay.
 """
@@ -21,6 +22,7 @@ from housing_assets.teardown import BUSY, asset_keys, expected_errors
 from housing_assets.watching import watch_endpoint
 from resources.compute.base import table
 from resources.endpoints.captured_files import CapturedFile, surplus
+from resources.evidence import EvidenceStore
 from resources.inventory import RESULT_FILE, OwnedItem
 from resources.model_registry.base import ModelVersion
 from step_scripts import storage
@@ -33,6 +35,7 @@ _FIGURES = {
     "model version": "model_versions",
     "captured requests": "captured_folders",
     "rest": "rests",
+    "evidence": "evidence",
     "run": "runs",
 }
 _SETTINGS = load_automation()
@@ -116,6 +119,44 @@ def unused(results: list[StoredResult], referenced: set[str], before: datetime) 
     ]
 
 
+def mentioned(resources: Any) -> set[str]:
+    """All texts in references and registered versions, and the datasets of feature groups: digests among them."""
+
+    def texts(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            yield from (text for item in value.values() for text in texts(item))
+        elif isinstance(value, list):
+            yield from (text for item in value for text in texts(item))
+
+    found = {
+        text
+        for file in storage.list_files(resources.io_manager.root)
+        if file.endswith(".json")
+        for text in texts(json.loads(storage.read_bytes(file)))
+    }
+    registry, store = resources.model_registry, resources.feature_store
+    for group in {item.name for item in registry.inventory() if item.kind == "model_package_group"}:
+        for version in registry.list(group):
+            found |= {version.artifact.digest, version.gate.evaluation_digest, *texts(dict(version.lineage))}
+    for item in store.inventory():
+        # As of now: with the datasets before the last one that replaced all others.
+        snapshot = store.offline(item.name, as_of=datetime.now(UTC))
+        found |= {dataset.digest for dataset in store.read_by(snapshot).datasets}
+    return found
+
+
+def unneeded_evidence(evidence: EvidenceStore, known: set[str], before: datetime) -> list[tuple[str, str]]:
+    """URI and check of old evidence, where nothing mentions any digest that was judged."""
+    names = ("group", "endpoint")  # no digests: what is named so may hold other content now
+    return [
+        (uri, f"of check {found.check}" if found else "damaged")
+        for uri, at, found in evidence.stored()
+        if at < before and not (found and any(v in known for k, v in found.judged.inputs.items() if k not in names))
+    ]
+
+
 @dataclass(frozen=True)
 class Removal:
     """Something to remove, and how."""
@@ -127,7 +168,7 @@ class Removal:
     bytes: int = 0
 
 
-@dg.op(required_resource_keys={"compute", "io_manager", "feature_store", "model_registry", "endpoint_host"})
+@dg.op(required_resource_keys={"compute", "io_manager", "model_registry", "endpoint_host", "feature_store", "evidence"})
 def prune_old(context: dg.OpExecutionContext, config: PruneConfig) -> None:
     """List, and unless it is a dry run remove, what is old and unused; one failure does not keep the rest."""
     now = datetime.now(UTC)
@@ -152,6 +193,10 @@ def prune_old(context: dg.OpExecutionContext, config: PruneConfig) -> None:
     found = [_of_version(version, partial(resources.model_registry.remove, item)) for version, item in versions.surplus]
     results = stored_results(resources.compute.artifact_root)
     found += [_of_result(r) for r in unused(results, referenced, now - timedelta(days=config.results_days))]
+    with _noted("evidence", problems):
+        old = now - timedelta(days=config.results_days)
+        for uri, what in unneeded_evidence(resources.evidence, mentioned(resources), old) if not running else ():
+            found.append(Removal("evidence", uri, what, partial(resources.evidence.remove_file, uri)))
     with _noted("captured requests", problems):
         captured = resources.endpoint_host.captured_files()
         chosen = surplus(captured, now - timedelta(days=config.capture_days), config.capture_megabytes * 1e6)

@@ -1,8 +1,8 @@
 """Removing everything that the deployment has created: in its own environment, and nothing that merely looks like it.
 
 What is removed: endpoints with their configurations and models, model packages and groups, feature groups, running
-jobs, results of steps, references, generated data. What stays: source files and the landing place, logs in
-CloudWatch, Dagster's history, records in MLflow.
+jobs, results of steps, references, evidence of checks, generated data. What stays: source files and the landing place,
+logs in CloudWatch, Dagster's history, records in MLflow.
 """
 
 import json
@@ -20,7 +20,7 @@ from resources.inventory import KINDS, ItemKind, OwnedItem, files_at, remove_emp
 from step_scripts import storage
 from step_scripts.contract import StepError
 
-RESOURCES = ("endpoint_host", "model_registry", "compute", "feature_store")
+RESOURCES = ("endpoint_host", "model_registry", "compute", "feature_store", "evidence")
 _SAMPLE = re.compile(r"house_sales_\d+\.csv")
 _WILDCARD = re.compile(r"[*?\[]")
 BUSY = [

@@ -6,6 +6,7 @@ from datetime import datetime
 
 from pydantic import BaseModel, ConfigDict
 
+from resources.evidence import Judged
 from step_scripts.contract import Artifact
 from step_scripts.table import TableSpec
 
@@ -68,13 +69,20 @@ class SourceRef(MadeReference):
 
 
 class SplitRef(MadeReference):
-    """One split. Only the training split carries the statistics that were fitted on it."""
+    """One split. Only the training split carries the statistics that were fitted on it.
 
+    `splits`: digests of all three that were made together, by name. `judged`: what they stand on, as in the references
+    below; blocking checks have judged it.
+    """
+
+    name: str = ""
     rows: Artifact
     fraction: float
     configured_fraction: float
     statistics: Artifact | None = None
     snapshot: SnapshotRef | None = None
+    splits: dict[str, str] = {}
+    judged: tuple[Judged, ...] = ()
 
 
 class ModelRef(MadeReference):
@@ -88,6 +96,7 @@ class ModelRef(MadeReference):
     made_at: datetime | None = None
     validation_digest: str | None = None
     versions: dict[str, str] = {}
+    judged: tuple[Judged, ...] = ()
 
 
 class EvaluationRef(Reference):
@@ -100,3 +109,4 @@ class EvaluationRef(Reference):
     rmse_threshold: float
     run_id: str | None = None
     code_version: str | None = None
+    judged: tuple[Judged, ...] = ()

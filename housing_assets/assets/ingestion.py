@@ -10,9 +10,11 @@ import dagster as dg
 from housing_assets.config import FeatureGroupConfig, RawCsvConfig, settings_of
 from housing_assets.deployments import SourceLocation, load_automation
 from housing_assets.executor import RAY_POOL
+from housing_assets.gate import require_checks_passed
 from housing_assets.landing import files_of_days
 from housing_assets.metadata import artifact_metadata, column_schema, run_metadata
 from resources.compute.base import ComputeBackend, as_metadata
+from resources.evidence import EvidenceStore
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
 from resources.references import DataFile, DatasetRef, SourceRef
 from resources.sources import find_source_files
@@ -123,6 +125,7 @@ def feature_group(
     raw_csv: SourceRef,
     compute: ComputeBackend,
     feature_store: FeatureStore,
+    evidence: EvidenceStore,
 ) -> dg.MaterializeResult[OfflineSnapshot]:
     """The feature store's records of the source: every version of every record, each with its event time.
 
@@ -131,6 +134,7 @@ def feature_group(
     """
     from housing_assets.schema import HOUSING_TABLE
 
+    require_checks_passed(context, evidence, "feature_group", raw_csv)
     name = config.feature_group_name or (
         default_group_name(HOUSING_TABLE.name, raw_csv.source) + feature_store.name_suffix
     )
@@ -162,7 +166,8 @@ def feature_group(
             code_version=raw_csv.code_version,
         ),
     )
-    snapshot = feature_store.offline(name).model_copy(update={"run_id": context.run.run_id})
+    made = {"run_id": context.run.run_id, "dataset": raw_csv.rows.digest}
+    snapshot = feature_store.offline(name).model_copy(update=made)
     metadata |= artifact_metadata(snapshot.artifact) | {"commit": snapshot.commit, "rows_live": snapshot.artifact.rows}
     metadata["dagster/column_schema"] = column_schema(HOUSING_TABLE)
     return dg.MaterializeResult(

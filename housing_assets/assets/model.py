@@ -6,10 +6,11 @@ import dagster as dg
 
 from housing_assets.config import SLICES, EvaluationConfig, RegistrationConfig, TunedModelConfig
 from housing_assets.executor import RAY_POOL
-from housing_assets.gate import require_gate_passed
+from housing_assets.gate import require_checks_passed, require_gate_passed
 from housing_assets.lineage import lineage_facts
 from housing_assets.metadata import artifact_metadata, plot_metadata, run_costs, run_metadata
 from resources.compute.base import ComputeBackend, as_metadata
+from resources.evidence import EvidenceStore
 from resources.experiments import ExperimentTracker, TrackedSearch
 from resources.model_registry.base import ModelRegistry, ModelVersion, champion_of
 from resources.references import EvaluationRef, ModelRef, SplitRef
@@ -26,6 +27,7 @@ def tuned_model(
     validation_split: SplitRef,
     compute: ComputeBackend,
     experiments: ExperimentTracker,
+    evidence: EvidenceStore,
 ) -> dg.MaterializeResult[ModelRef]:
     """The best XGBoost model of a hyperparameter search, with all that is needed to predict from raw features.
 
@@ -35,6 +37,7 @@ def tuned_model(
     from housing_assets.plots import importance_plot, learning_curve_plot, load_matplotlib, trials_plot
     from housing_assets.schema import HOUSING_TABLE
 
+    passed = require_checks_passed(context, evidence, "tuned_model", train_split, validation_split)
     assert train_split.statistics is not None
     result = compute.run(
         context,
@@ -68,6 +71,7 @@ def tuned_model(
         made_at=result.created_at,
         validation_digest=validation_split.rows.digest,
         versions=result.versions,
+        judged=passed.judged,
     )
     plots = {
         "learning_curve": lambda: learning_curve_plot(details["learning_curve"], HOUSING_TABLE),
@@ -95,6 +99,7 @@ def evaluation_report(
     test_split: SplitRef,
     compute: ComputeBackend,
     model_registry: ModelRegistry,
+    evidence: EvidenceStore,
 ) -> dg.MaterializeResult[EvaluationRef]:
     """How good the model is on records it never saw: errors, slices, and the comparison with simple baselines.
 
@@ -104,6 +109,7 @@ def evaluation_report(
     from housing_assets.plots import prediction_plot, residual_plot
     from housing_assets.schema import HOUSING_TABLE
 
+    passed = require_checks_passed(context, evidence, "evaluation_report", tuned_model, train_split, test_split)
     approved = model_registry.list(config.model_group or model_registry.default_group, "Approved")
     champion = champion_of(approved, tuned_model.model.digest)
     inputs: dict[str, Artifact] = {
@@ -124,6 +130,7 @@ def evaluation_report(
         rmse_threshold=config.rmse_threshold,
         run_id=result.run_id or context.run.run_id,
         code_version=result.code_version,
+        judged=passed.judged,
     )
     details = dict(result.details)
     predictions = details.pop("predictions")
@@ -152,26 +159,28 @@ def registered_model(
     evaluation_report: EvaluationRef,
     train_split: SplitRef,
     model_registry: ModelRegistry,
+    evidence: EvidenceStore,
 ) -> dg.MaterializeResult[ModelVersion]:
     """A version of the model in the registry, with its metrics, its lineage and its approval status.
 
-    Only a model whose evaluation passed the gate is registered, whoever asks and whenever. Read by `endpoint`.
+    Only a model whose evaluation passed the gate, made from data that passed their checks, is registered, whoever asks
+    and whenever. Read by `endpoint`.
     """
-    evidence = require_gate_passed(context, tuned_model, evaluation_report)
+    gate, judged = require_gate_passed(context, evidence, tuned_model, evaluation_report, train_split)
     version = model_registry.register(
         config.model_group or model_registry.default_group,
         tuned_model.model,
         metrics=evaluation_report.metrics,
-        gate=evidence,
-        lineage=lineage_facts(context.run.run_id, train_split, tuned_model, evaluation_report),
+        gate=gate,
+        lineage=lineage_facts(context.run.run_id, train_split, tuned_model, evaluation_report, judged),
         status="Approved" if config.approval == "automatic" else "PendingManualApproval",
     )
     metadata = {
         "model_version": version.reference,
         "version": version.version,
         "approval_status": version.status,
-        "rmse": evidence.value,
-        "rmse_threshold": evidence.threshold,
+        "rmse": gate.value,
+        "rmse_threshold": gate.threshold,
         "lineage": dg.MetadataValue.json(version.lineage),
         **artifact_metadata(version.artifact),
         **run_costs(context.instance, context.run.run_id),

@@ -3,12 +3,13 @@
 import dagster as dg
 
 from housing_assets.config import EndpointConfig
-from housing_assets.gate import refusal, require_not_failed_since
+from housing_assets.gate import refusal, require_checks_passed
 from housing_assets.lineage import lineage_rows
 from housing_assets.metadata import run_costs
 from housing_assets.timeline import run_timeline
 from resources.compute.base import table
 from resources.endpoints.base import EndpointDeploymentFailed, EndpointHost, EndpointStatus, VersionNotApproved
+from resources.evidence import EvidenceStore
 from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound
 from resources.references import SplitRef
 from step_scripts.code_version import step_version
@@ -22,6 +23,7 @@ def endpoint(
     test_split: SplitRef,
     model_registry: ModelRegistry,
     endpoint_host: EndpointHost,
+    evidence: EvidenceStore,
 ) -> dg.MaterializeResult[EndpointStatus]:
     """The endpoint that serves the approved version: raw features in, prices out, over HTTP.
 
@@ -36,7 +38,7 @@ def endpoint(
         raise refusal(
             f"{version.reference} has no passed evaluation", "materialize evaluation_report and registered_model"
         )
-    require_not_failed_since(context.instance, version.artifact.digest)
+    require_checks_passed(context, evidence, "endpoint", version)
     smoke_test = smoke_test_from(version.artifact, test_split.rows, config.smoke_test_rows)
     try:
         status = endpoint_host.deploy(name, version, smoke_test, context.log)

@@ -7,8 +7,10 @@ import dagster as dg
 
 from housing_assets.config import SplitsConfig, settings_of
 from housing_assets.executor import RAY_POOL
+from housing_assets.gate import require_checks_passed
 from housing_assets.metadata import artifact_metadata, column_schema, run_metadata
 from resources.compute.base import ComputeBackend, as_metadata
+from resources.evidence import EvidenceStore
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
 from resources.references import SplitRef
 from step_scripts.code_version import step_version
@@ -42,6 +44,7 @@ def splits(
     feature_group: OfflineSnapshot,
     compute: ComputeBackend,
     feature_store: FeatureStore,
+    evidence: EvidenceStore,
 ) -> Iterator[dg.MaterializeResult]:
     """Assign every record of the feature group to train, validation or test, by a hash of its id."""
     from housing_assets.schema import HOUSING_TABLE
@@ -55,6 +58,8 @@ def splits(
                 f"splits.as_of = {config.as_of!r} is not a date or time in ISO 8601", allow_retries=False
             ) from error
         snapshot = feature_store.offline(feature_group.group, as_of=as_of)
+    read = feature_store.read_by(snapshot.model_copy(update={"run_id": feature_group.run_id}))
+    passed = require_checks_passed(context, evidence, "train_split", feature_group, read)
     params = PrepareSplitsParams(
         **settings_of(config, PrepareSplitsSettings),
         table=HOUSING_TABLE,
@@ -62,16 +67,18 @@ def splits(
         as_of=snapshot.as_of.isoformat() if snapshot.as_of else None,
     )
     result = compute.run(context, "prepare_splits", params, {"features": snapshot.artifact})
-    read = feature_store.read_by(snapshot.model_copy(update={"run_id": feature_group.run_id}))
     total = sum(result.outputs[split].rows or 0 for split in SPLITS)
     for split in SPLITS:
         rows = result.outputs[split]
         value = SplitRef(
+            name=split,
             rows=rows,
             fraction=(rows.rows or 0) / total,
             configured_fraction=getattr(config, f"{split}_size"),
             statistics=result.outputs["statistics"] if split == "train" else None,
             snapshot=read if split == "train" else None,
+            splits={name: result.outputs[name].digest for name in SPLITS},
+            judged=passed.judged,
             run_id=result.run_id or context.run.run_id,
             code_version=result.code_version,
         )

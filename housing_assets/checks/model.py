@@ -2,11 +2,20 @@
 
 import dagster as dg
 
-from housing_assets.gate import GATE_CHECK
+from housing_assets.checks.blocking import blocking_check
+from housing_assets.gate import GATE_CHECK, judged_evaluation
 from resources.references import EvaluationRef
 
 
-@dg.asset_check(asset="evaluation_report", name=GATE_CHECK, blocking=True)
+@blocking_check(
+    asset="evaluation_report",
+    name=GATE_CHECK,
+    judged=lambda given, _: judged_evaluation(
+        given["evaluation_report"].model_digest,
+        given["evaluation_report"].report.digest,
+        given["evaluation_report"].rmse_threshold,
+    ),
+)
 def rmse_threshold(evaluation_report: EvaluationRef) -> dg.AssetCheckResult:
     """The quality gate: RMSE on the test split is at most the threshold. Without it nothing is registered or served."""
     rmse, threshold = evaluation_report.metrics["rmse"], evaluation_report.rmse_threshold
@@ -17,7 +26,6 @@ def rmse_threshold(evaluation_report: EvaluationRef) -> dg.AssetCheckResult:
         metadata={
             "rmse": rmse,
             "threshold": threshold,
-            # What the assets behind the gate compare with what they are given.
             "model_digest": evaluation_report.model_digest,
             "evaluation_digest": evaluation_report.report.digest,
         },

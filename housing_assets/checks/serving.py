@@ -2,12 +2,16 @@
 
 import statistics
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import dagster as dg
 
 from housing_assets import watching
 from housing_assets.alerts import tell_if_worse
+from housing_assets.checks.blocking import blocking_check
 from resources.endpoints.base import PROBE_ID, EndpointHost, EndpointStatus
+from resources.evidence import Judged
 from resources.model_registry.base import ModelRegistry
 from resources.notifier import Notifier
 from resources.references import SplitRef
@@ -15,10 +19,25 @@ from resources.references import SplitRef
 ROWS = 100
 
 
-@dg.asset_check(
+def _looked_at(_: Mapping[str, Any], result: dg.AssetCheckResult) -> Judged:
+    """The endpoint and the version that it served; nothing stands behind it."""
+    facts = result.metadata or {}
+    name, version = (getattr(facts.get(key), "value", "none") for key in ("endpoint_name", "model_version"))
+    return Judged(asset="endpoint", subject=str(name), inputs={"endpoint": str(name), "version": str(version)})
+
+
+@blocking_check(
     asset="endpoint",
+    judged=lambda given, _: Judged(
+        asset="endpoint",
+        subject=given["endpoint"].name,
+        inputs={
+            "endpoint": given["endpoint"].name,
+            "model": given["endpoint"].model_digest,
+            "test": given["test_split"].rows.digest,
+        },
+    ),
     additional_ins={"test_split": dg.AssetIn("test_split")},
-    blocking=True,
 )
 def serves_offline_predictions(
     endpoint: EndpointStatus, test_split: SplitRef, endpoint_host: EndpointHost, model_registry: ModelRegistry
@@ -50,7 +69,7 @@ def serves_offline_predictions(
     )
 
 
-@dg.asset_check(asset="endpoint", name=watching.HEALTH_CHECK, blocking=True)
+@blocking_check(asset="endpoint", name=watching.HEALTH_CHECK, judged=_looked_at)
 def endpoint_health(
     context: dg.AssetCheckExecutionContext,
     endpoint_host: EndpointHost,

@@ -1,10 +1,14 @@
 """Checks of the splits."""
 
 import math
+from collections.abc import Mapping
 
 import dagster as dg
 
+from housing_assets.checks.blocking import blocking_check
+from housing_assets.gate import judged_splits
 from housing_assets.stability import stability_result
+from resources.evidence import Judged
 from resources.model_registry.base import ModelRegistry
 from resources.references import SplitRef
 
@@ -15,7 +19,11 @@ STANDARD_DEVIATIONS = 4.0
 _SPLITS = {f"{name}_split": dg.AssetIn(f"{name}_split") for name in ("validation", "test")}
 
 
-@dg.asset_check(asset="train_split", additional_ins=_SPLITS, blocking=True)
+def _judged(given: Mapping[str, SplitRef], _: dg.AssetCheckResult) -> Judged:
+    return judged_splits({name: given[f"{name}_split"].rows.digest for name in ("train", "validation", "test")})
+
+
+@blocking_check(asset="train_split", judged=_judged, additional_ins=_SPLITS)
 def no_leakage(train_split: SplitRef, validation_split: SplitRef, test_split: SplitRef) -> dg.AssetCheckResult:
     """No record is in two splits."""
     import polars as pl
@@ -42,7 +50,7 @@ def no_leakage(train_split: SplitRef, validation_split: SplitRef, test_split: Sp
     )
 
 
-@dg.asset_check(asset="train_split", additional_ins=_SPLITS, blocking=True)
+@blocking_check(asset="train_split", judged=_judged, additional_ins=_SPLITS)
 def split_fractions(train_split: SplitRef, validation_split: SplitRef, test_split: SplitRef) -> dg.AssetCheckResult:
     """The splits have the configured sizes, within what hashing leaves to chance."""
     splits = {"train": train_split, "validation": validation_split, "test": test_split}

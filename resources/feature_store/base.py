@@ -34,6 +34,7 @@ class OfflineSnapshot(Reference):
     as_of: datetime | None = None
     commit: int = Field(description="Number of the group's latest commit.")
     run_id: str | None = Field(default=None, description="The run that ingested last.")
+    dataset: str | None = Field(default=None, description="Digest of the rows that it ingested.")
 
     @classmethod
     def of(cls, group: str, snapshot: Snapshot) -> OfflineSnapshot:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
@@ -89,10 +90,16 @@ def test_a_failed_gate_blocks_its_run_and_all_later_ones(materialized: Platform)
 
     alone = materialized.materialize("registered_model")
     assert alone.returncode != 0
-    assert re.search(r"refused by the quality gate: model \w+ has RMSE [\d,.]+, the threshold is 1\.0", alone.stdout)
+    reason = r"refused by the quality gate: %s does not start: check rmse_threshold of evaluation_report failed for "
+    figures = r"model \w+, evaluation \w+, threshold 1: RMSE [\d,.]+, threshold 1\.0 \(run "
+    assert re.search(reason % "registered_model" + figures, alone.stdout), alone.stdout
     served = materialized.materialize("endpoint")
     assert served.returncode != 0
-    assert "refused by the quality gate" in served.stdout
+    assert re.search(reason % "endpoint" + figures, served.stdout), served.stdout
+    job = ("-m", "dagster", "job", "execute", "-m", "housing_assets.definitions", "-j", "deploy_endpoint")
+    elsewhere = replace(materialized, environment={"DAGSTER_HOME": ""}).run(*job)
+    assert elsewhere.returncode != 0, "an event log that knows nothing opens nothing"
+    assert re.search(reason % "endpoint" + figures, elsewhere.stdout), elsewhere.stdout
     assert materialized.materializations("registered_model") == registered
 
     evaluated = materialized.materialize("evaluation_report", {"evaluation_report": {"rmse_threshold": 1e6}})

@@ -23,6 +23,7 @@ from step_scripts import storage
 from tests.sagemaker_emulator.testing import ROLE, Aws
 from tests.serving_models import gate, house_rows, small_model
 from tests.split_files import write_split
+from tests.vouching import LINEAGE, vouch_for
 
 if TYPE_CHECKING:
     from tests.sagemaker_emulator import SageMakerEmulator
@@ -44,7 +45,7 @@ class CodeLocation:
     def register(self, folder: Path, factor: float) -> ModelVersion:
         """A version that waits for a decision."""
         return self.resources["model_registry"].register(
-            self.group, small_model(folder, factor=factor), metrics={"rmse": 1.0}, gate=gate(), lineage={}
+            self.group, small_model(folder, factor=factor), metrics={"rmse": 1.0}, gate=gate(), lineage=LINEAGE
         )
 
     def decide_in_the_console(self, version: int, status: str) -> None:
@@ -148,6 +149,10 @@ def test_a_version_approved_in_the_console_is_deployed_once(
         uri = storage.join(location.resources["io_manager"].root, f"{asset}.json")
         storage.write_bytes(uri, reference.model_dump_json().encode())
     job = location.definitions.get_job_def("deploy_endpoint")
+    refused = job.execute_in_process(request.run_config, instance, tags=request.tags, raise_on_error=False)
+    assert not refused.success, "no check vouches for it"
+    assert location.endpoint_serves() is None
+    vouch_for(location.resources["evidence"], versions[0])
     assert job.execute_in_process(request.run_config, instance, tags=request.tags).success
     assert location.endpoint_serves() == f"{location.group}/1"
     served = location.look("approved_models", instance, None)

@@ -23,8 +23,12 @@ from housing_assets.sweeper import sweep
 from housing_assets.teardown import teardown
 from resources.endpoints.captured_files import CapturedFile, remove_captured, surplus
 from resources.endpoints.local import LocalEndpointHost
+from resources.evidence import Evidence, EvidenceStore, Judged
+from resources.feature_store.local import LocalFeatureStore
 from resources.inventory import NotOwned
 from resources.model_registry.local import LocalModelRegistry
+from step_scripts.offline_store import OfflineStore
+from tests.feature_rows import TABLE, ingest_rows, row, write_rows
 from tests.pruning_contract import PruningContract, launch_prune, names, register
 from tests.registry_contract import artifact
 
@@ -68,6 +72,34 @@ def test_old_results_that_nothing_refers_to_are_removed(tmp_path: Path, dry_run:
     assert foreign.exists()
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_old_evidence_goes_with_the_last_that_mentions_what_it_judged(
+    tmp_path: Path, instance: dg.DagsterInstance, dry_run: bool
+) -> None:
+    resources = load_resources({"HOUSING_ROOT": str(tmp_path)})
+    store: EvidenceStore = resources["evidence"]
+    LocalFeatureStore(root=resources["feature_store"].root).ensure_group("sales", TABLE)
+    ingest_rows(OfflineStore(resources["feature_store"].root), write_rows(tmp_path / "rows", [row(1)]), mirror=True)
+    [ingested] = resources["feature_store"].read_by(resources["feature_store"].offline("sales")).datasets
+    version = register(resources["model_registry"], "housing", artifact(tmp_path / "model"), "Approved")
+    references = tmp_path / "references"
+    references.mkdir()
+    (references / "train_split.json").write_text(json.dumps({"rows": {"digest": "referenced"}}))
+    kept = {"referenced", ingested.digest, version.artifact.digest, "young"}
+    for digest in (*kept, "gone"):
+        at = datetime.now(UTC) - timedelta(days=0 if digest == "young" else 100)
+        judged = Judged(asset="raw_csv", subject=digest, inputs={"raw_csv": digest, "group": "referenced"})
+        store.record(Evidence(check="schema", judged=judged, passed=True, severity="ERROR", run_id="r", at=at))
+    damaged = Path(next(uri for uri, _, found in store.stored() if found and found.judged.subject == "gone"))
+    damaged = damaged.with_name(f"0123456789abcdef{damaged.name[16:]}")
+    damaged.write_text("{")
+    config = {"ops": {"prune_old": {"config": {"dry_run": dry_run}}}}
+    done = prune.execute_in_process(run_config=config, resources=resources, instance=instance)
+    assert done.success
+    left = {found.judged.subject if found else "damaged" for _, _, found in store.stored()}
+    assert left == (kept | {"gone", "damaged"} if dry_run else kept)
+
+
 def origin_in(location: str) -> RemoteJobOrigin:
     """Of a run that the UI has launched."""
     code = RegisteredCodeLocationOrigin(location)
@@ -100,7 +132,7 @@ def test_old_runs_go_but_those_of_the_latest_materializations_and_of_others(tmp_
 
         def pruned(location: str) -> set[str]:
             run = instance.create_run_for_job(prune, remote_job_origin=origin_in(location))
-            return {*_old_runs(instance, datetime.now(UTC), run), run.run_id} - {run.run_id}
+            return set(_old_runs(instance, datetime.now(UTC), run))
 
         assert launched(sweep, "elsewhere") not in pruned("housing_assets")
         config = {"ops": {"prune_old": {"config": {"dry_run": False, "runs_days": 0}}}}

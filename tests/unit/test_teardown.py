@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from housing_assets.deployments import load_resources
+from housing_assets.gate import judged_source
 from housing_assets.retention import prune
 from housing_assets.sweeper import Told, abandoned, sweep, untold
 from housing_assets.teardown import teardown
@@ -30,6 +31,7 @@ from step_scripts.offline_store import OfflineStore
 from tests.feature_rows import TABLE, ingest_rows, row, write_rows
 from tests.job_outcome import outcome
 from tests.serving_models import registered, small_model, smoke_test
+from tests.vouching import record
 
 ROOT = Path(__file__).parents[2]
 LOG = logging.getLogger("test")
@@ -38,6 +40,8 @@ FOREIGN = (
     "data/artifacts/tune_model/mine/notes.txt",
     "data/references/mine.json",
     "data/references/endpoint.json.bak",
+    "data/evidence/notes.txt",
+    "data/evidence/raw_csv/schema/rows/mine.json",
     "data/sample/house_sales_mine.csv",
     "data/feature_store/house_sales-similar/rows.parquet",
     "data/model_registry/housing-similar/versions/notes.txt",
@@ -86,6 +90,7 @@ def deployment(tmp_path: Path) -> Iterator[Path]:
         file = tmp_path / "data" / "references" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("{}")
+    record(resources["evidence"], judged_source("rows"), "schema")
     assert resources["source_location"].resolve().endswith("house_sales_10000.csv")
     store: LocalFeatureStore = resources["feature_store"]
     store.ensure_group("house_sales-1", TABLE)
@@ -130,6 +135,7 @@ def test_everything_goes_but_what_is_not_ours(deployment: Path, instance: dg.Dag
         ("files", "references of endpoint"),
         ("files", "references of raw_csv"),
         ("files", "references of raw_csv, by partition"),
+        ("files", "evidence of raw_csv/schema"),
         ("files", "house_sales_10000.csv"),
     }
     assert metadata["root"] == root

@@ -26,6 +26,7 @@ from housing_assets.deployments import load_automation
 from housing_assets.schema import HOUSING_TABLE
 from resources.endpoints.local import LocalDataCapture, LocalEndpointHost
 from resources.endpoints.server_process import start_detached, wait_until_serving
+from resources.evidence import EvidenceStore
 from resources.model_registry.base import ModelVersion
 from resources.model_registry.local import LocalModelRegistry
 from resources.notifier import Notifier
@@ -81,6 +82,7 @@ class Platform:
         """Run job `watch_endpoint`."""
         resources: Any = {
             **(defs.resources or {}),
+            "evidence": EvidenceStore(root=str(self.folder / "evidence")),
             "endpoint_host": self.host,
             "model_registry": self.registry,
             "notifier": self.notifier,

@@ -1,0 +1,133 @@
+"""Blocking checks: what all of them have in common is that every result is kept as evidence."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import dagster as dg
+from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluationTargetMaterializationData
+
+from housing_assets.gate import EVIDENCE, JUDGED, SUBJECT
+from resources.evidence import Evidence, EvidenceStore, Judged
+
+Judge = Callable[[Mapping[str, Any], dg.AssetCheckResult], Judged]
+
+
+def blocking_check(
+    *,
+    asset: str,
+    judged: Judge,
+    name: str | None = None,
+    partitions_def: dg.PartitionsDefinition | None = None,
+    **more: Any,
+) -> Callable[[Callable[..., dg.AssetCheckResult]], dg.AssetChecksDefinition]:
+    """`dagster.asset_check` with `blocking=True`, whose results are kept below the root before Dagster sees them.
+
+    `judged` says what was judged, from the arguments of the check and its result. A result that cannot be kept fails
+    the check: without evidence nothing behind it would start.
+    """
+
+    def decorate(check: Callable[..., dg.AssetCheckResult]) -> dg.AssetChecksDefinition:
+        given = inspect.signature(check)
+        key = dg.AssetCheckKey(dg.AssetKey(asset), name or check.__name__)
+
+        @functools.wraps(check)
+        def evaluate(context: dg.AssetCheckExecutionContext, **arguments: Any) -> dg.AssetCheckResult:
+            store: EvidenceStore = arguments.pop("evidence")
+            own = {"context": context} if "context" in given.parameters else {}
+            result = check(**own, **arguments)
+            kept = _kept(context, store, key, judged(arguments, result), result)
+            _record_by_day(context, partitions_def, key, kept)
+            return kept
+
+        hints = inspect.get_annotations(check, eval_str=True)
+        parameters = [p.replace(annotation=hints[p.name]) for p in given.parameters.values() if p.name != "context"]
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        evaluate.__signature__ = inspect.Signature(  # pyright: ignore[reportAttributeAccessIssue]
+            [
+                inspect.Parameter("context", kind, annotation=dg.AssetCheckExecutionContext),
+                *parameters,
+                inspect.Parameter("evidence", kind, annotation=EvidenceStore),
+            ],
+            return_annotation=dg.AssetCheckResult,
+        )
+        definition = dg.asset_check(asset=asset, name=key.name, blocking=True, partitions_def=partitions_def, **more)(
+            evaluate
+        )
+        return definition
+
+    return decorate
+
+
+def _kept(
+    context: dg.AssetCheckExecutionContext,
+    store: EvidenceStore,
+    key: dg.AssetCheckKey,
+    judged: Judged,
+    result: dg.AssetCheckResult,
+) -> dg.AssetCheckResult:
+    """The result, with its evidence written and named in its metadata."""
+    metadata = dict(result.metadata or {})
+    uri = store.record(
+        Evidence(
+            check=key.name,
+            judged=judged,
+            passed=result.passed,
+            severity=result.severity.value,
+            description=result.description or "",
+            figures=_figures(metadata),
+            run_id=context.run.run_id,
+            at=datetime.now(UTC),
+        )
+    )
+    return dg.AssetCheckResult(
+        passed=result.passed,
+        severity=result.severity,
+        description=result.description,
+        metadata={**metadata, JUDGED: judged.digest, SUBJECT: judged.subject, EVIDENCE: uri},
+    )
+
+
+def _figures(metadata: Mapping[str, Any]) -> dict[str, str | int | float | bool | None]:
+    values = {name: value.value if isinstance(value, dg.MetadataValue) else value for name, value in metadata.items()}
+    return {name: value for name, value in values.items() if isinstance(value, str | int | float | bool)}
+
+
+def _record_by_day(
+    context: dg.AssetCheckExecutionContext,
+    partitions: dg.PartitionsDefinition | None,
+    key: dg.AssetCheckKey,
+    result: dg.AssetCheckResult,
+) -> None:
+    """Record the result of a run over several days for each of them.
+
+    Dagster 1.13 records it without a day, and whoever waits for checked days (`keep_up_to_date`) would wait for ever.
+    """
+    if partitions is None:
+        return
+    run = context.op_execution_context
+    if run.has_partition_key or not run.has_partition_key_range:
+        return
+    days = partitions.get_partition_keys_in_range(run.partition_key_range)  # pyright: ignore[reportAttributeAccessIssue]
+    made = dg.AssetRecordsFilter(key.asset_key, asset_partitions=days)
+    for record in context.instance.fetch_materializations(made, limit=len(days)).records:
+        target = AssetCheckEvaluationTargetMaterializationData(
+            storage_id=record.storage_id, run_id=record.run_id, timestamp=record.timestamp
+        )
+        context.instance.report_runless_asset_event(
+            dg.AssetCheckEvaluation(
+                asset_key=key.asset_key,
+                check_name=key.name,
+                passed=result.passed,
+                metadata=result.metadata,
+                description=result.description,
+                severity=result.severity,
+                blocking=True,
+                partition=record.partition_key,
+                target_materialization_data=target,
+            )
+        )
