@@ -97,6 +97,8 @@ def _validate(task: ChunkTask) -> ChunkReport:
     data, start = read_chunk(chunk, params.max_line_bytes)
     if has_odd_quotes(data):
         return ChunkReport(index=chunk.index, odd_quotes=True)
+    if not data:  # no line begins in the piece
+        return ChunkReport(index=chunk.index, start=start, end=start)
     end, lines_total, counted = start + len(data), count_lines(data), count_records(data, params.delimiter)
     records, parsed = _parse(data, chunk, params)
     del data
@@ -142,7 +144,7 @@ def _parse(data: bytes, chunk: Chunk, params: ValidateSourceParams) -> tuple[Rec
     }
     split = partial(split_records, delimiter=params.delimiter, fields=file.fields, **limits)
     layout = (file.positions, file.fields, params.delimiter, table)
-    terminated = data if data.endswith(b"\n") or not data else data + b"\n"  # Polars is lax on a last line without
+    terminated = data if data.endswith(b"\n") else data + b"\n"  # Polars is lax on a last line without
     records = split(terminated)
     if terminated is not data and params.unterminated_last_row == "refuse":
         _check_last_line(data, params.delimiter)

@@ -137,7 +137,7 @@ def _no_rows(outcome: Outcome, records: list[tuple[int, int, Any]]) -> bool:
     return not any(values is not None for *_, values in records) and outcome.problem != ""
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), table=st.sampled_from([NUMBERS, TEXTS]), note=st.booleans(), chunk_bytes=st.integers(1, 40))
 def test_every_record_is_accepted_or_rejected(
     data: st.DataObject, table: TableSpec, note: bool, chunk_bytes: int
@@ -174,7 +174,7 @@ def records_by_reading(text: str) -> int:
     return found
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(alphabet='a1 \t,"\r\n', max_size=60))
 def test_records_and_lines_are_counted(text: str) -> None:
     even = text.count('"') % 2 == 0
@@ -190,7 +190,7 @@ def test_records_and_lines_are_counted(text: str) -> None:
         assert csv_lines.line_end(text.encode(), position, complete=True) == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     data=st.data(),
     table=st.sampled_from([NUMBERS, TEXTS]),
