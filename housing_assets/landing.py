@@ -14,10 +14,11 @@ from datetime import UTC, date, datetime
 
 from pydantic import BaseModel
 
-from resources.sources import find_source_files
+from resources.sources import ends_within_a_line, find_source_files
 from step_scripts.contract import StepError
 from step_scripts.parameters import SourceFile
 
+WITHIN_A_LINE = 10
 _DATE = re.compile(r"(?<!\d)(\d{4})-(\d{2})-(\d{2})(?!\d)|year=(\d{4})/month=(\d{1,2})/day=(\d{1,2})(?!\d)")
 
 
@@ -41,8 +42,12 @@ def day_of(file: SourceFile, landing: str) -> date:
 
 
 def ready_files(files: Iterable[SourceFile], now: float, settle_seconds: float) -> list[SourceFile]:
-    """Those that were last modified at least `settle_seconds` before `now` (seconds since 1970)."""
-    return [file for file in files if now - file.modified >= settle_seconds]
+    """Those that were last modified at least `settle_seconds` before `now` (seconds since 1970).
+
+    A file that ends within a line may be one that is still being written: it waits `WITHIN_A_LINE` times as long.
+    """
+    settled = [file for file in files if now - file.modified >= settle_seconds]
+    return [f for f in settled if now - f.modified >= WITHIN_A_LINE * settle_seconds or not ends_within_a_line(f.uri)]
 
 
 def files_of_days(

@@ -57,7 +57,8 @@ ENVIRONMENT: dict[str, dict[str, tuple[str, str]]] = {
     "Automation": {
         "HOUSING_LANDING": ("none", "Folder or s3:// prefix where new files arrive; days become partitions."),
         "HOUSING_LANDING_START": ("2025-01-01", "First day of ingestion that can be backfilled."),
-        "HOUSING_SETTLE_SECONDS": ("60", "A file is taken once it is unchanged for so long."),
+        "HOUSING_SETTLE_SECONDS": ("60", "A file is taken once it is unchanged for so long; ten times as long if "
+                                   "its last line has no line end."),
         "HOUSING_RETRAIN_CRON": ("0 3 * * 1", "When `weekly_retraining` runs."),
         "HOUSING_TIMEZONE": ("UTC", "Time zone of the schedule."),
         "HOUSING_FRESHNESS_DAYS": ("8", "A model or an endpoint older than this is stale."),

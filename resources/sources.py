@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import io
 import re
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from step_scripts.parameters import SourceFile
 if TYPE_CHECKING:
     from pyarrow import fs
 
+_TAIL_BYTES = 1024
 _WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -50,6 +52,20 @@ def find_source_files(source: str) -> tuple[SourceFile, ...]:
         raise StepError(_not_found(filesystem, source, prefix, looked))
     files = (SourceFile(uri=prefix + i.path, bytes=i.size or 0, modified=_modified(i)) for i in found)
     return tuple(sorted(files, key=lambda f: f.uri))
+
+
+def ends_within_a_line(uri: str) -> bool:
+    """Whether the last line of a file has no line end, as in one that is still being written or was cut off.
+
+    False for a file that cannot be read: whoever reads it tells why.
+    """
+    try:
+        with storage.open_input(uri) as file:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            return not file.read().rstrip(b" \t").endswith((b"\n", b"\r"))
+    except OSError:
+        return False
 
 
 def _modified(info: fs.FileInfo) -> float:

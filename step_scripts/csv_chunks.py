@@ -8,21 +8,34 @@ A file with an odd piece is cut again by `safe_cuts`, which reads it in one go.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
 from step_scripts import storage
 from step_scripts.contract import StepParams
 from step_scripts.csv_header import CsvFile, encoding_fault, long_line_fault, nul_fault
+from step_scripts.csv_lines import (
+    CACHED_BYTES,
+    NEWLINE,
+    QUOTE,
+    blank_bytes,
+    count_byte,
+    count_lines,
+    inside_quotes,
+    line_end,
+    line_ends,
+    with_newlines,
+)
+from step_scripts.csv_records import ChunkFault, RecordScan
 
 _BLOCK = 1 << 23
 _BEYOND_END = 1 << 16
-_CACHED_BYTES = 1 << 17  # looked through at once, so that what is found stays in the CPU's cache
-_NEWLINE, _QUOTE, _RETURN = 10, 34, 13
 _SHOWN_CHARACTERS = 100
 
 
@@ -35,28 +48,29 @@ class Chunk(StepParams):
     end: int
 
 
-class ChunkFault(Exception):
-    """A file that is damaged in line `line`, counted from 1 at the start of the piece."""
+class Misfit(NamedTuple):
+    """A record with another number of fields than the header: its first line, fields, text, number of lines."""
 
-    def __init__(self, line: int, problem: str) -> None:
-        super().__init__(problem)
-        self.line = line
-        self.problem = problem
+    line: int
+    fields: int
+    text: str
+    lines: int
 
 
 @dataclass(frozen=True)
 class Records:
     """Rows of a piece: `data` is CSV whose records all have the right number of fields.
 
-    `lines` holds the line of each record within the piece, from 1; None if record i stands in line i + 1. `misfits`
-    are the records left out: line, number of fields, text.
+    `lines` holds the line of each record within the piece, from 1; None if record i stands in line i + 1. `spans` holds
+    how many lines each takes; None if all take one. `misfits` are the records left out.
     """
 
     data: bytes
     count: int
     quoted: bool
     lines: np.ndarray | None = None
-    misfits: tuple[tuple[int, int, str], ...] = ()
+    spans: np.ndarray | None = None
+    misfits: tuple[Misfit, ...] = ()
 
     def subset(self, rows: np.ndarray) -> Records:
         """The records of these indices, as records of their own without lines."""
@@ -68,19 +82,12 @@ class Records:
     def _bounds(self) -> np.ndarray:
         """Where each record begins, and the end."""
         text = np.frombuffer(self.data, np.uint8)
-        starts = range(0, len(text), _CACHED_BYTES)
-        found = [np.flatnonzero(text[start : start + _CACHED_BYTES] == _NEWLINE) + start for start in starts]
+        starts = range(0, len(text), CACHED_BYTES)
+        found = [np.flatnonzero(text[start : start + CACHED_BYTES] == NEWLINE) + start for start in starts]
         ends = np.concatenate([*found, np.empty(0, np.int64)])
         if self.quoted:
-            ends = ends[~_inside_quotes(text)[ends]]
+            ends = ends[~inside_quotes(text)[ends]]
         return np.concatenate([[0], ends + 1, [len(self.data)]])
-
-
-def _inside_quotes(text: np.ndarray) -> np.ndarray:
-    """For each byte whether it stands inside a quoted field, if the text begins outside. Doubled quotes cancel out."""
-    depth = np.cumsum(text == _QUOTE, dtype=np.uint8)  # modulo 256, which keeps what is odd
-    depth &= 1
-    return depth.view(np.bool_)
 
 
 def plan_chunks(files: Sequence[CsvFile], chunk_bytes: int) -> list[Chunk]:
@@ -95,31 +102,35 @@ def plan_chunks(files: Sequence[CsvFile], chunk_bytes: int) -> list[Chunk]:
 
 
 def read_chunk(chunk: Chunk, max_line_bytes: int) -> tuple[bytes, int]:
-    """The lines of a piece, and their offset in the file. Raises `ChunkFault` for what is no text in UTF-8."""
+    """The lines of a piece, each with LF at its end, and their offset in the file.
+
+    What ends the last line may be missing. Raises `ChunkFault` for what is no text in UTF-8.
+    """
     file = chunk.file
+    if chunk.start >= chunk.end:
+        return b"", chunk.start
     begin = chunk.start if chunk.start == file.data_start else chunk.start - 1
     with storage.open_input(file.uri) as source:
         source.seek(begin)
         data = source.read(min(chunk.end + _BEYOND_END, file.bytes) - begin)
-        end = _line_end(data, chunk.end - 1 - begin)
+        end = _line_end(data, chunk.end - 1 - begin, file.bytes - begin)
         if end < 0 and begin + len(data) < file.bytes:
             data += source.read(max_line_bytes)
-            end = _line_end(data, chunk.end - 1 - begin)
+            end = _line_end(data, chunk.end - 1 - begin, file.bytes - begin)
     if chunk.end >= file.bytes or end < 0:
         end = len(data)
-    start = 0 if chunk.start == file.data_start else _line_end(data, 0)
+    start = 0 if chunk.start == file.data_start else _line_end(data, 0, file.bytes - begin)
     start = end if start < 0 else min(start, end)
-    lines = data[start:end]
-    _check_text(lines, begin + start, max_line_bytes)
+    lines = with_newlines(data[start:end])
+    _check_text(lines, begin + start)
     return lines, begin + start
 
 
-def _line_end(data: bytes, position: int) -> int:
-    """Offset after the first line end at or after `position`; -1 if there is none."""
-    return data.find(b"\n", max(position, 0)) + 1 or -1
+def _line_end(data: bytes, position: int, size: int) -> int:
+    return line_end(data, position, complete=len(data) >= size)
 
 
-def _check_text(data: bytes, offset: int, max_line_bytes: int) -> None:
+def _check_text(data: bytes, offset: int) -> None:
     if (position := data.find(b"\0")) >= 0:
         raise ChunkFault(_line_at(data, position), nul_fault(offset + position))
     if not data.isascii():
@@ -127,6 +138,88 @@ def _check_text(data: bytes, offset: int, max_line_bytes: int) -> None:
             data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ChunkFault(_line_at(data, error.start), encoding_fault(data, error.start, offset)) from error
+
+
+def _line_at(data: bytes, position: int) -> int:
+    return count_lines(data[:position]) + 1
+
+
+def has_odd_quotes(data: bytes) -> bool:
+    """Whether the piece ends inside a quoted field, if it does not begin in one."""
+    return count_byte(data, QUOTE) % 2 == 1
+
+
+def split_records(
+    data: bytes,
+    delimiter: str,
+    fields: int,
+    *,
+    max_line_bytes: int,
+    single_line: Mapping[int, str] = MappingProxyType({}),
+    exact: bool = False,
+) -> Records:
+    """The records of a piece that begins and ends outside of quotes.
+
+    `single_line`: places, from 0, and names of the fields that never span lines. Without `exact`, a piece without
+    quotes whose number of delimiters fits is taken as it is: it may still hold rows that are too long if as many are
+    too short. Raises `ChunkFault` for the first record that is damaged: a quote character out of place, a line end
+    where none may be, more than `max_line_bytes`.
+    """
+    rows = count_byte(data, NEWLINE) + (0 if data.endswith(b"\n") or not data else 1)
+    quoted = b'"' in data
+    if not quoted:
+        _check_line_lengths(data, max_line_bytes)
+        if not exact and count_byte(data, ord(delimiter)) == rows * (fields - 1):
+            return Records(data, rows, quoted=False)
+    text = np.frombuffer(data, np.uint8)
+    separators = np.flatnonzero((text == NEWLINE) | (text == ord(delimiter)))
+    within = all_ends = np.empty(0, np.int64)
+    if quoted:
+        scan = RecordScan(delimiter, max_line_bytes)
+        scan.feed(data)
+        if fault := scan.finish():
+            limits = {"max_line_bytes": max_line_bytes, "single_line": single_line}
+            split_records(data[: scan.record], delimiter, fields, **limits)  # an earlier record may be damaged too
+            raise fault
+        inside, all_ends = inside_quotes(text), line_ends(text)
+        separators, within = separators[~inside[separators]], all_ends[inside[all_ends]]
+    if not data.endswith(b"\n"):
+        separators = np.append(separators, len(data))
+    last = np.flatnonzero(np.append(text, np.uint8(NEWLINE))[separators] == NEWLINE)
+    counts = np.diff(last, prepend=-1)
+    ends = separators[last]
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lines, spans = np.arange(1, len(ends) + 1), np.ones(len(ends), np.int64)
+    if len(within):
+        _check_single_line(within, all_ends, separators, last, single_line)
+        lines = np.searchsorted(all_ends, starts) + 1
+        spans = np.searchsorted(all_ends, ends) + 2 - lines
+    del separators, last
+    good = counts == fields
+    blank = _blank(text, starts, counts, delimiter) if not good.all() else ~good
+    misfits = tuple(
+        Misfit(
+            int(lines[i]),
+            int(counts[i]),
+            _excerpt(data[starts[i] : min(ends[i], starts[i] + 4 * _SHOWN_CHARACTERS)]),
+            int(spans[i]),
+        )
+        for i in np.flatnonzero(~good & ~blank)
+    )
+    if not good.all():
+        lengths = np.diff(starts, append=len(data))
+        data = text[np.repeat(good, lengths)].tobytes()
+    return Records(
+        data,
+        int(good.sum()),
+        quoted,
+        lines[good].astype(np.uint32),
+        spans[good] if len(within) else None,
+        misfits,
+    )
+
+
+def _check_line_lengths(data: bytes, max_line_bytes: int) -> None:
     # A line longer than the limit covers a window of half the limit that begins at a multiple of it.
     window = max_line_bytes // 2
     for start in range(0, len(data) - window + 1, window):
@@ -137,64 +230,32 @@ def _check_text(data: bytes, offset: int, max_line_bytes: int) -> None:
                 raise ChunkFault(_line_at(data, begin), f"the line is {long_line_fault(max_line_bytes)}")
 
 
-def _line_at(data: bytes, position: int) -> int:
-    return data.count(b"\n", 0, position) + 1
+def _check_single_line(
+    within: np.ndarray, ends: np.ndarray, separators: np.ndarray, last: np.ndarray, single_line: Mapping[int, str]
+) -> None:
+    """Raise `ChunkFault` if one of the line ends `within` quotes stands in a field that never spans lines.
 
-
-def count_byte(data: bytes, byte: int) -> int:
-    """How often `byte` stands in `data`. `bytes.count` takes five times as long."""
-    text = np.frombuffer(data, np.uint8)
-    starts = range(0, len(text), _CACHED_BYTES)
-    return sum(int(np.count_nonzero(text[start : start + _CACHED_BYTES] == byte)) for start in starts)
-
-
-def has_odd_quotes(data: bytes) -> bool:
-    """Whether the piece ends inside a quoted field, if it does not begin in one."""
-    return count_byte(data, _QUOTE) % 2 == 1
-
-
-def split_records(data: bytes, delimiter: str, fields: int, *, exact: bool = False) -> Records:
-    """The records of a piece that begins and ends outside of quotes.
-
-    Without `exact`, a piece without quotes whose number of delimiters fits is taken as it is: it may still hold
-    rows that are too long if as many are too short. Raises `ChunkFault` for a quote character out of place.
+    `ends` are all line ends, `separators` end the fields, those at the indices `last` also the records.
     """
-    newlines = count_byte(data, _NEWLINE)
-    rows = newlines + (0 if data.endswith(b"\n") or not data else 1)
-    quoted = b'"' in data
-    if not exact and not quoted and count_byte(data, ord(delimiter)) == rows * (fields - 1):
-        return Records(data, rows, quoted=False)
-    text = np.frombuffer(data, np.uint8)
-    separators = np.flatnonzero((text == _NEWLINE) | (text == ord(delimiter)))
-    if quoted:
-        check_quotes(text, np.flatnonzero(text == _QUOTE), inside=False, delimiter=delimiter)
-        separators = separators[~_inside_quotes(text)[separators]]
-    if not data.endswith(b"\n"):
-        separators = np.append(separators, len(data))
-    last = np.flatnonzero(np.append(text, np.uint8(_NEWLINE))[separators] == _NEWLINE)
-    counts = np.diff(last, prepend=-1)
-    ends = separators[last]
-    del separators, last
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    if len(ends) == rows:
-        lines = np.arange(1, rows + 1)
-    else:
-        lines = np.searchsorted(np.flatnonzero(text == _NEWLINE), starts) + 1
-    good = counts == fields
-    blank = _blank(text, starts, counts) if not good.all() else ~good
-    misfits = tuple(
-        (int(lines[i]), int(counts[i]), _excerpt(data[starts[i] : min(ends[i], starts[i] + 4 * _SHOWN_CHARACTERS)]))
-        for i in np.flatnonzero(~good & ~blank)
-    )
-    if not good.all():
-        lengths = np.diff(starts, append=len(data))
-        data = text[np.repeat(good, lengths)].tobytes()
-    return Records(data, int(good.sum()), quoted, lines[good].astype(np.uint32), misfits)
+    field = np.searchsorted(separators, within)
+    first = np.concatenate([[0], last[:-1] + 1])[np.searchsorted(last, field)]
+    wrong = np.isin(field - first, list(single_line))
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        bounds = [separators[field[i] - 1] + 1 if field[i] else 0, separators[field[i]]]
+        line, end = (int(n) + 1 for n in np.searchsorted(ends, bounds))
+        name = single_line[int(field[i] - first[i])]
+        raise ChunkFault(
+            line,
+            f"a quoted field of column {name}, which holds no texts, begins in the first of these lines and ends in "
+            "the last. Remove the quote characters that are out of place",
+            end,
+        )
 
 
-def _blank(text: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Which records hold nothing but white space."""
-    visible = text > 32
+def _blank(text: np.ndarray, starts: np.ndarray, counts: np.ndarray, delimiter: str) -> np.ndarray:
+    """Which records are blank lines."""
+    visible = ~np.isin(text, np.frombuffer(blank_bytes(delimiter), np.uint8))
     return (np.add.reduceat(visible, starts, dtype=np.int64) == 0) & (counts == 1)
 
 
@@ -202,54 +263,26 @@ def _excerpt(record: bytes) -> str:
     return record.decode("utf-8", errors="replace").rstrip("\r\n")[:_SHOWN_CHARACTERS]
 
 
-def check_quotes(text: np.ndarray, quotes: np.ndarray, *, inside: bool, delimiter: str) -> None:
-    """Raise `ChunkFault` for the first quote character that neither begins nor ends a field.
+def safe_cuts(
+    file: CsvFile, cuts: Sequence[int], delimiter: str, max_line_bytes: int
+) -> tuple[list[int], ChunkFault | None]:
+    """For each of `cuts`, ascending, and for the end, the first offset at or after it where a record begins.
 
-    `text` begins at a line and holds whole lines; `inside` tells whether its beginning is inside a quoted field.
-    """
-    before = np.where(quotes > 0, text[quotes - 1], _NEWLINE)
-    after = np.where(quotes + 1 < len(text), text[np.minimum(quotes + 1, len(text) - 1)], _NEWLINE)
-    opening = (np.arange(len(quotes)) % 2 == 0) ^ inside
-    edges = (_NEWLINE, ord(delimiter), _QUOTE)
-    wrong = np.where(opening, ~np.isin(before, edges), ~np.isin(after, (*edges, _RETURN)))
-    if not wrong.any():
-        return
-    first = int(np.argmax(wrong))
-    # What closes a field in the wrong place was meant to open one: the fault is where that field was opened.
-    position = quotes[first] if opening[first] else quotes[max(first - 1, 0)]
-    line = int(np.count_nonzero(text[:position] == _NEWLINE)) + 1
-    if opening[first]:
-        raise ChunkFault(line, 'a quote character stands inside a field. Quote the whole field and write it as ""')
-    raise ChunkFault(line, "a quoted field is not closed before the next delimiter. Add the closing quote")
-
-
-def safe_cuts(file: CsvFile, cuts: Sequence[int], delimiter: str, max_line_bytes: int) -> list[int]:
-    """For each of `cuts`, ascending, the first offset at or after it where a record begins.
-
-    Reads the file from the start in bounded memory. Raises `ChunkFault`, with a line counted from the first row, for a
-    quoted field that is not closed, and for a record longer than `max_line_bytes`.
+    Reads the file from the start in bounded memory, up to the first record that has a quote character out of place, is
+    never closed, or is longer than `max_line_bytes`. No offset lies behind the beginning of that record, which is
+    returned as a fault, with lines counted from the first row.
     """
     safe: list[int] = []
-    offset, lines, inside, record, record_line = file.data_start, 0, False, file.data_start, 1
-    carry = b""
+    scan, before = RecordScan(delimiter, max_line_bytes), b"\n"
     with storage.open_input(file.uri) as source:
-        source.seek(offset)
-        while block := source.read(_BLOCK):
-            data = carry + block
-            end = data.rfind(b"\n") + 1 if offset + len(data) < file.bytes else len(data)
-            carry, text = data[end:], np.frombuffer(data[:end], np.uint8)
-            newlines, quotes = np.flatnonzero(text == _NEWLINE), np.flatnonzero(text == _QUOTE)
-            try:
-                check_quotes(text, quotes, inside=inside, delimiter=delimiter)
-            except ChunkFault as fault:
-                raise ChunkFault(lines + fault.line, fault.problem) from fault
-            ends = newlines[(np.searchsorted(quotes, newlines) + inside) % 2 == 0] + 1
-            while len(safe) < len(cuts) and (i := int(np.searchsorted(ends, cuts[len(safe)] - offset))) < len(ends):
-                safe.append(offset + int(ends[i]))
-            if len(ends):
-                record, record_line = offset + int(ends[-1]), lines + int(np.searchsorted(newlines, ends[-1])) + 1
-            inside ^= len(quotes) % 2 == 1
-            offset, lines = offset + end, lines + len(newlines)
-            if offset - record + len(carry) > max_line_bytes + _BLOCK or (offset >= file.bytes and inside):
-                raise ChunkFault(record_line, "a quoted field that opens here is never closed. Add the closing quote")
-    return [*safe, *([file.bytes] * (len(cuts) - len(safe)))]
+        source.seek(file.data_start)
+        block = source.read(_BLOCK)
+        while block and scan.fault is None:
+            following = source.read(_BLOCK)
+            starts = scan.feed(block, before, following[:1]) + file.data_start
+            while len(safe) < len(cuts) and (i := int(np.searchsorted(starts, cuts[len(safe)]))) < len(starts):
+                safe.append(int(starts[i]))
+            before, block = block[-1:], following
+    fault = scan.finish()
+    end = file.bytes if fault is None else file.data_start + scan.record
+    return [*safe, *([end] * (len(cuts) + 1 - len(safe)))], fault

@@ -9,6 +9,7 @@ import re
 
 from step_scripts import storage
 from step_scripts.contract import StepError, StepParams
+from step_scripts.csv_lines import count_lines, line_end, with_newlines
 from step_scripts.parameters import SourceFile, ValidateSourceParams
 from step_scripts.table import TableSpec
 
@@ -58,21 +59,28 @@ def read_header(file: SourceFile, params: ValidateSourceParams) -> CsvFile:
     """Read and check the header. Raises `StepError` naming file, line, column and remedy for what is no such table."""
     head = _read_head(file, params.max_line_bytes)
     _check_content(file.uri, head)
+    complete = len(head) == file.bytes
+    head = with_newlines(head)
     start = len(UTF8_BOM) if head.startswith(UTF8_BOM) else 0
     first = _first_line(file, head, start, params.max_line_bytes)
-    end = _record_end(file.uri, head, first, complete=len(head) == file.bytes)
-    header_lines = head.count(b"\n", 0, end)
-    line = head.count(b"\n", 0, first) + 1
+    end = _record_end(file.uri, head, first, complete=complete)
+    header_lines = count_lines(head[:end])
+    line = count_lines(head[:first]) + 1
     try:
         text = head[first:end].decode("utf-8")
     except UnicodeDecodeError as error:
         raise StepError(f"{file.uri}, line {line}: {encoding_fault(head, first + error.start)}") from error
     try:
-        names = next(csv.reader(io.StringIO(text, newline=""), delimiter=params.delimiter))
+        names, *beyond = csv.reader(io.StringIO(text, newline=""), delimiter=params.delimiter)
     except csv.Error as error:
         raise StepError(f"{file.uri}, line {line}: the header is not readable as CSV ({error})") from error
+    if beyond or any(_holds_rows(name, params.delimiter, len(names)) for name in names):
+        raise StepError(
+            f"{file.uri}, lines {line} to {header_lines}: a quoted column name holds rows of the table. "
+            "Remove the quote character that is out of place"
+        )
     positions = _positions(f"{file.uri}, line {line}", names, params)
-    if not head[end:].strip() and len(head) == file.bytes:
+    if not head[end:].strip() and complete:
         raise StepError(f"{file.uri} has a header (line {line}) and no rows: export it again with its rows")
     extra = [_shown(name, i) for i, name in enumerate(names) if i not in positions]
     return CsvFile(
@@ -85,6 +93,11 @@ def read_header(file: SourceFile, params: ValidateSourceParams) -> CsvFile:
         positions=tuple(positions),
         extra_columns=tuple(extra),
     )
+
+
+def _holds_rows(name: str, delimiter: str, fields: int) -> bool:
+    """Whether this is no column name, but what stands between two stray quote characters."""
+    return any(line.count(delimiter) >= max(1, fields - 1) for line in name.splitlines()[1:])
 
 
 def encoding_fault(data: bytes, position: int, offset: int = 0) -> str:
@@ -115,8 +128,10 @@ def _read_head(file: SourceFile, max_line_bytes: int) -> bytes:
     try:
         with storage.open_input(file.uri) as source:
             head = source.read(_FIRST_READ)
-            if len(head) == _FIRST_READ and b"\n" not in head.lstrip():
+            if len(head) == _FIRST_READ and line_end(head.lstrip(), 0, complete=True) < 0:
                 head += source.read(max_line_bytes)
+            if head.endswith(b"\r"):
+                head += source.read(1)
             size = source.seek(0, io.SEEK_END)
     except FileNotFoundError as error:
         raise StepError(f"{file.uri} does not exist any more: restore it, or correct the source") from error
@@ -147,7 +162,7 @@ def _check_content(uri: str, head: bytes) -> None:
         raise StepError(f"{uri} is JSON, not a CSV file: export the table as CSV")
     if (position := head.find(b"\0")) >= 0:
         raise StepError(f"{uri}, line {head.count(10, 0, position) + 1}: {nul_fault(position)}")
-    if not head.strip(UTF8_BOM + b" \t\r\n") and len(head) < _FIRST_READ:
+    if not head.strip(UTF8_BOM + b" \t\r\n"):
         raise StepError(f"{uri} holds nothing but blanks: export it again, with a header line and rows")
 
 
@@ -157,10 +172,6 @@ def _first_line(file: SourceFile, head: bytes, start: int, max_line_bytes: int) 
     first = head.rfind(b"\n", start, first) + 1 or start
     end = head.find(b"\n", first)
     line = head.count(b"\n", 0, first) + 1
-    if end < 0 and b"\r" in head[first:].rstrip():
-        raise StepError(
-            f"{file.uri}: lines end with CR alone (old Macintosh format), not with LF. Convert it: tr '\\r' '\\n'"
-        )
     if (end if end >= 0 else len(head)) - first > max_line_bytes:
         raise StepError(f"{file.uri}, line {line} is {long_line_fault(max_line_bytes)}")
     return first

@@ -40,9 +40,13 @@ class ValidateSourceSettings(StepSettings):
         description="Rows equal to an earlier row (or with the same key): reject all but the first, or keep all.",
     )
     delimiter: str = Field(default=",", min_length=1, max_length=1, description="Separator between fields.")
+    unterminated_last_row: Literal["refuse", "accept"] = Field(
+        default="refuse",
+        description="A last row without a line end, as in a file that was cut off: refuse the file, or accept the row.",
+    )
     encoding: Literal["utf-8"] = Field(default="utf-8", description="Encoding of the files.")
     max_line_bytes: int = Field(
-        default=1 << 20, ge=256, le=1 << 26, description="A longer line means that the file is not a table; bytes."
+        default=1 << 20, ge=256, le=1 << 26, description="A longer row means that the file is damaged; bytes."
     )
     chunk_bytes: int = Field(
         default=32 << 20, ge=1 << 10, le=1 << 32, description="Size of the pieces that are read in parallel; bytes."

@@ -126,9 +126,14 @@ def _as_rejections(duplicates: pl.DataFrame, lines: LineNumbers, keys: Sequence[
     return pl.DataFrame(rows, schema={**_SCHEMA, "part": pl.Int64()}, orient="row")
 
 
-def rejection_message(rejected: int, total: int, why: Sequence[Reason], params: ValidateSourceParams) -> str:
-    """Why the step fails: figures, the commonest reasons with an example each, remedies."""
-    fraction = rejected / total
+def rejection_message(
+    rows: tuple[int, int], lines: tuple[int, int], why: Sequence[Reason], params: ValidateSourceParams
+) -> str:
+    """Why the step fails: figures, the commonest reasons with an example each, remedies.
+
+    `rows` and `lines`: how many are rejected, and of how many.
+    """
+    (rejected, total), fraction = rows, max(rows[0] / rows[1], lines[0] / lines[1])
     limit = params.max_rejected_fraction
     remedies = ["correct the rows"]
     if any(" is outside " in f" {r.problem}" or r.problem.startswith("is not one of") for r in why):
@@ -139,8 +144,9 @@ def rejection_message(rejected: int, total: int, why: Sequence[Reason], params: 
         remedies.append(f"raise max_rejected_fraction above {fraction:.4g}")
     kinds = "; ".join(reason.sentence() for reason in why[:_NAMED_REASONS])
     more = f"; and {len(why) - _NAMED_REASONS} other reasons" if len(why) > _NAMED_REASONS else ""
+    taken = f", {lines[0]:,} of {lines[1]:,} lines," if lines != rows else ""
     return (
-        f"{rejected:,} of {total:,} rows are rejected ({fraction:.3%}); "
+        f"{rejected:,} of {total:,} rows{taken} are rejected ({fraction:.3%}); "
         f"at most {limit:.3%} may be (max_rejected_fraction). Reasons: {kinds}{more}. "
         f"Remedy: {', or '.join(remedies)}. rejected_rows.csv lists them, up to {LISTED_REJECTIONS:,}"
     )

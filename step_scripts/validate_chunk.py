@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -11,7 +12,9 @@ from pydantic import BaseModel
 
 from step_scripts import storage
 from step_scripts.cell_parsing import ParsedRows, parse_rows
-from step_scripts.csv_chunks import Chunk, ChunkFault, Records, count_byte, has_odd_quotes, read_chunk, split_records
+from step_scripts.csv_chunks import Chunk, Records, has_odd_quotes, read_chunk, split_records
+from step_scripts.csv_lines import blank_bytes, count_lines, count_records
+from step_scripts.csv_records import ChunkFault
 from step_scripts.duplicate_rows import write_ids
 from step_scripts.parameters import ValidateSourceParams
 from step_scripts.record_ids import ids_of_lanes, record_lanes
@@ -19,6 +22,7 @@ from step_scripts.source_parts import PartReport, write_parquet, write_part
 from step_scripts.table import TableSpec
 
 LISTED_REJECTIONS = 100_000
+_SHOWN_BYTES = 60
 REJECTION_SCHEMA = {"line": pl.Int64(), "column": pl.String(), "value": pl.String(), "reason": pl.String()}
 
 
@@ -33,15 +37,25 @@ class Problem(BaseModel):
 
 
 class ChunkReport(BaseModel):
-    """What became of a piece. Lines count from 1 at its start. `records` leaves out blank lines."""
+    """What became of a piece. Lines count from 1 at its start.
+
+    `start`, `end`: the bytes of the file that were read. `counted` records were found by the line ends alone, blank
+    lines left out; `records` is what was parsed. `fault`: first and last line, and what is wrong. `record_lines` and
+    `rejected_lines`: lines that all and the rejected records take.
+    """
 
     index: int
     odd_quotes: bool = False
-    fault: tuple[int, str] | None = None
+    fault: tuple[int, int, str] | None = None
+    start: int = 0
+    end: int = 0
     lines: int = 0
+    counted: int = 0
     records: int = 0
     misfits: int = 0
     rejected_rows: int = 0
+    record_lines: int = 0
+    rejected_lines: int = 0
     problems: list[Problem] = []
     part: PartReport = PartReport()
 
@@ -72,18 +86,20 @@ def validate_chunk(task: ChunkTask) -> ChunkReport:
     try:
         return _validate(task)
     except ChunkFault as fault:
-        return ChunkReport(index=task.chunk.index, fault=(fault.line, fault.problem))
+        return ChunkReport(index=task.chunk.index, fault=(fault.line, fault.last, fault.problem))
     except FileNotFoundError:
         problem = "the file disappeared while it was read. Restore it, then start again"
-        return ChunkReport(index=task.chunk.index, fault=(1, problem))
+        return ChunkReport(index=task.chunk.index, fault=(1, 1, problem))
 
 
 def _validate(task: ChunkTask) -> ChunkReport:
     chunk, params = task.chunk, task.params
-    data, _ = read_chunk(chunk, params.max_line_bytes)
+    data, start = read_chunk(chunk, params.max_line_bytes)
     if has_odd_quotes(data):
         return ChunkReport(index=chunk.index, odd_quotes=True)
-    lines_total = count_byte(data, ord("\n"))
+    if not data:  # no line begins in the piece
+        return ChunkReport(index=chunk.index, start=start, end=start)
+    end, lines_total, counted = start + len(data), count_lines(data), count_records(data, params.delimiter)
     records, parsed = _parse(data, chunk, params)
     del data
     lines = records.lines if records.lines is not None else np.arange(1, records.count + 1, dtype=np.uint32)
@@ -102,28 +118,56 @@ def _validate(task: ChunkTask) -> ChunkReport:
         frame = frame.select(ids_of_lanes(lanes), _event_time(table, chunk.file.modified), pl.all())
         part = write_part(frame, task.rows_uri, chunk.index, table, lanes)
         write_ids(ids_uri(task.scratch_uri, chunk.index), lanes, lines[keep], task.buckets)
+    misfit_lines = sum(m.lines for m in records.misfits)
     return ChunkReport(
         index=chunk.index,
+        start=start,
+        end=end,
         lines=lines_total,
+        counted=counted,
         records=records.count + len(records.misfits),
         misfits=len(records.misfits),
         rejected_rows=len(rejected) + len(records.misfits),
+        record_lines=misfit_lines + (records.count if records.spans is None else int(records.spans.sum())),
+        rejected_lines=misfit_lines + (len(rejected) if records.spans is None else int(records.spans[~keep].sum())),
         problems=_problems(rejections),
         part=part,
     )
 
 
 def _parse(data: bytes, chunk: Chunk, params: ValidateSourceParams) -> tuple[Records, ParsedRows]:
-    layout = (chunk.file.positions, chunk.file.fields, params.delimiter, params.table)
-    records = split_records(data, params.delimiter, chunk.file.fields)
+    file, table = chunk.file, params.table
+    columns = zip(table.columns, file.positions, strict=True)
+    limits = {
+        "max_line_bytes": params.max_line_bytes,
+        "single_line": {position: column.name for column, position in columns if column.dtype != "string"},
+    }
+    split = partial(split_records, delimiter=params.delimiter, fields=file.fields, **limits)
+    layout = (file.positions, file.fields, params.delimiter, table)
+    terminated = data if data.endswith(b"\n") else data + b"\n"  # Polars is lax on a last line without
+    records = split(terminated)
+    if terminated is not data and params.unterminated_last_row == "refuse":
+        _check_last_line(data, params.delimiter)
     try:
         return records, parse_rows(records, *layout)
-    except pl.exceptions.ComputeError:
+    except pl.exceptions.PolarsError:
         if records.lines is not None:
             raise
     # As many fields are missing in some records as others have too many.
-    records = split_records(data, params.delimiter, chunk.file.fields, exact=True)
+    records = split(terminated, exact=True)
     return records, parse_rows(records, *layout)
+
+
+def _check_last_line(data: bytes, delimiter: str) -> None:
+    """Raise `ChunkFault` if the text, which has no line end at its end, may have been cut off in a row."""
+    text = data[data.rfind(b"\n") + 1 :]
+    if text.strip(blank_bytes(delimiter)):
+        shown = text[-_SHOWN_BYTES:].decode("utf-8", errors="ignore")
+        problem = (
+            f"the last row ends in {shown!r}, without the line end that other rows have: was the file cut off? "
+            "Copy or export it again, or set unterminated_last_row to accept if it is complete"
+        )
+        raise ChunkFault(count_lines(data) + 1, problem)
 
 
 def _event_time(table: TableSpec, modified: float) -> pl.Expr:
@@ -143,15 +187,20 @@ def _rejections(faults: pl.DataFrame, lines: np.ndarray, records: Records, field
         pl.Series("line", lines[faults["row"].to_numpy()], dtype=pl.Int64), "column", "value", reason.alias("reason"),
         "problem",
     )  # fmt: skip
+    if records.spans is not None:
+        spans = pl.lit(pl.Series(records.spans[faults["row"].to_numpy()]))
+        spanning = pl.format("{}; the row takes {} lines", "reason", spans)
+        cells = cells.with_columns(reason=pl.when(spans > 1).then(spanning).otherwise("reason"))
     if not records.misfits:
         return cells
-    counts = [f"has {n} field{'s' if n != 1 else ''}, the header {fields}" for _, n, _ in records.misfits]
+    counts = [f"has {m.fields} field{'s' if m.fields != 1 else ''}, the header {fields}" for m in records.misfits]
+    takes = [f"; it takes {m.lines:,} lines" if m.lines > 1 else "" for m in records.misfits]
     misfits = pl.DataFrame(
         {
-            "line": [line for line, _, _ in records.misfits],
+            "line": [m.line for m in records.misfits],
             "column": "",
-            "value": [text for _, _, text in records.misfits],
-            "reason": [f"the row {count}" for count in counts],
+            "value": [m.text for m in records.misfits],
+            "reason": [f"the row {count}{lines}" for count, lines in zip(counts, takes, strict=True)],
             "problem": [f"row {count}" for count in counts],
         },
         schema={**REJECTION_SCHEMA, "problem": pl.String()},

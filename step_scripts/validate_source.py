@@ -8,20 +8,20 @@ pieces there were, other than the names of the parts.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
 
 import ray
 
 from step_scripts import storage
 from step_scripts.contract import Artifact, StepContext, StepDefinition, StepError, StepOutcome, file_info
-from step_scripts.csv_chunks import Chunk, ChunkFault, plan_chunks, safe_cuts
+from step_scripts.csv_chunks import Chunk, plan_chunks, safe_cuts
 from step_scripts.csv_header import CsvFile, read_header
 from step_scripts.duplicate_rows import bucket_count, find_duplicates, rewrite_part
 from step_scripts.parameters import ValidateSourceParams
 from step_scripts.ray_tasks import completed_tasks
 from step_scripts.rejected_rows import LineNumbers, as_details, reasons, rejected_table, rejection_message
+from step_scripts.source_checks import by_file, check_counts, check_rows
 from step_scripts.source_parts import merged_statistics, rows_digest
 from step_scripts.validate_chunk import ChunkReport, ChunkTask, ids_uri, validate_chunk
 
@@ -50,10 +50,11 @@ def _run(context: StepContext, params: ValidateSourceParams, files: list[CsvFile
     with context.phase("validate"):
         chunks, reports = _validate(context, params, files, scratch_uri, buckets)
         lines = LineNumbers.of(chunks, reports)
-        _check_rows(files, chunks, reports)
+        check_rows(chunks, reports, lines)
     with context.phase("find duplicates"):
         duplicates, duplicate_uris = _find_duplicates(context, reports, scratch_uri, buckets)
         _rewrite(context, params, reports, duplicates, duplicate_uris)
+    check_counts(chunks, reports, {} if params.duplicate_rows == "keep" else duplicates)
     keep = params.duplicate_rows == "keep"
     dropped = 0 if keep else sum(duplicates.values())
     with context.phase("list rejected rows"):
@@ -64,9 +65,12 @@ def _run(context: StepContext, params: ValidateSourceParams, files: list[CsvFile
         storage.write_bytes(rejected_uri, table.write_csv().encode())
     total = sum(r.records for r in reports)
     rejected = sum(r.rejected_rows for r in reports) + dropped
+    # A row that takes many lines may be many rows, swallowed by a stray quote.
+    rejected_lines, lines_total = sum(r.rejected_lines for r in reports) + dropped, sum(r.record_lines for r in reports)
+    fraction = max(rejected / total, rejected_lines / lines_total)
     details = as_details(table, why)
-    if rejected > params.max_rejected_fraction * total or rejected == total:
-        message = rejection_message(rejected, total, why, params)
+    if fraction > params.max_rejected_fraction or rejected == total:
+        message = rejection_message((rejected, total), (rejected_lines, lines_total), why, params)
         raise StepError(message, details=details, keep={"rejected_rows.csv": rejected_uri})
     if rejected:
         context.log.warning(f"{rejected:,} of {total:,} rows are rejected: {'; '.join(r.sentence() for r in why[:5])}")
@@ -80,7 +84,7 @@ def _run(context: StepContext, params: ValidateSourceParams, files: list[CsvFile
         metrics={
             "rows": total - rejected,
             "rejected_rows": rejected,
-            "rejected_fraction": rejected / total,
+            "rejected_fraction": fraction,
             "duplicate_rows": sum(duplicates.values()),
             "extra_columns": len({name for names in extra.values() for name in names}),
             "files": len(files),
@@ -130,79 +134,66 @@ def _validate(
                 _raise_fault(chunks, reports)
 
     process(chunks)
-    if odd := [uri for uri, pieces in _by_file(chunks) if any(reports[c.index].odd_quotes for c in pieces)]:
+    if odd := [uri for uri, pieces in by_file(chunks) if any(reports[c.index].odd_quotes for c in pieces)]:
         context.log.info(f"fields span lines in {', '.join(odd[:5])}: cutting the files again between records")
-        chunks = _cut_again(params, chunks, odd)
+        chunks, faults = _cut_again(params, chunks, odd)
         again = [c for c in chunks if c.file.uri in odd]
         for chunk in again:
             del reports[chunk.index]
         process(again)
+        for file, fault in faults:  # what comes before it has been found to be in order
+            raise _fault(file.uri, file.header_lines, *fault)
     _raise_fault(chunks, reports)
     return chunks, [reports[c.index] for c in chunks]
 
 
-def _by_file(chunks: Sequence[Chunk]) -> Iterator[tuple[str, list[Chunk]]]:
-    for uri, pieces in groupby(chunks, key=lambda c: c.file.uri):
-        yield uri, list(pieces)
-
-
 def _raise_fault(chunks: Sequence[Chunk], reports: dict[int, ChunkReport]) -> None:
     """Raise `StepError` for the first damaged piece of a file whose earlier pieces are all known to be cut rightly."""
-    for uri, pieces in _by_file(chunks):
+    for uri, pieces in by_file(chunks):
         line = pieces[0].file.header_lines
         for chunk in pieces:
             report = reports.get(chunk.index)
             if report is None or report.odd_quotes:
                 break
             if report.fault:
-                raise StepError(f"{uri}, line {line + report.fault[0]}: {report.fault[1]}")
+                raise _fault(uri, line, *report.fault)
             line += report.lines
 
 
-def _cut_again(params: ValidateSourceParams, chunks: list[Chunk], uris: Sequence[str]) -> list[Chunk]:
-    """The same number of pieces, those of `uris` cut between records."""
-    pieces_of = {uri: pieces for uri, pieces in _by_file(chunks) if uri in uris}
+def _fault(uri: str, lines_before: int, first: int, last: int, problem: str) -> StepError:
+    first, last = lines_before + first, lines_before + last
+    where = f"line {first}" if first == last else f"lines {first} to {last}"
+    return StepError(f"{uri}, {where}: {problem}")
+
+
+def _cut_again(
+    params: ValidateSourceParams, chunks: list[Chunk], uris: Sequence[str]
+) -> tuple[list[Chunk], list[tuple[CsvFile, tuple[int, int, str]]]]:
+    """The same number of pieces, those of `uris` cut between records, and where such a file is damaged.
+
+    The pieces of a damaged file end where the damage begins.
+    """
+    pieces_of = {uri: pieces for uri, pieces in by_file(chunks) if uri in uris}
     calls = [
         (pieces[0].file, [c.start for c in pieces[1:]], params.delimiter, params.max_line_bytes)
         for pieces in pieces_of.values()
     ]
-    cut = list(chunks)
-    for index, (cuts, fault) in completed_tasks(_safe_cuts, calls):
+    cut, faults = list(chunks), {}
+    for index, (ends, fault) in completed_tasks(_safe_cuts, calls):
         pieces = pieces_of[uris[index]]
         if fault is not None:
-            line, problem = fault
-            raise StepError(f"{uris[index]}, line {pieces[0].file.header_lines + line}: {problem}")
-        bounds = [pieces[0].start, *cuts, pieces[-1].end]
-        for chunk, start, end in zip(pieces, bounds, bounds[1:], strict=False):
+            faults[index] = (pieces[0].file, fault)
+        bounds = [pieces[0].start, *ends]
+        for chunk, start, end in zip(pieces, bounds, ends, strict=False):
             cut[chunk.index] = chunk.model_copy(update={"start": start, "end": end})
-    return cut
+    return cut, [faults[index] for index in sorted(faults)]
 
 
 def _safe_cuts(
     file: CsvFile, cuts: Sequence[int], delimiter: str, max_line_bytes: int
-) -> tuple[list[int], tuple[int, str] | None]:
-    try:
-        return safe_cuts(file, cuts, delimiter, max_line_bytes), None
-    except ChunkFault as fault:
-        return [], (fault.line, fault.problem)
-
-
-def _check_rows(files: Sequence[CsvFile], chunks: Sequence[Chunk], reports: Sequence[ChunkReport]) -> None:
-    """Raise `StepError` for a file without rows, and for one in which no row has the header's number of fields."""
-    by_index = {r.index: r for r in reports}
-    header = {f.uri: f for f in files}
-    for uri, pieces in _by_file(chunks):
-        mine = [by_index[c.index] for c in pieces]
-        records = sum(r.records for r in mine)
-        if not records:
-            raise StepError(f"{uri} has a header and no rows: export it again with its rows")
-        if records == sum(r.misfits for r in mine):
-            problem = next(p for r in mine for p in r.problems)
-            raise StepError(
-                f"{uri}, line {header[uri].header_lines + problem.line}: the {problem.problem}, and no row fits the "
-                f"header ({records:,} rows). Does the header lack a name, does each line end with a delimiter, or are "
-                "decimals written with a comma? Export the file again so that header and rows agree"
-            )
+) -> tuple[list[int], tuple[int, int, str] | None]:
+    ends, fault = safe_cuts(file, cuts, delimiter, max_line_bytes)
+    return ends, (fault.line, fault.last, fault.problem) if fault is not None else None
 
 
 def _find_duplicates(
@@ -253,7 +244,7 @@ def _rows_artifact(uri: str, reports: Sequence[ChunkReport], params: ValidateSou
 def _files(chunks: Sequence[Chunk], reports: Sequence[ChunkReport]) -> list[dict[str, int | str]]:
     by_index = {r.index: r for r in reports}
     listed = []
-    for uri, pieces in _by_file(chunks):
+    for uri, pieces in by_file(chunks):
         mine = [by_index[c.index] for c in pieces]
         rows = sum(r.part.rows for r in mine)
         records = sum(r.records for r in mine)

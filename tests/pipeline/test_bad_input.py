@@ -19,6 +19,9 @@ from step_scripts.storage import read_bytes
 from tests.source_steps import HEADER, CollectingReporter, sale, sales, table_text, validate, write_source
 
 GOOD = table_text(sales(5))
+NOTED = HEADER + ",NOTE"
+STRAY_BEGIN = sale(1).replace("1000.25", '"1000.25')
+STRAY_END = sale(6).replace("1001.5", '1001.5"')
 LATIN = table_text([*(f"{row},x" for row in sales(3)), f"{sale(3)},Orléans"], header=f"{HEADER},CITY")
 
 
@@ -106,7 +109,6 @@ STRUCTURE: dict[str, tuple[str | bytes, dict[str, Any], list[str]]] = {
         {},
         ["line 5", "byte 0x00 at offset", "binary, damaged"],
     ),
-    "Macintosh line ends": (GOOD.replace("\n", "\r"), {}, ["lines end with CR alone", "tr '\\r' '\\n'"]),
     "huge first line": (
         "x" * 3000,
         {"max_line_bytes": 1024},
@@ -142,11 +144,56 @@ STRUCTURE: dict[str, tuple[str | bytes, dict[str, Any], list[str]]] = {
         {},
         ["line 3", "inside a field", '""'],
     ),
+    "stray quotes in the same column": (
+        table_text([sale(0), STRAY_BEGIN, *sales(9)[2:6], STRAY_END, sale(7)]),
+        {"max_rejected_fraction": 1.0, "chunk_bytes": 1024},
+        ["lines 3 to 8", "a quoted field of column SQUARE_FEET", "Remove the quote characters"],
+    ),
+    "stray quotes in different columns": (
+        table_text([sale(0), STRAY_BEGIN, *sales(60)[2:], sale(1).replace(",0.5", '",0.5')]),
+        {"max_rejected_fraction": 1.0, "chunk_bytes": 1024},
+        ["lines 3 to 62", "a quoted field of column SQUARE_FEET"],
+    ),
+    "stray quotes, Macintosh line ends": (
+        table_text([sale(0), STRAY_BEGIN, *sales(9)[2:6], STRAY_END, sale(7)], end="\r"),
+        {"max_rejected_fraction": 1.0},
+        ["lines 3 to 8", "a quoted field of column SQUARE_FEET"],
+    ),
+    "stray quotes in a column that the table lacks": (
+        table_text([f"{sale(0)},x", f'{sale(1)},"x', *(f"{row},x" for row in sales(60)[2:]), f'{sale(60)},x"'], NOTED),
+        {"max_rejected_fraction": 1.0, "max_line_bytes": 1024},
+        ["lines 3 to 62", "the row, in which a quoted field spans lines, is longer than max_line_bytes (1,024)"],
+    ),
+    "the same, in small pieces": (
+        table_text([f"{sale(0)},x", f'{sale(1)},"x', *(f"{row},x" for row in sales(60)[2:]), f'{sale(60)},x"'], NOTED),
+        {"max_rejected_fraction": 1.0, "max_line_bytes": 1024, "chunk_bytes": 1024},
+        ["lines 3 to 62", "the row, in which a quoted field spans lines, is longer than max_line_bytes (1,024)"],
+    ),
+    "stray quotes in header and row": (
+        table_text([f"{sale(0)},x", f'{sale(1)},x"', f"{sale(2)},x"], f'{HEADER},"NOTE'),
+        {},
+        ["lines 1 to 3", "a quoted column name holds rows of the table"],
+    ),
+    "quote inside a column name": (
+        table_text([f"{sale(0)},x", f'{sale(1)},"x', f"{sale(2)},x"], f'{HEADER},NO"TE'),
+        {},
+        ["lines 1 to 3", "Remove the quote character"],
+    ),
+    "cut off in its last number": (
+        GOOD[:-2],
+        {"max_rejected_fraction": 1.0},
+        ["line 6", "the last row ends in", "was the file cut off?", "set unterminated_last_row to accept"],
+    ),
+    "cut off in its last number, quoted": (
+        GOOD[:-1].replace(",0.5,", ',"0.5",'),
+        {"max_rejected_fraction": 1.0, "chunk_bytes": 1024},
+        ["line 6", "was the file cut off?"],
+    ),
     "quoted column name not closed": (GOOD.replace("DECK", '"DECK', 1), {}, ["line 1", "column name is not closed"]),
     "too few fields in all rows": (
-        HEADER + "\n" + "\n".join(row.rpartition(",")[0] for row in sales(4)),
+        table_text(["", *(row.rpartition(",")[0] for row in sales(4))]),
         {},
-        ["line 2", "row has 8 fields, the header 9", "4 rows"],
+        ["line 3", "row has 8 fields, the header 9", "4 rows"],
     ),
     "too many fields in all rows": (
         table_text([row + "," for row in sales(4)]),
@@ -179,6 +226,16 @@ REJECTED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "year of two digits": (_with_cell(19, 1, "65"), {}, ["YEAR_BUILT is outside 1600 <= value <= 2100", "line 21"]),
     "row too short": (table_text([*sales(9), "1,2"]), {}, ["the row has 2 fields, the header 9", "line 11"]),
     "row too long": (table_text([sale(0), sale(1) + ",1,1", *sales(9)[2:]]), {}, ["row has 11 fields", "line 3"]),
+    "as many missing as surplus, the first row too long": (
+        table_text([sale(0) + ",7", *sales(9)[1:], sale(10).rpartition(",")[0]]),
+        {},
+        ["2 of 10 rows", "row has 10 fields", "line 2", "row has 8 fields", "line 11"],
+    ),
+    "row of many lines": (
+        table_text([*(f"{row},x" for row in sales(97)), f'-{sale(97)},"x\n\n\n{sale(98)}"', f"{sale(99)},x"], NOTED),
+        {"max_rejected_fraction": 0.02},
+        ["1 of 99 rows, 4 of 102 lines, are rejected (3.922%)", "in line 99"],
+    ),
     "as many missing as surplus": (
         table_text([*sales(9), sale(9) + ",7", sale(10).rpartition(",")[0]]),
         {},

@@ -63,13 +63,17 @@ def _reversed_columns(text: str) -> str:
 
 
 GOOD = table_text(sales(30))
-QUOTED = "\n".join(",".join(f'"{cell}"' for cell in line.split(",")) for line in GOOD.splitlines())
+QUOTED = "\n".join(",".join(f'"{cell}"' for cell in line.split(",")) for line in GOOD.splitlines()) + "\n"
 ODD_BUT_GOOD: dict[str, str | bytes] = {
     "plain": GOOD,
     "CRLF": GOOD.replace("\n", "\r\n"),
     "byte order mark": b"\xef\xbb\xbf" + GOOD.encode(),
-    "no line end at the end": GOOD.rstrip("\n"),
-    "CRLF, no line end at the end": GOOD.replace("\n", "\r\n").rstrip(),
+    "CR (Macintosh)": GOOD.replace("\n", "\r"),
+    "header ends with CR": GOOD.replace("\n", "\r", 1),
+    "header ends with LF, rows with CR": GOOD.replace("\n", "\r").replace("\r", "\n", 1),
+    "CR, then LF, then CRLF": GOOD.replace("\n", "\r", 10).replace("\n", "\r\n").replace("\r\n", "\n", 10),
+    "CR CR LF": GOOD.replace("\n", "\r\r\n"),
+    "cut off between CR and LF": GOOD.replace("\n", "\r\n")[:-1],
     "blank lines": "\n \n" + GOOD.replace("\n", "\n\n  \n") + "\n\n",
     "header in another order": _reversed_columns(GOOD),
     "header in another case": GOOD.replace(HEADER, HEADER.lower()),
@@ -93,6 +97,13 @@ def test_good_file_in_an_odd_form(form: str, ray_session: RaySession, tmp_path: 
     assert rejected_of(result) == []
     assert result.metrics["rows"] == 30
     assert result.metrics["extra_columns"] == (2 if form == "extra columns" else 0)
+
+
+def test_a_last_row_without_a_line_end_is_accepted_if_configured(ray_session: RaySession, tmp_path: Path) -> None:
+    for end in ("\n", "\r\n"):
+        source = write_source(tmp_path, GOOD.replace("\n", end).rstrip())
+        result = validate(ray_session, tmp_path, [source], unterminated_last_row="accept")
+        assert rows_of(result).select(COLUMNS).equals(_expected(sales(30)))
 
 
 @pytest.mark.parametrize("delimiter", [";", "\t", "|"])

@@ -6,10 +6,20 @@ import os
 from datetime import date
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from housing_assets.landing import LandingCursor, batches, day_of, files_of_days, landed_files, run_key
+from housing_assets.landing import (
+    WITHIN_A_LINE,
+    LandingCursor,
+    batches,
+    day_of,
+    files_of_days,
+    landed_files,
+    ready_files,
+    run_key,
+)
 from step_scripts.parameters import SourceFile
 
 NOW = 1_790_000_000.0
@@ -41,6 +51,18 @@ def test_a_growing_file_waits_until_it_has_settled() -> None:
     assert taken == [], "it was modified just now"
     taken, cursor = look(cursor, file("a.csv", size=3, age=0), now=NOW + SETTLE)
     assert taken == ["a.csv"]
+
+
+@pytest.mark.parametrize(
+    ("text", "waits"),
+    [("A\n1\n", 1), ("A\r1\r", 1), ("A\n1\n ", 1), ("A\n1", WITHIN_A_LINE), ("", WITHIN_A_LINE)],
+)
+def test_a_file_that_ends_within_a_line_waits_longer(tmp_path: Path, text: str, waits: int) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(text, newline="")
+    landed = [SourceFile(uri=str(path), bytes=len(text), modified=NOW)]
+    assert ready_files(landed, NOW + SETTLE * waits - 1, SETTLE) == []
+    assert ready_files(landed, NOW + SETTLE * waits, SETTLE) == landed
 
 
 def test_a_replaced_file_is_taken_again_and_one_that_comes_back_too() -> None:
