@@ -27,7 +27,11 @@ _DIGEST_SHOWN = 12
 
 
 def lineage_facts(run_id: str, train: SplitRef, model: ModelRef, evaluation: EvaluationRef) -> dict[str, JsonValue]:
-    """What the registry keeps with a version."""
+    """What the registry keeps with a version.
+
+    `train`: where the model does not say what it was fitted on. The latest split may be another one by now.
+    """
+    train = model.train or train
     snapshot = train.snapshot
     facts: dict[str, JsonValue] = {
         "run_id": run_id,

@@ -1,9 +1,8 @@
-"""Pruning: results of steps, model versions and captured requests that nobody needs any more, and old runs of Dagster.
+"""Pruning: results of steps, references, model versions and captured requests that nobody needs, and old runs.
 
 What assets refer to, what is younger than the limit, and versions that are served or compared with stay.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from housing_assets.deployments import load_automation
 from housing_assets.model_retention import VersionsFound, find_versions
+from housing_assets.reference_retention import find_references, uris_in
 from housing_assets.sweeper import sweep
-from housing_assets.teardown import BUSY, expected_errors
+from housing_assets.teardown import BUSY, asset_keys, expected_errors
 from housing_assets.watching import watch_endpoint
 from resources.compute.base import table
 from resources.endpoints.captured_files import CapturedFile, surplus
+from resources.inventory import remove_file
 from resources.model_registry.base import ModelVersion
 from step_scripts import storage
 
@@ -28,6 +29,7 @@ _FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.Dagste
 _RUNS_AT_ONCE = 200
 _FIGURES = {
     "result": "results",
+    "reference": "references",
     "model version": "model_versions",
     "captured requests": "captured_folders",
     "run": "runs",
@@ -38,7 +40,9 @@ _SETTINGS = load_automation()
 class PruneConfig(dg.Config):
     """What is old, and whether it is only listed."""
 
-    results_days: float = Field(default=30.0, ge=0, description="Results of steps unused for so many days are pruned.")
+    results_days: float = Field(
+        default=30.0, ge=0, description="Results of steps unused, and references replaced, for so many days are pruned."
+    )
     runs_days: float = Field(default=90.0, ge=0, description="Runs that ended so many days ago are pruned.")
     versions: int = Field(default=_SETTINGS.keep_versions, ge=1, description="Newest versions of a model that stay.")
     pending_days: float = Field(
@@ -84,27 +88,6 @@ def stored_results(root: str) -> list[StoredResult]:
     ]
 
 
-def referenced_uris(references_root: str) -> set[str]:
-    """All URIs in the references of assets."""
-
-    def uris(value: Any) -> Iterator[str]:
-        if isinstance(value, dict):
-            for name, item in value.items():
-                if name == "uri" and isinstance(item, str):
-                    yield item
-                yield from uris(item)
-        elif isinstance(value, list):
-            for item in value:
-                yield from uris(item)
-
-    return {
-        uri
-        for file in storage.list_files(references_root)
-        if file.endswith(".json")
-        for uri in uris(json.loads(storage.read_bytes(file)))
-    }
-
-
 def unused(results: list[StoredResult], referenced: set[str], before: datetime) -> list[StoredResult]:
     """Those last changed `before`, that no reference points into."""
     return [
@@ -131,8 +114,18 @@ def prune_old(context: dg.OpExecutionContext, config: PruneConfig) -> None:
     now = datetime.now(UTC)
     problems: dict[str, str] = {}
     resources: Any = context.resources
-    referenced = referenced_uris(resources.io_manager.root)
-    running = _others_in_progress(context)
+    results_before, runs_before = now - timedelta(days=config.results_days), now - timedelta(days=config.runs_days)
+    busy = context.instance.get_runs(dg.RunsFilter(statuses=BUSY))
+    references = find_references(
+        context.instance,
+        resources.io_manager.root,
+        asset_keys(),
+        before=results_before,
+        forgotten=runs_before,
+        busy={run.run_id for run in busy},
+    )
+    current = uris_in(references.current.values())
+    running = _needing_versions(busy)
     versions = VersionsFound()
     if running:
         context.log.info(f"model versions stay for now: runs {running} are in progress and may need one")
@@ -141,20 +134,21 @@ def prune_old(context: dg.OpExecutionContext, config: PruneConfig) -> None:
             versions = find_versions(
                 resources.model_registry,
                 resources.endpoint_host,
-                referenced,
+                current,
                 newest=config.versions,
                 pending_since=now - timedelta(days=config.pending_days),
             )
     problems |= versions.problems
     # First what a decision or a deployment may need a moment later.
     found = [_of_version(version, partial(resources.model_registry.remove, item)) for version, item in versions.surplus]
-    results = stored_results(resources.compute.artifact_root)
-    found += [_of_result(r) for r in unused(results, referenced, now - timedelta(days=config.results_days))]
+    found += [Removal("reference", uri, "replaced since", partial(remove_file, uri)) for uri in references.surplus]
+    in_use = current | uris_in(references.waiting.values())
+    found += [_of_result(r) for r in unused(stored_results(resources.compute.artifact_root), in_use, results_before)]
     with _noted("captured requests", problems):
         captured = resources.endpoint_host.captured_files()
         chosen = surplus(captured, now - timedelta(days=config.capture_days), config.capture_megabytes * 1e6)
         found += _of_captured(chosen, resources.endpoint_host.remove_captured)
-    for run_id in _old_runs(context.instance, now - timedelta(days=config.runs_days), context.run_id):
+    for run_id in _old_runs(context.instance, runs_before, references.latest_runs | {context.run_id}):
         found.append(Removal("run", run_id, "with its events", partial(context.instance.delete_run, run_id)))
     failed = _remove(found, context.log, dry_run=config.dry_run)
     gone = [removal for removal in found if removal.name not in failed]
@@ -225,20 +219,19 @@ def _shown(removal: Removal) -> dict[str, str]:
     return {"kind": removal.kind, "name": removal.name, "detail": removal.detail}
 
 
-def _others_in_progress(context: dg.OpExecutionContext) -> str:
+def _needing_versions(busy: Sequence[dg.DagsterRun]) -> str:
     """Ids of runs that may be about to deploy a version, or to compare with one."""
     harmless = {prune.name, sweep.name, watch_endpoint.name}
-    busy = context.instance.get_runs(dg.RunsFilter(statuses=BUSY), limit=50)
     return ", ".join(run.run_id[:8] for run in busy if run.job_name not in harmless)
 
 
-def _old_runs(instance: dg.DagsterInstance, before: datetime, own: str) -> list[str]:
-    """Ids of runs that were made and have ended before that time, oldest first, without those that hold the latest
-    materialization of an asset: the asset's metadata is theirs."""
+def _old_runs(instance: dg.DagsterInstance, before: datetime, needed: set[str]) -> list[str]:
+    """Ids of runs that were made and have ended before that time, oldest first, without those that are `needed` or hold
+    the latest materialization of an asset: the asset's metadata is theirs."""
     latest = {
         record.asset_entry.last_run_id for record in instance.get_asset_records() if record.asset_entry.last_run_id
     }
-    kept = latest | {own}
+    kept = latest | needed
     records = instance.get_run_records(
         dg.RunsFilter(statuses=_FINISHED, created_before=before), limit=_RUNS_AT_ONCE, ascending=True
     )
@@ -247,7 +240,7 @@ def _old_runs(instance: dg.DagsterInstance, before: datetime, own: str) -> list[
 
 @dg.job
 def prune() -> None:
-    """Remove results of steps that no asset refers to, old versions of models, captured requests and runs.
+    """Remove results that no asset refers to, replaced references, old versions of models, captured requests and runs.
 
     Versions that are served, compared with or waited for stay. A dry run by default: it lists what it would remove.
     """

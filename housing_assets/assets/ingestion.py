@@ -141,7 +141,8 @@ def feature_group(
     except StepError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
     metadata = {"feature_group_name": name, "rows_in": raw_csv.rows.rows or 0}
-    if feature_store.find_ingestion(name, raw_csv.rows.digest) is not None:
+    snapshot = feature_store.find_ingestion(name, raw_csv.rows.digest)
+    if snapshot is not None:
         context.log.info(f"feature group {name} already holds dataset {raw_csv.rows.digest[:12]}: nothing to add")
         metadata |= {"reused": True, "added": 0, "seconds": 0.0}
     else:
@@ -150,6 +151,7 @@ def feature_group(
         )
         result = compute.run(context, "ingest_features", params, {"rows": raw_csv.rows}, cacheable=False)
         metadata |= {**result.metrics, **as_metadata(result.details), **run_metadata(result)}
+        snapshot = feature_store.offline(name, commit=result.details["commit"])
     feature_store.record_dataset(
         name,
         DatasetRef(
@@ -162,7 +164,7 @@ def feature_group(
             code_version=raw_csv.code_version,
         ),
     )
-    snapshot = feature_store.offline(name).model_copy(update={"run_id": context.run.run_id})
+    snapshot = snapshot.model_copy(update={"run_id": context.run.run_id})
     metadata |= artifact_metadata(snapshot.artifact) | {"commit": snapshot.commit, "rows_live": snapshot.artifact.rows}
     metadata["dagster/column_schema"] = column_schema(HOUSING_TABLE)
     return dg.MaterializeResult(

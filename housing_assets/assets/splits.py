@@ -54,7 +54,7 @@ def splits(
             raise dg.Failure(
                 f"splits.as_of = {config.as_of!r} is not a date or time in ISO 8601", allow_retries=False
             ) from error
-        snapshot = feature_store.offline(feature_group.group, as_of=as_of)
+        snapshot = feature_store.offline(feature_group.group, as_of, feature_group.commit)
     params = PrepareSplitsParams(
         **settings_of(config, PrepareSplitsSettings),
         table=HOUSING_TABLE,

@@ -62,7 +62,7 @@ def test_a_dataset_is_found_as_long_as_nothing_undid_it(feature_store: FeatureSt
     assert feature_store.find_ingestion("sales", first.digest) is None
     ingest_rows(store, first)
     found = feature_store.find_ingestion("sales", first.digest)
-    assert found == feature_store.offline("sales").artifact
+    assert found == feature_store.offline("sales")
     ingest_rows(store, write_rows(tmp_path, [row(2)]))
     # Something else came in: a mirror of the first dataset would have to delete it.
     assert feature_store.find_ingestion("sales", first.digest) is None
