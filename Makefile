@@ -45,8 +45,9 @@ install: $(VENV)/.installed  ## Create .venv and install the platform
 
 .PHONY: run
 run: $(VENV)/.installed $(DAGSTER_HOME)/dagster.yaml  ## Materialize the whole graph on local Ray
-	@PYTHONWARNINGS=ignore $(BIN)/dagster asset materialize --select '*' -m housing_assets.definitions \
-	  $(if $(CONFIG),--config $(CONFIG))
+	@$(if $(HOUSING_LANDING),days=$$($(BIN)/python -m housing_assets.days) &&) \
+	  PYTHONWARNINGS=ignore $(BIN)/dagster asset materialize --select '*' -m housing_assets.definitions \
+	  $(if $(HOUSING_LANDING),--partition-range "$$days") $(if $(CONFIG),--config $(CONFIG))
 	@$(BIN)/python -m housing_assets.summary
 
 .PHONY: ui

@@ -104,8 +104,11 @@ def _source_run(context: dg.InputContext) -> str | None:
 
 def _partitions_to_read(context: dg.InputContext) -> list[str]:
     """The partitions that a partitioned reader asks for; none for one that reads whatever was stored last."""
-    if not context.has_asset_partitions or context.step_context.entity_partitions_def is None:
+    step = context.step_context
+    if not context.has_asset_partitions or step.entity_partitions_def is None:
         return []
+    if not (step.has_partition_key or step.has_partition_key_range):
+        raise dg.Failure(f"{step.step.key} is made by partition: choose some for this run", allow_retries=False)
     return list(context.asset_partition_keys)
 
 

@@ -99,6 +99,11 @@ def _source_files(
     if location.landing is None or config.source:
         source = config.source or location.resolve()
         return source, find_source_files(source)
+    if not (context.has_partition_key or context.has_partition_key_range):
+        raise StepError(
+            "raw_csv is ingested by day, because HOUSING_LANDING is set: choose days (--partition 2026-11-23, "
+            "--partition-range 2026-11-01...2026-11-23), or unset HOUSING_LANDING"
+        )
     days = sorted(date.fromisoformat(key) for key in context.partition_keys)
     files, unready = files_of_days(location.landing, days, time.time(), location.settle_seconds)
     if unready:
