@@ -3,7 +3,7 @@
 import inspect
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import dagster as dg
 import pytest
@@ -32,7 +32,12 @@ def functions() -> dict[dg.AssetCheckKey, Any]:
     found = [
         value for module in MODULES for value in vars(module).values() if isinstance(value, dg.AssetChecksDefinition)
     ]
-    return {spec.key: d.node_def.compute_fn.decorated_fn for d in found for spec in d.check_specs if not spec.blocking}
+    return {
+        spec.key: cast("Any", d.node_def).compute_fn.decorated_fn
+        for d in found
+        for spec in d.check_specs
+        if not spec.blocking
+    }
 
 
 def test_no_advisory_check_raises() -> None:

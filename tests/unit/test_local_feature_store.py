@@ -44,6 +44,9 @@ def test_snapshots_are_what_was_ingested(feature_store: FeatureStore, tmp_path: 
     now = feature_store.offline("sales")
     assert (now.group, now.artifact.rows, now.deduplicate, now.commit, now.as_of) == ("sales", 3, True, 2, None)
     assert OfflineSnapshot.model_validate_json(now.model_dump_json()) == now
+    # What a run has ingested, whatever others have added since.
+    own = feature_store.offline("sales", commit=1)
+    assert (own.artifact.rows, own.commit, len(own.artifact.files)) == (2, 1, 1)
     early = feature_store.offline("sales", NOON + timedelta(minutes=5))
     assert len(early.artifact.files) == 1
     assert early.as_of == NOON + timedelta(minutes=5)

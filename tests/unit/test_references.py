@@ -130,10 +130,11 @@ def test_a_step_reads_what_its_run_wrote_although_another_run_went_through_meanw
     again = materialize(model)
     assert value(again, "model") == "of theirs"
     [read] = again.asset_materializations_for_node("model")
-    uri = read.metadata["references_read"].value["data"]
+    metadata: Any = {name: found.value for name, found in read.metadata.items()}
+    uri = metadata["references_read"]["data"]
     assert f"/data/{theirs[0].run_id}-" in uri
     assert uri != made.metadata["reference"].value
-    stored = json.loads(Path(read.metadata["reference"].value).read_text())
+    stored = json.loads(Path(metadata["reference"]).read_text())
     assert stored["read"] == {"data": uri}
 
 
@@ -157,9 +158,8 @@ def test_a_run_that_goes_on_from_a_failure_reads_what_the_failed_run_wrote(
 ) -> None:
     broken = tmp_path / "broken"
     broken.touch()
-    job = dg.build_reconstructable_job(
-        "tests.unit.test_references", "job_that_breaks_while", (str(broken), str(tmp_path / ROOT))
-    )
+    arguments: Any = (str(broken), str(tmp_path / ROOT))
+    job = dg.build_reconstructable_job("tests.unit.test_references", "job_that_breaks_while", arguments)
     config = {"ops": {"data": {"config": {"digest": "first"}}}}
     with dg.execute_job(job, instance, config) as failed:
         assert not failed.success
@@ -169,7 +169,7 @@ def test_a_run_that_goes_on_from_a_failure_reads_what_the_failed_run_wrote(
     with dg.execute_job(job, instance, config, reexecution_options=options) as again:
         assert again.success
         [made] = again.asset_materializations_for_node("model")
-    assert json.loads(Path(made.metadata["reference"].value).read_text())["value"]["digest"] == "of first"
+    assert json.loads(Path(str(made.metadata["reference"].value)).read_text())["value"]["digest"] == "of first"
 
 
 def test_days_are_read_by_day_together_and_as_the_latest(materialize: Materialize) -> None:
