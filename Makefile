@@ -42,8 +42,9 @@ install: $(VENV)/.installed  ## Create .venv and install the platform
 .PHONY: run
 run: $(VENV)/.installed  ## Materialize the whole graph on local Ray
 	@$(BIN)/python -m housing_assets.local_places prepare
-	@PYTHONWARNINGS=ignore $(BIN)/dagster asset materialize --select '*' -m housing_assets.definitions \
-	  $(if $(CONFIG),--config "$(CONFIG)")
+	@$(if $(HOUSING_LANDING),days=$$($(BIN)/python -m housing_assets.days) &&) \
+	  PYTHONWARNINGS=ignore $(BIN)/dagster asset materialize --select '*' -m housing_assets.definitions \
+	  $(if $(HOUSING_LANDING),--partition-range "$$days") $(if $(CONFIG),--config "$(CONFIG)")
 	@$(BIN)/python -m housing_assets.summary
 
 .PHONY: ui

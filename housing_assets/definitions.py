@@ -25,8 +25,11 @@ from housing_assets.watching import endpoint_watch, watch_endpoint
 
 OWNERS = ["team:ml-platform"]
 
+# A range of days may be materialized together with what has no days: in one run, whose order is that of the graph.
 assets = [
-    asset.map_asset_specs(lambda spec: automation.automated(spec.replace_attributes(owners=OWNERS)))
+    asset.map_asset_specs(lambda spec: automation.automated(spec.replace_attributes(owners=OWNERS))).with_attributes(
+        backfill_policy=ingestion.BACKFILL
+    )
     for asset in dg.load_assets_from_modules([ingestion, splits, model, serving])
     if isinstance(asset, dg.AssetsDefinition)
 ]

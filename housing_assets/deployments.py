@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from dagster._core.storage.tags import (  # have no public names
+    ASSET_PARTITION_RANGE_END_TAG,
+    ASSET_PARTITION_RANGE_START_TAG,
+)
 from pydantic import BaseModel, Field, ValidationError
 
 from housing_assets.config import check_run_config
@@ -73,6 +77,17 @@ class CheckedReferenceIOManager(ReferenceIOManager):
         """Check the run's configuration."""
         if context.run is not None:
             check_run_config(dict(context.run.run_config))
+            _check_days(context.run.tags)
+
+
+def _check_days(tags: Mapping[str, str]) -> None:
+    """Raise `dagster.Failure` for a range of days from a later to an earlier one."""
+    first, last = tags.get(ASSET_PARTITION_RANGE_START_TAG), tags.get(ASSET_PARTITION_RANGE_END_TAG)
+    if first and last and first > last:
+        raise dg.Failure(
+            f"the range of days {first}...{last} is reversed. Give the earlier day first: {last}...{first}",
+            allow_retries=False,
+        )
 
 
 class Settings:

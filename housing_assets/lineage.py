@@ -30,7 +30,12 @@ _DIGEST_SHOWN = 12
 def lineage_facts(
     run_id: str, train: SplitRef, model: ModelRef, evaluation: EvaluationRef, judged: Sequence[Judged] = ()
 ) -> dict[str, JsonValue]:
-    """What the registry keeps with a version. `judged`: what blocking checks have judged, see `housing_assets.gate`."""
+    """What the registry keeps with a version.
+
+    `train`: where the model does not say what it was fitted on. The latest split may be another one by now. `judged`:
+    what blocking checks have judged, see `housing_assets.gate`.
+    """
+    train = model.train or train
     snapshot = train.snapshot
     facts: dict[str, JsonValue] = {
         "run_id": run_id,

@@ -1,10 +1,9 @@
-"""Pruning: results of steps with the evidence of their checks, model versions and captured requests that nobody needs
-any more, and old runs of Dagster.
+"""Pruning: results of steps, references, evidence of checks, model versions and captured requests that nobody needs, and
+old runs of Dagster.
 
 What assets refer to, what is younger than the limit, and versions that are served or compared with stay.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,13 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from housing_assets.deployments import load_automation
 from housing_assets.model_retention import VersionsFound, find_versions
+from housing_assets.reference_retention import find_references, uris_in
 from housing_assets.sweeper import sweep
 from housing_assets.teardown import BUSY, asset_keys, expected_errors
 from housing_assets.watching import watch_endpoint
 from resources.compute.base import table
 from resources.endpoints.captured_files import CapturedFile, surplus
 from resources.evidence import EvidenceStore
-from resources.inventory import RESULT_FILE, OwnedItem
+from resources.inventory import RESULT_FILE, OwnedItem, remove_file
 from resources.model_registry.base import ModelVersion
 from step_scripts import storage
 
@@ -32,6 +32,7 @@ _RUNS_AT_ONCE = 200
 _DISCARDING = ("feature_store", "model_registry", "endpoint_host")
 _FIGURES = {
     "result": "results",
+    "reference": "references",
     "model version": "model_versions",
     "captured requests": "captured_folders",
     "rest": "rests",
@@ -44,7 +45,9 @@ _SETTINGS = load_automation()
 class PruneConfig(dg.Config):
     """What is old, and whether it is only listed."""
 
-    results_days: float = Field(default=30.0, ge=0, description="Results of steps unused for so many days are pruned.")
+    results_days: float = Field(
+        default=30.0, ge=0, description="Results of steps unused, and references replaced, for so many days are pruned."
+    )
     runs_days: float = Field(default=90.0, ge=0, description="Runs that ended so many days ago are pruned.")
     versions: int = Field(default=_SETTINGS.keep_versions, ge=1, description="Newest versions of a model that stay.")
     pending_days: float = Field(
@@ -89,27 +92,6 @@ def stored_results(root: str) -> list[StoredResult]:
     ]
 
 
-def referenced_uris(references_root: str) -> set[str]:
-    """All URIs in the references of assets."""
-
-    def uris(value: Any) -> Iterator[str]:
-        if isinstance(value, dict):
-            for name, item in value.items():
-                if name == "uri" and isinstance(item, str):
-                    yield item
-                yield from uris(item)
-        elif isinstance(value, list):
-            for item in value:
-                yield from uris(item)
-
-    return {
-        uri
-        for file in storage.list_files(references_root)
-        if file.endswith(".json")
-        for uri in uris(json.loads(storage.read_bytes(file)))
-    }
-
-
 def unused(results: list[StoredResult], referenced: set[str], before: datetime) -> list[StoredResult]:
     """Those last changed `before`, that no reference points into."""
     return [
@@ -132,8 +114,8 @@ def mentioned(resources: Any) -> set[str]:
 
     found = {
         text
-        for file in storage.list_files(resources.io_manager.root)
-        if file.endswith(".json")
+        for files in reference_files(resources.io_manager.root, asset_keys()).values()
+        for file in files
         for text in texts(json.loads(storage.read_bytes(file)))
     }
     registry, store = resources.model_registry, resources.feature_store
@@ -174,8 +156,18 @@ def prune_old(context: dg.OpExecutionContext, config: PruneConfig) -> None:
     now = datetime.now(UTC)
     problems: dict[str, str] = {}
     resources: Any = context.resources
-    referenced = referenced_uris(resources.io_manager.root)
-    running = _others_in_progress(context)
+    results_before, runs_before = now - timedelta(days=config.results_days), now - timedelta(days=config.runs_days)
+    busy = context.instance.get_runs(dg.RunsFilter(statuses=BUSY))
+    references = find_references(
+        context.instance,
+        resources.io_manager.root,
+        asset_keys(),
+        before=results_before,
+        forgotten=runs_before,
+        busy={run.run_id for run in busy},
+    )
+    current = uris_in(references.current.values())
+    running = _needing_versions(busy)
     versions = VersionsFound()
     if running:
         context.log.info(f"model versions stay for now: runs {running} are in progress and may need one")
@@ -184,18 +176,20 @@ def prune_old(context: dg.OpExecutionContext, config: PruneConfig) -> None:
             versions = find_versions(
                 resources.model_registry,
                 resources.endpoint_host,
-                referenced,
+                current,
                 newest=config.versions,
                 pending_since=now - timedelta(days=config.pending_days),
             )
     problems |= versions.problems
     # First what a decision or a deployment may need a moment later.
     found = [_of_version(version, partial(resources.model_registry.remove, item)) for version, item in versions.surplus]
-    results = stored_results(resources.compute.artifact_root)
-    found += [_of_result(r) for r in unused(results, referenced, now - timedelta(days=config.results_days))]
+    found += [Removal("reference", uri, "replaced since", partial(remove_file, uri)) for uri in references.surplus]
+    in_use = current | uris_in(references.waiting.values())
+    found += [_of_result(r) for r in unused(stored_results(resources.compute.artifact_root), in_use, results_before)]
     with _noted("evidence", problems):
-        old = now - timedelta(days=config.results_days)
-        for uri, what in unneeded_evidence(resources.evidence, mentioned(resources), old) if not running else ():
+        for uri, what in (
+            unneeded_evidence(resources.evidence, mentioned(resources), results_before) if not running else ()
+        ):
             found.append(Removal("evidence", uri, what, partial(resources.evidence.remove_file, uri)))
     with _noted("captured requests", problems):
         captured = resources.endpoint_host.captured_files()
@@ -205,7 +199,7 @@ def prune_old(context: dg.OpExecutionContext, config: PruneConfig) -> None:
         owner = getattr(resources, name)
         with _noted(name, problems):
             found += [_of_rest(item, owner.remove) for item in owner.inventory() if item.discarded]
-    for run_id in _old_runs(context.instance, now - timedelta(days=config.runs_days), context.run):
+    for run_id in _old_runs(context.instance, runs_before, context.run, references.latest_runs):
         found.append(Removal("run", run_id, "with its events", partial(context.instance.delete_run, run_id)))
     failed = _remove(found, context.log, dry_run=config.dry_run)
     gone = [removal for removal in found if removal.name not in failed]
@@ -280,22 +274,23 @@ def _shown(removal: Removal) -> dict[str, str]:
     return {"kind": removal.kind, "name": removal.name, "detail": removal.detail}
 
 
-def _others_in_progress(context: dg.OpExecutionContext) -> str:
+def _needing_versions(busy: Sequence[dg.DagsterRun]) -> str:
     """Ids of runs that may be about to deploy a version, or to compare with one."""
     harmless = {prune.name, sweep.name, watch_endpoint.name}
-    busy = context.instance.get_runs(dg.RunsFilter(statuses=BUSY), limit=50)
     return ", ".join(run.run_id[:8] for run in busy if run.job_name not in harmless)
 
 
-def _old_runs(instance: dg.DagsterInstance, before: datetime, own: dg.DagsterRun) -> list[str]:
+def _old_runs(
+    instance: dg.DagsterInstance, before: datetime, own: dg.DagsterRun, needed: Set[str] = frozenset()
+) -> list[str]:
     """Ids of this code location's runs that were made and have ended before that time, oldest first.
 
-    Without those that hold the latest materialization of an asset: the asset's metadata is theirs.
+    Without those that are `needed` or hold the latest materialization of an asset: the asset's metadata is theirs.
     """
     latest = {
         record.asset_entry.last_run_id for record in instance.get_asset_records() if record.asset_entry.last_run_id
     }
-    kept, ours = latest | {own.run_id}, _own_runs(own)
+    kept, ours = latest | needed | {own.run_id}, _own_runs(own)
     records = instance.get_run_records(
         dg.RunsFilter(statuses=_FINISHED, created_before=before), limit=_RUNS_AT_ONCE, ascending=True
     )
@@ -333,7 +328,7 @@ def _code_location(run: dg.DagsterRun) -> str | None:
 
 @dg.job
 def prune() -> None:
-    """Remove results of steps that no asset refers to, old versions of models, captured requests and runs.
+    """Remove results that no asset refers to, replaced references, old versions of models, captured requests and runs.
 
     Versions that are served, compared with or waited for stay. A dry run by default: it lists what it would remove.
     """

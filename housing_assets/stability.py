@@ -7,6 +7,8 @@ from typing import Any
 
 import dagster as dg
 
+from resources.compute.base import table
+
 PSI_THRESHOLD = 0.2  # the customary limit above which a population counts as shifted
 
 
@@ -25,6 +27,6 @@ def stability_result(
             **(facts or {}),
             "threshold": PSI_THRESHOLD,
             "largest_psi": max(found.values(), default=0.0),
-            "psi": dg.MetadataValue.table([dg.TableRecord({"column": name, "psi": index}) for name, index in ranked]),
+            "psi": table([{"column": name, "psi": index} for name, index in ranked]),
         },
     )

@@ -6,22 +6,34 @@ import shlex
 import sys
 from pathlib import Path
 
+import dagster as dg
+from dagster._core.errors import DagsterHomeNotSetError  # has no public name
+
 from housing_assets.deployments import root_of
 from resources.endpoints.base import EndpointStatus
 from resources.model_registry.base import ModelVersion
+from resources.reference_files import event_log_name, latest_file, read_reference
 from resources.references import EvaluationRef, ModelRef
+from step_scripts import storage
 
 
-def summary(root: Path) -> str:
+def summary(root: Path, instance: dg.DagsterInstance) -> str:
     """The evaluation, the places of the artifacts, and how to call the endpoint, as text for a terminal.
 
-    Raises `FileNotFoundError` if something has not been materialized below `root`.
+    Raises `LookupError` if something has not been materialized below `root` as far as `instance` knows, or its
+    reference file is gone.
     """
-    references = root / "references"
-    evaluation = EvaluationRef.model_validate_json((references / "evaluation_report.json").read_bytes())
-    model = ModelRef.model_validate_json((references / "tuned_model.json").read_bytes())
-    version = ModelVersion.model_validate_json((references / "registered_model.json").read_bytes())
-    endpoint = EndpointStatus.model_validate_json((references / "endpoint.json").read_bytes())
+
+    def latest(asset: str) -> object:
+        uri = latest_file(instance, storage.join(str(root), "references"), dg.AssetKey(asset))
+        if uri is None or not storage.exists(uri):
+            raise LookupError(f"{event_log_name(instance)} knows no {asset} below {root}")
+        return read_reference(uri).value
+
+    evaluation = EvaluationRef.model_validate(latest("evaluation_report"))
+    model = ModelRef.model_validate(latest("tuned_model"))
+    version = ModelVersion.model_validate(latest("registered_model"))
+    endpoint = EndpointStatus.model_validate(latest("endpoint"))
     m = evaluation.metrics
     lines = [
         "",
@@ -63,9 +75,10 @@ def main() -> int:
     """Print the summary of the deployment's root. Returns the exit status."""
     root = Path(root_of())
     try:
-        print(summary(root))
-    except FileNotFoundError as error:
-        print(f"not everything has been materialized: {error.filename} is missing", file=sys.stderr)
+        with dg.DagsterInstance.get() as instance:
+            print(summary(root, instance))
+    except (LookupError, DagsterHomeNotSetError) as error:
+        print(f"not everything has been materialized: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
@@ -16,7 +17,8 @@ from pydantic import Field
 
 from housing_assets.deployments import SourceLocation
 from resources.compute.base import table
-from resources.inventory import KINDS, ItemKind, OwnedItem, files_at, remove_empty, remove_file, remove_tree
+from resources.inventory import KINDS, ItemKind, OwnedItem, remove_empty, remove_file
+from resources.reference_files import asset_folder, reference_files
 from step_scripts import storage
 from step_scripts.contract import StepError
 
@@ -122,23 +124,22 @@ def _plain(uri: str) -> str:
 
 
 def _reference_items(root: str, assets: Sequence[dg.AssetKey]) -> list[OwnedItem]:
-    """An item an asset: its reference, and those of its partitions."""
+    """An item an asset: its reference files."""
     items = []
-    for key in assets:
-        uri = storage.join(root, *key.path)
-        name = f"references of {key.to_user_string()}"
-        if storage.exists(f"{uri}.json"):
-            items.append(OwnedItem(kind="files", name=name, location=f"{uri}.json"))
-        items += files_at(uri, f"{name}, by partition")
+    for key, files in reference_files(root, assets).items():
+        if files:
+            detail = f"{len(files)} files"
+            name, place = f"references of {key.to_user_string()}", asset_folder(root, key)
+            created = datetime.fromtimestamp(min(files.values()), UTC)
+            items.append(OwnedItem(kind="files", name=name, location=place, created_at=created, detail=detail))
     return items
 
 
 def _remove_references(root: str, item: OwnedItem) -> None:
-    if item.location.endswith(".json"):
-        remove_file(item.location)
-    else:
-        remove_tree(item.location)
-    remove_empty(root)
+    key = dg.AssetKey(item.location.removeprefix(root.rstrip("/") + "/").split("/"))
+    for uri in reference_files(root, [key])[key]:
+        remove_file(uri)
+    remove_empty(item.location, root)
 
 
 def _samples(location: SourceLocation) -> list[OwnedItem]:

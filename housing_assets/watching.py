@@ -80,12 +80,12 @@ def health(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry
     status = endpoint_host.describe(name)
     result = _health(name, status, endpoint_host, model_registry)
     after = endpoint_host.describe(name)
-    if result.passed or _same(status, after):
+    if result.passed or same_deployment(status, after):
         return result
     return _health(name, after, endpoint_host, model_registry)  # a deployment came in between
 
 
-def _same(before: EndpointStatus | None, after: EndpointStatus | None) -> bool:
+def same_deployment(before: EndpointStatus | None, after: EndpointStatus | None) -> bool:
     """Whether no deployment has changed what is served meanwhile."""
     kept = ("state", "version", "model_digest", "deployed_at")
     return [getattr(before, field, None) for field in kept] == [getattr(after, field, None) for field in kept]

@@ -86,7 +86,7 @@ class SplitRef(MadeReference):
 
 
 class ModelRef(MadeReference):
-    """A trained model, and the report of the search that found it."""
+    """A trained model, the report of the search that found it, and the training split that it was fitted on."""
 
     model: Artifact
     report: Artifact
@@ -95,6 +95,7 @@ class ModelRef(MadeReference):
     request_digest: str
     made_at: datetime | None = None
     validation_digest: str | None = None
+    train: SplitRef | None = None
     versions: dict[str, str] = {}
     judged: tuple[Judged, ...] = ()
 

@@ -154,10 +154,13 @@ class OfflineStore:
             events = events.filter(pl.col("event_time") <= as_utc(as_of))
         return events.select(columns)
 
-    def snapshot(self, group: str, as_of: datetime | None = None) -> Snapshot:
-        """The files to read for the records of now, or of `as_of`. Raises `StepError` if the group has no commit."""
+    def snapshot(self, group: str, as_of: datetime | None = None, commit: int | None = None) -> Snapshot:
+        """The files to read for the records of now, or of `as_of`. Raises `StepError` if the group has no commit.
+
+        `commit`: as if later commits had not been made.
+        """
         folder = self._existing(group)
-        commits = folder.commits()
+        commits = folder.commits(commit)
         if not commits:
             raise StepError(f"nothing has been ingested into feature group {group} yet")
         last = commits[-1]
@@ -181,7 +184,7 @@ class OfflineStore:
             return None
         if folder.missing_files([f for c in commits for f in c.files]):
             return None
-        return self.snapshot(group)
+        return self.snapshot(group, commit=len(commits))
 
     def table(self, group: str) -> TableSpec:
         """The group's columns."""

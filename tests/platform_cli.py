@@ -90,8 +90,8 @@ class Platform:
             return list(instance.get_runs())
 
     def reference(self, asset: str) -> dict[str, Any]:
-        """The reference that `asset` left for its readers."""
-        return json.loads((self.folder / "data" / "references" / f"{asset}.json").read_text())
+        """The reference that `asset` left last for its readers."""
+        return json.loads(Path(self.metadata(asset)["reference"]).read_text())["value"]
 
     def stop(self) -> None:
         """End its endpoint."""

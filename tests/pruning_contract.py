@@ -20,6 +20,7 @@ from housing_assets.retention import prune
 from resources.endpoints.base import EndpointHost
 from resources.inventory import OwnedItem
 from resources.model_registry.base import ApprovalStatus, ModelRegistry, ModelVersion
+from resources.reference_files import StoredReference
 from step_scripts import storage
 from step_scripts.contract import Artifact
 from tests.job_outcome import outcome
@@ -124,9 +125,9 @@ class PruningContract:
         self, launch: Launch, registry: ModelRegistry, group: str, tmp_path: Path
     ) -> None:
         versions = [register(registry, group, artifact(tmp_path / str(n), f"model {n}"), R) for n in range(12)]
-        references = tmp_path / "data" / "references"
-        references.mkdir(parents=True)
-        (references / "registered_model.json").write_text(versions[0].model_dump_json())
+        value = versions[0].model_dump(mode="json")
+        stored = StoredReference(asset="registered_model", run_id="run-1", value=value)
+        stored.write(str(tmp_path / "data" / "references"))
         done, metadata = launch(dry_run=False)
         assert done, metadata
         assert names(metadata, "removed") == [f"{group}/2"], "ten newest stay, if nothing else is said"

@@ -7,7 +7,6 @@ work, asks the endpoint for a prediction, ends the emulator, and looks whether a
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -178,10 +177,10 @@ def _rehearse(folder: Path, hosts: int, rows: int, source: Path | None) -> int:
         print(
             "\njobs, and the nodes that did the work (seconds billed, estimated cost):", *job_table(instance), sep="\n"
         )
-        reference = json.loads(
-            s3.get_object(Bucket="rehearsal", Key="housing/references/evaluation_report.json")["Body"].read()
-        )
-        print(f"\ntest RMSE {reference['metrics']['rmse']:,.1f}")
+        evaluation = instance.get_latest_materialization_event(dg.AssetKey("evaluation_report"))
+        assert evaluation is not None
+        assert evaluation.asset_materialization is not None
+        print(f"\ntest RMSE {evaluation.asset_materialization.metadata['rmse'].value:,.1f}")
         print(f"endpoint housing answers {ask_endpoint(emulator, '1995,2500,3,2.0,0.5,2,1,0')}")
     return 0
 

@@ -101,6 +101,11 @@ def _source_files(
     if location.landing is None or config.source:
         source = config.source or location.resolve()
         return source, find_source_files(source)
+    if not (context.has_partition_key or context.has_partition_key_range):
+        raise StepError(
+            "raw_csv is ingested by day, because HOUSING_LANDING is set: choose days (--partition 2026-11-23, "
+            "--partition-range 2026-11-01...2026-11-23), or unset HOUSING_LANDING"
+        )
     days = sorted(date.fromisoformat(key) for key in context.partition_keys)
     files, unready = files_of_days(location.landing, days, time.time(), location.settle_seconds)
     if unready:
@@ -145,7 +150,8 @@ def feature_group(
     except StepError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
     metadata = {"feature_group_name": name, "rows_in": raw_csv.rows.rows or 0}
-    if feature_store.find_ingestion(name, raw_csv.rows.digest) is not None:
+    snapshot = feature_store.find_ingestion(name, raw_csv.rows.digest)
+    if snapshot is not None:
         context.log.info(f"feature group {name} already holds dataset {raw_csv.rows.digest[:12]}: nothing to add")
         metadata |= {"reused": True, "added": 0, "seconds": 0.0}
     else:
@@ -154,6 +160,7 @@ def feature_group(
         )
         result = compute.run(context, "ingest_features", params, {"rows": raw_csv.rows}, cacheable=False)
         metadata |= {**result.metrics, **as_metadata(result.details), **run_metadata(result)}
+        snapshot = feature_store.offline(name, commit=result.details["commit"])
     feature_store.record_dataset(
         name,
         DatasetRef(
@@ -167,7 +174,7 @@ def feature_group(
         ),
     )
     made = {"run_id": context.run.run_id, "dataset": raw_csv.rows.digest}
-    snapshot = feature_store.offline(name).model_copy(update=made)
+    snapshot = snapshot.model_copy(update=made)
     metadata |= artifact_metadata(snapshot.artifact) | {"commit": snapshot.commit, "rows_live": snapshot.artifact.rows}
     metadata["dagster/column_schema"] = column_schema(HOUSING_TABLE)
     return dg.MaterializeResult(

@@ -70,6 +70,7 @@ def tuned_model(
         code_version=result.code_version,
         made_at=result.created_at,
         validation_digest=validation_split.rows.digest,
+        train=train_split,
         versions=result.versions,
         judged=passed.judged,
     )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import dagster as dg
 
+from housing_assets.advisory import advisory_check
 from housing_assets.checks.blocking import blocking_check
 from housing_assets.gate import judged_splits
 from housing_assets.stability import stability_result
@@ -77,7 +78,11 @@ def split_fractions(train_split: SplitRef, validation_split: SplitRef, test_spli
     )
 
 
-@dg.asset_check(asset="train_split")
+@advisory_check(
+    asset="train_split",
+    remedy="see whether the statistics of train_split and of the approved model are there; materialize train_split "
+    "again, or register and approve a new model",
+)
 def feature_drift(train_split: SplitRef, model_registry: ModelRegistry) -> dg.AssetCheckResult:
     """The training data is distributed as that of the latest approved model (population stability index)."""
     import json
@@ -91,4 +96,17 @@ def feature_drift(train_split: SplitRef, model_registry: ModelRegistry) -> dg.As
     before = json.loads(storage.read_bytes(champion.artifact.file_uri("statistics.json")))["distributions"]
     now = json.loads(storage.read_bytes(train_split.statistics.file_uri("statistics.json")))["distributions"]
     found = {name: round(psi(before[name], now[name]), 4) for name in now if name in before}
+    if not found:
+        return _another_table(champion.reference, sorted(before), sorted(now))
     return stability_result(found, champion.reference, {"champion": champion.reference})
+
+
+def _another_table(champion: str, before: list[str], now: list[str]) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(
+        passed=False,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=f"{champion} was trained on another table: not one column in common. Remedy: keep the models of "
+        "another table apart, with a model group (registered_model.model_group) or HOUSING_ENVIRONMENT of its own, or "
+        f"approve a model of this table in the place of {champion}.",
+        metadata={"champion": champion, "columns": ", ".join(now), "columns_of_champion": ", ".join(before)},
+    )

@@ -62,12 +62,15 @@ class FeatureStore(dg.ConfigurableResource, ABC):
         """Create the group, or check that its schema accepts rows of `table`. Returns the step's `target`."""
 
     @abstractmethod
-    def find_ingestion(self, name: str, dataset_digest: str) -> Artifact | None:
-        """The group's current files, if the group holds exactly this dataset and nothing has changed since."""
+    def find_ingestion(self, name: str, dataset_digest: str) -> OfflineSnapshot | None:
+        """The records of now, if the group holds exactly this dataset and nothing has changed since."""
 
     @abstractmethod
-    def offline(self, name: str, as_of: datetime | None = None) -> OfflineSnapshot:
-        """The records of now, or of `as_of` (inclusive; in UTC if it has no time zone)."""
+    def offline(self, name: str, as_of: datetime | None = None, commit: int | None = None) -> OfflineSnapshot:
+        """The records of now, or of `as_of` (inclusive; in UTC if it has no time zone).
+
+        `commit`: as if later commits, which other runs may make at any time, had not been made.
+        """
 
     @abstractmethod
     def get_record(self, name: str, record_id: str) -> dict[str, Any] | None:

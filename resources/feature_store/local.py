@@ -10,7 +10,6 @@ from pydantic import Field
 
 from resources.feature_store.base import FeatureStore, OfflineSnapshot, group_item
 from resources.inventory import NotOwned, OwnedItem, discarded_items, remove_discarded
-from step_scripts.contract import Artifact
 from step_scripts.table import TableSpec
 
 if TYPE_CHECKING:
@@ -31,14 +30,14 @@ class LocalFeatureStore(FeatureStore):
         self._store().ensure_group(name, table)
         return {"kind": "local", "root": self.root, "mirror": self.mirror}
 
-    def find_ingestion(self, name: str, dataset_digest: str) -> Artifact | None:
-        """The group's current files, if to ingest the dataset would change nothing, whether mirrored or appended."""
+    def find_ingestion(self, name: str, dataset_digest: str) -> OfflineSnapshot | None:
+        """The records of now, if to ingest the dataset would change nothing, whether mirrored or appended."""
         found = self._store().find_ingestion(name, dataset_digest, mirror=True)
-        return found.artifact if found else None
+        return OfflineSnapshot.of(name, found) if found else None
 
-    def offline(self, name: str, as_of: datetime | None = None) -> OfflineSnapshot:
-        """The records of now, or of `as_of`."""
-        return OfflineSnapshot.of(name, self._store().snapshot(name, as_of))
+    def offline(self, name: str, as_of: datetime | None = None, commit: int | None = None) -> OfflineSnapshot:
+        """The records of now, of `as_of`, or after `commit`."""
+        return OfflineSnapshot.of(name, self._store().snapshot(name, as_of, commit))
 
     def get_record(self, name: str, record_id: str) -> dict[str, Any] | None:
         """The latest state of one record; None if unknown or deleted."""

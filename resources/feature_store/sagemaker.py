@@ -16,7 +16,7 @@ from resources.sagemaker.aws_calls import AwsCaller, aws_client
 from resources.sagemaker.ownership import belongs_to, is_absent, owned, pages, root_tags, tags_of
 from resources.sagemaker.request_validation import InvalidJobRequest, check_request
 from step_scripts import storage
-from step_scripts.contract import Artifact, StepError
+from step_scripts.contract import StepError
 from step_scripts.table import TableSpec
 
 if TYPE_CHECKING:
@@ -118,14 +118,14 @@ class SageMakerFeatureStore(FeatureStore):
             "patience_seconds": self.patience_seconds,
         }
 
-    def find_ingestion(self, name: str, dataset_digest: str) -> Artifact | None:
-        """The group's current files, if to ingest the dataset would change nothing, whether mirrored or appended."""
+    def find_ingestion(self, name: str, dataset_digest: str) -> OfflineSnapshot | None:
+        """The records of now, if to ingest the dataset would change nothing, whether mirrored or appended."""
         found = self._store().find_ingestion(name, dataset_digest, mirror=True)
-        return found.artifact if found else None
+        return OfflineSnapshot.of(name, found) if found else None
 
-    def offline(self, name: str, as_of: datetime | None = None) -> OfflineSnapshot:
-        """The records of now, or of `as_of`."""
-        return OfflineSnapshot.of(name, self._store().snapshot(name, as_of))
+    def offline(self, name: str, as_of: datetime | None = None, commit: int | None = None) -> OfflineSnapshot:
+        """The records of now, of `as_of`, or after `commit`."""
+        return OfflineSnapshot.of(name, self._store().snapshot(name, as_of, commit))
 
     def get_record(self, name: str, record_id: str) -> dict[str, Any] | None:
         """The latest state of one record, from the online store if there is one; None if unknown or deleted."""

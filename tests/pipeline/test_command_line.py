@@ -10,10 +10,12 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import httpx
@@ -206,6 +208,58 @@ def test_two_runs_at_once_both_succeed(tmp_path: Path) -> None:
         platform.stop()
         for run in runs:
             run.kill()
+
+
+def test_a_run_keeps_its_model_although_others_go_through_while_it_halts(tmp_path: Path) -> None:
+    platform = Platform(tmp_path, {"HOUSING_NUM_CPUS": "1", "HOUSING_SAMPLE_ROWS": "600"})
+
+    def command(seed: int) -> list[str]:
+        search = {"num_trials": 1, "num_boost_round": 20, "eta_min": 0.2, "search_algorithm": "random", "seed": seed}
+        return platform.command("*", {"tuned_model": search, "evaluation_report": {"rmse_threshold": 1e6}})[3:]
+
+    def go_on() -> bool:
+        """Until the first run halts (true) or ends."""
+        first.send_signal(signal.SIGCONT)
+        _, status = os.waitpid(first.pid, os.WUNTRACED)
+        if os.WIFSTOPPED(status):
+            return True
+        first.returncode = os.waitstatus_to_exitcode(status)
+        return False
+
+    log = tmp_path / "log.txt"
+    halting = [sys.executable, "-m", "tests.halting_run", "tuned_model,evaluation_report"]
+    with log.open("w") as output:
+        first = subprocess.Popen(
+            [*halting, *command(42)], cwd=ROOT, env=platform.env, stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        for seed in (7, 11):
+            assert go_on(), log.read_text()
+            other = platform.run("-m", "dagster", *command(seed))
+            assert other.returncode == 0, other.stdout
+        assert not go_on()
+        assert first.returncode == 0, log.read_text()
+    finally:
+        platform.stop()
+        first.kill()
+
+    with platform.instance() as instance:
+        made: dict[str, dict[str, Any]] = {}
+        for asset in ("tuned_model", "evaluation_report", "registered_model", "endpoint"):
+            for record in instance.fetch_materializations(dg.AssetKey(asset), limit=10).records:
+                assert record.asset_materialization is not None
+                metadata = record.asset_materialization.metadata
+                made.setdefault(record.run_id, {})[asset] = {name: value.value for name, value in metadata.items()}
+        *others, halted = sorted(made, key=lambda run_id: instance.get_run_stats(run_id).end_time or 0.0)
+    digests = {run_id: assets["tuned_model"]["digest"] for run_id, assets in made.items()}
+    assert len(set(digests.values())) == 3, "three seeds, three models"
+    for run_id, assets in made.items():
+        assert assets["endpoint"]["model_digest"] == digests[run_id]
+        assert assets["registered_model"]["rmse"] == assets["evaluation_report"]["rmse"]
+        assert assets["registered_model"]["lineage"]["run_id"] == run_id
+    # Each run deploys the version that it has registered: what is served is that of the last deployment.
+    assert platform.reference("endpoint")["model_digest"] == digests[halted]
+    assert len(others) == 2
 
 
 @pytest.mark.skipif(not REAL_DATA.exists(), reason=f"{REAL_DATA.name} is not beside the project")

@@ -357,7 +357,7 @@ def test_the_steps_work_on_s3_with_ray(group: Group, aws: Aws) -> None:
         "rows_in": 300, "rows_readable": 300, "added": 300, "unchanged": 0, "superseded": 0, "deleted": 0,
         "written_online": 300,
     }  # fmt: skip
-    assert group.resource.find_ingestion("sales", local.digest) == group.resource.offline("sales").artifact
+    assert group.resource.find_ingestion("sales", local.digest) == group.resource.offline("sales")
     assert sum(split["outputs"][name]["rows"] for name in ("train", "validation", "test")) == 300
     group.assert_alike(range(0, 300, 50))
     assert not aws.keys("features/sales/_staging")

@@ -49,8 +49,8 @@ class Both:
     def reference(self, where: str, asset: str) -> dict[str, Any]:
         if where == "local":
             return self.local.reference(asset)
-        stored = self.s3.get_object(Bucket=BUCKET, Key=f"housing/references/{asset}.json")
-        return json.loads(stored["Body"].read())
+        key = self.remote.metadata(asset)["reference"].removeprefix(f"s3://{BUCKET}/")
+        return json.loads(self.s3.get_object(Bucket=BUCKET, Key=key)["Body"].read())["value"]
 
     def artifact(self, where: str, asset: str, member: str) -> Artifact:
         return Artifact.model_validate(self.reference(where, asset)[member])

@@ -19,10 +19,10 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetC
 
 from resources.model_registry.base import ModelVersion
 from resources.references import SplitRef
-from step_scripts import storage
 from tests.sagemaker_emulator.testing import ROLE, Aws
 from tests.serving_models import gate, house_rows, small_model
 from tests.split_files import write_split
+from tests.stored_references import leave
 from tests.vouching import LINEAGE, vouch_for
 
 if TYPE_CHECKING:
@@ -146,8 +146,7 @@ def test_a_version_approved_in_the_console_is_deployed_once(
         "test_split": SplitRef(rows=split, fraction=0.2, configured_fraction=0.2),
     }
     for asset, reference in left.items():
-        uri = storage.join(location.resources["io_manager"].root, f"{asset}.json")
-        storage.write_bytes(uri, reference.model_dump_json().encode())
+        leave(instance, location.resources["io_manager"].root, asset, reference)
     job = location.definitions.get_job_def("deploy_endpoint")
     refused = job.execute_in_process(request.run_config, instance, tags=request.tags, raise_on_error=False)
     assert not refused.success, "no check vouches for it"

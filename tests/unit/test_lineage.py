@@ -42,6 +42,22 @@ def facts(snapshot: SnapshotRef | None) -> dict[str, Any]:
     return dict(lineage_facts("run-r", train, model, evaluation))
 
 
+def test_the_lineage_names_the_split_that_the_model_was_fitted_on_whatever_is_the_latest_one() -> None:
+    fitted, later = (
+        SplitRef(rows=made(name), fraction=0.6, configured_fraction=0.6, run_id=f"run of {name}")
+        for name in ("fitted", "later")
+    )
+    model = ModelRef(
+        model=made("model"), report=made("report"), metrics={}, parameters={}, request_digest="request", train=fitted
+    )
+    evaluation = EvaluationRef(
+        report=made("evaluation"), model_digest="m", test_digest="test", metrics={}, rmse_threshold=1.0
+    )
+    found: Any = lineage_facts("run-r", later, model, evaluation)
+    assert found["train_digest"] == "digest-of-fitted"
+    assert found["runs"]["splits"] == "run of fitted"
+
+
 def snapshot() -> SnapshotRef:
     files = (DataFile(uri="s3://in/a.csv", bytes=1234, modified=0.0, rows=7),)
     known = DatasetRef(

@@ -44,6 +44,9 @@ def test_snapshots_are_what_was_ingested(feature_store: FeatureStore, tmp_path: 
     now = feature_store.offline("sales")
     assert (now.group, now.artifact.rows, now.deduplicate, now.commit, now.as_of) == ("sales", 3, True, 2, None)
     assert OfflineSnapshot.model_validate_json(now.model_dump_json()) == now
+    # What a run has ingested, whatever others have added since.
+    own = feature_store.offline("sales", commit=1)
+    assert (own.artifact.rows, own.commit, len(own.artifact.files)) == (2, 1, 1)
     early = feature_store.offline("sales", NOON + timedelta(minutes=5))
     assert len(early.artifact.files) == 1
     assert early.as_of == NOON + timedelta(minutes=5)
@@ -62,7 +65,7 @@ def test_a_dataset_is_found_as_long_as_nothing_undid_it(feature_store: FeatureSt
     assert feature_store.find_ingestion("sales", first.digest) is None
     ingest_rows(store, first)
     found = feature_store.find_ingestion("sales", first.digest)
-    assert found == feature_store.offline("sales").artifact
+    assert found == feature_store.offline("sales")
     ingest_rows(store, write_rows(tmp_path, [row(2)]))
     # Something else came in: a mirror of the first dataset would have to delete it.
     assert feature_store.find_ingestion("sales", first.digest) is None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -27,8 +27,10 @@ from resources.evidence import Evidence, EvidenceStore, Judged
 from resources.feature_store.local import LocalFeatureStore
 from resources.inventory import NotOwned
 from resources.model_registry.local import LocalModelRegistry
+from resources.reference_files import REFERENCE, StoredReference
 from step_scripts.offline_store import OfflineStore
 from tests.feature_rows import TABLE, ingest_rows, row, write_rows
+from tests.job_outcome import outcome
 from tests.pruning_contract import PruningContract, launch_prune, names, register
 from tests.registry_contract import artifact
 
@@ -50,10 +52,8 @@ def test_old_results_that_nothing_refers_to_are_removed(tmp_path: Path, dry_run:
     young = result(tmp_path, "prepare_splits", "c" * 16, modified=2e9)
     similar = result(tmp_path, "tune_model", "a" * 15 + "b")
     foreign = result(tmp_path, "tune_model", "mine")
-    references = tmp_path / "references"
-    references.mkdir()
-    value = {"model": {"uri": str(used / "attempt"), "files": []}, "metrics": {"rmse": 1.0}}
-    (references / "tuned_model.json").write_text(json.dumps(value))
+    value: Any = {"model": {"uri": str(used / "attempt"), "files": []}, "metrics": {"rmse": 1.0}}
+    StoredReference(asset="tuned_model", run_id="run-1", value=value).write(str(tmp_path / "references"))
     assert [r.files for r in stored_results(str(tmp_path / "artifacts"))] == [2, 2, 2, 2]
 
     with dg.DagsterInstance.ephemeral() as instance:
@@ -82,9 +82,8 @@ def test_old_evidence_goes_with_the_last_that_mentions_what_it_judged(
     ingest_rows(OfflineStore(resources["feature_store"].root), write_rows(tmp_path / "rows", [row(1)]), mirror=True)
     [ingested] = resources["feature_store"].read_by(resources["feature_store"].offline("sales")).datasets
     version = register(resources["model_registry"], "housing", artifact(tmp_path / "model"), "Approved")
-    references = tmp_path / "references"
-    references.mkdir()
-    (references / "train_split.json").write_text(json.dumps({"rows": {"digest": "referenced"}}))
+    value: Any = {"rows": {"digest": "referenced"}}
+    StoredReference(asset="train_split", run_id="run-1", value=value).write(str(tmp_path / "references"))
     kept = {"referenced", ingested.digest, version.artifact.digest, "young"}
     for digest in (*kept, "gone"):
         at = datetime.now(UTC) - timedelta(days=0 if digest == "young" else 100)
@@ -141,6 +140,47 @@ def test_old_runs_go_but_those_of_the_latest_materializations_and_of_others(tmp_
         left = {run.run_id for run in instance.get_runs()}
         assert {last, done.run_id, *others} <= left
         assert not gone & left
+
+
+def test_references_go_once_they_are_replaced_and_those_that_a_reader_may_find_stay(tmp_path: Path) -> None:
+    root = str(tmp_path / "references")
+
+    def made(run: str, asset: str, *partitions: str, old: bool = True, at: str = root, told: bool = True) -> str:
+        """The file of a materialization; the events come in the order of the calls."""
+        uri = StoredReference(asset=asset, partitions=partitions, run_id=run, value={"uri": f"/{run}"}).write(at)
+        if old:
+            os.utime(uri, (OLD, OLD))
+        for partition in partitions or (None,):
+            if told:
+                metadata = {REFERENCE: dg.MetadataValue.path(uri)}
+                instance.report_runless_asset_event(dg.AssetMaterialization(asset, None, metadata, partition))
+        return uri
+
+    with dg.DagsterInstance.ephemeral(tempdir=str(tmp_path)) as instance:
+        busy = instance.create_run_for_job(sweep, status=dg.DagsterRunStatus.STARTED).run_id
+        expected = {
+            "replaced": made("r1", "tuned_model"),
+            "replaced a moment ago": made("r2", "tuned_model", old=False),
+            "being made": made(busy, "tuned_model"),
+            "latest": made("r3", "tuned_model"),
+            "of a deployment that shares the event log": made("r4", "tuned_model", at=str(tmp_path / "staging")),
+            "in another event log": made("r5", "evaluation_report", told=False),
+            "days, one of them replaced": made("r6", "raw_csv", "2026-11-01", "2026-11-02"),
+            "day, replaced": made("r7", "raw_csv", "2026-11-03"),
+            "latest day": made("r8", "raw_csv", "2026-11-03"),
+            "another day": made("r9", "raw_csv", "2026-11-02"),
+            "a day whose run is forgotten": made("r10", "raw_csv", "2026-10-01", told=False),
+        }
+        foreign = tmp_path / "references" / "tuned_model" / "mine.json"
+        foreign.write_text("{}")
+        config = {"ops": {"prune_old": {"config": {"dry_run": False}}}}
+        resources = load_resources({"HOUSING_ROOT": str(tmp_path)})
+        done = prune.execute_in_process(run_config=config, resources=resources, instance=instance)
+        _, metadata = outcome(done)
+    gone = {what for what, uri in expected.items() if not Path(uri).exists()}
+    assert gone == {"replaced", "day, replaced", "a day whose run is forgotten"}
+    assert metadata["references"] == len(gone)
+    assert foreign.exists()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -40,6 +41,7 @@ FOREIGN = (
     "data/artifacts/tune_model/mine/notes.txt",
     "data/references/mine.json",
     "data/references/endpoint.json.bak",
+    "data/references/endpoint/notes.json",
     "data/evidence/notes.txt",
     "data/evidence/raw_csv/schema/rows/mine.json",
     "data/sample/house_sales_mine.csv",
@@ -86,7 +88,8 @@ def deployment(tmp_path: Path) -> Iterator[Path]:
     for file in (results / "manifest.json", results / "attempt" / "model" / "model.ubj"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("x")
-    for name in ("endpoint.json", "raw_csv.json", "raw_csv/2026-11-01.json"):
+    earlier = ("endpoint.json", "raw_csv.json", "raw_csv/2026-11-01.json")
+    for name in (*earlier, f"endpoint/{uuid.uuid4()}-{'0' * 16}.json"):
         file = tmp_path / "data" / "references" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("{}")
@@ -134,7 +137,6 @@ def test_everything_goes_but_what_is_not_ours(deployment: Path, instance: dg.Dag
         ("files", "results of tune_model"),
         ("files", "references of endpoint"),
         ("files", "references of raw_csv"),
-        ("files", "references of raw_csv, by partition"),
         ("files", "evidence of raw_csv/schema"),
         ("files", "house_sales_10000.csv"),
     }
