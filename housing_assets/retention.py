@@ -1,10 +1,11 @@
-"""Pruning: results of steps, references, evidence of checks, model versions and captured requests that nobody needs, and
-old runs of Dagster.
+"""Pruning: what nobody needs of results of steps, references, evidence of checks, model versions, captured requests,
+and old runs of Dagster.
 
 What assets refer to, what is younger than the limit, and versions that are served or compared with stay.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -25,6 +26,7 @@ from resources.endpoints.captured_files import CapturedFile, surplus
 from resources.evidence import EvidenceStore
 from resources.inventory import RESULT_FILE, OwnedItem, remove_file
 from resources.model_registry.base import ModelVersion
+from resources.reference_files import reference_files
 from step_scripts import storage
 
 _FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
@@ -187,10 +189,8 @@ def prune_old(context: dg.OpExecutionContext, config: PruneConfig) -> None:
     in_use = current | uris_in(references.waiting.values())
     found += [_of_result(r) for r in unused(stored_results(resources.compute.artifact_root), in_use, results_before)]
     with _noted("evidence", problems):
-        for uri, what in (
-            unneeded_evidence(resources.evidence, mentioned(resources), results_before) if not running else ()
-        ):
-            found.append(Removal("evidence", uri, what, partial(resources.evidence.remove_file, uri)))
+        unneeded = [] if running else unneeded_evidence(resources.evidence, mentioned(resources), results_before)
+        found += [Removal("evidence", uri, why, partial(resources.evidence.remove_file, uri)) for uri, why in unneeded]
     with _noted("captured requests", problems):
         captured = resources.endpoint_host.captured_files()
         chosen = surplus(captured, now - timedelta(days=config.capture_days), config.capture_megabytes * 1e6)
@@ -281,7 +281,7 @@ def _needing_versions(busy: Sequence[dg.DagsterRun]) -> str:
 
 
 def _old_runs(
-    instance: dg.DagsterInstance, before: datetime, own: dg.DagsterRun, needed: Set[str] = frozenset()
+    instance: dg.DagsterInstance, before: datetime, own: dg.DagsterRun, needed: Collection[str] = ()
 ) -> list[str]:
     """Ids of this code location's runs that were made and have ended before that time, oldest first.
 
@@ -290,7 +290,7 @@ def _old_runs(
     latest = {
         record.asset_entry.last_run_id for record in instance.get_asset_records() if record.asset_entry.last_run_id
     }
-    kept, ours = latest | needed | {own.run_id}, _own_runs(own)
+    kept, ours = latest | {*needed, own.run_id}, _own_runs(own)
     records = instance.get_run_records(
         dg.RunsFilter(statuses=_FINISHED, created_before=before), limit=_RUNS_AT_ONCE, ascending=True
     )
