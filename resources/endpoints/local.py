@@ -52,15 +52,14 @@ from resources.endpoints.server_process import (
 from resources.file_lock import file_lock
 from resources.inventory import NotOwned, OwnedItem
 from resources.model_registry.base import ModelVersion
+from step_scripts.contract import DamagedArtifactError, check_files
 from step_scripts.deployment import (
     CAPTURE_FOLDER,
     DEPLOYMENT_FILE,
     CaptureCounts,
     CaptureSettings,
-    DamagedArtifactError,
     DeploymentRecord,
     ServerRecord,
-    verify_artifact,
 )
 from step_scripts.table import TableSpec
 
@@ -238,7 +237,7 @@ class LocalEndpointHost(EndpointHost):
     def _deploy(
         self, folder: Path, name: str, version: ModelVersion, smoke_test: SmokeTest, log: DeploymentLog
     ) -> EndpointStatus:
-        verify_artifact(version.artifact)
+        check_files(version.artifact, "all")
         current, server = read_deployment(folder), find_server(folder)
         served = ping(server) if server else None
         if current and server and not served:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from step_scripts import code_version, storage
+from step_scripts import storage
 from step_scripts.code_version import step_version
 from step_scripts.contract import Artifact, FileInfo, StepError, StepRequest
 from step_scripts.ray_session import RaySession
@@ -107,33 +107,3 @@ def test_the_digest_of_an_artifact_is_that_of_its_content() -> None:
     assert Artifact.of("u", [file("a", "2"), file("b", "1")]).digest != one.digest
     with pytest.raises(KeyError, match="c is not part of u"):
         one.file_uri("c")
-
-
-def test_the_code_version_follows_imports() -> None:
-    assert step_version("tune_model") != step_version("runner")
-    assert step_version.__wrapped__("contract") == step_version("contract")
-    with pytest.raises(FileNotFoundError):
-        step_version("nothing")
-
-
-def test_the_code_version_changes_with_every_way_of_importing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = {
-        "a": "from step_scripts import b\nfrom step_scripts.c import x\n",
-        "b": "import step_scripts.d\n",
-        "c": "x = 1\n",
-        "d": "def f():\n    from step_scripts import e as other\n",
-        "e": "",
-        "unrelated": "",
-    }
-    for name, text in sources.items():
-        (tmp_path / f"{name}.py").write_text(text)
-    monkeypatch.setattr("step_scripts.code_version._PACKAGE", tmp_path)
-    monkeypatch.setattr("step_scripts.code_version._read", code_version._read.__wrapped__)  # each time a new process
-    version = step_version.__wrapped__("a")
-    (tmp_path / "unrelated.py").write_text("y = 1")
-    assert step_version.__wrapped__("a") == version
-    for name, text in sources.items():
-        if name != "unrelated":
-            (tmp_path / f"{name}.py").write_text(text + "# changed\n")
-            assert step_version.__wrapped__("a") != version, name
-            (tmp_path / f"{name}.py").write_text(text)
