@@ -231,7 +231,7 @@ def run(context, params):
     uri = context.output_uri("value")
     storage.write_bytes(uri + "/value.txt", str(value).encode())
     return StepOutcome({"value": Artifact.of(uri, [file_info(uri + "/value.txt", uri)])})
-STEP = StepDefinition(params=Params, run=run, outputs=("value",))
+STEP = StepDefinition(params=Params, run=run, outputs=("value",), uses_ray=False)
 """
 SHOP = {"shop/__init__.py": "", "shop/step.py": STEP, "shop/late.py": "VALUE = 1"}
 
@@ -246,62 +246,60 @@ def asked_of(root: Path, **params: Any) -> StepRequest:
 
 @pytest.mark.parametrize("where", ["driver", "worker"])
 def test_code_that_changes_while_a_step_runs_is_not_stored_under_the_version_asked_for(
-    where: str, package: Callable[[dict[str, str]], Path], ray_session: RaySession
+    where: str, package: Callable[[dict[str, str]], Path], request: pytest.FixtureRequest
 ) -> None:
     """It is changed before it is loaded, and restored when the step ends, as `git checkout` does."""
-    root = package(SHOP)
-    asked = asked_of(root, where=where, swap=True)
+    session = RaySession(RaySettings()) if where == "driver" else request.getfixturevalue("ray_session")
+    asked = asked_of(package(SHOP), where=where, swap=True)
     with pytest.raises(StepError, match=r"code of step shop.step has changed since .*: shop.late would be") as error:
-        run_step(asked, CollectingReporter(), ray_session)
+        run_step(asked, CollectingReporter(), session)
     assert "reload the code location" in str(error.value)
     assert find_result(asked) is None
     assert not [path for path in Path(asked.output_uri).rglob("*") if path.is_file()]
 
 
-def test_code_that_is_changed_without_being_loaded_does_no_harm(
-    package: Callable[[dict[str, str]], Path], ray_session: RaySession
-) -> None:
+def test_code_that_is_changed_without_being_loaded_does_no_harm(package: Callable[[dict[str, str]], Path]) -> None:
     root = package(SHOP)
     asked = asked_of(root, where="driver")
     importlib.import_module("shop.late")
     (root / "shop" / "late.py").write_text("VALUE = 3")
-    result = run_step(asked, CollectingReporter(), ray_session)
+    result = run_step(asked, CollectingReporter(), RaySession(RaySettings()))
     assert Path(result.outputs["value"].file_uri("value.txt")).read_text() == "1"
     with pytest.raises(StepError, match=r"shop\.late would be"):
         require_unchanged(asked)  # of another process, which has yet to load it
 
 
 def test_a_step_that_was_loaded_in_another_state_than_asked_for_is_refused(
-    package: Callable[[dict[str, str]], Path], ray_session: RaySession
+    package: Callable[[dict[str, str]], Path],
 ) -> None:
     root = package(SHOP)
     asked = asked_of(root, where="driver")
     (root / "shop" / "step.py").write_text(STEP + "# changed\n")
     with pytest.raises(StepError, match=r"shop\.step would be, or were, other sources"):
-        run_step(asked, CollectingReporter(), ray_session)
+        run_step(asked, CollectingReporter(), RaySession(RaySettings()))
     assert find_result(asked) is None
 
 
 def test_a_module_that_no_file_names_makes_a_result_that_is_not_reused(
-    package: Callable[[dict[str, str]], Path], ray_session: RaySession
+    package: Callable[[dict[str, str]], Path],
 ) -> None:
     hidden = {"shop/step.py": STEP.replace("from shop import late", 'late = __import__("sh" + "op.late").late')}
     asked = asked_of(package(SHOP | hidden), where="driver")
     reporter, unusable = CollectingReporter(), list[str]()
-    assert run_step(asked, reporter, ray_session).unversioned == ["shop.late"]
+    assert run_step(asked, reporter, RaySession(RaySettings())).unversioned == ["shop.late"]
     assert find_result(asked, unusable.append) is None
     assert "its code version does not cover shop.late" in unusable[0]
 
 
 @pytest.mark.parametrize("library", ["xgboost", "polars", "python"])
 def test_other_libraries_are_another_request_and_are_refused_where_the_step_runs(
-    library: str, package: Callable[[dict[str, str]], Path], ray_session: RaySession
+    library: str, package: Callable[[dict[str, str]], Path]
 ) -> None:
     here = asked_of(package(SHOP), where="driver")
     other = here.model_copy(update={"environment": {**here.environment, library: "0.1"}})
     assert other.digest != here.digest
     with pytest.raises(StepError, match=rf"other libraries than those asked for: {library} .*, asked for was 0\.1\."):
-        run_step(other, CollectingReporter(), ray_session)
+        run_step(other, CollectingReporter(), RaySession(RaySettings()))
     assert find_result(other) is None
 
 
