@@ -118,10 +118,16 @@ _recorder = _Recorder()
 
 
 def install() -> None:
-    """Record what is loaded from now on, and this package's two modules that came before."""
+    """Record what is loaded from now on, and what came before: this package's first two modules; in Ray's workers those
+    of a step elsewhere, which imports this package.
+    """
     if any(type(finder).__name__ == _Recorder.__name__ for finder in sys.meta_path):
         return
     place = sys.meta_path.index(PathFinder) if PathFinder in sys.meta_path else len(sys.meta_path)
     sys.meta_path.insert(place, _recorder)  # behind the finders of others, such as pytest's
-    for module in (PACKAGE, __name__):
-        _record(module, digest_of(Path(sys.modules[module].__file__ or "").read_bytes()))
+    before = [PACKAGE, __name__]
+    if os.environ.get(JOURNAL):
+        before += [name for name in list(sys.modules) if name != "__main__" and own_places(name.partition(".")[0])]
+    for module in dict.fromkeys(before):
+        if (file := getattr(sys.modules[module], "__file__", None)) and file.endswith(".py"):
+            _record(module, digest_of(Path(file).read_bytes()))

@@ -126,12 +126,12 @@ class RaySession:
             from ray.exceptions import RayError
             from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-            remote = ray.remote(_report).options(num_cpus=0)
+            remote = ray.remote(_report)
             asked = {}
             for node in ray.nodes():
                 if node["Alive"]:
                     there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                    asked[remote.options(scheduling_strategy=there).remote()] = node["NodeManagerAddress"]
+                    asked[remote.options(num_cpus=0, scheduling_strategy=there).remote()] = node["NodeManagerAddress"]
             answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_REPORT_SECONDS)
             self._reports = {}
             for answer in answered:

@@ -217,6 +217,7 @@ class Params(StepParams):
 def work(folder):
     import sys
     sys.path.insert(0, folder)
+    import step_scripts
     from shop import late
     return late.VALUE
 def run(context, params):
