@@ -20,7 +20,7 @@ from resources.endpoints.base import EndpointHost, EndpointStatus
 from resources.evidence import Judged
 from resources.model_registry.base import ModelRegistry, ModelVersion
 from resources.references import EvaluationRef, ModelRef, SplitRef
-from step_scripts.code_version import step_version
+from step_scripts.code_version import module_version, step_version
 
 COLUMNS = ("stage", "what", "where", "digest", "run", "code_version", "when")
 FILES_SHOWN = 100
@@ -78,7 +78,7 @@ def lineage_rows(
     rows = []
     if endpoint is not None:
         what = f"{endpoint.name} serves {endpoint.version}"
-        code = step_version("serve_model") if deployed_by else ""
+        code = module_version("serve_model") if deployed_by else ""
         rows += [_row("endpoint", what, endpoint.url, endpoint.model_digest, deployed_by, code, endpoint.deployed_at)]
     gate = version.gate
     rows += [

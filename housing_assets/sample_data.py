@@ -51,6 +51,8 @@ def write_sample(path: Path, *, rows: int = 10_000, seed: int = 42, invalid_frac
             for number, first in enumerate(range(0, rows, _BATCH_ROWS)):
                 batch = _batch(seed, number, invalid_fraction)
                 batch.head(rows - first).write_csv(file, include_header=number == 0, quote_style="never")
+            file.flush()
+            os.fsync(file.fileno())  # the file is known by its name from now on
         os.utime(temporary, (MODIFIED.timestamp(), MODIFIED.timestamp()))
         temporary.replace(path)
     except BaseException:

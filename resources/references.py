@@ -106,6 +106,7 @@ class EvaluationRef(Reference):
     report: Artifact
     model_digest: str
     test_digest: str
+    test: Artifact | None = None
     metrics: dict[str, float]
     rmse_threshold: float
     run_id: str | None = None

@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from step_scripts import storage
 
 MANIFEST = "manifest.json"
+_SMALL_FILE, _QUICKLY_READ = 1 << 20, 1 << 30
+_READERS = 8
+_PARQUET = b"PAR1"
 
 
 class StepError(Exception):
@@ -36,6 +42,10 @@ class StepError(Exception):
         super().__init__(message)
         self.details: dict[str, JsonValue] = details or {}
         self.keep = keep or {}
+
+
+class DamagedArtifactError(ValueError):
+    """A file of an artifact is missing or does not have the content that was recorded."""
 
 
 class FileInfo(BaseModel):
@@ -103,6 +113,16 @@ class StepRequest(BaseModel):
     inputs: dict[str, Artifact] = Field(default_factory=dict)
     output_root: str
     code_version: str
+    environment: dict[str, str] = Field(
+        default_factory=dict,
+        description="Versions of the libraries that results depend on, see `code_version.library_versions`; `image`: "
+        "that of the job.",
+    )
+    sources: dict[str, str] = Field(
+        default_factory=dict,
+        description="What `code_version` stands for: digests of sources by module. No part of the digest. Empty: the "
+        "code that runs is not compared with what was asked for.",
+    )
     not_before: datetime | None = Field(
         default=None, description="Manifests older than this are not reused. None: any age is good."
     )
@@ -115,14 +135,15 @@ class StepRequest(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Depends on step, code, parameters and the content of the inputs; not on where they lie."""
-        content = {
-            "step": self.step,
-            "code": self.code_version,
-            "params": self.params,
-            "inputs": {name: artifact.digest for name, artifact in sorted(self.inputs.items())},
-        }
+        """Depends on step, code, libraries, parameters and the content of the inputs; not on where they lie."""
+        content = {"step": self.step, "params": self.params, **self.origins}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+    @property
+    def origins(self) -> dict[str, Any]:
+        """What results follow from beside the parameters: code, libraries, the content of the inputs."""
+        inputs = {name: artifact.digest for name, artifact in sorted(self.inputs.items())}
+        return {"code": self.code_version, "environment": self.environment, "inputs": inputs}
 
     @property
     def output_uri(self) -> str:
@@ -161,6 +182,10 @@ class StepResult(BaseModel):
     versions: dict[str, str] = Field(default_factory=dict)
     run_id: str | None = Field(default=None, description="The run that did the work; reuse does not change it.")
     reused: bool = Field(default=False, description="True if an earlier run's manifest answered the request.")
+    unversioned: list[str] = Field(
+        default_factory=list,
+        description="Modules that took part and that the code version does not cover: not to be reused.",
+    )
 
 
 @dataclass
@@ -193,6 +218,9 @@ class StepContext:
         self.attempt_uri = attempt_uri
         self.log = reporter
         self.seconds: dict[str, float] = {}
+        self.confirm: Callable[[], None] = lambda: None
+        """Raises `StepError` if the step runs with other code than what was asked for: for steps that change more than
+        their outputs, before they do."""
 
     @property
     def checkpoint_uri(self) -> str | None:
@@ -235,12 +263,48 @@ class StepDefinition:
 def file_info(uri: str, relative_to: str, rows: int | None = None) -> FileInfo:
     """`FileInfo` of the file at `uri`, by reading it once. Call it where the file was written: it is then in memory."""
     digest, size = hashlib.sha256(), 0
-    with storage.open_input(uri) as file:
+    opened = storage.open_input(uri) if storage.is_remote(uri) else storage.local_path(uri).open("rb")  # without Arrow
+    with opened as file:
         while block := file.read(1 << 20):
             digest.update(block)
             size += len(block)
     path = uri.removeprefix(relative_to.rstrip("/") + "/")
     return FileInfo(path=path, rows=rows, bytes=size, sha256=digest.hexdigest())
+
+
+def check_files(artifact: Artifact, contents: Literal["small", "local", "all"] = "small") -> None:
+    """Raise `DamagedArtifactError` naming the first file that is missing, cut, or without the end of a Parquet file.
+
+    `contents`: which files are read and compared with their digests: local ones of up to 1 MiB; local ones, of an
+    artifact of up to 1 GiB (about a second); all. On S3, where an object is there as a whole or not at all, one listing
+    tells the sizes, and whoever reads a file sees its end.
+    """
+    sizes = storage.sizes(artifact.uri, [file.path for file in artifact.files])
+    remote = storage.is_remote(artifact.uri)
+    local_limit = math.inf if contents == "local" and artifact.bytes <= _QUICKLY_READ else _SMALL_FILE
+    limit = math.inf if contents == "all" else -1 if remote else local_limit
+
+    def check(file: FileInfo) -> None:
+        uri = storage.join(artifact.uri, file.path)
+        if (size := sizes.get(file.path)) is None:
+            raise DamagedArtifactError(f"{uri} is missing; it was {file.bytes} bytes")
+        if size != file.bytes:
+            raise DamagedArtifactError(f"{uri} has {size} bytes, recorded were {file.bytes}")
+        if size <= limit:
+            if (found := file_info(uri, artifact.uri).sha256) != file.sha256:
+                raise DamagedArtifactError(f"{uri} has SHA-256 {found}, recorded was {file.sha256}")
+        elif not remote and uri.endswith(".parquet") and not _ends_as_parquet(uri):
+            raise DamagedArtifactError(f"{uri} does not end as a Parquet file")
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for _ in pool.map(check, artifact.files):
+            pass
+
+
+def _ends_as_parquet(uri: str) -> bool:
+    with storage.local_path(uri).open("rb") as file:
+        file.seek(-len(_PARQUET), os.SEEK_END)
+        return file.read() == _PARQUET
 
 
 def write_json(uri: str, value: object) -> None:

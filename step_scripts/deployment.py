@@ -16,7 +16,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from step_scripts import storage
-from step_scripts.contract import Artifact, FileInfo
+from step_scripts.contract import Artifact, DamagedArtifactError, FileInfo
 
 DEPLOYMENT_FILE = "deployment.json"
 SERVER_FILE = "server.json"
@@ -24,10 +24,6 @@ RELOAD_FILE = "reload.json"
 LOG_FILE = "server.log"
 LOCK_FILE = "server.lock"
 CAPTURE_FOLDER = "captured"
-
-
-class DamagedArtifactError(ValueError):
-    """A file of an artifact is missing or does not have the content that was recorded."""
 
 
 class _StateFile(BaseModel):
@@ -93,12 +89,6 @@ class ReloadRecord(_StateFile):
     deployment_id: str
     error: str = ""
     at: datetime
-
-
-def verify_artifact(artifact: Artifact) -> None:
-    """Read every file. Raises `DamagedArtifactError` naming the first that is missing or differs from its record."""
-    for file in artifact.files:
-        verify_file(storage.join(artifact.uri, file.path), file)
 
 
 def verify_file(uri: str, expected: FileInfo) -> None:

@@ -97,13 +97,14 @@ def ingest(
     lock_seconds: float = LOCK_SECONDS,
     online: OnlineTarget | None = None,
     phase: Callable[[str], AbstractContextManager[None]] = contextlib.nullcontext,
+    confirm: Callable[[], None] = lambda: None,
 ) -> IngestionResult:
     """Ingest `dataset` (columns record_id, event_time and those of `table`); the group is made if there is none.
 
     With `mirror`, the group's live records become those of the dataset: others are deleted. A dataset that is known
     already makes no commit, one that is not makes one even if it changes nothing. Where writers cannot keep each other
     out, one that was overtaken compares again with what the other has stored. With `online`, the latest event of every
-    record that changes goes to the online store before the commit.
+    record that changes goes to the online store before the commit. `confirm` is called before anything becomes visible.
 
     Raises `StepError`, having changed nothing, if the schema does not fit the group's, rows contradict each other,
     files of the group are missing, a row cannot be read back, or others hold the lock for `lock_seconds`.
@@ -116,7 +117,7 @@ def ingest(
             log.info(f"removed {strays:,} files that an earlier, unfinished ingestion has left")
 
         def attempt() -> IngestionResult:
-            ingestion = _Ingestion(folder, table, dataset, run, log, mirror, workers, online, phase)
+            ingestion = _Ingestion(folder, table, dataset, run, log, mirror, workers, online, phase, confirm)
             new_columns = bool(ingestion.commits) and adopts(folder.name, ingestion.commits[-1].table, table)
             if not ingestion.commits:
                 folder.create(table)
@@ -135,9 +136,10 @@ class _Ingestion:
     def __init__(
         self, folder: GroupFolder, table: TableSpec, dataset: Artifact, run: ParallelRun, log: Reporter, mirror: bool,
         workers: int, online: OnlineTarget | None, phase: Callable[[str], AbstractContextManager[None]],
+        confirm: Callable[[], None],
     ) -> None:  # fmt: skip
         self.folder, self.table, self.dataset, self.log, self.mirror = folder, table, dataset, log, mirror
-        self.phase, self.workers, self.online = phase, workers, online
+        self.phase, self.workers, self.online, self.confirm = phase, workers, online, confirm
         self.token = attempt_token()
         self._run = run
         self.commits = folder.commits()
@@ -175,6 +177,7 @@ class _Ingestion:
                 written = self._write(target, items)
             with self.phase("read back"):
                 stored = self._read_back(written, expected, sum(rows for _, rows in items))
+            self.confirm()
             if self.online is not None:
                 with self.phase("write online"):
                     self._write_online(self.online, items, latest)

@@ -85,6 +85,7 @@ def run(context: StepContext, params: IngestFeaturesParams) -> StepOutcome:
             lock_seconds=target.lock_seconds if isinstance(target, LocalTarget) else LOCK_SECONDS,
             online=online,
             phase=context.phase,
+            confirm=context.confirm,
         )
     return _outcome(context, folder, result, online=online is not None)
 

@@ -37,6 +37,7 @@ class LocalGroupFolder(GroupFolder):
 
     def append(self, commit: Commit) -> None:
         """Make `commit` visible, atomically, and never in place of another. The caller holds the lock."""
+        storage.sync(self.uri, [f"data/{file.path}" for file in commit.files])
         self._log.mkdir(parents=True, exist_ok=True)
         target = self._log / commit_name(commit.number)
         temporary = self._log / f".{target.name}.{uuid.uuid4().hex}.tmp"
@@ -46,7 +47,7 @@ class LocalGroupFolder(GroupFolder):
                 file.flush()
                 os.fsync(file.fileno())
             os.link(temporary, target)  # fails if the target exists, as a rename would not
-            _sync_folder(self._log)
+            storage.sync(str(self._log), [])
         except FileExistsError as error:
             raise CommitTaken(f"another writer has made commit {commit.number} of {self.name}; ingest again") from error
         finally:
@@ -155,11 +156,3 @@ def _try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

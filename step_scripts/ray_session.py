@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import BaseModel
 
+from step_scripts.code_version import library_versions
 from step_scripts.environment import environment_set
+from step_scripts.loaded_code import JOURNAL, PACKAGE, digest_of
 
+_REPORT_SECONDS = 60.0
 _POLARS_ALLOCATOR = "_RJEM_MALLOC_CONF"
 # Polars puts this before what it finds in the variable, in every process that imports it, and children inherit it.
 _DECAY_BY_POLARS = "500"
@@ -45,6 +50,19 @@ class RaySettings(BaseModel):
     object_store_memory: int | None = None
 
 
+class NodeReport(NamedTuple):
+    """What lies on a node of a cluster: digests of this package's sources by module, versions of libraries."""
+
+    sources: dict[str, str]
+    libraries: dict[str, str]
+
+
+def _report() -> NodeReport:
+    folder = Path(__file__).parent
+    sources = {f"{PACKAGE}.{path.stem}": digest_of(path.read_bytes()) for path in folder.glob("[!_]*.py")}
+    return NodeReport(sources, library_versions())
+
+
 @dataclass
 class RaySession:
     """Starts Ray on first use. `stop` ends what was started here and removes its temporary folder."""
@@ -52,6 +70,12 @@ class RaySession:
     settings: RaySettings
     temporary_folder: Path | None = field(default=None)
     _started: bool = False
+    _reports: dict[str, NodeReport] | None = None
+
+    @property
+    def journal(self) -> Path | None:
+        """The file to which the workers of a private session add what they load (`step_scripts.loaded_code`)."""
+        return self.temporary_folder / "loaded-code" if self._started and self.temporary_folder is not None else None
 
     def ensure(self) -> None:
         """Start or join Ray, once."""
@@ -67,7 +91,8 @@ class RaySession:
             if self.temporary_folder is None:
                 # Short: Ray puts sockets below it, and a socket's path is limited to 107 bytes.
                 self.temporary_folder = Path(tempfile.mkdtemp(prefix="ray-"))
-            with environment_set(_session_environment(self.settings.num_cpus)):
+            journal = {JOURNAL: str(self.temporary_folder / "loaded-code")}
+            with environment_set(_session_environment(self.settings.num_cpus) | journal):
                 ray.init(
                     address="local",
                     num_cpus=self.settings.num_cpus,
@@ -88,6 +113,31 @@ class RaySession:
         if self.temporary_folder is not None:
             shutil.rmtree(self.temporary_folder, ignore_errors=True)
             self.temporary_folder = None
+
+    def node_reports(self) -> dict[str, NodeReport]:
+        """What lies on the nodes of a given cluster, by their addresses; nothing for a session of this machine's own.
+
+        Asked once. A node that does not answer within a minute is left out: it is lost, or takes no task.
+        """
+        if not self._started or not self.settings.address:
+            return {}
+        if self._reports is None:
+            import ray
+            from ray.exceptions import RayError
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+            remote = ray.remote(_report)
+            asked = {}
+            for node in ray.nodes():
+                if node["Alive"]:
+                    there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                    asked[remote.options(num_cpus=0, scheduling_strategy=there).remote()] = node["NodeManagerAddress"]
+            answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_REPORT_SECONDS)
+            self._reports = {}
+            for answer in answered:
+                with contextlib.suppress(RayError):
+                    self._reports[asked[answer]] = ray.get(answer)
+        return self._reports
 
     def nodes(self) -> list[str]:
         """Addresses of the nodes that are alive; empty if Ray was not started."""

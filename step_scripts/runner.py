@@ -6,20 +6,23 @@ By hand: `python -m step_scripts.runner request.json`, where the file holds a `S
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import json
 import resource
 import shutil
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from step_scripts import storage
+from step_scripts.code_check import CodeCheck
+from step_scripts.code_version import library_versions
 from step_scripts.contract import (
+    DamagedArtifactError,
     Reporter,
     StepContext,
     StepDefinition,
@@ -27,11 +30,10 @@ from step_scripts.contract import (
     StepOutcome,
     StepRequest,
     StepResult,
+    check_files,
     write_json,
 )
 from step_scripts.ray_session import RaySession, RaySettings
-
-_RECORDED_VERSIONS = ("ray", "xgboost", "xgboost-ray", "polars", "pyarrow", "pandera", "optuna", "numpy")
 
 
 def load_step(name: str) -> StepDefinition:
@@ -48,8 +50,12 @@ def load_step(name: str) -> StepDefinition:
         raise StepError(f"there is no step {module}") from error
 
 
-def find_result(request: StepRequest) -> StepResult | None:
-    """The result of an earlier run of the same request, if it is complete and not older than `request.not_before`."""
+def find_result(request: StepRequest, unusable: Callable[[str], None] | None = None) -> StepResult | None:
+    """The result of an earlier run of the same request, if it is complete and not older than `request.not_before`.
+
+    `unusable` is called with the reason if there is such a result and it has to be made again: a file of it is missing
+    or not as it was written (see `contract.check_files`), or its code version does not cover all that took part.
+    """
     try:
         manifest = StepResult.model_validate_json(storage.read_bytes(request.manifest_uri))
     except FileNotFoundError:
@@ -60,8 +66,17 @@ def find_result(request: StepRequest) -> StepResult | None:
         return None
     if request.not_before is not None and manifest.created_at < request.not_before:
         return None
-    files = [storage.join(o.uri, f.path) for o in manifest.outputs.values() for f in o.files]
-    if not all(storage.exists(uri) for uri in files):
+    reason = ""
+    try:
+        for output in manifest.outputs.values():
+            check_files(output, "local")
+    except DamagedArtifactError as error:
+        reason = str(error)
+    if manifest.unversioned:
+        reason = f"its code version does not cover {', '.join(manifest.unversioned)}"
+    if reason:
+        if unusable is not None:
+            unusable(f"the earlier result of {request.step} is not reused but made again: {reason}")
         return None
     return manifest.model_copy(update={"reused": True})
 
@@ -77,9 +92,10 @@ def run_step(
     """
     attempt = attempt or uuid.uuid4().hex[:12]
     context = StepContext(request, storage.join(request.output_uri, attempt), reporter)
-    if (found := find_result(request)) is not None:
+    if (found := find_result(request, reporter.warning)) is not None:
         _forget_checkpoints(context)
         return found
+    code = CodeCheck(request, session)
     start = time.perf_counter() - waited
     step = load_step(request.step)
     if missing := [name for name in step.inputs if name not in request.inputs]:
@@ -88,16 +104,22 @@ def run_step(
         params = step.params.model_validate(request.params)
     except ValidationError as error:
         raise StepError(f"parameters of step {request.step}: {_readable(error)}") from error
+    code.require()
+    context.confirm = code.require
+    _check_inputs(request)
     try:
         if step.uses_ray:
             with context.phase("start Ray"):
                 session.ensure()
+            if session.settings.address:
+                code.require()  # of its nodes
             context.seconds["start Ray"] += waited
         outcome = step.run(context, params)
+        code.require()
         if absent := [name for name in step.outputs if name not in outcome.outputs]:
             raise RuntimeError(f"step {request.step} returned without its outputs {absent}")
         context.seconds["total"] = time.perf_counter() - start
-        result = _commit(request, context, outcome, session)
+        result = _commit(request, context, outcome, session, code.unversioned())
     except BaseException as error:
         if isinstance(error, StepError):
             _keep(request, error)
@@ -117,7 +139,30 @@ def _forget_checkpoints(context: StepContext) -> None:
                 context.log.warning(f"checkpoints remain at {uri}: {error}")
 
 
-def _commit(request: StepRequest, context: StepContext, outcome: StepOutcome, session: RaySession) -> StepResult:
+def _check_inputs(request: StepRequest) -> None:
+    for name, artifact in request.inputs.items():
+        try:
+            check_files(artifact)
+        except DamagedArtifactError as error:
+            raise StepError(
+                f"input {name} of step {request.step} is damaged: {error}. Materialize the asset that made it again: "
+                "what is damaged is made anew"
+            ) from error
+
+
+def _commit(
+    request: StepRequest, context: StepContext, outcome: StepOutcome, session: RaySession, unversioned: list[str]
+) -> StepResult:
+    if unversioned:
+        context.log.warning(
+            f"step {request.step} has loaded {', '.join(unversioned)}, which its code version does not cover: the "
+            "result will not be reused. Import the module, or name it in a string, where it is used"
+        )
+    written = context.attempt_uri.rstrip("/") + "/"
+    for output in outcome.outputs.values():
+        if output.uri.startswith(written):  # what lies elsewhere was committed by whoever keeps it
+            folder = output.uri.removeprefix(request.output_root.rstrip("/") + "/")
+            storage.sync(request.output_root, [f"{folder.rstrip('/')}/{file.path}" for file in output.files])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result = StepResult(
         step=request.step,
@@ -134,20 +179,11 @@ def _commit(request: StepRequest, context: StepContext, outcome: StepOutcome, se
         peak_memory_bytes=peak * (1 if sys.platform == "darwin" else 1024),
         cpus=session.cpus(),
         nodes=session.nodes(),
-        versions=_versions(),
+        versions={**library_versions(), "python": sys.version.split()[0]},
+        unversioned=unversioned,
     )
     write_json(request.manifest_uri, result.model_dump(mode="json"))
     return result
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for name in _RECORDED_VERSIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _keep(request: StepRequest, error: StepError) -> None:

@@ -29,6 +29,7 @@ import psutil
 import uvicorn
 import uvloop
 
+from step_scripts.contract import DamagedArtifactError
 from step_scripts.deployment import (
     CAPTURE_FOLDER,
     DEPLOYMENT_FILE,
@@ -36,7 +37,6 @@ from step_scripts.deployment import (
     LOG_FILE,
     RELOAD_FILE,
     SERVER_FILE,
-    DamagedArtifactError,
     DeploymentRecord,
     ReloadRecord,
     ServerRecord,

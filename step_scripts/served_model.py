@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from step_scripts.contract import Artifact, file_info
-from step_scripts.deployment import DamagedArtifactError, verify_artifact
+from step_scripts.contract import Artifact, DamagedArtifactError, check_files, file_info
 from step_scripts.feature_parser import FeatureParser
 from step_scripts.model_artifact import FILES, load_model
 from step_scripts.xgboost_native import xgb
@@ -66,7 +65,7 @@ def load_served_model(artifact: Artifact, *, endpoint_name: str, version: str, d
 
     Raises `DamagedArtifactError` naming the file that is missing, altered or unreadable.
     """
-    verify_artifact(artifact)
+    check_files(artifact, "all")
     try:
         small, large = load_model(artifact.uri, threads=1), load_model(artifact.uri)
     except (xgb.core.XGBoostError, ValueError, KeyError, FileNotFoundError) as error:

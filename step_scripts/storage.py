@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -95,6 +95,7 @@ def write_bytes(uri: str, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
+        _sync(target.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -148,6 +149,45 @@ def list_files(uri: str) -> list[str]:
     selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
     prefix = uri.partition("://")[0] + "://" if is_remote(uri) else ""
     return sorted(prefix + info.path for info in filesystem_.get_file_info(selector) if info.type == fs.FileType.File)
+
+
+def sizes(uri: str, paths: Sequence[str]) -> dict[str, int]:
+    """Sizes in bytes of the files at `paths` below `uri`; those that are missing are left out. On S3 one listing."""
+    if is_remote(uri):
+        wanted = set(paths)
+        return {path: size for path, size, _ in list_details(uri) if path in wanted} if wanted else {}
+    found = {}
+    for path in paths:
+        try:
+            found[path] = local_path(join(uri, path)).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+    return found
+
+
+def sync(uri: str, paths: Iterable[str]) -> None:
+    """See that local files at `paths` below `uri`, whoever has written them, and their folders survive a power cut.
+
+    Nothing has to be done on S3. Call it before the file that commits them is written.
+    """
+    if is_remote(uri):
+        return
+    root = local_path(uri).absolute()
+    files = [root / path for path in paths]
+    folders = {root, root.parent}
+    for file in files:
+        _sync(file)
+        folders.update(folder for folder in file.parents if folder.is_relative_to(root))
+    for folder in folders:
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def list_folders(uri: str) -> list[str]:

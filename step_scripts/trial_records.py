@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,6 +20,8 @@ TUNED: dict[str, type[int] | type[float]] = {
 }
 """What is tuned, and the type of its values."""
 OBJECTIVE = "validation:rmse"
+TRIAL_MODULE = "step_scripts.tune_trial"
+"""What a trial that is a job of its own runs: part of the code of `tune_model` by being named here."""
 METRICS = {
     OBJECTIVE: r"validation:rmse=([0-9.eE+-]+);",
     "trial:rounds": r"trial:rounds=([0-9]+);",
@@ -86,8 +89,11 @@ class TrialStore:
         storage.write_bytes(storage.join(self._uri, name), kept.model_dump_json(indent=2).encode())
 
 
-def fingerprint(params: TuneModelParams, input_digests: dict[str, str]) -> str:
-    """Identifies a search: trials with the same one are comparable, whatever the number of trials."""
+def fingerprint(params: TuneModelParams, origins: Mapping[str, object]) -> str:
+    """Identifies a search: trials with the same one are comparable, whatever the number of trials.
+
+    `origins`: code, libraries and inputs, see `StepRequest.origins`.
+    """
     ignored = {
         "num_trials",
         "max_concurrent_trials",
@@ -98,5 +104,5 @@ def fingerprint(params: TuneModelParams, input_digests: dict[str, str]) -> str:
         "scheduler",
     }
     content = {name: value for name, value in params.resolved().items() if name not in ignored}
-    text = json.dumps({"params": content, "inputs": input_digests}, sort_keys=True)
+    text = json.dumps({"params": content, "origins": origins}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

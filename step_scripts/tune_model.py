@@ -38,8 +38,7 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
     scaler_json, train, validation = read_splits(context.inputs, params.table)
     store = None
     if (kept := params.checkpoint_uri or context.checkpoint_uri) is not None:
-        digests = {name: artifact.digest for name, artifact in context.inputs.items()}
-        store = TrialStore(kept, fingerprint(params, digests))
+        store = TrialStore(kept, fingerprint(params, context.request.origins))
 
     with context.phase("tune"):
         trials = run_search(params, train, validation, store, context.log)

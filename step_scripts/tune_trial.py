@@ -16,6 +16,7 @@ from pathlib import Path
 
 from step_scripts.boosting import TrialBoosting, quantile_matrices, useful_threads, xgboost_parameters
 from step_scripts.cluster_failure import failure_of, write_failure
+from step_scripts.code_check import CodeCheck
 from step_scripts.job_files import JobFiles
 from step_scripts.job_hosts import ml_root
 from step_scripts.parameters import TuneModelParams
@@ -27,8 +28,10 @@ _log = logging.getLogger("step_scripts.tune_trial")
 
 
 def run_trial(request_folder: str, hyperparameters: dict[str, str]) -> TrialBoosting:
-    """Boost one trial to its end, and print how it goes."""
+    """Boost one trial to its end, and print how it goes. Raises `StepError` if the code is not what was asked for."""
     request = JobFiles(request_folder).request()
+    code = CodeCheck(request)
+    code.require()
     params = TuneModelParams.model_validate(request.params)
     resolved = params.resolved()
     tuned = {name: kind(float(hyperparameters[name])) for name, kind in TUNED.items()}
@@ -41,6 +44,7 @@ def run_trial(request_folder: str, hyperparameters: dict[str, str]) -> TrialBoos
     while (stopped_by := boosting.advance(_ROUNDS_BETWEEN_LINES)) is None:
         _log.info("round %d, RMSE %.6g", boosting.rounds, boosting.best_rmse)
     _log.info("ended by %s", stopped_by.replace("_", " "))
+    code.require()
     # What SageMaker reads: see METRICS in step_scripts.trial_records.
     _log.info("validation:rmse=%r; trial:rounds=%d; trial:best_rounds=%d;",
               boosting.best_rmse, boosting.rounds, boosting.best_rounds)  # fmt: skip

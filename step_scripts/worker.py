@@ -31,14 +31,15 @@ from step_scripts.runner import run_step
 
 _SHUTDOWN_SECONDS = 3.0
 # What later steps import, in small portions: a request that comes in the meantime waits for the one under way.
+# Relative names: by full ones all of it would belong to the code of every step (`step_scripts.code_version`).
 _LATER_IMPORTS = (
-    "step_scripts.ingest_features",
-    "step_scripts.prepare_splits",
-    "step_scripts.xgboost_native",
+    ".ingest_features",
+    ".prepare_splits",
+    ".xgboost_native",
     "optuna",
     "ray.tune",
-    "step_scripts.tune_model",
-    "step_scripts.evaluate_model",
+    ".tune_model",
+    ".evaluate_model",
 )
 
 
@@ -87,7 +88,7 @@ def _end(session: RaySession) -> None:
 def _next_request(requests: queue.SimpleQueue[dict[str, Any]], imports: Iterator[str]) -> dict[str, Any]:
     """The next request. While there is none, the time goes into what later steps will import."""
     while requests.empty() and (module := next(imports, None)) is not None:
-        importlib.import_module(module)
+        importlib.import_module(module, __package__)
     return requests.get()
 
 

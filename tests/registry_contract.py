@@ -16,8 +16,7 @@ from resources.model_registry.base import (
     RegistryDamaged,
 )
 from step_scripts import storage
-from step_scripts.contract import Artifact, file_info
-from step_scripts.deployment import DamagedArtifactError
+from step_scripts.contract import Artifact, DamagedArtifactError, file_info
 from tests.serving_models import gate
 
 

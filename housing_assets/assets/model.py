@@ -7,6 +7,7 @@ import dagster as dg
 from housing_assets.config import SLICES, EvaluationConfig, RegistrationConfig, TunedModelConfig
 from housing_assets.executor import RAY_POOL
 from housing_assets.gate import require_checks_passed, require_gate_passed
+from housing_assets.intact_files import require_intact
 from housing_assets.lineage import lineage_facts
 from housing_assets.metadata import artifact_metadata, plot_metadata, run_costs, run_metadata
 from resources.compute.base import ComputeBackend, as_metadata
@@ -14,7 +15,7 @@ from resources.evidence import EvidenceStore
 from resources.experiments import ExperimentTracker, TrackedSearch
 from resources.model_registry.base import ModelRegistry, ModelVersion, champion_of
 from resources.references import EvaluationRef, ModelRef, SplitRef
-from step_scripts.code_version import step_version
+from step_scripts.code_version import module_version, step_version
 from step_scripts.contract import Artifact
 from step_scripts.parameters import EvaluateModelParams, TuneModelParams
 
@@ -127,6 +128,7 @@ def evaluation_report(
         report=report,
         model_digest=tuned_model.model.digest,
         test_digest=test_split.rows.digest,
+        test=test_split.rows,
         metrics=result.metrics,
         rmse_threshold=config.rmse_threshold,
         run_id=result.run_id or context.run.run_id,
@@ -152,7 +154,7 @@ def evaluation_report(
     return dg.MaterializeResult(value=value, metadata=metadata, data_version=dg.DataVersion(report.digest))
 
 
-@dg.asset(group_name="model", kinds={"xgboost"}, code_version=step_version("model_artifact"))
+@dg.asset(group_name="model", kinds={"xgboost"}, code_version=module_version("model_artifact"))
 def registered_model(
     context: dg.AssetExecutionContext,
     config: RegistrationConfig,
@@ -168,6 +170,12 @@ def registered_model(
     and whenever. Read by `endpoint`.
     """
     gate, judged = require_gate_passed(context, evidence, tuned_model, evaluation_report, train_split)
+    require_intact(
+        tuned_model=tuned_model.model,
+        evaluation_report=evaluation_report.report,
+        train_split=(tuned_model.train or train_split).rows,
+        test_split=evaluation_report.test,
+    )
     version = model_registry.register(
         config.model_group or model_registry.default_group,
         tuned_model.model,

@@ -12,10 +12,10 @@ from resources.endpoints.base import EndpointDeploymentFailed, EndpointHost, End
 from resources.evidence import EvidenceStore
 from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound
 from resources.references import SplitRef
-from step_scripts.code_version import step_version
+from step_scripts.code_version import module_version
 
 
-@dg.asset(group_name="serving", kinds={"xgboost"}, code_version=step_version("serve_model"))
+@dg.asset(group_name="serving", kinds={"xgboost"}, code_version=module_version("serve_model"))
 def endpoint(
     context: dg.AssetExecutionContext,
     config: EndpointConfig,

@@ -12,8 +12,9 @@ import dagster as dg
 from pydantic import Field
 
 from resources.inventory import OwnedItem
-from step_scripts.code_version import step_version
-from step_scripts.contract import Artifact, StepParams, StepRequest, StepResult
+from step_scripts.code_check import require_unchanged
+from step_scripts.code_version import library_versions, step_sources, version_of
+from step_scripts.contract import Artifact, StepError, StepParams, StepRequest, StepResult
 from step_scripts.runner import find_result
 
 
@@ -48,19 +49,30 @@ class ComputeBackend(dg.ConfigurableResource, ABC):
         """
         reusable = cacheable and self.use_cache
         now = datetime.now(UTC)
+        sources = step_sources(step)
         request = StepRequest(
             step=step,
             params=params.model_dump(mode="json"),
             inputs=inputs or {},
             output_root=self.artifact_root,
-            code_version=step_version(step),
+            code_version=version_of(sources),
+            sources=dict(sources),
+            environment=self._environment(),
             run_id=context.run.run_id,
             not_before=now - timedelta(hours=self.cache_expiry_hours) if reusable else now,
         )
-        if reusable and (found := find_result(request)) is not None:
+        unusable: list[str] = []
+        if reusable and (found := find_result(request, unusable.append)) is not None:
             age = (now - found.created_at).total_seconds()
             context.log.info(f"{step}: unchanged; reused the result of {age:.0f} s ago ({request.manifest_uri})")
             return found
+        if unusable:
+            context.log.warning(unusable[0])
+            request = request.model_copy(update={"not_before": now})  # nor is an earlier job's success of any use
+        try:
+            require_unchanged(request)
+        except StepError as error:
+            raise dg.Failure(str(error), allow_retries=False) from error
         if meanwhile is not None:
             threading.Thread(target=meanwhile, daemon=True).start()
         return self._execute(context, request)
@@ -75,6 +87,10 @@ class ComputeBackend(dg.ConfigurableResource, ABC):
     @abstractmethod
     def remove(self, item: OwnedItem) -> None:
         """Remove what `inventory` listed; nothing happens if it is gone. Raises `NotOwned` for what is another's."""
+
+    def _environment(self) -> dict[str, str]:
+        """What steps run with, as far as results depend on it. It is compared with what is there where they run."""
+        return library_versions()
 
     @abstractmethod
     def _execute(self, context: dg.AssetExecutionContext, request: StepRequest) -> StepResult:

@@ -15,7 +15,7 @@ from resources.compute.base import ComputeBackend, failure_of
 from resources.inventory import NotOwned, OwnedItem, files_at, remove_step_results, remove_tree, step_results
 from resources.sagemaker.aws_calls import AwsCaller
 from resources.sagemaker.code_package import BOOTSTRAP, code_package
-from resources.sagemaker.image import job_image
+from resources.sagemaker.image import XGBOOST_IMAGE_VERSION, job_image
 from resources.sagemaker.job_failures import JobFailure
 from resources.sagemaker.job_files import JobInputs
 from resources.sagemaker.job_inventory import JobInventory
@@ -248,6 +248,11 @@ class SageMakerCompute(ComputeBackend):
     def _jobs(self) -> JobInventory:
         call = AwsCaller(self.patience_seconds, warn=dg.get_dagster_logger().warning)
         return JobInventory(self.client.client("sagemaker"), self.client.client("s3"), call, self.job_root)
+
+    def _environment(self) -> dict[str, str]:
+        """See `ComputeBackend._environment`. The image decides on Python; other versions are installed."""
+        versions = {name: version for name, version in super()._environment().items() if name != "python"}
+        return versions | {"image": self.image or f"AWS XGBoost {XGBOOST_IMAGE_VERSION}"}
 
     def _execute(self, context: dg.AssetExecutionContext, request: StepRequest) -> StepResult:
         client = self.client

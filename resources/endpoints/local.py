@@ -53,15 +53,14 @@ from resources.file_lock import file_lock
 from resources.inventory import NotOwned, OwnedItem, discarded_items, remove_discarded
 from resources.model_registry.base import ModelVersion
 from step_scripts import storage
+from step_scripts.contract import DamagedArtifactError, check_files
 from step_scripts.deployment import (
     CAPTURE_FOLDER,
     DEPLOYMENT_FILE,
     CaptureCounts,
     CaptureSettings,
-    DamagedArtifactError,
     DeploymentRecord,
     ServerRecord,
-    verify_artifact,
 )
 from step_scripts.table import TableSpec
 
@@ -244,7 +243,7 @@ class LocalEndpointHost(EndpointHost):
     def _deploy(
         self, folder: Path, name: str, version: ModelVersion, smoke_test: SmokeTest, log: DeploymentLog
     ) -> EndpointStatus:
-        verify_artifact(version.artifact)
+        check_files(version.artifact, "all")
         current, server = read_deployment(folder), find_server(folder)
         served = ping(server) if server else None
         if current and server and not served:

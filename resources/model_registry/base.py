@@ -132,7 +132,7 @@ class ModelRegistry(dg.ConfigurableResource, ABC):
 
         A model that is there already (same artifact digest and same evaluation digest) is not registered twice: the
         existing version is returned, with the status it has. Raises `GateNotPassed` if `status` is Approved without a
-        passed gate, `step_scripts.deployment.DamagedArtifactError` if a file does not match the artifact.
+        passed gate, `step_scripts.contract.DamagedArtifactError` if a file does not match the artifact.
         """
 
     @abstractmethod

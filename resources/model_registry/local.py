@@ -31,8 +31,8 @@ from resources.model_registry.base import (
     require_gate,
 )
 from step_scripts import storage
-from step_scripts.contract import Artifact
-from step_scripts.deployment import DamagedArtifactError, verify_artifact, verify_file
+from step_scripts.contract import Artifact, DamagedArtifactError, check_files
+from step_scripts.deployment import verify_file
 
 _GROUP = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 
@@ -88,7 +88,7 @@ class LocalModelRegistry(ModelRegistry):
         """See `ModelRegistry.get`. Reads all files of the artifact and compares them with their record."""
         found = self._read(group, version)
         try:
-            verify_artifact(found.artifact)
+            check_files(found.artifact, "all")
         except DamagedArtifactError as error:
             raise RegistryDamaged(
                 f"model version {found.reference} is damaged: {error}. Restore the file, or delete the version."
@@ -242,7 +242,9 @@ class LocalModelRegistry(ModelRegistry):
                 storage.write_bytes(str(target), _read_source(storage.join(source_uri, file.path)))
                 verify_file(str(target), file)
             _write_record(staging, record)
+            storage.sync(str(staging), [str(Path("artifact", file.path)) for file in record.artifact.files])
             staging.rename(folder / "versions" / str(record.version))
+            storage.sync(str(folder / "versions"), [])
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise

@@ -50,8 +50,8 @@ from resources.sagemaker.ownership import remove_prefix, root_tags
 from resources.sagemaker.request_validation import check_request
 from resources.sagemaker.serving_container import DIGEST_VARIABLE, serving_container
 from step_scripts import storage
-from step_scripts.contract import Artifact
-from step_scripts.deployment import DamagedArtifactError, verify_artifact, verify_file
+from step_scripts.contract import Artifact, DamagedArtifactError, check_files
+from step_scripts.deployment import verify_file
 
 _ROOT = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_.=+@-]+)*")
 _ROOT_LENGTH = 128  # a property's value has at most 256 characters, and must hold the URI of a file below the root
@@ -158,7 +158,7 @@ class SageMakerModelRegistry(ModelRegistry):
         described = self._describe(group, version)
         facts = files.read_facts(*named(described, FACTS, FACTS_DIGEST))
         try:
-            verify_artifact(facts.artifact)
+            check_files(facts.artifact, "all")
             verify_file(storage.join(facts.artifact.uri.rpartition("/")[0], files.ARCHIVE), facts.archive)
         except DamagedArtifactError as error:
             raise RegistryDamaged(

@@ -23,6 +23,7 @@ REQUIRED = {
     "dagster-pipes": "",
     "numpy": "",
     "optuna": "",
+    "pandas": "",
     "pandera": "[polars]",
     "polars": "",
     "psutil": "",

@@ -18,9 +18,7 @@ from resources.sagemaker.tuning_client import TuningJobs, TuningResult, tuning_f
 from resources.sagemaker.tuning_requests import NativeTuningConfig, tuning_request
 from step_scripts.contract import StepRequest
 from step_scripts.parameters import TuneModelParams, TuneModelSettings
-from step_scripts.trial_records import OBJECTIVE, TUNED, TrialRecord, TrialStore, fingerprint
-
-TRIAL_MODULE = "step_scripts.tune_trial"
+from step_scripts.trial_records import OBJECTIVE, TRIAL_MODULE, TUNED, TrialRecord, TrialStore, fingerprint
 
 
 class NativeTuning:
@@ -63,8 +61,7 @@ class NativeTuning:
         params = TuneModelParams.model_validate(request.params)
         place = params.checkpoint_uri or request.shared_checkpoint_uri
         assert place is not None
-        digests = {name: artifact.digest for name, artifact in request.inputs.items()}
-        store = TrialStore(place, fingerprint(params, digests))
+        store = TrialStore(place, fingerprint(params, request.origins))
         finished = store.load()
         wanted = params.resolved()["num_trials"]
         if len(finished) >= wanted:

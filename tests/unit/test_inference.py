@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from resources.sagemaker.serving_container import serving_code, serving_container
-from step_scripts.contract import Artifact
-from step_scripts.deployment import DamagedArtifactError
+from step_scripts.contract import Artifact, DamagedArtifactError
 from step_scripts.inference import model_fn, transform_fn
 from step_scripts.model_artifact import load_model
 from step_scripts.served_model import ServedModel

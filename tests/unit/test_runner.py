@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import uuid
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from step_scripts import code_version, storage
+from step_scripts import contract, storage
 from step_scripts.code_version import step_version
-from step_scripts.contract import Artifact, FileInfo, StepError, StepRequest
+from step_scripts.contract import (
+    Artifact,
+    DamagedArtifactError,
+    FileInfo,
+    StepError,
+    StepRequest,
+    check_files,
+    file_info,
+)
 from step_scripts.ray_session import RaySession
 from step_scripts.runner import PrintReporter, find_result, run_step
+from tests.source_steps import CollectingReporter
 
 PROBE = "tests.probe_step"
 
@@ -55,6 +67,81 @@ def test_an_old_manifest_or_a_lost_output_is_not_reused(tmp_path: Path, ray_sess
     Path(result.outputs["value"].file_uri("value.txt")).unlink()
     assert find_result(request(tmp_path)) is None
     assert not run(request(tmp_path), ray_session).reused
+
+
+@pytest.mark.parametrize("damage", [b"", b"12", b"2"], ids=["cut to nothing", "longer", "other content"])
+def test_a_damaged_result_is_made_again_with_a_warning_that_names_the_file(
+    tmp_path: Path, ray_session: RaySession, damage: bytes
+) -> None:
+    path = Path(run(request(tmp_path), ray_session).outputs["value"].file_uri("value.txt"))
+    path.write_bytes(damage)
+    reporter = CollectingReporter()
+    again = run_step(request(tmp_path), reporter, ray_session)
+    assert not again.reused
+    assert Path(again.outputs["value"].file_uri("value.txt")).read_bytes() == b"1"
+    assert [text for text in reporter.warnings if str(path) in text and "made again" in text]
+    assert run(request(tmp_path), ray_session).reused
+
+
+def test_a_damaged_input_is_named_before_the_step_runs(tmp_path: Path, ray_session: RaySession) -> None:
+    made = run(request(tmp_path), ray_session).outputs["value"]
+    asked = request(tmp_path, inputs={"rows": made}, params={"action": "write", "marker": str(tmp_path / "ran")})
+    Path(made.file_uri("value.txt")).write_bytes(b"")
+    with pytest.raises(StepError, match=r"input rows .* is damaged: .*value\.txt has 0 bytes, recorded were 1\. Mater"):
+        run(asked, ray_session)
+    assert not (tmp_path / "ran").exists()
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=st.lists(st.integers(4, 40), min_size=1, max_size=4), data=st.data())
+def test_any_damage_of_a_file_is_found(tmp_path: Path, sizes: list[int], data: st.DataObject) -> None:
+    """Cut, removed, with another byte: in small files any byte, in large ones those at the end."""
+    folder = tmp_path / uuid.uuid4().hex
+    folder.mkdir()
+    paths = [folder / f"{index}.parquet" for index in range(len(sizes))]
+    for path, size in zip(paths, sizes, strict=True):
+        path.write_bytes(bytes(size) + b"PAR1")
+    artifact = Artifact.of(str(folder), [file_info(str(path), str(folder)) for path in paths])
+    check_files(artifact)
+    damaged = data.draw(st.sampled_from(paths))
+    content = bytearray(damaged.read_bytes())
+    match data.draw(st.sampled_from(["cut", "removed", "changed", "end of a large file"])):
+        case "cut":
+            damaged.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+        case "removed":
+            damaged.unlink()
+        case "changed":
+            content[data.draw(st.integers(0, len(content) - 1))] ^= 1
+            damaged.write_bytes(content)
+        case _:
+            damaged.write_bytes(content[:-4] + bytes(4))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(contract, "_SMALL_FILE", 0)
+                with pytest.raises(DamagedArtifactError, match=f"{damaged} does not end as a Parquet file"):
+                    check_files(artifact)
+    for contents in ("small", "local", "all"):
+        with pytest.raises(DamagedArtifactError, match=str(damaged)):
+            check_files(artifact, contents)
+
+
+def test_files_and_their_folders_are_synced_before_the_manifest_is_written(
+    tmp_path: Path, ray_session: RaySession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[Path] = []
+    sync = storage._sync
+
+    def noted(path: Path) -> None:
+        order.append(path)
+        sync(path)
+
+    monkeypatch.setattr(storage, "_sync", noted)
+    asked = request(tmp_path)
+    result = run(asked, ray_session)
+    monkeypatch.undo()
+    file = Path(result.outputs["value"].file_uri("value.txt"))
+    assert order[-1] == Path(asked.manifest_uri).parent  # after the manifest's renaming
+    needed = {file, *(folder for folder in file.parents if folder.is_relative_to(tmp_path))}
+    assert needed <= set(order[:-1])
 
 
 def test_a_damaged_manifest_counts_as_none(tmp_path: Path, ray_session: RaySession) -> None:
@@ -107,33 +194,3 @@ def test_the_digest_of_an_artifact_is_that_of_its_content() -> None:
     assert Artifact.of("u", [file("a", "2"), file("b", "1")]).digest != one.digest
     with pytest.raises(KeyError, match="c is not part of u"):
         one.file_uri("c")
-
-
-def test_the_code_version_follows_imports() -> None:
-    assert step_version("tune_model") != step_version("runner")
-    assert step_version.__wrapped__("contract") == step_version("contract")
-    with pytest.raises(FileNotFoundError):
-        step_version("nothing")
-
-
-def test_the_code_version_changes_with_every_way_of_importing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = {
-        "a": "from step_scripts import b\nfrom step_scripts.c import x\n",
-        "b": "import step_scripts.d\n",
-        "c": "x = 1\n",
-        "d": "def f():\n    from step_scripts import e as other\n",
-        "e": "",
-        "unrelated": "",
-    }
-    for name, text in sources.items():
-        (tmp_path / f"{name}.py").write_text(text)
-    monkeypatch.setattr("step_scripts.code_version._PACKAGE", tmp_path)
-    monkeypatch.setattr("step_scripts.code_version._read", code_version._read.__wrapped__)  # each time a new process
-    version = step_version.__wrapped__("a")
-    (tmp_path / "unrelated.py").write_text("y = 1")
-    assert step_version.__wrapped__("a") == version
-    for name, text in sources.items():
-        if name != "unrelated":
-            (tmp_path / f"{name}.py").write_text(text + "# changed\n")
-            assert step_version.__wrapped__("a") != version, name
-            (tmp_path / f"{name}.py").write_text(text)
