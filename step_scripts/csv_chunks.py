@@ -16,11 +16,12 @@ from itertools import pairwise
 import numpy as np
 
 from step_scripts import storage
+from step_scripts.content_digest import BLOCK, block_sum
 from step_scripts.contract import StepParams
 from step_scripts.csv_header import CsvFile, encoding_fault, long_line_fault, nul_fault
 
 _BLOCK = 1 << 23
-_BEYOND_END = 1 << 16
+_BEYOND_END = BLOCK
 _CACHED_BYTES = 1 << 17  # looked through at once, so that what is found stays in the CPU's cache
 _NEWLINE, _QUOTE, _RETURN = 10, 34, 13
 _SHOWN_CHARACTERS = 100
@@ -94,8 +95,11 @@ def plan_chunks(files: Sequence[CsvFile], chunk_bytes: int) -> list[Chunk]:
     return chunks
 
 
-def read_chunk(chunk: Chunk, max_line_bytes: int) -> tuple[bytes, int]:
-    """The lines of a piece, and their offset in the file. Raises `ChunkFault` for what is no text in UTF-8."""
+def read_chunk(chunk: Chunk, max_line_bytes: int) -> tuple[bytes, int, int]:
+    """The lines of a piece, their offset in the file, and the sum of its blocks (`content_digest`).
+
+    Raises `ChunkFault` for what is no text in UTF-8.
+    """
     file = chunk.file
     begin = chunk.start if chunk.start == file.data_start else chunk.start - 1
     with storage.open_input(file.uri) as source:
@@ -111,7 +115,7 @@ def read_chunk(chunk: Chunk, max_line_bytes: int) -> tuple[bytes, int]:
     start = end if start < 0 else min(start, end)
     lines = data[start:end]
     _check_text(lines, begin + start, max_line_bytes)
-    return lines, begin + start
+    return lines, begin + start, block_sum(data, begin, chunk.start, chunk.end)
 
 
 def _line_end(data: bytes, position: int) -> int:

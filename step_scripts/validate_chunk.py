@@ -33,7 +33,8 @@ class Problem(BaseModel):
 
 
 class ChunkReport(BaseModel):
-    """What became of a piece. Lines count from 1 at its start. `records` leaves out blank lines."""
+    """What became of a piece. Lines count from 1 at its start. `records` leaves out blank lines. `content`: the sum of
+    its blocks."""
 
     index: int
     odd_quotes: bool = False
@@ -44,6 +45,7 @@ class ChunkReport(BaseModel):
     rejected_rows: int = 0
     problems: list[Problem] = []
     part: PartReport = PartReport()
+    content: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def validate_chunk(task: ChunkTask) -> ChunkReport:
 
 def _validate(task: ChunkTask) -> ChunkReport:
     chunk, params = task.chunk, task.params
-    data, _ = read_chunk(chunk, params.max_line_bytes)
+    data, _, content = read_chunk(chunk, params.max_line_bytes)
     if has_odd_quotes(data):
         return ChunkReport(index=chunk.index, odd_quotes=True)
     lines_total = count_byte(data, ord("\n"))
@@ -110,6 +112,7 @@ def _validate(task: ChunkTask) -> ChunkReport:
         rejected_rows=len(rejected) + len(records.misfits),
         problems=_problems(rejections),
         part=part,
+        content=content,
     )
 
 

@@ -207,6 +207,25 @@ def test_pieces_do_not_show(ray_session: RaySession, tmp_path: Path, chunk_bytes
         assert pieces.details[name] == whole.details[name]
 
 
+@pytest.mark.parametrize("rows", [1, 60, 9000])
+def test_the_content_digest_is_that_of_the_file(ray_session: RaySession, tmp_path: Path, rows: int) -> None:
+    """A copy has another inode and time of change, is read once more, and is known as the same; a change is seen."""
+    text = table_text(sales(rows))
+    one = write_source(tmp_path / "one", text)
+    copy = write_source(tmp_path / "copy", text)
+    other = write_source(tmp_path / "other", text.replace("1950", "1951", 1))
+    found = [find_source_files(file.uri)[0] for file in (one, copy, other)]
+    assert len({file.change for file in found}) == 3
+    results = [
+        validate(ray_session, tmp_path / str(i), [file], chunk_bytes=size)
+        for i, (file, size) in enumerate(zip((found[0], *found), (1 << 25, 1 << 17, 70_000, 1 << 25), strict=True))
+    ]
+    content = [result.details["files"][0]["content"] for result in results]
+    assert content[0] == content[1] == content[2] != content[3]
+    data = [result.outputs["rows"].digest for result in results]
+    assert data[0] == data[1] == data[2] != data[3]
+
+
 def test_fields_that_span_lines(ray_session: RaySession, tmp_path: Path) -> None:
     """The extra column holds line ends, delimiters and quotes, in places where the pieces are cut."""
     note = '"first line\nsecond, ""quoted""\r\n\n' + sale(1) + '\n"'
