@@ -85,7 +85,7 @@ def stored_results(root: str) -> list[StoredResult]:
 
 
 def referenced_uris(references_root: str) -> set[str]:
-    """All URIs in the references of assets."""
+    """All URIs in the references of assets. Raises `ValueError` naming a reference that cannot be read."""
 
     def uris(value: Any) -> Iterator[str]:
         if isinstance(value, dict):
@@ -97,12 +97,14 @@ def referenced_uris(references_root: str) -> set[str]:
             for item in value:
                 yield from uris(item)
 
-    return {
-        uri
-        for file in storage.list_files(references_root)
-        if file.endswith(".json")
-        for uri in uris(json.loads(storage.read_bytes(file)))
-    }
+    found: set[str] = set()
+    for file in storage.list_files(references_root):
+        if file.endswith(".json"):
+            try:
+                found.update(uris(json.loads(storage.read_bytes(file))))
+            except ValueError as error:
+                raise ValueError(f"{file} is damaged ({error}): materialize its asset again, or remove it") from error
+    return found
 
 
 def unused(results: list[StoredResult], referenced: set[str], before: datetime) -> list[StoredResult]:
@@ -131,10 +133,14 @@ def prune_old(context: dg.OpExecutionContext, config: PruneConfig) -> None:
     now = datetime.now(UTC)
     problems: dict[str, str] = {}
     resources: Any = context.resources
-    referenced = referenced_uris(resources.io_manager.root)
+    referenced: set[str] | None = None  # not known: nothing that an asset may refer to is removed
+    with _noted("references, and so results and model versions", problems):
+        referenced = referenced_uris(resources.io_manager.root)
     running = _others_in_progress(context)
     versions = VersionsFound()
-    if running:
+    if referenced is None:
+        context.log.warning("results and model versions stay: the references of assets cannot be read")
+    elif running:
         context.log.info(f"model versions stay for now: runs {running} are in progress and may need one")
     else:
         with _noted("model versions", problems):
@@ -148,8 +154,10 @@ def prune_old(context: dg.OpExecutionContext, config: PruneConfig) -> None:
     problems |= versions.problems
     # First what a decision or a deployment may need a moment later.
     found = [_of_version(version, partial(resources.model_registry.remove, item)) for version, item in versions.surplus]
-    results = stored_results(resources.compute.artifact_root)
-    found += [_of_result(r) for r in unused(results, referenced, now - timedelta(days=config.results_days))]
+    if referenced is not None:
+        with _noted("results", problems):
+            results = stored_results(resources.compute.artifact_root)
+            found += [_of_result(r) for r in unused(results, referenced, now - timedelta(days=config.results_days))]
     with _noted("captured requests", problems):
         captured = resources.endpoint_host.captured_files()
         chosen = surplus(captured, now - timedelta(days=config.capture_days), config.capture_megabytes * 1e6)

@@ -104,7 +104,10 @@ def evaluation_report(
     from housing_assets.plots import prediction_plot, residual_plot
     from housing_assets.schema import HOUSING_TABLE
 
-    approved = model_registry.list(config.model_group or model_registry.default_group, "Approved")
+    damaged: dict[str, str] = {}
+    approved = model_registry.list(config.model_group or model_registry.default_group, "Approved", damaged)
+    for reason in damaged.values():
+        context.log.warning(f"not compared with: {reason}")
     champion = champion_of(approved, tuned_model.model.digest)
     inputs: dict[str, Artifact] = {
         "model": tuned_model.model,
