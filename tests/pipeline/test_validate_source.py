@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from housing_assets.sample_data import write_sample
 from housing_assets.schema import HOUSING_TABLE
 from resources.sources import find_source_files
+from step_scripts.content_digest import block_sum, content_digest
 from step_scripts.contract import FileInfo, StepError, file_info
 from step_scripts.ray_session import RaySession
 from step_scripts.record_ids import record_ids
@@ -119,7 +120,10 @@ def test_output_format(ray_session: RaySession, tmp_path: Path) -> None:
     assert isinstance(artifact.files[0], FileInfo)
     assert not list(tmp_path.rglob("scratch"))
     assert result.details["statistics"]["PRICE"] == {"minimum": 200_000.0, "maximum": 200_029.0, "nulls": 0}
-    assert result.details["files"] == [{"file": source.uri, "bytes": source.bytes, "rows": 30, "rejected_rows": 0}]
+    content = Path(source.uri).read_bytes()
+    digest = content_digest(len(content), [block_sum(content, 0, 0, len(content))])
+    described = {"file": source.uri, "bytes": source.bytes, "rows": 30, "rejected_rows": 0, "content": digest}
+    assert result.details["files"] == [described]
 
 
 def test_houses_that_are_unusual_but_real(ray_session: RaySession, tmp_path: Path) -> None:
