@@ -3,21 +3,26 @@
 Everything here is stopped until somebody switches it on in the UI, so that a daemon on a laptop surprises nobody.
 """
 
-import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
+from dagster._core.storage.tags import RUN_KEY_TAG  # has no public name
+from pydantic import BaseModel, ValidationError
 
 from housing_assets.alerts import TOLD
 from housing_assets.deployments import load_automation
-from housing_assets.landing import LandingCursor, batches, landed_files, run_key
+from housing_assets.landing import LandingCursor, files_by_day, run_key
+from housing_assets.teardown import BUSY, expected_errors
 from housing_assets.watching import watch_endpoint
 from resources.endpoints.base import EndpointHost
-from resources.model_registry.base import ModelRegistry
+from resources.folder_search import SetAside
+from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound, RegistryDamaged
 from resources.notifier import Notifier
+from resources.sources import Listing, list_landing
 
+_SHOWN = 20  # names in a message
 _SETTINGS = load_automation()
 _INGESTION = dg.AssetSelection.assets("raw_csv", "feature_group")
 _TRAINING = dg.AssetSelection.assets(
@@ -100,23 +105,77 @@ weekly_retraining = dg.ScheduleDefinition(
     minimum_interval_seconds=30,
     description="Ingests CSV files that arrive in HOUSING_LANDING, once they no longer change: one run a day of data.",
 )
-def landing_files(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-    """New and replaced files, each batch once, whatever happens to the daemon."""
-    if _SETTINGS.landing is None:
+def landing_files(context: dg.SensorEvaluationContext, notifier: Notifier) -> dg.SensorResult | dg.SkipReason:
+    """New and replaced files, each batch once, whatever happens to the daemon; what cannot be ingested is told once."""
+    landing = _SETTINGS.landing
+    if landing is None:
         return dg.SkipReason("HOUSING_LANDING is not set: there is no landing place to watch")
-    cursor = LandingCursor.model_validate_json(context.cursor) if context.cursor else LandingCursor()
-    files = landed_files(_SETTINGS.landing)
-    batch, following = cursor.look(files, time.time(), _SETTINGS.settle_seconds)
+    listing = list_landing(landing)
+    if listing is None:
+        return dg.SkipReason(f"there is no {landing} yet")
+    now = time.time()
+    by_day, aside = files_by_day(listing, landing, _SETTINGS.timezone, _SETTINGS.landing_start, now)
+    try:
+        cursor = LandingCursor.read(context.cursor)
+    except ValueError as error:
+        context.log.warning(f"the cursor is taken as reset: {error}")
+        cursor = LandingCursor()
+    batches, waiting, following = cursor.look(by_day, now, _SETTINGS.settle_seconds)
+    fresh, told = following.untold(aside)
+    if not fresh or _tell(context, notifier, f"{landing} holds what cannot be ingested now", list(map(str, fresh))):
+        following = told
     requests = [
-        dg.RunRequest(run_key=run_key(day, of_day), partition_key=str(day), tags={"housing/files": str(len(of_day))})
-        for day, of_day in batches(batch, _SETTINGS.landing).items()
+        dg.RunRequest(
+            run_key=_unused_run_key(context.instance, run_key(day, files)),
+            partition_key=str(day),
+            tags={"housing/files": str(len(files))},
+        )
+        for day, files in batches.items()
     ]
-    waiting = len(following.seen)
+    skipped = f"no new files; {waiting} are still changing or seen once{_not_taken(aside, listing)}"
     return dg.SensorResult(
         run_requests=requests,
-        skip_reason=None if requests else dg.SkipReason(f"no new files; {waiting} are still changing or seen once"),
+        skip_reason=None if requests else dg.SkipReason(skipped),
         cursor=following.model_dump_json(),
     )
+
+
+def _tell(context: dg.SensorEvaluationContext, notifier: Notifier, title: str, lines: Sequence[str]) -> bool:
+    """Send one message. Whether that worked: if not, the next look tries again."""
+    more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    text = "\n".join([*lines[:_SHOWN], *more, "Set aside; the others go on."])
+    context.log.warning(f"{title}\n{text}")
+    try:
+        notifier.notify(title, text)
+    except expected_errors() as error:
+        context.log.error(f"people could not be told, which the next look tries again: {error}")
+        return False
+    return True
+
+
+def _not_taken(aside: Sequence[SetAside], listing: Listing) -> str:
+    """What the landing place holds beside CSV files that can be ingested."""
+    text = f"; {len(aside)} are set aside ({_names([item.name for item in aside])})" if aside else ""
+    if listing.others:
+        text += f"; not taken, because no CSV file: {_names(listing.others)}"
+    return text
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _unused_run_key(instance: dg.DagsterInstance, key: str) -> str:
+    """`key`, with a number at its end if runs have had it: Dagster drops, without a reason, what has a used key.
+
+    A sensor asks for the same again where its cursor was reset, or where a file was removed and has come back.
+    """
+    number, found = 1, key
+    while instance.get_runs_count(dg.RunsFilter(tags={RUN_KEY_TAG: found})):
+        number += 1
+        found = f"{key}-{number}"
+    return found
 
 
 @dg.sensor(
@@ -125,25 +184,72 @@ def landing_files(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.S
     description="Deploys a model version, once, when it is approved: by approve_model, or in the SageMaker console.",
 )
 def approved_models(
-    context: dg.SensorEvaluationContext, model_registry: ModelRegistry, endpoint_host: EndpointHost
+    context: dg.SensorEvaluationContext, model_registry: ModelRegistry, endpoint_host: EndpointHost, notifier: Notifier
 ) -> dg.SensorResult | dg.SkipReason:
-    """The latest approved version, unless it is served already, or this sensor has asked for it before."""
+    """The latest approved version, unless it is served already, or this sensor has asked for it before.
+
+    A version that cannot be read is set aside, and told once.
+    """
     group, endpoint = model_registry.default_group, endpoint_host.default_name
-    version = model_registry.latest(group, "Approved")
+    cursor = _DeploymentCursor.read(context)
+    damaged: dict[str, str] = {}
+    version = _latest_intact(model_registry, group, damaged)
+    fresh = [damaged[name] for name in sorted(damaged) if name not in cursor.told]
+    if not fresh or _tell(context, notifier, f"{len(fresh)} versions of model group {group} cannot be read", fresh):
+        cursor.told = sorted(damaged)
+
+    def nothing(reason: str) -> dg.SensorResult:
+        aside = f"; set aside: {_names(sorted(damaged))}" if damaged else ""
+        return dg.SensorResult(skip_reason=dg.SkipReason(reason + aside), cursor=cursor.model_dump_json())
+
     if version is None:
-        return dg.SkipReason(f"model group {group} has no approved version")
-    handled = int(json.loads(context.cursor)["version"]) if context.cursor else 0
-    if version.version <= handled:
-        return dg.SkipReason(f"{version.reference} has been handed on before")
-    cursor = json.dumps({"version": version.version})
+        return nothing(f"model group {group} has no approved version")
+    if version.version <= cursor.version:
+        return nothing(f"{version.reference} has been handed on before")
     status = endpoint_host.describe(endpoint)
     if status is not None and status.version == version.reference and status.state == "InService":
-        return dg.SensorResult(skip_reason=dg.SkipReason(f"{version.reference} is served already"), cursor=cursor)
+        cursor.version = version.version
+        return nothing(f"{version.reference} is served already")
+    served_group, _, served = status.version.rpartition("/") if status is not None else ("", "", "")
+    if served_group == group and served.isdecimal() and int(served) > version.version:
+        return nothing(f"{group}/{served} is served, a later version; job rollback_endpoint goes back")
+    key = f"deploy-{version.reference}-{version.artifact.digest[:12]}"
+    busy = dg.RunsFilter(tags={RUN_KEY_TAG: key}, statuses=BUSY)
+    if run := next(iter(context.instance.get_runs(busy, limit=1)), None):
+        return nothing(f"run {run.run_id[:8]} is about to deploy {version.reference}")
+    cursor.version = version.version
     request = dg.RunRequest(
-        run_key=f"deploy-{version.reference}-{version.artifact.digest[:12]}",
+        run_key=_unused_run_key(context.instance, key),
         run_config={"ops": {"endpoint": {"config": {"version": version.version}}}},
     )
-    return dg.SensorResult(run_requests=[request], cursor=cursor)
+    return dg.SensorResult(run_requests=[request], cursor=cursor.model_dump_json())
+
+
+class _DeploymentCursor(BaseModel):
+    """The highest version that the sensor has asked for, and the damaged versions that people know of."""
+
+    version: int = 0
+    told: list[str] = []
+
+    @classmethod
+    def read(cls, context: dg.SensorEvaluationContext) -> "_DeploymentCursor":
+        try:
+            return cls.model_validate_json(context.cursor) if context.cursor else cls()
+        except ValidationError:
+            context.log.warning(f"the cursor is taken as reset: {context.cursor!r} is no cursor of this sensor")
+            return cls()
+
+
+def _latest_intact(registry: ModelRegistry, group: str, damaged: dict[str, str]) -> ModelVersion | None:
+    """The latest approved version whose files are as they were registered; others are put into `damaged`."""
+    for version in reversed(registry.list(group, "Approved", damaged)):
+        try:
+            return registry.get(group, version.version)
+        except ModelVersionNotFound:  # deleted meanwhile
+            continue
+        except RegistryDamaged as error:
+            damaged[version.reference] = str(error)
+    return None
 
 
 @dg.run_failure_sensor(

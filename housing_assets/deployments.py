@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import dagster as dg
 from dagster._core.storage.tags import (  # have no public names
     ASSET_PARTITION_RANGE_END_TAG,
     ASSET_PARTITION_RANGE_START_TAG,
 )
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from housing_assets.config import check_run_config
 from housing_assets.config_fields import suggestion, unknown_fields
@@ -32,6 +33,7 @@ from resources.feature_store.local import LocalFeatureStore
 from resources.io_manager import ReferenceIOManager
 from resources.model_registry.local import LocalModelRegistry
 from resources.notifier import EmailNotifier, LogNotifier, Notifier, SlackNotifier, SnsNotifier
+from resources.sources import expanded
 from step_scripts import storage
 
 DEPLOYMENTS = ("local", "sagemaker")
@@ -47,6 +49,7 @@ class SourceLocation(dg.ConfigurableResource):
 
     landing: str | None = Field(default=None, description="Folder or s3:// prefix where new files arrive.")
     settle_seconds: float = Field(default=60.0, ge=0, description="A file is read once it is unchanged for so long.")
+    timezone: str = Field(default="UTC", description="Time zone of the days of ingestion.")
     source: str | None = Field(default=None, description="Path, folder, glob or s3:// URI. Empty: generated data.")
     sample_folder: str = Field(description="Folder or s3:// prefix for generated data.")
     sample_rows: int = Field(default=10_000, ge=1, description="Rows to generate.")
@@ -145,7 +148,7 @@ class AutomationSettings(BaseModel):
     landing_start: date = Field(default=date(2025, 1, 1), description="First day of ingestion that can be backfilled.")
     settle_seconds: float = Field(default=60.0, ge=0, description="A file is taken once it is unchanged for so long.")
     retrain_cron: str = Field(default="0 3 * * 1", description="When to retrain: Mondays at three.")
-    timezone: str = Field(default="UTC", description="Time zone of the schedule.")
+    timezone: str = Field(default="UTC", description="Time zone of the schedules and of the days of ingestion.")
     freshness_days: float = Field(default=8.0, gt=0, description="A model or an endpoint older than this is stale.")
     watch_cron: str = Field(default="*/15 * * * *", description="When the endpoint is looked at.")
     drift_days: float = Field(default=7.0, gt=0, description="Captured requests of so many days are compared.")
@@ -156,6 +159,20 @@ class AutomationSettings(BaseModel):
     pending_days: float = Field(default=30.0, ge=0, description="Versions that wait for a decision stay for so long.")
     capture_days: float = Field(default=30.0, gt=0, description="Captured requests older than this are removed.")
     capture_megabytes: float = Field(default=10_000.0, gt=0, description="Bound of an endpoint's captured requests.")
+
+    @field_validator("landing")
+    @classmethod
+    def _home(cls, landing: str | None) -> str | None:
+        return landing and expanded(landing)
+
+    @field_validator("timezone")
+    @classmethod
+    def _known_zone(cls, timezone: str) -> str:
+        try:
+            ZoneInfo(timezone)
+        except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+            raise ValueError("there is no such time zone; names are those of the tz database: Europe/Berlin") from error
+        return timezone
 
     @property
     def stale_after(self) -> timedelta:
@@ -238,7 +255,7 @@ def _own(settings: Settings, name: str = _NAME) -> str:
 
 
 def _common(settings: Settings, root: str) -> dict[str, Any]:
-    automation = load_automation(settings.environment)
+    automation, source = load_automation(settings.environment), settings.text("HOUSING_RAW_CSV")
     return {
         "notifier": _notifier(settings),
         "experiments": _experiments(settings),
@@ -247,7 +264,8 @@ def _common(settings: Settings, root: str) -> dict[str, Any]:
         "source_location": SourceLocation(
             landing=automation.landing,
             settle_seconds=automation.settle_seconds,
-            source=settings.text("HOUSING_RAW_CSV"),
+            timezone=automation.timezone,
+            source=source and expanded(source),
             sample_folder=storage.join(root, "sample"),
             sample_rows=settings.number("HOUSING_SAMPLE_ROWS", int) or 10_000,
         ),

@@ -14,7 +14,7 @@ from resources.model_registry.base import ModelRegistry, ModelVersion, champion_
 class VersionsFound:
     """Versions beyond the newest ones: those that may go, with the registry's item, and those that stay, with why.
 
-    `problems`: groups whose versions cannot be read, with the reason.
+    `problems`: groups and versions that cannot be read, with the reason.
     """
 
     surplus: list[tuple[ModelVersion, OwnedItem]] = field(default_factory=list)
@@ -42,7 +42,7 @@ def find_versions(
     found = VersionsFound()
     for group in sorted({name.rpartition("/")[0] for name in items}):
         try:
-            versions = registry.list(group)
+            versions = registry.list(group, damaged=found.problems)
         except expected_errors() as error:
             found.problems[group] = f"{type(error).__name__}: {error}"
             continue

@@ -27,7 +27,8 @@ ENVIRONMENT: dict[str, dict[str, tuple[str, str]]] = {
         "HOUSING_ROOT": ("./data", "Folder (`sagemaker`: s3:// prefix) of artifacts, feature store and registry."),
         "HOUSING_ENVIRONMENT": ("none", "For example `staging`: places and names of its own, below `environments/`. On "
                                 "branch deployments of Dagster+ the branch's, whatever is set."),
-        "HOUSING_RAW_CSV": ("generated data", "Path, folder, glob or s3:// URI of the source files."),
+        "HOUSING_RAW_CSV": ("generated data", "Path, folder, glob or s3:// URI of the source files; `~` is the home "
+                            "folder."),
         "HOUSING_SAMPLE_ROWS": ("10000", "Rows to generate when there is no source."),
         "HOUSING_CACHE": ("on", "`off`: run every step, even if nothing has changed."),
         "HOUSING_DATA_CAPTURE": ("off", "`on`: the endpoint keeps requests and answers, for `prediction_drift`."),
@@ -60,7 +61,7 @@ ENVIRONMENT: dict[str, dict[str, tuple[str, str]]] = {
         "HOUSING_SETTLE_SECONDS": ("60", "A file is taken once it is unchanged for so long; ten times as long if "
                                    "its last line has no line end."),
         "HOUSING_RETRAIN_CRON": ("0 3 * * 1", "When `weekly_retraining` runs."),
-        "HOUSING_TIMEZONE": ("UTC", "Time zone of the schedule."),
+        "HOUSING_TIMEZONE": ("UTC", "Time zone of the schedules and of the days of ingestion."),
         "HOUSING_FRESHNESS_DAYS": ("8", "A model or an endpoint older than this is stale."),
         "HOUSING_WATCH_CRON": ("*/15 * * * *", "When `endpoint_watch` looks at the endpoint."),
         "HOUSING_DRIFT_DAYS": ("7", "Captured requests of so many days are compared with the training data."),

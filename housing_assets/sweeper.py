@@ -108,7 +108,11 @@ def sweep_abandoned(context: dg.OpExecutionContext, config: SweepConfig) -> None
         "found": table(rows),
         "could_not_be_listed": dg.MetadataValue.json(findings.problems),
     }
-    metadata[TOLD] = _tell(context, rows, findings.problems, timedelta(hours=config.repeat_hours))
+    try:
+        metadata[TOLD] = _tell(context, rows, findings.problems, timedelta(hours=config.repeat_hours))
+    except expected_errors() as error:  # the next sweep tries again, and so does `failed_runs`, by the failure
+        reason = f"people could not be told: {type(error).__name__}: {error}"
+        raise dg.Failure(f"the sweep is incomplete: {reason}", metadata=metadata, allow_retries=False) from error
     failures = [row["name"] for row in rows if row["outcome"].startswith("could not")]
     if failures or findings.problems:
         problems = [*failures, *(f"{name}: {reason}" for name, reason in findings.problems.items())]
@@ -154,8 +158,11 @@ def _remembered(instance: dg.DagsterInstance, root: str) -> dict[str, Told]:
     for record in instance.fetch_observations(_FINDINGS, limit=_LOOK_BACK).records:
         observation = record.asset_observation
         if observation is not None and observation.metadata.get("root") == dg.MetadataValue.text(root):
-            stored: Any = observation.metadata["told"].value
-            return {place: Told.model_validate_json(json.dumps(told)) for place, told in stored.items()}
+            try:
+                stored: Any = observation.metadata["told"].value
+                return {place: Told.model_validate_json(json.dumps(told)) for place, told in stored.items()}
+            except (AttributeError, LookupError, ValueError):  # another version's: people are told once more
+                continue
     return {}
 
 

@@ -18,7 +18,7 @@ from housing_assets.config import EndpointConfig
 from housing_assets.deployments import load_automation
 from housing_assets.stability import PSI_THRESHOLD, stability_result
 from resources.endpoints.base import PROBE_ID, EndpointHost, EndpointNotFound, EndpointStatus, InvocationFailed
-from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound
+from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound, RegistryDamaged
 
 if TYPE_CHECKING:
     from step_scripts.captured_requests import CapturedRows
@@ -112,6 +112,8 @@ def _health(
         version = model_registry.get(group, number)
     except ModelVersionNotFound as error:
         return _ill(f"{name} serves {status.version}, which the registry does not have: {error}", facts)
+    except RegistryDamaged as error:
+        return _ill(f"{name} serves {status.version}, which the registry cannot read: {error}", facts)
     if version.artifact.digest != status.model_digest:
         return _ill(f"{name} serves another model than {status.version} of the registry: materialize endpoint", facts)
     try:
@@ -130,7 +132,7 @@ def _health(
         last = version.status_history[-1]
         reason = f"{version.status} ({last.who}: {last.why})"
         return _ill(f"{name} serves {status.version}, which is {reason}: deploy or roll back to an approved one", facts)
-    latest = model_registry.list(group, "Approved")[-1].version
+    latest = model_registry.list(group, "Approved", damaged={})[-1].version
     facts["latest_approved"] = latest
     if latest > number:
         wanted = f"{group}/{latest} is approved, {status.version} is served"
@@ -205,7 +207,7 @@ def drift(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry)
         return dg.AssetCheckResult(passed=True, description=f"there is no endpoint {name}")
     try:
         version = model_registry.get(*_parts(status.version))
-    except ModelVersionNotFound as error:
+    except (ModelVersionNotFound, RegistryDamaged) as error:
         return dg.AssetCheckResult(passed=True, description=f"nothing to compare with: {error}")
     table = TableSpec.model_validate_json(storage.read_bytes(version.artifact.file_uri("table.json")))
     since = max(status.deployed_at, datetime.now(UTC) - timedelta(days=_SETTINGS.drift_days))

@@ -25,11 +25,13 @@ class MadeReference(Reference):
 
 
 class DataFile(Reference):
-    """A source file as it was read. `modified`: seconds since 1970."""
+    """A source file as it was read. `modified`: seconds since 1970. `change`: see `SourceFile`. `content`: a digest."""
 
     uri: str
     bytes: int
     modified: float
+    change: str = ""
+    content: str | None = None
     rows: int | None = None
 
 

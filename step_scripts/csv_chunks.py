@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from step_scripts import storage
+from step_scripts.content_digest import BLOCK, block_sum
 from step_scripts.contract import StepParams
 from step_scripts.csv_header import CsvFile, encoding_fault, long_line_fault, nul_fault
 from step_scripts.csv_lines import (
@@ -35,7 +36,7 @@ from step_scripts.csv_lines import (
 from step_scripts.csv_records import ChunkFault, RecordScan
 
 _BLOCK = 1 << 23
-_BEYOND_END = 1 << 16
+_BEYOND_END = BLOCK
 _SHOWN_CHARACTERS = 100
 
 
@@ -101,14 +102,15 @@ def plan_chunks(files: Sequence[CsvFile], chunk_bytes: int) -> list[Chunk]:
     return chunks
 
 
-def read_chunk(chunk: Chunk, max_line_bytes: int) -> tuple[bytes, int]:
-    """The lines of a piece, each with LF at its end, and their offset in the file.
+def read_chunk(chunk: Chunk, max_line_bytes: int) -> tuple[bytes, int, int]:
+    """The lines of a piece, each with LF at its end, their offset in the file, and the sum of its blocks.
 
-    What ends the last line may be missing. Raises `ChunkFault` for what is no text in UTF-8.
+    What ends the last line may be missing. For the sum see `content_digest`. Raises `ChunkFault` for what is no text in
+    UTF-8.
     """
     file = chunk.file
     if chunk.start >= chunk.end:
-        return b"", chunk.start
+        return b"", chunk.start, 0
     begin = chunk.start if chunk.start == file.data_start else chunk.start - 1
     with storage.open_input(file.uri) as source:
         source.seek(begin)
@@ -123,7 +125,7 @@ def read_chunk(chunk: Chunk, max_line_bytes: int) -> tuple[bytes, int]:
     start = end if start < 0 else min(start, end)
     lines = with_newlines(data[start:end])
     _check_text(lines, begin + start)
-    return lines, begin + start
+    return lines, begin + start, block_sum(data, begin, chunk.start, chunk.end)
 
 
 def _line_end(data: bytes, position: int, size: int) -> int:

@@ -8,6 +8,7 @@ import io
 import re
 
 from step_scripts import storage
+from step_scripts.content_digest import block_sum
 from step_scripts.contract import StepError, StepParams
 from step_scripts.csv_lines import count_lines, line_end, with_newlines
 from step_scripts.parameters import SourceFile, ValidateSourceParams
@@ -42,7 +43,8 @@ _SIGNATURES = (
 class CsvFile(StepParams):
     """A source file whose header was read. Rows start at byte `data_start`, after `header_lines` lines.
 
-    `positions` holds, for each column of the table, the index of its field; a row has `fields` fields.
+    `positions` holds, for each column of the table, the index of its field; a row has `fields` fields. `head_sum`: of
+    the blocks that begin before the rows (`content_digest`).
     """
 
     uri: str
@@ -53,6 +55,7 @@ class CsvFile(StepParams):
     fields: int
     positions: tuple[int, ...]
     extra_columns: tuple[str, ...] = ()
+    head_sum: int = 0
 
 
 def read_header(file: SourceFile, params: ValidateSourceParams) -> CsvFile:
@@ -92,6 +95,7 @@ def read_header(file: SourceFile, params: ValidateSourceParams) -> CsvFile:
         fields=len(names),
         positions=tuple(positions),
         extra_columns=tuple(extra),
+        head_sum=block_sum(head, 0, 0, end),
     )
 
 

@@ -27,6 +27,9 @@ class SourceFile(StepParams):
     uri: str
     bytes: int = Field(ge=0)
     modified: float = Field(description="Modification time, seconds since 1970, UTC.")
+    change: str = Field(
+        default="", description="Differs whenever the content was written (`step_scripts.file_state`). Empty: unknown."
+    )
 
 
 class ValidateSourceSettings(StepSettings):

@@ -88,11 +88,12 @@ def put_if_absent(uri: str, data: bytes) -> bool:
     raise StepError(f"{uri} could not be written: others write it at the same time, again and again. Try again later")
 
 
-def list_objects(uri: str) -> Iterator[S3Object]:
-    """All objects below a prefix, without folder markers."""
+def list_objects(uri: str, *, deep: bool = True) -> Iterator[S3Object]:
+    """All objects below a prefix, without folder markers; without those in folders below it unless `deep`."""
     bucket, key = split_uri(uri)
-    prefix = key.rstrip("/") + "/"
-    for page in service_client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+    prefix = key.rstrip("/") + "/" if key.rstrip("/") else ""
+    request = {"Bucket": bucket, "Prefix": prefix, **({} if deep else {"Delimiter": "/"})}
+    for page in service_client("s3").get_paginator("list_objects_v2").paginate(**request):
         for item in page.get("Contents", []):
             if not item["Key"].endswith("/"):
                 yield S3Object(item["Key"].removeprefix(prefix), item["Size"], item["LastModified"], item["ETag"])

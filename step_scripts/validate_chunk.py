@@ -41,7 +41,7 @@ class ChunkReport(BaseModel):
 
     `start`, `end`: the bytes of the file that were read. `counted` records were found by the line ends alone, blank
     lines left out; `records` is what was parsed. `fault`: first and last line, and what is wrong. `record_lines` and
-    `rejected_lines`: lines that all and the rejected records take.
+    `rejected_lines`: lines that all and the rejected records take. `content`: the sum of its blocks.
     """
 
     index: int
@@ -58,6 +58,7 @@ class ChunkReport(BaseModel):
     rejected_lines: int = 0
     problems: list[Problem] = []
     part: PartReport = PartReport()
+    content: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,11 @@ def validate_chunk(task: ChunkTask) -> ChunkReport:
 
 def _validate(task: ChunkTask) -> ChunkReport:
     chunk, params = task.chunk, task.params
-    data, start = read_chunk(chunk, params.max_line_bytes)
+    data, start, content = read_chunk(chunk, params.max_line_bytes)
     if has_odd_quotes(data):
         return ChunkReport(index=chunk.index, odd_quotes=True)
     if not data:  # no line begins in the piece
-        return ChunkReport(index=chunk.index, start=start, end=start)
+        return ChunkReport(index=chunk.index, start=start, end=start, content=content)
     end, lines_total, counted = start + len(data), count_lines(data), count_records(data, params.delimiter)
     records, parsed = _parse(data, chunk, params)
     del data
@@ -132,6 +133,7 @@ def _validate(task: ChunkTask) -> ChunkReport:
         rejected_lines=misfit_lines + (len(rejected) if records.spans is None else int(records.spans[~keep].sum())),
         problems=_problems(rejections),
         part=part,
+        content=content,
     )
 
 

@@ -14,11 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 import ray
 
 from step_scripts import storage
+from step_scripts.content_digest import content_digest
 from step_scripts.contract import Artifact, StepContext, StepDefinition, StepError, StepOutcome, file_info
 from step_scripts.csv_chunks import Chunk, plan_chunks, safe_cuts
 from step_scripts.csv_header import CsvFile, read_header
 from step_scripts.duplicate_rows import bucket_count, find_duplicates, rewrite_part
-from step_scripts.parameters import ValidateSourceParams
+from step_scripts.file_state import file_state, lasting
+from step_scripts.parameters import SourceFile, ValidateSourceParams
 from step_scripts.ray_tasks import completed_tasks
 from step_scripts.rejected_rows import LineNumbers, as_details, reasons, rejected_table, rejection_message
 from step_scripts.source_checks import by_file, check_counts, check_rows
@@ -51,6 +53,7 @@ def _run(context: StepContext, params: ValidateSourceParams, files: list[CsvFile
         chunks, reports = _validate(context, params, files, scratch_uri, buckets)
         lines = LineNumbers.of(chunks, reports)
         check_rows(chunks, reports, lines)
+        _check_unchanged(params)
     with context.phase("find duplicates"):
         duplicates, duplicate_uris = _find_duplicates(context, reports, scratch_uri, buckets)
         _rewrite(context, params, reports, duplicates, duplicate_uris)
@@ -196,6 +199,29 @@ def _safe_cuts(
     return ends, (fault.line, fault.last, fault.problem) if fault is not None else None
 
 
+def _check_unchanged(params: ValidateSourceParams) -> None:
+    """Raise `StepError` if a file was written while it was read: what was read may be neither of its two states."""
+
+    def written(file: SourceFile) -> bool:
+        try:
+            state = file_state(file.uri)
+        except FileNotFoundError:  # removed after it was read
+            return False
+        except OSError as error:
+            raise StepError(f"{file.uri} cannot be looked at again: {error}") from error
+        return (state.bytes, lasting(state.change)) != (file.bytes, lasting(file.change))
+
+    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+        known = [file for file in params.files if file.change]
+        changed = [file.uri for file, answer in zip(known, pool.map(written, known), strict=True) if answer]
+    if changed:
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise StepError(
+            f"written to, or replaced, since the run looked for files: {', '.join(changed[:5])}{more}. "
+            "Wait until nothing writes there, then start again"
+        )
+
+
 def _find_duplicates(
     context: StepContext, reports: Sequence[ChunkReport], scratch_uri: str, buckets: int
 ) -> tuple[dict[int, int], list[str]]:
@@ -247,8 +273,16 @@ def _files(chunks: Sequence[Chunk], reports: Sequence[ChunkReport]) -> list[dict
     for uri, pieces in by_file(chunks):
         mine = [by_index[c.index] for c in pieces]
         rows = sum(r.part.rows for r in mine)
-        records = sum(r.records for r in mine)
-        listed.append({"file": uri, "bytes": pieces[0].file.bytes, "rows": rows, "rejected_rows": records - rows})
+        records, file = sum(r.records for r in mine), pieces[0].file
+        listed.append(
+            {
+                "file": uri,
+                "bytes": file.bytes,
+                "rows": rows,
+                "rejected_rows": records - rows,
+                "content": content_digest(file.bytes, [file.head_sum, *(r.content for r in mine)]),
+            }
+        )
     return listed
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
@@ -17,7 +18,7 @@ from resources.compute.base import ComputeBackend, as_metadata
 from resources.evidence import EvidenceStore
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
 from resources.references import DataFile, DatasetRef, SourceRef
-from resources.sources import find_source_files
+from resources.sources import Listing, list_landing, list_source
 from step_scripts.code_version import step_version
 from step_scripts.contract import StepError
 from step_scripts.parameters import (
@@ -29,9 +30,17 @@ from step_scripts.parameters import (
 )
 from step_scripts.table import ColumnRange
 
+_SHOWN, _FILES_SHOWN = 20, 200  # names in a message, rows of a table
+
+
+def ingestion_days(first: date, timezone: str) -> dg.DailyPartitionsDefinition:
+    """The days from `first` to today, in that time zone."""
+    return dg.DailyPartitionsDefinition(str(first), timezone=timezone, end_offset=1)
+
+
 _AUTOMATION = load_automation()
 # With a landing place, a day's files can be ingested again without the others; without one there is one source.
-PARTITIONS = dg.DailyPartitionsDefinition(str(_AUTOMATION.landing_start), end_offset=1) if _AUTOMATION.landing else None
+PARTITIONS = ingestion_days(_AUTOMATION.landing_start, _AUTOMATION.timezone) if _AUTOMATION.landing else None
 BACKFILL = dg.BackfillPolicy.single_run() if PARTITIONS else None
 
 
@@ -56,11 +65,11 @@ def raw_csv(
 
     ranges = {name: ColumnRange(**bounds.model_dump()) for name, bounds in config.column_ranges.items()}
     try:
-        source, files = _source_files(context, config, source_location)
+        source, listing = _source_files(context, config, source_location)
         table = HOUSING_TABLE.with_ranges(ranges)
     except (StepError, ValueError) as error:
         raise dg.Failure(str(error), allow_retries=False) from error
-    params = ValidateSourceParams(**settings_of(config, ValidateSourceSettings), table=table, files=files)
+    params = ValidateSourceParams(**settings_of(config, ValidateSourceSettings), table=table, files=listing.files)
     result = compute.run(context, "validate_source", params)
     rows = result.outputs["rows"]
     value = SourceRef(
@@ -70,7 +79,7 @@ def raw_csv(
         table=table,
         rows_total=int(result.metrics["rows"] + result.metrics["rejected_rows"]),
         rows_rejected=int(result.metrics["rejected_rows"]),
-        files=_data_files(files, result.details["files"]),
+        files=_data_files(listing.files, result.details["files"]),
         run_id=result.run_id or context.run.run_id,
         code_version=result.code_version,
     )
@@ -80,6 +89,7 @@ def raw_csv(
         "source": source,
         **result.metrics,
         **as_metadata({"rejected_examples": examples, "source_files": source_files, **details}),
+        **_left_out(context, source, listing),
         "rejected_rows_file": result.outputs["rejected"].uri,
         "dagster/column_schema": column_schema(table),
         **artifact_metadata(rows),
@@ -89,31 +99,47 @@ def raw_csv(
 
 
 def _data_files(files: tuple[SourceFile, ...], read: list[dict[str, Any]]) -> tuple[DataFile, ...]:
-    """The files with their numbers of rows, as far as the step lists them."""
-    rows = {file["file"]: file["rows"] for file in read}
-    return tuple(DataFile(**file.model_dump(), rows=rows.get(file.uri)) for file in files)
+    """The files with their numbers of rows and digests, as far as the step lists them."""
+    told = {file["file"]: {"rows": file["rows"], "content": file["content"]} for file in read}
+    return tuple(DataFile(**file.model_dump(), **told.get(file.uri, {})) for file in files)
+
+
+def _left_out(context: dg.AssetExecutionContext, source: str, listing: Listing) -> dict[str, Any]:
+    """Say what the source holds that was not read. Returns it as metadata."""
+    left = [{"name": item.name, "why": item.reason, "remedy": item.remedy} for item in listing.set_aside]
+    for item in listing.set_aside[:_SHOWN]:
+        context.log.warning(f"set aside: {item}")
+    if listing.others:
+        more = f" and {len(listing.others) - _SHOWN} more" if len(listing.others) > _SHOWN else ""
+        names = ", ".join(listing.others[:_SHOWN]) + more
+        context.log.info(f"{source} holds what is not taken, because its name does not match: {names}")
+        left += [{"name": name, "why": "its name does not match", "remedy": ""} for name in listing.others]
+    return as_metadata({"not_read": left[:_FILES_SHOWN]}) if left else {}
 
 
 def _source_files(
     context: dg.AssetExecutionContext, config: RawCsvConfig, location: SourceLocation
-) -> tuple[str, tuple[SourceFile, ...]]:
+) -> tuple[str, Listing]:
     """What was asked for, and its files. Raises `StepError` if there are none."""
     if location.landing is None or config.source:
         source = config.source or location.resolve()
-        return source, find_source_files(source)
+        return source, list_source(source)
     if not (context.has_partition_key or context.has_partition_key_range):
         raise StepError(
             "raw_csv is ingested by day, because HOUSING_LANDING is set: choose days (--partition 2026-11-23, "
             "--partition-range 2026-11-01...2026-11-23), or unset HOUSING_LANDING"
         )
     days = sorted(date.fromisoformat(key) for key in context.partition_keys)
-    files, unready = files_of_days(location.landing, days, time.time(), location.settle_seconds)
+    listing = list_landing(location.landing) or Listing()
+    files, unready = files_of_days(
+        listing, location.landing, location.timezone, days, time.time(), location.settle_seconds
+    )
     if unready:
         context.log.info(f"{unready} files were modified less than {location.settle_seconds:g} s ago and are left out")
     if not files:
         span = f"{days[0]}" if len(days) == 1 else f"{days[0]} to {days[-1]}"
         raise StepError(f"no file of {span} is ready in {location.landing}")
-    return location.landing, files
+    return location.landing, replace(listing, files=files)
 
 
 @dg.asset(

@@ -112,7 +112,10 @@ def evaluation_report(
     from housing_assets.schema import HOUSING_TABLE
 
     passed = require_checks_passed(context, evidence, "evaluation_report", tuned_model, train_split, test_split)
-    approved = model_registry.list(config.model_group or model_registry.default_group, "Approved")
+    damaged: dict[str, str] = {}
+    approved = model_registry.list(config.model_group or model_registry.default_group, "Approved", damaged)
+    for reason in damaged.values():
+        context.log.warning(f"not compared with: {reason}")
     champion = champion_of(approved, tuned_model.model.digest)
     inputs: dict[str, Artifact] = {
         "model": tuned_model.model,

@@ -185,16 +185,7 @@ class LocalEndpointHost(EndpointHost):
 
     def inventory(self) -> Sequence[OwnedItem]:
         """See `EndpointHost.inventory`; with servers whose state folder is gone."""
-        items = [
-            OwnedItem(
-                kind="endpoint",
-                name=status.name,
-                location=str(self._folder(status.name)),
-                created_at=status.deployed_at,
-                detail=f"{status.state}, {status.version}" + (f", process {status.pid}" if status.pid else ""),
-            )
-            for status in self.list()
-        ]
+        items = [item for name in self._names() if (item := self._item(name)) is not None]
         items += discarded_items(self.root, "endpoint")
         known = {item.name for item in items}
         for name, process in stray_servers(Path(self.root).absolute()):
@@ -226,6 +217,17 @@ class LocalEndpointHost(EndpointHost):
         for name, process in stray_servers(Path(self.root).absolute()):
             if name == item.name:
                 end_processes([process])
+
+    def _item(self, name: str) -> OwnedItem | None:
+        location = str(self._folder(name))
+        try:
+            status = self.describe(name)
+        except EndpointDeploymentFailed as error:  # it does not hide the others
+            return OwnedItem(kind="endpoint", name=name, location=location, detail=str(error))
+        if status is None:
+            return None
+        detail = f"{status.state}, {status.version}" + (f", process {status.pid}" if status.pid else "")
+        return OwnedItem(kind="endpoint", name=name, location=location, created_at=status.deployed_at, detail=detail)
 
     def _names(self) -> Sequence[str]:
         root = Path(self.root)

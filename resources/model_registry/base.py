@@ -140,8 +140,14 @@ class ModelRegistry(dg.ConfigurableResource, ABC):
         """One version. Raises `ModelVersionNotFound`, `RegistryDamaged`."""
 
     @abstractmethod
-    def list(self, group: str, status: ApprovalStatus | None = None) -> Sequence[ModelVersion]:
-        """All versions (with `status`, if given), oldest first; empty if the group does not exist."""
+    def list(
+        self, group: str, status: ApprovalStatus | None = None, damaged: dict[str, str] | None = None
+    ) -> Sequence[ModelVersion]:
+        """All versions (with `status`, if given), oldest first; empty if the group does not exist.
+
+        A version whose record cannot be read is left out, and noted in `damaged`: reference → reason and remedy.
+        Raises `RegistryDamaged` for it if no `damaged` is given.
+        """
 
     @abstractmethod
     def set_status(self, group: str, version: int, status: ApprovalStatus, *, who: str, why: str) -> ModelVersion:

@@ -61,7 +61,7 @@ class LocalModelRegistry(ModelRegistry):
         folder = self._group_folder(group)
         with file_lock(folder / "lock", self.lock_timeout_seconds, f"registering a model in group {group}"):
             self._remove_unfinished(folder)
-            for existing in self.list(group):
+            for existing in self.list(group, damaged={}):
                 if (existing.artifact.digest, existing.gate.evaluation_digest) == (
                     artifact.digest,
                     gate.evaluation_digest,
@@ -95,12 +95,20 @@ class LocalModelRegistry(ModelRegistry):
             ) from error
         return found
 
-    def list(self, group: str, status: ApprovalStatus | None = None) -> Sequence[ModelVersion]:
+    def list(
+        self, group: str, status: ApprovalStatus | None = None, damaged: dict[str, str] | None = None
+    ) -> Sequence[ModelVersion]:
         """See `ModelRegistry.list`. Does not read the artifacts."""
         versions = []
         for number in self._numbers(group):
-            with contextlib.suppress(ModelVersionNotFound):  # deleted since the folder was read
+            try:
                 versions.append(self._read(group, number))
+            except ModelVersionNotFound:  # deleted since the folder was read
+                continue
+            except RegistryDamaged as error:
+                if damaged is None:
+                    raise
+                damaged[f"{group}/{number}"] = str(error)
         return [v for v in versions if status is None or v.status == status]
 
     def set_status(self, group: str, version: int, status: ApprovalStatus, *, who: str, why: str) -> ModelVersion:

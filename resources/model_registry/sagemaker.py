@@ -166,12 +166,24 @@ class SageMakerModelRegistry(ModelRegistry):
             ) from error
         return version_of(group, described, facts)
 
-    def list(self, group: str, status: ApprovalStatus | None = None) -> Sequence[ModelVersion]:
+    def list(
+        self, group: str, status: ApprovalStatus | None = None, damaged: dict[str, str] | None = None
+    ) -> Sequence[ModelVersion]:
         """See `ModelRegistry.list`. Does not read the artifacts. Packages registered by others are left out."""
         _check_group(group)
-        arns = [item["ModelPackageArn"] for item in self._packages.list(group, status)]
+        items = self._packages.list(group, status)
+
+        def read(item: dict[str, Any]) -> ModelVersion | None:
+            try:
+                return self._read(group, item["ModelPackageArn"])
+            except RegistryDamaged as error:
+                if damaged is None:
+                    raise
+                damaged[f"{group}/{item['ModelPackageVersion']}"] = str(error)
+                return None
+
         with ThreadPoolExecutor(_READERS) as readers:
-            found = [version for version in readers.map(lambda arn: self._read(group, arn), arns) if version]
+            found = [version for version in readers.map(read, items) if version]
         return sorted((v for v in found if status is None or v.status == status), key=lambda v: v.version)
 
     def set_status(self, group: str, version: int, status: ApprovalStatus, *, who: str, why: str) -> ModelVersion:

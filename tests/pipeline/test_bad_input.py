@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import lzma
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import polars as pl
 import pytest
 
 from resources.sources import find_source_files
+from step_scripts import validate_source
 from step_scripts.contract import StepError
 from step_scripts.ray_session import RaySession
 from step_scripts.storage import read_bytes
@@ -298,6 +300,28 @@ def test_file_that_is_still_being_written(ray_session: RaySession, tmp_path: Pat
         file.write(sale(9))
     with pytest.raises(StepError, match="Wait until it is completely written"):
         validate(ray_session, tmp_path, [source])
+
+
+@pytest.mark.parametrize("kept", ["size and time", "neither"])
+def test_file_that_is_written_while_it_is_read(
+    kept: str, ray_session: RaySession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look for files and the end of the reading; by whom, and when, does not matter."""
+    path = Path(write_source(tmp_path / "in", table_text(sales(300))).uri)
+    [found] = find_source_files(str(path))
+    check_rows = validate_source._check_rows
+
+    def write(*arguments: Any) -> None:
+        check_rows(*arguments)
+        if kept == "neither":
+            path.write_text(table_text(sales(301)))
+        else:
+            path.write_text(path.read_text().replace("1950", "1951", 1))
+            os.utime(path, (found.modified, found.modified))
+
+    monkeypatch.setattr(validate_source, "_check_rows", write)
+    with pytest.raises(StepError, match=r"since the run looked for files: .*sales\.csv"):
+        validate(ray_session, tmp_path, [found])
 
 
 @pytest.mark.parametrize("delimiter", ['"', "\n", "¦"])

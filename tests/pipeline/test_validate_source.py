@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from housing_assets.sample_data import write_sample
 from housing_assets.schema import HOUSING_TABLE
 from resources.sources import find_source_files
+from step_scripts.content_digest import block_sum, content_digest
 from step_scripts.contract import FileInfo, StepError, file_info
 from step_scripts.ray_session import RaySession
 from step_scripts.record_ids import record_ids
@@ -130,7 +131,10 @@ def test_output_format(ray_session: RaySession, tmp_path: Path) -> None:
     assert isinstance(artifact.files[0], FileInfo)
     assert not list(tmp_path.rglob("scratch"))
     assert result.details["statistics"]["PRICE"] == {"minimum": 200_000.0, "maximum": 200_029.0, "nulls": 0}
-    assert result.details["files"] == [{"file": source.uri, "bytes": source.bytes, "rows": 30, "rejected_rows": 0}]
+    content = Path(source.uri).read_bytes()
+    digest = content_digest(len(content), [block_sum(content, 0, 0, len(content))])
+    described = {"file": source.uri, "bytes": source.bytes, "rows": 30, "rejected_rows": 0, "content": digest}
+    assert result.details["files"] == [described]
 
 
 def test_houses_that_are_unusual_but_real(ray_session: RaySession, tmp_path: Path) -> None:
@@ -216,6 +220,25 @@ def test_pieces_do_not_show(ray_session: RaySession, tmp_path: Path, chunk_bytes
     assert pieces.metrics == whole.metrics
     for name in ("statistics", "rejection_reasons", "files"):
         assert pieces.details[name] == whole.details[name]
+
+
+@pytest.mark.parametrize("rows", [1, 60, 9000])
+def test_the_content_digest_is_that_of_the_file(ray_session: RaySession, tmp_path: Path, rows: int) -> None:
+    """A copy has another inode and time of change, is read once more, and is known as the same; a change is seen."""
+    text = table_text(sales(rows))
+    one = write_source(tmp_path / "one", text)
+    copy = write_source(tmp_path / "copy", text)
+    other = write_source(tmp_path / "other", text.replace("1950", "1951", 1))
+    found = [find_source_files(file.uri)[0] for file in (one, copy, other)]
+    assert len({file.change for file in found}) == 3
+    results = [
+        validate(ray_session, tmp_path / str(i), [file], chunk_bytes=size)
+        for i, (file, size) in enumerate(zip((found[0], *found), (1 << 25, 1 << 17, 70_000, 1 << 25), strict=True))
+    ]
+    content = [result.details["files"][0]["content"] for result in results]
+    assert content[0] == content[1] == content[2] != content[3]
+    data = [result.outputs["rows"].digest for result in results]
+    assert data[0] == data[1] == data[2] != data[3]
 
 
 def test_fields_that_span_lines(ray_session: RaySession, tmp_path: Path) -> None:

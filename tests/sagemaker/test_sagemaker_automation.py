@@ -183,6 +183,8 @@ def test_files_on_s3_are_ingested_once_they_no_longer_change(
     key = f"landing/{YESTERDAY}/sales.csv"
     location.aws.put(key, "PRICE\n1\n")
     location.aws.put("landing/notes.txt", "not a table")
+    for day in ("2001-01-01", "2999-01-01"):  # no days of ingestion, for which Dagster would refuse all runs
+        location.aws.put(f"landing/{day}/sales.csv", "PRICE\n1\n")
     assert look() == [], "seen once"
     location.aws.put(key, "PRICE\n1\n2\n")
     assert look() == [], "it has grown"

@@ -8,12 +8,13 @@ import dagster as dg
 import pytest
 
 from housing_assets.deployments import SourceLocation
-from housing_assets.landing import LandingCursor, day_of, files_of_days, landed_files
+from housing_assets.landing import LandingCursor, day_of, files_by_day, files_of_days
 from resources.io_manager import ReferenceIOManager
 from resources.references import SplitRef
-from resources.sources import find_source_files
+from resources.sources import find_source_files, list_landing
 from step_scripts import storage
 from step_scripts.contract import Artifact
+from step_scripts.file_state import file_state
 from tests.unit.test_storage import (
     test_a_failed_write_keeps_the_old_content as test_a_failed_write_keeps_the_old_content,
 )
@@ -60,14 +61,31 @@ def test_references_go_from_asset_to_asset_through_s3(root: str) -> None:
 def test_landed_files_are_found_by_day_on_s3(root: str) -> None:
     for name in ("2026-11-20/a.csv", "2026-11-20/b.csv", "2026-11-21/c.csv", "2026-11-20/notes.txt"):
         storage.write_bytes(storage.join(root, name), b"x")
-    files = landed_files(root)
-    assert [str(day_of(file, root)) for file in files] == ["2026-11-20", "2026-11-20", "2026-11-21"]
+    listing = list_landing(root)
+    assert listing is not None
+    files = listing.files
+    assert [str(day_of(file, root, "UTC")) for file in files] == ["2026-11-20", "2026-11-20", "2026-11-21"]
+    assert listing.others == ("2026-11-20/notes.txt",)
     later = max(file.modified for file in files) + 100
-    ready, waiting = files_of_days(root, [date(2026, 11, 20)], later, 60.0)
+    ready, waiting = files_of_days(listing, root, "UTC", [date(2026, 11, 20)], later, 60.0)
     assert ([file.uri for file in ready], waiting) == ([file.uri for file in files[:2]], 0)
-    _, cursor = LandingCursor().look(files, later, 60.0)
-    batch, _ = cursor.look(landed_files(root), later, 60.0)
-    assert batch == list(files)
+    by_day, _ = files_by_day(listing, root, "UTC", date(2026, 11, 1), later)
+    _, _, cursor = LandingCursor().look(by_day, later, 60.0)
+    batches, _, _ = cursor.look(by_day, later, 60.0)
+    assert [file for batch in batches.values() for file in batch] == list(files)
+
+
+def test_what_is_written_over_is_another_file_although_size_and_time_are_the_same(root: str) -> None:
+    uri, below = storage.join(root, "sales.csv"), storage.join(root, "*.csv")
+    storage.write_bytes(uri, b"PRICE\n1\n")
+    [before] = find_source_files(uri)
+    assert find_source_files(below) == (before,)
+    storage.write_bytes(uri, b"PRICE\n2\n")
+    [after] = find_source_files(uri)
+    assert (before.bytes, before.change != after.change) == (after.bytes, True)
+    assert file_state(uri).change == after.change
+    with pytest.raises(FileNotFoundError):
+        file_state(storage.join(root, "nothing.csv"))
 
 
 def test_generated_data_and_source_files_are_found_on_s3(root: str) -> None:

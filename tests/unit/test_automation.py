@@ -48,10 +48,12 @@ def test_settings_come_from_the_environment() -> None:
         load_automation({"HOUSING_SETTLE_SECONDS": "soon"})
 
 
-def look(sensor: Any, cursor: str | None, **resources: Any) -> tuple[list[dg.RunRequest], str | None, str | None]:
+def look(
+    sensor: Any, cursor: str | None, instance: dg.DagsterInstance, **resources: Any
+) -> tuple[list[dg.RunRequest], str | None, str | None]:
     """One look of a sensor: what it asks for, what it remembers, why it did nothing."""
-    context = dg.build_sensor_context(cursor=cursor, repository_def=defs.get_repository_def())
-    result = sensor(context, **resources)
+    context = dg.build_sensor_context(instance, cursor, repository_def=defs.get_repository_def())
+    result = sensor(context, **{"notifier": Recorder(), **resources})
     if isinstance(result, dg.SkipReason):
         return [], cursor, result.skip_message
     reason = result.skip_reason
@@ -59,8 +61,20 @@ def look(sensor: Any, cursor: str | None, **resources: Any) -> tuple[list[dg.Run
     return list(result.run_requests or []), result.cursor or cursor, message
 
 
-def test_landed_files_are_ingested_by_day_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    requests, _, why = look(automation.landing_files, None)
+def launched(request: dg.RunRequest, instance: dg.DagsterInstance, status: str) -> None:
+    """What the daemon makes of a request, by its tags."""
+
+    @dg.job
+    def requested() -> None: ...
+
+    tags = {**request.tags, "dagster/run_key": request.run_key or ""}
+    instance.create_run_for_job(requested, tags=tags, status=dg.DagsterRunStatus[status])
+
+
+def test_landed_files_are_ingested_by_day_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instance: dg.DagsterInstance
+) -> None:
+    requests, _, why = look(automation.landing_files, None, instance)
     assert requests == []
     assert "HOUSING_LANDING is not set" in (why or "")
 
@@ -69,33 +83,109 @@ def test_landed_files_are_ingested_by_day_once(tmp_path: Path, monkeypatch: pyte
         (tmp_path / day).mkdir()
         (tmp_path / day / "sales.csv").write_text("x")
         os.utime(tmp_path / day / "sales.csv", (1e9, 1e9))
-    first, cursor, _ = look(automation.landing_files, None)
-    second, cursor, _ = look(automation.landing_files, cursor)
-    third, cursor, why = look(automation.landing_files, cursor)
+    (tmp_path / "notes.txt").write_text("x")
+    first, cursor, _ = look(automation.landing_files, None, instance)
+    second, cursor, _ = look(automation.landing_files, cursor, instance)
+    third, cursor, why = look(automation.landing_files, cursor, instance)
     assert (first, third) == ([], [])
     assert [request.partition_key for request in second] == ["2026-03-04", "2026-03-05"]
     assert len({request.run_key for request in second}) == 2
-    assert "no new files" in (why or "")
+    assert why == "no new files; 0 are still changing or seen once; not taken, because no CSV file: notes.txt"
+
+    for request in second:
+        launched(request, instance, "SUCCESS")
+    _, cursor, _ = look(automation.landing_files, "no cursor at all", instance)
+    again, cursor, _ = look(automation.landing_files, cursor, instance)
+    assert [request.partition_key for request in again] == ["2026-03-04", "2026-03-05"]
+    used = {request.run_key for request in second}
+    assert not used & {request.run_key for request in again}, "Dagster would drop them without a word"
+    (tmp_path / "2026-03-04").rename(tmp_path.parent / f"{tmp_path.name} away")
+    assert look(automation.landing_files, cursor, instance)[0] == []
+    monkeypatch.setattr(automation, "_SETTINGS", AutomationSettings(landing=str(tmp_path / "unmounted")))
+    nothing, kept, why = look(automation.landing_files, cursor, instance)
+    assert (nothing, kept, why) == ([], cursor, f"there is no {tmp_path / 'unmounted'} yet"), "nothing is forgotten"
 
 
-def test_an_approved_version_is_deployed_once(tmp_path: Path) -> None:
+def test_files_that_cannot_be_ingested_are_told_once_and_do_not_keep_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instance: dg.DagsterInstance
+) -> None:
+    monkeypatch.setattr(automation, "_SETTINGS", AutomationSettings(landing=str(tmp_path)))
+    odd = os.fsdecode(bytes(tmp_path) + b"/2026-03-05 ums\xe4tze.csv")
+    for name in ("2026-03-05.csv", "2019-01-01.csv", "2999-01-01.csv", odd):
+        (tmp_path / name).write_text("x")
+        os.utime(tmp_path / name, (1e9, 1e9))
+
+    class Broken(Notifier):
+        def notify(self, title: str, text: str) -> None:
+            raise OSError("no mail server")
+
+    _messages.clear()
+    first, cursor, _ = look(automation.landing_files, None, instance, notifier=Broken())
+    second, cursor, _ = look(automation.landing_files, cursor, instance)
+    third, cursor, why = look(automation.landing_files, cursor, instance)
+    assert [[r.partition_key for r in requests] for requests in (first, second, third)] == [[], ["2026-03-05"], []]
+    [(title, text)] = _messages
+    assert title == f"{tmp_path} holds what cannot be ingested now"
+    assert [line.partition(": ")[0] for line in text.splitlines()[:3]] == [
+        f"{tmp_path}/2019-01-01.csv", f"{tmp_path}/2026-03-05 ums\\xe4tze.csv", f"{tmp_path}/2999-01-01.csv"
+    ]  # fmt: skip
+    assert "3 are set aside" in (why or "")
+    for written in (cursor, why, text):
+        (written or "").encode()
+
+
+def test_an_approved_version_is_deployed_once(tmp_path: Path, instance: dg.DagsterInstance) -> None:
     registry = LocalModelRegistry(root=str(tmp_path / "registry"))
     resources = {"model_registry": registry, "endpoint_host": LocalEndpointHost(root=str(tmp_path / "endpoints"))}
     for name in ("one", "two"):
         register(registry, artifact(tmp_path / name, name))
-    requests, cursor, why = look(automation.approved_models, None, **resources)
+    requests, cursor, why = look(automation.approved_models, None, instance, **resources)
     assert (requests, why) == ([], "model group housing has no approved version")
 
     registry.set_status("housing", 1, "Approved", who="ann", why="good")
-    [request], cursor, _ = look(automation.approved_models, cursor, **resources)
+    [request], cursor, _ = look(automation.approved_models, cursor, instance, **resources)
     assert request.run_config == {"ops": {"endpoint": {"config": {"version": 1}}}}
-    assert look(automation.approved_models, cursor, **resources)[0] == [], "asked for once, even if the run failed"
+    assert look(automation.approved_models, cursor, instance, **resources)[0] == [], (
+        "asked for once, even if the run failed"
+    )
 
     registry.set_status("housing", 2, "Approved", who="ann", why="better")
-    [request], cursor, _ = look(automation.approved_models, cursor, **resources)
+    [request], cursor, _ = look(automation.approved_models, cursor, instance, **resources)
     assert request.run_config == {"ops": {"endpoint": {"config": {"version": 2}}}}
     registry.set_status("housing", 2, "Rejected", who="ann", why="worse after all")
-    assert look(automation.approved_models, cursor, **resources)[0] == [], "going back is rollback_endpoint's business"
+    assert look(automation.approved_models, cursor, instance, **resources)[0] == [], (
+        "going back is rollback_endpoint's business"
+    )
+
+
+def test_a_damaged_version_is_told_once_and_does_not_keep_the_others(
+    tmp_path: Path, instance: dg.DagsterInstance
+) -> None:
+    registry = LocalModelRegistry(root=str(tmp_path / "registry"))
+    resources = {"model_registry": registry, "endpoint_host": LocalEndpointHost(root=str(tmp_path / "endpoints"))}
+    for number, name in enumerate(("one", "two", "three"), start=1):
+        register(registry, artifact(tmp_path / name, name))
+        registry.set_status("housing", number, "Approved", who="ann", why="good")
+    versions = Path(registry.root) / "housing" / "versions"
+    (versions / "1" / "version.json").write_text("{")
+    next((versions / "3" / "artifact").iterdir()).write_text("cut off")
+    _messages.clear()
+    [request], cursor, _ = look(automation.approved_models, None, instance, **resources)
+    assert request.run_config == {"ops": {"endpoint": {"config": {"version": 2}}}}
+    requests, cursor, why = look(automation.approved_models, cursor, instance, **resources)
+    assert (requests, why) == ([], "housing/2 has been handed on before; set aside: housing/1, housing/3")
+    [(title, text)] = _messages
+    assert title == "2 versions of model group housing cannot be read"
+    assert "Restore it, or delete version 1." in text
+
+    launched(request, instance, "STARTED")
+    requests, _, why = look(automation.approved_models, "reset", instance, **resources)
+    assert requests == []
+    assert "is about to deploy housing/2" in (why or "")
+    [run] = instance.get_runs()
+    instance.report_run_failed(run)
+    [again], _, _ = look(automation.approved_models, "reset", instance, **resources)
+    assert again.run_key == f"{request.run_key}-2", "Dagster would drop the first key without a word"
 
 
 class Recorder(Notifier):

@@ -54,6 +54,11 @@ def test_half_written_records_are_named(registry: LocalModelRegistry, tmp_path: 
     for read in (lambda: registry.get("housing", 1), lambda: registry.list("housing")):
         with pytest.raises(RegistryDamaged, match=str(path)):
             read()
+    register(registry, artifact(tmp_path / "other", "other"))
+    damaged: dict[str, str] = {}
+    assert [v.version for v in registry.list("housing", damaged=damaged)] == [2], "it does not hide the others"
+    assert str(path) in damaged["housing/1"]
+    registry.delete("housing", 2)
     registry.delete("housing", 1)  # the remedy that the message names
     assert registry.list("housing") == []
 

@@ -241,7 +241,27 @@ def test_a_damaged_group_does_not_keep_the_others(
     done, metadata = launch_prune(tmp_path, instance, {"model_registry": registry}, versions=1, dry_run=False)
     assert not done
     assert names(metadata, "removed") == ["prices/1"]
-    assert f"damaged: RegistryDamaged: {record} is not a complete record" in metadata["error"]
+    assert f"damaged/2: {record} is not a complete record" in metadata["error"]
+
+
+def test_a_damaged_reference_keeps_what_it_may_name_and_nothing_else(
+    tmp_path: Path, instance: dg.DagsterInstance, registry: LocalModelRegistry
+) -> None:
+    root = tmp_path / "data"
+    folder = result(root, "tune_model", "a")
+    for n in range(2):
+        register(registry, "prices", artifact(tmp_path / str(n), f"model {n}"), "Rejected")
+    old = instance.create_run_for_job(sweep, status=dg.DagsterRunStatus.SUCCESS).run_id
+    (root / "references").mkdir()
+    (root / "references" / "tuned_model.json").write_text('{"uri": "/cut o')
+    done, metadata = launch_prune(
+        tmp_path, instance, {"model_registry": registry}, versions=1, results_days=0, runs_days=0, dry_run=False
+    )
+    assert not done
+    assert names(metadata, "removed") == [old]
+    assert folder.exists()
+    assert "tuned_model.json is damaged" in metadata["error"]
+    assert "materialize its asset again" in metadata["error"]
 
 
 NOW = datetime(2026, 11, 23, tzinfo=UTC)

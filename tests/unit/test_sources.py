@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from resources.sources import find_source_files
+from housing_assets.deployments import load_resources
+from resources.sources import find_source_files, list_source
 from step_scripts.contract import StepError
 
 
@@ -42,6 +43,77 @@ def _names(source: str, folder: Path) -> list[str]:
 )
 def test_finds_sorted_files(folder: Path, pattern: str, expected: list[str]) -> None:
     assert _names(f"{folder}/{pattern}", folder) == expected
+
+
+def test_endings_in_upper_case_and_what_else_a_folder_holds(folder: Path) -> None:
+    (folder / "UPPER_CASE_ENDING.CSV").write_bytes(b"X,Y\n1,2\n")
+    (folder / "odd.Csv").write_bytes(b"X,Y\n1,2\n")
+    listing = list_source(str(folder))
+    assert [Path(f.uri).name for f in listing.files] == ["UPPER_CASE_ENDING.CSV", "a.csv", "b.csv", "odd.Csv"]
+    assert listing.others == ("deep/", "notes.txt")
+    assert _names(f"{folder}/*.csv", folder) == ["a.csv", "b.csv"], "a glob means what it says"
+
+
+def test_home_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    assert _names("~/a.csv", folder) == ["a.csv"]
+    assert _names("~", folder) == ["a.csv", "b.csv"]
+    assert _names("~/deep/*/c.csv", folder) == ["deep/2024/c.csv"]
+    with pytest.raises(StepError, match="~nobody-of-that-name"):
+        find_source_files("~nobody-of-that-name/a.csv")
+    location = load_resources({"HOUSING_RAW_CSV": "~/a.csv", "HOUSING_LANDING": "~/in"})["source_location"]
+    assert (location.source, location.landing) == (f"{folder}/a.csv", f"{folder}/in")
+
+
+def test_a_name_that_is_not_utf_8_is_set_aside_and_named(folder: Path) -> None:
+    odd = os.fsdecode(bytes(folder) + b"/ums\xe4tze.csv")
+    Path(odd).write_bytes(b"X,Y\n1,2\n")
+    listing = list_source(str(folder))
+    assert [Path(f.uri).name for f in listing.files] == ["a.csv", "b.csv"]
+    assert [str(item) for item in listing.set_aside] == [f"{folder}/ums\\xe4tze.csv: its name is not UTF-8. Rename it"]
+    for alone in (odd, f"{folder}/ums*.csv"):
+        with pytest.raises(StepError) as raised:
+            find_source_files(alone)
+        assert "ums\\xe4tze.csv: its name is not UTF-8. Rename it" in str(raised.value)
+        str(raised.value).encode()
+
+
+def test_a_folder_that_cannot_be_listed_fails_a_source(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records whose file is only out of reach must not be marked deleted."""
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if path.endswith("/2024"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(StepError, match=r"deep/2024: the folder cannot be listed \(Permission denied\)"):
+        find_source_files(f"{folder}/deep/**/*.csv")
+    assert _names(f"{folder}/deep/2025/*.csv", folder) == ["deep/2025/d.csv"], "it is not in the way"
+
+
+def test_a_pipe_is_no_source(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.csv")
+    with pytest.raises(StepError, match="neither a regular file nor a folder"):
+        find_source_files(str(folder / "pipe.csv"))
+    assert _names(str(folder), folder) == ["a.csv", "b.csv"]
+
+
+def test_a_change_is_seen_although_size_and_time_are_kept(folder: Path) -> None:
+    path = folder / "a.csv"
+    os.utime(path, (1_700_000_000, 1_700_000_000))
+    [before] = find_source_files(str(path))
+    assert find_source_files(str(path)) == (before,)
+    path.write_bytes(b"X,Y\n1,3\n")
+    os.utime(path, (1_700_000_000, 1_700_000_000))
+    [written] = find_source_files(str(path))
+    (folder / "other").write_bytes(b"X,Y\n1,4\n")
+    os.utime(folder / "other", (1_700_000_000, 1_700_000_000))
+    (folder / "other").replace(path)
+    [replaced] = find_source_files(str(path))
+    assert len({before.change, written.change, replaced.change}) == 3
+    assert {(f.bytes, f.modified) for f in (before, written, replaced)} == {(8, 1_700_000_000.0)}
 
 
 def test_size_and_time_are_those_of_the_file(folder: Path) -> None:

@@ -1,0 +1,179 @@
+"""Searches a folder, or a prefix on S3, for files whose path matches a pattern.
+
+One thing that cannot be read does not keep the others: it is set aside, with the reason and what to do.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from step_scripts import storage
+from step_scripts.file_state import FileState, file_state, local_state
+from step_scripts.parameters import SourceFile
+
+_ANY_DEPTH = re.compile("")  # what `**` stands for, in a list of patterns of one segment each
+_CALENDAR = (-62_135_596_800.0, 253_402_300_799.0)  # the years 1 to 9999, in seconds since 1970
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """Something that would be read and cannot be. `name` is its path, in characters that can be shown."""
+
+    name: str
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}. {self.remedy}"
+
+
+def shown(path: str) -> str:
+    """`path` in characters that every file and terminal takes: bytes that are no UTF-8 become `\\xe4`."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+@dataclass
+class Found:
+    """What a search has found so far. `closed`: folders that could not be listed."""
+
+    files: list[SourceFile] = field(default_factory=list)
+    set_aside: list[SetAside] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    closed: list[SetAside] = field(default_factory=list)
+
+    def single(self, path: str) -> Found:
+        """The one file at `path`."""
+        self.add(path, file_state(path))
+        return self
+
+    def add(self, path: str, state: FileState) -> None:
+        """A file that matches, unless its name or its time cannot be handed on."""
+        if shown(path) != path:
+            self.set_aside.append(SetAside(shown(path), "its name is not UTF-8", "Rename it"))
+        elif not _CALENDAR[0] <= state.modified <= _CALENDAR[1]:
+            reason = f"its time of modification ({state.modified:.0f} s since 1970) is in no calendar"
+            self.set_aside.append(SetAside(path, reason, "Set another: touch"))
+        else:
+            self.files.append(SourceFile(uri=path, bytes=state.bytes, modified=state.modified, change=state.change))
+
+
+def matching(folder: str, pattern: str, flags: int = 0) -> Found:
+    """What lies below `folder` and matches. One segment at a time, so that `*` stays within a folder."""
+    parts = pattern.split("/")
+    segments = [_ANY_DEPTH if part == "**" else re.compile(fnmatch.translate(part), flags) for part in parts]
+    found = Found()
+    search = _search_s3 if storage.is_remote(folder) else _search_local
+    search(folder, segments, found)
+    return found
+
+
+def _matches(parts: Sequence[str], segments: Sequence[re.Pattern[str]]) -> bool:
+    if not segments:
+        return not parts
+    if segments[0] is _ANY_DEPTH:
+        return any(_matches(parts[skip:], segments[1:]) for skip in range(len(parts) + 1))
+    return bool(parts) and bool(segments[0].fullmatch(parts[0])) and _matches(parts[1:], segments[1:])
+
+
+def _leads_to_match(parts: Sequence[str], segments: Sequence[re.Pattern[str]]) -> bool:
+    """Whether files below the folder `parts` may match."""
+    if not parts:
+        return bool(segments)
+    if not segments or segments[0] is _ANY_DEPTH:
+        return bool(segments)
+    return bool(segments[0].fullmatch(parts[0])) and _leads_to_match(parts[1:], segments[1:])
+
+
+def _search_s3(folder: str, segments: Sequence[re.Pattern[str]], found: Found) -> None:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    from step_scripts.s3_objects import list_objects
+
+    try:
+        for item in list_objects(folder, deep=len(segments) > 1):
+            parts = item.path.split("/")
+            if any(part.startswith((".", "_")) for part in parts):
+                continue
+            if _matches(parts, segments):
+                state = FileState(item.bytes, item.modified.timestamp(), item.etag.strip('"'))
+                found.add(f"{folder}/{item.path}", state)
+            else:
+                found.others.append(item.path)
+    except (BotoCoreError, ClientError) as error:
+        raise OSError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Something below the folder that is searched. `linked`: it, or a folder on the way, is a symbolic link."""
+
+    path: str
+    parts: tuple[str, ...]
+    linked: bool
+    state: os.stat_result | None
+    problem: str = ""
+
+
+def _search_local(folder: str, segments: Sequence[re.Pattern[str]], found: Found) -> None:
+    matched: list[_Entry] = []
+    for entry in _walk(folder, segments, found):
+        name = shown("/".join(entry.parts))
+        if not _matches(entry.parts, segments):
+            found.others.append(name)
+        elif entry.state is None:
+            found.set_aside.append(SetAside(shown(entry.path), entry.problem, "Correct or remove it"))
+        elif not stat.S_ISREG(entry.state.st_mode):
+            found.set_aside.append(SetAside(shown(entry.path), "it is no regular file", "Remove it"))
+        else:
+            matched.append(entry)
+    # A file that has several names, because of links, is read once: under the name that has no link in it.
+    names: dict[str, str] = {}
+    for entry in sorted(matched, key=lambda e: (e.linked, e.path)):
+        real = os.path.realpath(entry.path) if entry.linked else f"{os.path.realpath(folder)}/{'/'.join(entry.parts)}"
+        name = names.setdefault(real, entry.path)
+        if name == entry.path and entry.state is not None:
+            found.add(entry.path, local_state(entry.state))
+        else:
+            found.others.append(shown(f"{'/'.join(entry.parts)} (a link to {name})"))
+
+
+def _walk(folder: str, segments: Sequence[re.Pattern[str]], found: Found) -> Iterator[_Entry]:
+    """Everything but folders below `folder`, in those folders that may hold a match. Links are followed, once."""
+    top = Path(folder).stat() if Path(folder).exists() else None
+    above = frozenset({(top.st_dev, top.st_ino)} if top else ())
+    waiting = [(folder.rstrip("/"), tuple[str, ...](), False, above)] if top else []
+    while waiting:
+        path, parts, linked, above = waiting.pop()
+        try:
+            with os.scandir(path or "/") as entries:
+                children = sorted(entries, key=lambda e: e.name)
+        except OSError as error:
+            reason = f"the folder cannot be listed ({error.strerror or error})"
+            found.closed.append(SetAside(shown(path), reason, "Allow it to be read and searched"))
+            continue
+        for child in children:
+            if child.name.startswith((".", "_")):
+                continue
+            below = (*parts, child.name)
+            try:
+                link = child.is_symlink()
+                state = child.stat()
+            except OSError as error:
+                nowhere = isinstance(error, FileNotFoundError)
+                reason = "it is a link that leads nowhere" if nowhere else f"it cannot be read ({error.strerror})"
+                yield _Entry(child.path, below, True, None, reason)
+                continue
+            if not stat.S_ISDIR(state.st_mode):
+                yield _Entry(child.path, below, linked or link, state)
+            elif (state.st_dev, state.st_ino) in above:
+                found.others.append(shown(f"{'/'.join(below)} (a link back to a folder above it)"))
+            elif _leads_to_match(below, segments):
+                waiting.append((child.path, below, linked or link, above | {(state.st_dev, state.st_ino)}))
+            else:
+                found.others.append(shown("/".join(below)) + "/")
