@@ -20,6 +20,7 @@ import pandas as pd
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from step_scripts.cluster_resources import WAIT_VARIABLE, wait_seconds
 from step_scripts.contract import StepError
 from step_scripts.engines import EngineResult, FitRequest, WorkersLost
 from step_scripts.fit_checkpoints import Checkpoint
@@ -193,6 +194,21 @@ def _with_plain_errors(train: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _with_plain_timeout(create: Callable[..., Any]) -> Callable[..., Any]:
+    """`create`, whose time-out says how to wait longer."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return create(*args, **kwargs)
+        except TimeoutError as error:
+            raise StepError(
+                f"the Ray cluster had no room for the workers of the final fit within {wait_seconds():g} s: "
+                f"end what uses it, or wait longer by {WAIT_VARIABLE}"
+            ) from error
+
+    return call
+
+
 def _start_tracker(num_workers: int) -> tuple[_Tracker, dict[str, Any]]:
     tracker = _Tracker(num_workers)
     return tracker, tracker.arguments
@@ -207,6 +223,7 @@ def _adapted() -> Iterator[tuple[ModuleType, _Started]]:
         main = _import_main()
         original = {name: getattr(main, name) for name in _REPLACED}
         environment = os.environ.get("RAY_IGNORE_UNHANDLED_ERRORS")
+        main.ENV.PLACEMENT_GROUP_TIMEOUT_S = wait_seconds()
         started = _Started()
         main.__dict__.update(
             _start_rabit_tracker=_start_tracker,
@@ -215,7 +232,9 @@ def _adapted() -> Iterator[tuple[ModuleType, _Started]]:
             _create_communication_processes=started.recording(
                 original["_create_communication_processes"], started.communication
             ),
-            _create_placement_group=started.recording(original["_create_placement_group"], started.placement_groups),
+            _create_placement_group=started.recording(
+                _with_plain_timeout(original["_create_placement_group"]), started.placement_groups
+            ),
             _train=_with_plain_errors(original["_train"]),
         )
         try:

@@ -24,8 +24,8 @@ from step_scripts.boosting import (
     segment_parameters,
     useful_threads,
 )
-from step_scripts.cluster_resources import await_lost_nodes, cpus_per_worker, node_cpus, scratch_folder
-from step_scripts.contract import StepError
+from step_scripts.cluster_resources import await_lost_nodes, cpus_per_worker, free_cpus, node_cpus, scratch_folder
+from step_scripts.contract import Reporter, StepError
 from step_scripts.fit_checkpoints import Checkpoint, FitCheckpoints, fit_fingerprint
 from step_scripts.training_data import TrainingSplit
 from step_scripts.xgboost_native import TrainingCallback, xgb
@@ -132,7 +132,7 @@ class FitResult:
     resumed_at: int = 0
 
 
-def fit(engine: str, request: FitRequest) -> FitResult:
+def fit(engine: str, request: FitRequest, log: Reporter | None = None) -> FitResult:
     """Fit with early stopping on the validation split, on `request.num_workers` workers of the Ray cluster.
 
     Workers that are lost are replaced, at most twice, on the nodes that are left; the fit goes on from its latest
@@ -140,11 +140,12 @@ def fit(engine: str, request: FitRequest) -> FitResult:
     many workers as before, its result is the one of a fit that was not interrupted.
 
     Raises `StepError` if the cluster has no room for the workers, or the split has fewer rows than there are workers.
+    `log` is told what is waited for.
     """
+    request = run_in_thread(lambda: with_resources(request, log))
     start = time.perf_counter()
-    request = with_resources(request)
     train_booster: _Engine = importlib.import_module(ENGINES[engine]).train_booster
-    result = run_in_thread(lambda: _fit(train_booster, request))
+    result = run_in_thread(lambda: _fit(train_booster, request, log))
     booster, history = finished(result.booster, request.features)
     best = history.best_rounds
     return FitResult(
@@ -163,17 +164,18 @@ def fit(engine: str, request: FitRequest) -> FitResult:
 _Engine = Callable[[FitRequest, Checkpoint | None], EngineResult]
 
 
-def _fit(train_booster: _Engine, request: FitRequest) -> EngineResult:
+def _fit(train_booster: _Engine, request: FitRequest, log: Reporter | None) -> EngineResult:
+    warn = _log.warning if log is None else log.warning
     with _checkpoints(request) as checkpoints:
         request = replace(request, checkpoint_uri=checkpoints)
         for attempt in range(1, _ATTEMPTS + 1):
-            checkpoint = None if request.checkpoints is None else request.checkpoints.latest()
+            checkpoint = None if request.checkpoints is None else request.checkpoints.latest(warn)
             try:
                 result = train_booster(request, checkpoint)
             except WorkersLost as error:
                 if attempt == _ATTEMPTS:
                     raise
-                _log.warning("the workers of the final fit ended: %s", error)
+                warn(f"the workers of the final fit ended: {error}")
                 await_lost_nodes(_NODE_LOSS_SECONDS)
                 request = with_fewer_workers(request)
             else:
@@ -195,16 +197,17 @@ def _checkpoints(request: FitRequest) -> Iterator[str]:
         storage.delete(request.checkpoint_uri)
 
 
-def with_resources(request: FitRequest) -> FitRequest:
-    """`request` with the number of workers and their CPUs filled in."""
+def with_resources(request: FitRequest, log: Reporter | None = None) -> FitRequest:
+    """`request` with the number of workers and their CPUs filled in: those that are free, as soon as that is enough."""
     nodes = node_cpus()
     num_workers = request.num_workers or len(nodes)
     if (rows := min(request.train.rows, request.validation.rows)) < num_workers:
         raise StepError(f"num_workers is {num_workers}, but a split has only {rows} rows: ask for fewer workers")
-    if (cpus := cpus_per_worker(num_workers, nodes)) == 0:
+    if cpus_per_worker(num_workers, nodes) == 0:
         raise StepError(
             f"num_workers is {num_workers}, but the Ray cluster has {sum(nodes)} CPUs: ask for fewer workers"
         )
+    cpus = cpus_per_worker(num_workers, free_cpus("the final fit", num_workers, log))
     return replace(request, num_workers=num_workers, cpus_per_worker=cpus)
 
 

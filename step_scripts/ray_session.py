@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from step_scripts.environment import environment_set
+from step_scripts.ray_join import join_cluster
 
 _POLARS_ALLOCATOR = "_RJEM_MALLOC_CONF"
 # Polars puts this before what it finds in the variable, in every process that imports it, and children inherit it.
@@ -54,7 +55,7 @@ class RaySession:
     _started: bool = False
 
     def ensure(self) -> None:
-        """Start or join Ray, once."""
+        """Start or join Ray, once. Raises `StepError` if a given cluster cannot be joined."""
         if self._started:
             return
         import ray
@@ -62,7 +63,7 @@ class RaySession:
         common = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
         if self.settings.address:
             shipped = {"py_modules": [str(Path(__file__).parent)]} if self.settings.ship_code else None
-            ray.init(address=self.settings.address, runtime_env=shipped, **common)
+            join_cluster(self.settings.address, runtime_env=shipped, **common)
         else:
             if self.temporary_folder is None:
                 # Short: Ray puts sockets below it, and a socket's path is limited to 107 bytes.
