@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
-import signal
+import shutil
 import socket
 import subprocess
 import sys
@@ -65,13 +66,12 @@ def cluster() -> Iterator[tuple[str, Path]]:
     command = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2"]
     quiet = ["--include-dashboard=false", "--disable-usage-stats", "--ray-client-server-port=0"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", *command, *quiet, f"--temp-dir={folder}"],
+        [sys.executable, "-c", "from ray.scripts.scripts import main; main()", *command, *quiet, f"--temp-dir={folder}"],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    family = [psutil.Process(process.pid)]
     try:
         deadline = time.monotonic() + 120
         while True:
@@ -84,14 +84,13 @@ def cluster() -> Iterator[tuple[str, Path]]:
                 time.sleep(0.2)
         yield f"127.0.0.1:{port}", token
     finally:
-        family += family[0].children(recursive=True)
-        for member in reversed(family):
-            try:
-                member.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                continue
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for member in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+        process.kill()
         process.wait()
-        subprocess.run(["rm", "-rf", str(folder)], check=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _join(address: str, tmp_path: Path, **environment: str) -> object:
