@@ -32,16 +32,26 @@ def join_cluster(address: str, **options: Any) -> None:
     def join() -> None:
         import ray
 
-        try:
-            ray.init(address=address, **options)
-        except BaseException as error:  # noqa: BLE001  # raised in the thread that waits
-            errors.append(error)
+        while True:
+            try:
+                ray.init(address=address, **options)
+            except ConnectionError as error:  # a wrong token, or a head that is still starting
+                errors[:] = [error]
+                if time.monotonic() >= deadline:
+                    return
+                time.sleep(0.5)
+            except BaseException as error:  # noqa: BLE001  # raised in the thread that waits
+                errors[:] = [error]
+                return
+            else:
+                errors.clear()
+                return
 
     # Ray itself tries for minutes, and cannot be interrupted. The thread ends with the process.
     thread = threading.Thread(target=join, name="join-ray", daemon=True)
     thread.start()
     thread.join(max(1.0, deadline - time.monotonic()))
-    if thread.is_alive():
+    if thread.is_alive() and not errors:
         raise StepError(f"the Ray cluster at {address} (RAY_ADDRESS) is silent for {limit:g} s. {_REMEDY}")
     if errors:
         reason = " ".join(str(errors[0]).split())

@@ -64,7 +64,7 @@ def cluster() -> Iterator[tuple[str, Path]]:
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "HOME": str(folder)}
     port = _free_port()
     command = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2"]
-    quiet = ["--include-dashboard=false", "--disable-usage-stats", "--ray-client-server-port=0"]
+    quiet = ["--include-dashboard=false", "--disable-usage-stats", f"--ray-client-server-port={_free_port()}"]
     process = subprocess.Popen(
         [sys.executable, "-c", "from ray.scripts.scripts import main; main()", *command, *quiet, f"--temp-dir={folder}"],
         env=environment,
@@ -111,7 +111,7 @@ def test_a_cluster_is_joined_with_its_token_and_its_free_cpus_are_used(
     cluster: tuple[str, Path], tmp_path: Path
 ) -> None:
     address, token = cluster
-    settings = {"HOUSING_RESOURCE_WAIT_SECONDS": "6", "HOUSING_RAY_CONNECT_SECONDS": "120"}
+    settings = {"HOUSING_RESOURCE_WAIT_SECONDS": "6", "HOUSING_RAY_CONNECT_SECONDS": "150"}
     found = _join(address, tmp_path, RAY_AUTH_TOKEN_PATH=str(token), **settings)
     assert isinstance(found, list), found
     one, two, texts, after = found
@@ -125,7 +125,7 @@ def test_a_cluster_is_joined_with_its_token_and_its_free_cpus_are_used(
 
 
 def test_a_cluster_that_wants_a_token_says_so(cluster: tuple[str, Path], tmp_path: Path) -> None:
-    found = _join(cluster[0], tmp_path, HOUSING_RAY_CONNECT_SECONDS="120")
+    found = _join(cluster[0], tmp_path, HOUSING_RAY_CONNECT_SECONDS="40")
     assert isinstance(found, str), found
     assert f"the Ray cluster at {cluster[0]} (RAY_ADDRESS) cannot be joined" in found
     assert "RAY_AUTH_TOKEN_PATH" in found
