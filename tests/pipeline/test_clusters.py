@@ -66,7 +66,14 @@ def cluster() -> Iterator[tuple[str, Path]]:
     command = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2"]
     quiet = ["--include-dashboard=false", "--disable-usage-stats", f"--ray-client-server-port={_free_port()}"]
     process = subprocess.Popen(
-        [sys.executable, "-c", "from ray.scripts.scripts import main; main()", *command, *quiet, f"--temp-dir={folder}"],
+        [
+            sys.executable,
+            "-c",
+            "from ray.scripts.scripts import main; main()",
+            *command,
+            *quiet,
+            f"--temp-dir={folder}",
+        ],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
