@@ -21,6 +21,7 @@ import pytest
 from step_scripts.contract import StepError
 from step_scripts.ray_join import join_cluster
 
+_START = "from ray.scripts.scripts import main; main()"
 _JOIN = """
 import json, sys
 from step_scripts.contract import StepError
