@@ -310,6 +310,8 @@ def _caching(settings: Settings) -> dict[str, Any]:
 
 def _local(settings: Settings) -> dict[str, Any]:
     root = Path(root_of(settings.environment))
+    for seconds in ("HOUSING_RAY_CONNECT_SECONDS", "HOUSING_RESOURCE_WAIT_SECONDS"):
+        settings.number(seconds, float)  # read by the steps; what is no number is refused here
     return {
         **_common(settings, str(root)),
         "compute": LocalRay(

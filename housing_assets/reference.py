@@ -41,7 +41,9 @@ ENVIRONMENT: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Local": {
         "HOUSING_NUM_CPUS": ("all", "CPUs that local Ray may use."),
-        "RAY_ADDRESS": ("none", "An existing Ray cluster to use; it is never shut down."),
+        "RAY_ADDRESS": ("none", "An existing Ray cluster to use; it is never shut down. See [clusters](clusters.md)."),
+        "HOUSING_RAY_CONNECT_SECONDS": ("60", "How long the cluster at `RAY_ADDRESS` may take to answer."),
+        "HOUSING_RESOURCE_WAIT_SECONDS": ("1800", "How long search and final fit wait for CPUs that others use."),
         "HOUSING_ENDPOINT_PORT": ("8080, or a free one", "Port of the local endpoint."),
     },
     "SageMaker": {

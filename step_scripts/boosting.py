@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from step_scripts.xgboost_native import TrainingCallback, xgb
 
 _HISTORY = "history"
 _ROWS_PER_THREAD = 20_000
+_SEED_STEP = 0x5851F42D  # odd, so that its multiples below 2**31 differ
 
 
 def xgboost_parameters(tuned: dict[str, float | int], seed: int) -> dict[str, Any]:
@@ -100,28 +101,39 @@ class History:
         return int(np.argmin(self.validation)) + 1 if self.validation else 0
 
 
-class EarlyStopping(TrainingCallback):
-    """Records the history and stops `patience` rounds after the best one.
+def segment_seed(seed: int, segment: int) -> int:
+    """The seed of a segment of a fit. That of the first is `seed` itself; no two segments of a fit have the same."""
+    return (seed + segment * _SEED_STEP) % 2**31
 
-    The history is also kept in the booster, every `interval` rounds, so that a fit that goes on from a checkpoint knows
-    it: XGBoost's own early stopping would start to count again. In a distributed fit the metrics are those of all
-    workers together, so that all of them stop in the same round.
+
+class SegmentedBoosting(TrainingCallback):
+    """Records the history, stops `patience` rounds after the best one, and cuts the fit into segments.
+
+    XGBoost keeps neither the state of its random numbers nor its early stopping in a model. So every `interval` rounds
+    the random numbers begin anew, whether the fit goes on in this process or in another one, from a seed that depends
+    on `seed` and the number of the segment only; the history stands in the booster. A fit that goes on from the booster
+    that `keep` was given, at a boundary, with the same number of workers, is then bit for bit the fit that was not
+    interrupted. It must begin with `segment_parameters`.
+
+    In a distributed fit the metrics are those of all workers together, so that all of them stop in the same round;
+    `keep` is called by the first one.
     """
 
-    def __init__(self, patience: int, interval: int) -> None:
+    def __init__(
+        self, patience: int, interval: int, seed: int = 0, keep: Callable[[xgb.Booster], None] | None = None
+    ) -> None:
         super().__init__()
         self.history = History()
         self._round_since: float | None = None
         self._best_rmse, self._best_rounds = math.inf, 0
-        self._patience = patience
-        self._interval = interval
+        self._patience, self._interval = patience, interval
+        self._seed, self._save = seed, keep
 
     def before_training(self, model: Any) -> Any:
         """Take over the history of the rounds that `model` already has."""
-        if kept := model.attr(_HISTORY):
-            self.history = History(**json.loads(kept))
-            self._best_rounds = self.history.best_rounds
-            self._best_rmse = min(self.history.validation, default=math.inf)
+        self.history = history_of(model)
+        self._best_rounds = self.history.best_rounds
+        self._best_rmse = self.history.validation[self._best_rounds - 1] if self._best_rounds else math.inf
         return model
 
     def before_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
@@ -131,7 +143,7 @@ class EarlyStopping(TrainingCallback):
         return False
 
     def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
-        """Record the round; whether to stop."""
+        """Record the round; whether to stop. At the end of a segment: keep the model, begin the next segment."""
         now = time.perf_counter()
         self.history.seconds += now - (self._round_since or now)
         self._round_since = now  # what other callbacks do between two rounds is part of the next
@@ -140,22 +152,48 @@ class EarlyStopping(TrainingCallback):
         rounds = len(self.history.validation)
         if self.history.validation[-1] < self._best_rmse:
             self._best_rmse, self._best_rounds = self.history.validation[-1], rounds
-        if epoch % self._interval == 0:
-            self._keep(model)
-        return rounds - self._best_rounds >= self._patience
+        if rounds - self._best_rounds >= self._patience:
+            return True
+        if rounds % self._interval == 0:
+            self._note(model)
+            if self._save is not None and xgb.collective.get_rank() == 0:
+                self._save(model)
+            self._begin_segment(model, rounds // self._interval)
+        return False
 
     def after_training(self, model: Any) -> Any:
         """Keep the whole history in the booster."""
-        self._keep(model)
+        self._note(model)
         return model
 
-    def _keep(self, model: Any) -> None:
+    def _note(self, model: Any) -> None:
         model.set_attr(**{_HISTORY: json.dumps(self.history.__dict__)})
+
+    def _begin_segment(self, model: xgb.Booster, segment: int) -> None:
+        """Make XGBoost draw its random numbers as a new booster would.
+
+        A new seed alone is not enough: what samples the columns belongs to the updater, which XGBoost makes anew when
+        another one was asked for in between. A new booster would have to predict all rows with all trees, which costs
+        more than half as much as the boosting.
+        """
+        model.set_param({"tree_method": "approx"})
+        model.save_config()  # XGBoost takes new parameters up when it needs them
+        model.set_param({"tree_method": "hist", "seed": segment_seed(self._seed, segment)})
+
+
+def segment_parameters(parameters: dict[str, Any], rounds: int, interval: int) -> dict[str, Any]:
+    """`parameters` of `xgboost.train` with the seed for a fit that has `rounds` rounds, a multiple of `interval`."""
+    return parameters | {"seed": segment_seed(parameters["seed"], rounds // interval)}
+
+
+def history_of(booster: xgb.Booster) -> History:
+    """The history that stands in a booster; empty if there is none."""
+    return History(**json.loads(booster.attr(_HISTORY) or "{}"))
 
 
 def finished(booster: xgb.Booster, features: tuple[str, ...]) -> tuple[xgb.Booster, History]:
     """The booster of the best rounds only, with feature names and without traces of the fit; and the history."""
-    history = History(**json.loads(booster.attr(_HISTORY) or "{}"))
+    history = history_of(booster)
     best = booster[: history.best_rounds]
     best.set_attr(**dict.fromkeys(best.attributes()))
     best.feature_names = list(features)

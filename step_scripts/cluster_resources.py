@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import ray
+import ray._private.state
 import ray._private.worker
 
+from step_scripts.contract import Reporter, StepError
 from step_scripts.job_hosts import is_open
+
+WAIT_VARIABLE = "HOUSING_RESOURCE_WAIT_SECONDS"
+_DEFAULT_WAIT_SECONDS = 1800.0
+_SETTLE_SECONDS = 5.0  # CPUs of actors that have just been ended are free a little later
+_MESSAGE_SECONDS = 15.0
 
 
 @contextlib.contextmanager
@@ -27,6 +35,44 @@ def node_cpus() -> list[int]:
     """CPUs of each node that is alive and has any, most first."""
     counts = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     return sorted((c for c in counts if c > 0), reverse=True) or [1]
+
+
+def wait_seconds() -> float:
+    """How long to wait for resources that others use, `HOUSING_RESOURCE_WAIT_SECONDS`."""
+    return float(os.environ.get(WAIT_VARIABLE) or _DEFAULT_WAIT_SECONDS)
+
+
+def free_cpus(what: str, needed: int, log: Reporter | None) -> list[int]:
+    """CPUs of each node that nobody uses, most first, as soon as `needed` of them are free for `what`.
+
+    In a session of our own those are all: what is in use is ours and about to end. Raises `StepError` if too few are
+    free within `wait_seconds`.
+    """
+    node = ray._private.worker._global_node
+    if node is not None and node.head:
+        return node_cpus()
+    start = time.monotonic()
+    limit, next_message = wait_seconds(), 0.0
+    while True:
+        waited = time.monotonic() - start
+        total, free = sum(node_cpus()), _unused()
+        if sum(free) >= needed and (sum(free) >= total or waited >= _SETTLE_SECONDS):
+            return free
+        state = f"{what} needs {needed} {'CPU' if needed == 1 else 'CPUs'} of the Ray cluster, {sum(free)} of {total}"
+        if waited >= max(limit, _SETTLE_SECONDS):
+            raise StepError(
+                f"{state} were free within {limit:g} s: end what uses them, or wait longer by {WAIT_VARIABLE}"
+            )
+        if waited >= next_message and sum(free) < needed:
+            next_message = waited + _MESSAGE_SECONDS
+            if log is not None:
+                log.info(f"{state} are free; waiting for {waited:.0f} of at most {limit:g} s")
+        time.sleep(0.2)
+
+
+def _unused() -> list[int]:
+    nodes = ray._private.state.available_resources_per_node()
+    return sorted((int(resources.get("CPU", 0)) for resources in nodes.values()), reverse=True) or [0]
 
 
 def cpus_per_worker(num_workers: int, nodes: list[int]) -> int:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import tempfile
-from collections.abc import Iterator
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +12,14 @@ import ray
 import ray.train
 
 from step_scripts import storage
-from step_scripts.cluster_resources import await_lost_nodes, scratch_folder
 from step_scripts.contract import StepError
-from step_scripts.engines import EngineResult, FitRequest, boost, boost_in_task, with_fewer_workers
+from step_scripts.engines import EngineResult, FitRequest, WorkersLost, boost, boost_in_task
 from step_scripts.environment import environment_defaults
+from step_scripts.fit_checkpoints import Checkpoint
 from step_scripts.xgboost_native import TrainingCallback, xgb
 
-_log = logging.getLogger(__name__)
-_ATTEMPTS = 3
-_NODE_LOSS_SECONDS = 120.0
-_RUN = "run"
 _MODEL = "model.ubj"
 _NODES = "nodes"
-_RESUMED = "resumed"
 # The controller takes a worker's reports, and notices its end, once an interval; Ray's own is 2 s. What it does then
 # costs a few hundredths of a second of boosting, since all workers wait for one; the end takes two or three intervals.
 # So the cheapest interval grows with the square root of the fit's length. Measured on two hosts of one core.
@@ -36,32 +29,21 @@ _ROW_SECONDS = 1.2e-7  # a row in a round, on one core
 _SHORTEST_INTERVAL, _LONGEST_INTERVAL = 0.1, 2.0
 
 
-def train_booster(request: FitRequest) -> EngineResult:
-    """Fit on a group of workers; a single worker needs no group and is a plain task.
+def train_booster(request: FitRequest, checkpoint: Checkpoint | None) -> EngineResult:
+    """Fit on a group of workers, from `checkpoint` on; a single worker needs no group and is a plain task.
 
-    A group that loses a worker is started again, at most twice, on the nodes that are left, and goes on from the latest
-    checkpoint. So does a fit whose process was ended, if it is called again with the same `checkpoint_uri`.
+    Raises `WorkersLost` if the group ended for no reason of its own.
     """
     if request.num_workers == 1:
-        return boost_in_task(request)
-    with environment_defaults(_settings(request)), _checkpoints(request) as uri:
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                booster = _fit(request, uri)
-            except ray.train.TrainingFailedError as error:
-                if (own := _own_error(error)) is not None:
-                    raise own from error
-                if attempt == _ATTEMPTS:
-                    raise
-                _log.warning("the workers of the final fit ended: %s", error)
-                if isinstance(error, ray.train.ControllerError):
-                    storage.delete(uri)  # perhaps what it held was not to be read
-                await_lost_nodes(_NODE_LOSS_SECONDS)
-                request = with_fewer_workers(request)
-            else:
-                nodes = tuple(sorted(set((booster.attr(_NODES) or "").split())))
-                return EngineResult(booster, nodes, request.num_workers, int(booster.attr(_RESUMED) or 0))
-    raise AssertionError("unreachable")
+        return boost_in_task(request, checkpoint)
+    with environment_defaults(_settings(request)):
+        try:
+            booster = _fit(request, checkpoint)
+        except ray.train.TrainingFailedError as error:
+            if (own := _own_error(error)) is not None:
+                raise own from error
+            raise WorkersLost(str(error)) from error
+    return EngineResult(booster, tuple(sorted(set((booster.attr(_NODES) or "").split()))))
 
 
 def _settings(request: FitRequest) -> dict[str, str]:
@@ -82,20 +64,21 @@ def controller_interval(request: FitRequest) -> float:
     return min(max(cheapest, _SHORTEST_INTERVAL), _LONGEST_INTERVAL)
 
 
-def _fit(request: FitRequest, uri: str) -> xgb.Booster:
+def _fit(request: FitRequest, start: Checkpoint | None) -> xgb.Booster:
     from ray.train.xgboost import XGBoostTrainer  # imports XGBoost, which `xgboost_native` is to do first
 
-    filesystem, path = storage.filesystem(uri)
+    assert request.checkpoint_uri is not None  # see `step_scripts.engines.fit`
+    filesystem, path = storage.filesystem(request.checkpoint_uri)
     trainer = XGBoostTrainer(
         _train_loop,
-        train_loop_config={"request": request},
+        train_loop_config={"request": request, "start": start},
         scaling_config=ray.train.ScalingConfig(
             num_workers=request.num_workers or 1,
             resources_per_worker={"CPU": request.cpus_per_worker},
             placement_strategy="SPREAD",
         ),
         run_config=ray.train.RunConfig(
-            name=_RUN,  # always the same: Ray Train then goes on from what it finds there
+            name=f"run-{uuid.uuid4().hex[:12]}",  # another one each time: Ray Train would go on from what it finds
             storage_path=path,
             storage_filesystem=filesystem,
             # Groups are started again by the caller, which knows how many workers there is room for.
@@ -118,46 +101,35 @@ def _own_error(error: ray.train.TrainingFailedError) -> StepError | None:
 
 def _train_loop(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
-    request: FitRequest = config["request"]
-    kept = ray.train.get_checkpoint()
-    checkpoint = _load(kept) if kept else None
-    report = _Checkpoint(request.checkpoint_rounds, context.get_world_rank())
-    boost(request, context.get_world_rank(), context.get_world_size(), checkpoint, (report,))
+    result = _Result(context.get_world_rank())
+    boost(config["request"], context.get_world_rank(), context.get_world_size(), config["start"], (result,))
 
 
-class _Checkpoint(TrainingCallback):
-    """Hands the booster to Ray Train now and then, and at the end. Metrics are not reported: that would be slow."""
+class _Result(TrainingCallback):
+    """Notes on which nodes the workers are, and hands the booster to Ray Train at the end.
 
-    def __init__(self, interval: int, rank: int) -> None:
+    Metrics are not reported: that would be slow.
+    """
+
+    def __init__(self, rank: int) -> None:
         super().__init__()
-        self._interval = interval
         self._rank = rank
 
     def before_training(self, model: Any) -> Any:
-        """Note on which nodes the workers are, and what was there before."""
-        addresses = _gather(ray.util.get_node_ip_address())
-        model.set_attr(**{_NODES: " ".join(addresses), _RESUMED: str(model.num_boosted_rounds())})
+        """Note on which nodes the workers are."""
+        model.set_attr(**{_NODES: " ".join(_gather(ray.util.get_node_ip_address()))})
         return model
-
-    def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
-        """Keep a checkpoint if it is time."""
-        if epoch > 0 and epoch % self._interval == 0:
-            self._report(model)
-        return False
 
     def after_training(self, model: Any) -> Any:
         """Keep the result."""
-        self._report(model)
-        return model
-
-    def _report(self, model: xgb.Booster) -> None:
         rounds = {"rounds": model.num_boosted_rounds()}
         if self._rank != 0:
             ray.train.report(rounds, checkpoint=None)
-            return
+            return model
         with tempfile.TemporaryDirectory() as folder:
             model.save_model(Path(folder, _MODEL))
             ray.train.report(rounds, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        return model
 
 
 def _gather(address: str) -> list[str]:
@@ -171,16 +143,3 @@ def _load(checkpoint: ray.train.Checkpoint | None) -> xgb.Booster:
         raise RuntimeError("the workers of Ray Train ended without a checkpoint")
     with checkpoint.as_directory() as folder:
         return xgb.Booster(model_file=Path(folder, _MODEL))
-
-
-@contextlib.contextmanager
-def _checkpoints(request: FitRequest) -> Iterator[str]:
-    """Where the run keeps its checkpoints: a folder of its own, removed at the end unless the process is killed."""
-    if request.checkpoint_uri is None:
-        with scratch_folder("fit-") as folder:
-            yield folder
-        return
-    try:
-        yield request.checkpoint_uri
-    finally:
-        storage.delete(request.checkpoint_uri)

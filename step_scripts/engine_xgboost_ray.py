@@ -20,9 +20,10 @@ import pandas as pd
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from step_scripts.boosting import EarlyStopping
+from step_scripts.cluster_resources import WAIT_VARIABLE, wait_seconds
 from step_scripts.contract import StepError
-from step_scripts.engines import EngineResult, FitRequest
+from step_scripts.engines import EngineResult, FitRequest, WorkersLost
+from step_scripts.fit_checkpoints import Checkpoint
 from step_scripts.training_data import TrainingSplit
 from step_scripts.xgboost_native import xgb
 
@@ -37,31 +38,48 @@ _REPLACED = (
 _TRACKER_STOP_SECONDS = 2.0
 
 
-def train_booster(request: FitRequest) -> EngineResult:
-    """Fit on one actor a worker. A lost actor is started again once, and all go on from the latest checkpoint.
+def train_booster(request: FitRequest, checkpoint: Checkpoint | None) -> EngineResult:
+    """Fit on one actor a worker, from `checkpoint` on.
 
-    Raises `StepError` if the installed xgboost_ray cannot be adapted, and `RuntimeError` if XGBoost fails.
+    Raises `StepError` if the installed xgboost_ray cannot be adapted, `RuntimeError` if XGBoost fails, and
+    `WorkersLost` if an actor is lost.
     """
     num_workers = request.num_workers or 1
     with _adapted() as (main, started):
         matrices = [_matrix(split, num_workers) for split in (request.train, request.validation)]
         booster = main.train(
-            request.parameters | {"nthread": request.threads},
+            request.parameters_from(checkpoint),
             matrices[0],
-            request.num_boost_round,
+            request.rounds_from(checkpoint),
             evals=[(matrices[0], "train"), (matrices[1], "validation")],
             ray_params=main.RayParams(
                 num_actors=num_workers,
                 cpus_per_actor=request.cpus_per_worker,
                 gpus_per_actor=0,
-                max_actor_restarts=1,
-                checkpoint_frequency=request.checkpoint_rounds,
+                max_actor_restarts=0,
+                checkpoint_frequency=request.num_boost_round + 1,
+                distributed_callbacks=[_in_order(main)],
                 verbose=False,
             ),
             verbose_eval=False,
-            callbacks=[EarlyStopping(request.early_stopping_rounds, request.checkpoint_rounds)],
+            xgb_model=None if checkpoint is None else checkpoint.model,
+            callbacks=[request.segmented()],
         )
         return EngineResult(booster, started.nodes())
+
+
+def _in_order(main: ModuleType) -> Any:
+    """What gives the workers of XGBoost the ranks of their actors.
+
+    They would be sorted by the address of an object, and so would their rows' summaries, of which the bins are made.
+    """
+
+    class InOrder(importlib.import_module("xgboost_ray.callback").DistributedCallback):
+        def before_train(self, actor: Any, *args: Any, **kwargs: Any) -> None:
+            context = main._RabitContext  # of the actor's process, which trains once
+            main.__dict__["_RabitContext"] = lambda _, arguments: context(f"{actor.rank:06d}", arguments)
+
+    return InOrder()
 
 
 class _Partitions:
@@ -162,8 +180,8 @@ class _Tracker:
         self._thread.join(_TRACKER_STOP_SECONDS)
 
 
-def _without_vain_restarts(train: Callable[..., Any]) -> Callable[..., Any]:
-    """`train`, whose failure is final unless an actor was lost: XGBoost would fail again."""
+def _with_plain_errors(train: Callable[..., Any]) -> Callable[..., Any]:
+    """`train`, which says whether an actor was lost or XGBoost failed."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -171,7 +189,22 @@ def _without_vain_restarts(train: Callable[..., Any]) -> Callable[..., Any]:
         except RayActorError as error:
             if isinstance(error.__cause__, RayTaskError) and not kwargs["_training_state"].failed_actor_ranks:
                 raise RuntimeError(f"xgboost_ray failed: {error.__cause__}") from error
-            raise
+            raise WorkersLost(str(error.__cause__ or error)) from error
+
+    return call
+
+
+def _with_plain_timeout(create: Callable[..., Any]) -> Callable[..., Any]:
+    """`create`, whose time-out says how to wait longer."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return create(*args, **kwargs)
+        except TimeoutError as error:
+            raise StepError(
+                f"the Ray cluster had no room for the workers of the final fit within {wait_seconds():g} s: "
+                f"end what uses it, or wait longer by {WAIT_VARIABLE}"
+            ) from error
 
     return call
 
@@ -190,6 +223,7 @@ def _adapted() -> Iterator[tuple[ModuleType, _Started]]:
         main = _import_main()
         original = {name: getattr(main, name) for name in _REPLACED}
         environment = os.environ.get("RAY_IGNORE_UNHANDLED_ERRORS")
+        main.ENV.PLACEMENT_GROUP_TIMEOUT_S = wait_seconds()
         started = _Started()
         main.__dict__.update(
             _start_rabit_tracker=_start_tracker,
@@ -198,8 +232,10 @@ def _adapted() -> Iterator[tuple[ModuleType, _Started]]:
             _create_communication_processes=started.recording(
                 original["_create_communication_processes"], started.communication
             ),
-            _create_placement_group=started.recording(original["_create_placement_group"], started.placement_groups),
-            _train=_without_vain_restarts(original["_train"]),
+            _create_placement_group=started.recording(
+                _with_plain_timeout(original["_create_placement_group"]), started.placement_groups
+            ),
+            _train=_with_plain_errors(original["_train"]),
         )
         try:
             yield main, started

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayTaskError, WorkerCrashedError
 
+from step_scripts import storage
 from step_scripts.background import run_in_thread
 from step_scripts.boosting import (
-    EarlyStopping,
     History,
+    SegmentedBoosting,
     finished,
     openmp_threads,
     quantile_matrices,
+    segment_parameters,
     useful_threads,
 )
-from step_scripts.cluster_resources import cpus_per_worker, node_cpus
-from step_scripts.contract import StepError
+from step_scripts.cluster_resources import await_lost_nodes, cpus_per_worker, free_cpus, node_cpus, scratch_folder
+from step_scripts.contract import Reporter, StepError
+from step_scripts.fit_checkpoints import Checkpoint, FitCheckpoints, fit_fingerprint
 from step_scripts.training_data import TrainingSplit
 from step_scripts.xgboost_native import TrainingCallback, xgb
 
-# Modules with a function `train_booster(FitRequest) -> EngineResult`; imported only when asked for.
+_log = logging.getLogger(__name__)
+# Modules with a function `train_booster(FitRequest, Checkpoint | None) -> EngineResult`, which goes on from the
+# checkpoint and raises `WorkersLost`; imported only when asked for.
 ENGINES = {"ray_train": "step_scripts.engine_ray_train", "xgboost_ray": "step_scripts.engine_xgboost_ray"}
 _CHECKPOINTS = 10
+_ATTEMPTS = 3
+_NODE_LOSS_SECONDS = 120.0
+
+
+class WorkersLost(Exception):
+    """Workers ended without an error of their own: the fit can go on from a checkpoint, on the nodes that are left."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +62,36 @@ class FitRequest:
 
     @property
     def checkpoint_rounds(self) -> int:
-        """Rounds between two checkpoints."""
+        """Rounds of a segment, after which there is a checkpoint and random numbers begin anew."""
         return max(25, self.num_boost_round // _CHECKPOINTS)
+
+    @property
+    def checkpoints(self) -> FitCheckpoints | None:
+        """The checkpoints of this fit. Those that other parameters or rows have left at the same place are not."""
+        if self.checkpoint_uri is None:
+            return None
+        fingerprint = fit_fingerprint(
+            parameters=self.parameters,
+            rounds=(self.num_boost_round, self.checkpoint_rounds, self.early_stopping_rounds),
+            rows=(self.train.file_rows, self.validation.file_rows),
+            columns=(self.train.scaler.to_json(), self.train.target),
+        )
+        return FitCheckpoints(storage.join(self.checkpoint_uri, "rounds"), fingerprint)
+
+    def segmented(self) -> SegmentedBoosting:
+        """What cuts `xgboost.train` into segments, keeps checkpoints and stops early."""
+        kept = self.checkpoints
+        keep = None if kept is None else kept.save
+        return SegmentedBoosting(self.early_stopping_rounds, self.checkpoint_rounds, self.parameters["seed"], keep)
+
+    def parameters_from(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
+        """Parameters of `xgboost.train` for a fit that goes on from there."""
+        rounds = 0 if checkpoint is None else checkpoint.rounds
+        return segment_parameters(self.parameters, rounds, self.checkpoint_rounds) | {"nthread": self.threads}
+
+    def rounds_from(self, checkpoint: Checkpoint | None) -> int:
+        """Rounds that are left at most."""
+        return self.num_boost_round - (0 if checkpoint is None else checkpoint.rounds)
 
     @property
     def threads(self) -> int:
@@ -67,13 +108,12 @@ class FitRequest:
 class EngineResult:
     """A booster with all its rounds and its history, and the addresses of the nodes that fitted it.
 
-    `num_workers`: how many it were in the end, if not as many as asked for. `resumed_at`: rounds that an interrupted
-    group of workers had fitted before.
+    `num_workers`: how many it were in the end. `resumed_at`: rounds that an interrupted group of workers had fitted.
     """
 
     booster: xgb.Booster
     nodes: tuple[str, ...]
-    num_workers: int | None = None
+    num_workers: int = 1
     resumed_at: int = 0
 
 
@@ -92,15 +132,20 @@ class FitResult:
     resumed_at: int = 0
 
 
-def fit(engine: str, request: FitRequest) -> FitResult:
+def fit(engine: str, request: FitRequest, log: Reporter | None = None) -> FitResult:
     """Fit with early stopping on the validation split, on `request.num_workers` workers of the Ray cluster.
 
+    Workers that are lost are replaced, at most twice, on the nodes that are left; the fit goes on from its latest
+    checkpoint. So does a fit whose process was ended, if it is called again with the same `checkpoint_uri`. With as
+    many workers as before, its result is the one of a fit that was not interrupted.
+
     Raises `StepError` if the cluster has no room for the workers, or the split has fewer rows than there are workers.
+    `log` is told what is waited for.
     """
+    request = run_in_thread(lambda: with_resources(request, log))
     start = time.perf_counter()
-    request = with_resources(request)
-    train_booster: Callable[[FitRequest], EngineResult] = importlib.import_module(ENGINES[engine]).train_booster
-    result = run_in_thread(lambda: train_booster(request))
+    train_booster: _Engine = importlib.import_module(ENGINES[engine]).train_booster
+    result = run_in_thread(lambda: _fit(train_booster, request, log))
     booster, history = finished(result.booster, request.features)
     best = history.best_rounds
     return FitResult(
@@ -110,22 +155,59 @@ def fit(engine: str, request: FitRequest) -> FitResult:
         train_rmse=history.train[best - 1],
         validation_rmse=history.validation[best - 1],
         seconds=time.perf_counter() - start,
-        num_workers=result.num_workers or request.num_workers or 1,
+        num_workers=result.num_workers,
         nodes=result.nodes,
         resumed_at=result.resumed_at,
     )
 
 
-def with_resources(request: FitRequest) -> FitRequest:
-    """`request` with the number of workers and their CPUs filled in."""
+_Engine = Callable[[FitRequest, Checkpoint | None], EngineResult]
+
+
+def _fit(train_booster: _Engine, request: FitRequest, log: Reporter | None) -> EngineResult:
+    warn = _log.warning if log is None else log.warning
+    with _checkpoints(request) as checkpoints:
+        request = replace(request, checkpoint_uri=checkpoints)
+        for attempt in range(1, _ATTEMPTS + 1):
+            checkpoint = None if request.checkpoints is None else request.checkpoints.latest(warn)
+            try:
+                result = train_booster(request, checkpoint)
+            except WorkersLost as error:
+                if attempt == _ATTEMPTS:
+                    raise
+                warn(f"the workers of the final fit ended: {error}")
+                await_lost_nodes(_NODE_LOSS_SECONDS)
+                request = with_fewer_workers(request)
+            else:
+                resumed_at = 0 if checkpoint is None else checkpoint.rounds
+                return replace(result, num_workers=request.num_workers or 1, resumed_at=resumed_at)
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def _checkpoints(request: FitRequest) -> Iterator[str]:
+    """A place for checkpoints, which are removed at the end unless the process is killed."""
+    if request.checkpoint_uri is None:
+        with scratch_folder("fit-") as folder:
+            yield folder
+        return
+    try:
+        yield request.checkpoint_uri
+    finally:
+        storage.delete(request.checkpoint_uri)
+
+
+def with_resources(request: FitRequest, log: Reporter | None = None) -> FitRequest:
+    """`request` with the number of workers and their CPUs filled in: those that are free, as soon as that is enough."""
     nodes = node_cpus()
     num_workers = request.num_workers or len(nodes)
     if (rows := min(request.train.rows, request.validation.rows)) < num_workers:
         raise StepError(f"num_workers is {num_workers}, but a split has only {rows} rows: ask for fewer workers")
-    if (cpus := cpus_per_worker(num_workers, nodes)) == 0:
+    if cpus_per_worker(num_workers, nodes) == 0:
         raise StepError(
             f"num_workers is {num_workers}, but the Ray cluster has {sum(nodes)} CPUs: ask for fewer workers"
         )
+    cpus = cpus_per_worker(num_workers, free_cpus("the final fit", num_workers, log))
     return replace(request, num_workers=num_workers, cpus_per_worker=cpus)
 
 
@@ -140,7 +222,7 @@ def boost(
     request: FitRequest,
     rank: int = 0,
     num_workers: int = 1,
-    checkpoint: xgb.Booster | None = None,
+    checkpoint: Checkpoint | None = None,
     callbacks: tuple[TrainingCallback, ...] = (),
 ) -> xgb.Booster:
     """The loop of one worker, which reads its own part of both splits. Goes on from `checkpoint`.
@@ -154,25 +236,27 @@ def boost(
         dtrain, dvalidation = quantile_matrices(train, validation, request.threads)
         del train, validation
         return xgb.train(
-            request.parameters | {"nthread": request.threads},
+            request.parameters_from(checkpoint),
             dtrain,
-            num_boost_round=request.num_boost_round - (checkpoint.num_boosted_rounds() if checkpoint else 0),
+            num_boost_round=request.rounds_from(checkpoint),
             evals=[(dtrain, "train"), (dvalidation, "validation")],
             verbose_eval=False,
-            xgb_model=checkpoint,
-            callbacks=[EarlyStopping(request.early_stopping_rounds, request.checkpoint_rounds), *callbacks],
+            xgb_model=None if checkpoint is None else bytearray(checkpoint.model),
+            callbacks=[request.segmented(), *callbacks],
         )
 
 
-def boost_in_task(request: FitRequest) -> EngineResult:
-    """Run `boost` as one Ray task with the CPUs of the largest node. A lost process is replaced once."""
+def boost_in_task(request: FitRequest, checkpoint: Checkpoint | None) -> EngineResult:
+    """Run `boost` as one Ray task with the CPUs of the largest node."""
 
     def task() -> EngineResult:
-        return EngineResult(boost(request), (ray.util.get_node_ip_address(),))
+        return EngineResult(boost(request, checkpoint=checkpoint), (ray.util.get_node_ip_address(),))
 
-    remote = ray.remote(task).options(num_cpus=request.cpus_per_worker, max_retries=1)
+    remote = ray.remote(task).options(num_cpus=request.cpus_per_worker, max_retries=0)
     try:
         return ray.get(remote.remote())
+    except WorkerCrashedError as error:
+        raise WorkersLost(str(error)) from error
     except RayTaskError as error:
         if isinstance(error.cause, StepError):
             raise error.cause from error

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from step_scripts.code_version import library_versions
 from step_scripts.environment import environment_set
 from step_scripts.loaded_code import JOURNAL, PACKAGE, digest_of
+from step_scripts.ray_join import join_cluster
 
 _REPORT_SECONDS = 60.0
 _POLARS_ALLOCATOR = "_RJEM_MALLOC_CONF"
@@ -78,7 +79,7 @@ class RaySession:
         return self.temporary_folder / "loaded-code" if self._started and self.temporary_folder is not None else None
 
     def ensure(self) -> None:
-        """Start or join Ray, once."""
+        """Start or join Ray, once. Raises `StepError` if a given cluster cannot be joined."""
         if self._started:
             return
         import ray
@@ -86,7 +87,7 @@ class RaySession:
         common = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
         if self.settings.address:
             shipped = {"py_modules": [str(Path(__file__).parent)]} if self.settings.ship_code else None
-            ray.init(address=self.settings.address, runtime_env=shipped, **common)
+            join_cluster(self.settings.address, runtime_env=shipped, **common)
         else:
             if self.temporary_folder is None:
                 # Short: Ray puts sockets below it, and a socket's path is limited to 107 bytes.

@@ -22,7 +22,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search.optuna import OptunaSearch
 
 from step_scripts.background import run_in_thread
-from step_scripts.cluster_resources import cpus_per_worker, node_cpus, scratch_folder
+from step_scripts.cluster_resources import cpus_per_worker, free_cpus, scratch_folder
 from step_scripts.contract import Reporter, StepError
 from step_scripts.parameters import TuneModelParams
 from step_scripts.search_progress import LivesInDriver, SearchProgress
@@ -123,8 +123,9 @@ def run_search(
         log.info(f"{len(finished)} of {resolved['num_trials']} trials were finished before and are not run again")
     ledger = TrialLedger(finished, store, log, resolved["num_trials"])
     if ledger.remaining > 0:
-        nodes = node_cpus()
-        concurrent = min(resolved["max_concurrent_trials"] or sum(nodes), ledger.remaining, sum(nodes))
+        nodes = run_in_thread(lambda: free_cpus("the search", 1, log))
+        # As many for each trial as in a search that was not interrupted: XGBoost's sums depend on the threads.
+        concurrent = min(resolved["max_concurrent_trials"] or sum(nodes), resolved["num_trials"], sum(nodes))
         task = TrialTask(
             num_boost_round=resolved["num_boost_round"],
             early_stopping_rounds=resolved["early_stopping_rounds"],
@@ -134,7 +135,7 @@ def run_search(
         )
         short = are_short(train.rows, task.num_boost_round, resolved["scheduler"])
         search = _run_short if short else _run_tune
-        search(params, task, train, validation, ledger, concurrent)
+        search(params, task, train, validation, ledger, min(concurrent, ledger.remaining))
     records = sorted(ledger.records, key=lambda r: r.trial)
     if not any(record.rmse is not None for record in records):
         reason = next((r.error for r in records if r.error), "none ran")

@@ -20,6 +20,7 @@ from step_scripts.trial_ledger import TrialLedger
 from step_scripts.trial_records import TrialRecord
 from step_scripts.trial_task import TrialTask, run_trial
 
+_SECONDS_BETWEEN_MESSAGES = 15.0
 _RETRIES = 1  # of a trial whose process ended
 # Training rows × rounds. Ten million are about half a second on one core; a scheduler would spare a part of it.
 _LARGEST_WORK = {"none": 200_000_000, "median": 30_000_000, "asha": 30_000_000}
@@ -61,7 +62,7 @@ class ShortTrials:
                 to_begin -= 1
             if not self._running:
                 return
-            (reference, *_), _ = ray.wait(list(self._running), num_returns=1)
+            reference = self._next_end(ledger)
             number, parameters, start = self._running.pop(reference)
             common = {"trial": number, "parameters": parameters, "seconds": round(time.monotonic() - start, 4)}
             try:
@@ -75,6 +76,17 @@ class ShortTrials:
             else:
                 search.on_trial_complete(str(number), result)
                 ledger.add(TrialRecord.model_validate({**common, **result, "status": "completed"}))
+
+    def _next_end(self, ledger: TrialLedger) -> ray.ObjectRef:
+        """A trial that has ended. While there is none, and it takes long for trials that are short, say so."""
+        while True:
+            ended, _ = ray.wait(list(self._running), num_returns=1, timeout=_SECONDS_BETWEEN_MESSAGES)
+            if ended:
+                return ended[0]
+            free, cpus = (float(r.get("CPU", 0)) for r in (ray.available_resources(), ray.cluster_resources()))
+            ledger.say(
+                f"{len(self._running)} trials run, or wait for a CPU of the Ray cluster: {free:g} of {cpus:g} are free"
+            )
 
     def _cancel(self) -> None:
         for reference in list(self._running):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from step_scripts.boosting import TrialBoosting, openmp_threads, quantile_matrices, useful_threads, xgboost_parameters
@@ -25,7 +26,11 @@ class TrialTask:
 def run_trial(
     task: TrialTask, tuned: dict[str, float | int], key: str, train: Matrix, validation: Matrix
 ) -> dict[str, float | int | str]:
-    """Boost until early stopping or the last round. Splits are binned once a worker for all trials with that `key`."""
+    """Boost until early stopping or the last round. Splits are binned once a worker for all trials with that `key`.
+
+    `seconds` are those of the task, without its wait for a CPU.
+    """
+    start = time.monotonic()
     threads = useful_threads(len(train.target), task.cpus)
     with openmp_threads(threads):
         if key not in _binned:
@@ -40,4 +45,5 @@ def run_trial(
         "rounds": boosting.rounds,
         "best_rounds": boosting.best_rounds,
         "stopped_by": stopped_by,
+        "seconds": round(time.monotonic() - start, 4),
     }

@@ -59,6 +59,7 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
                 num_workers=resolved["num_workers"],
                 checkpoint_uri=_checkpoint_uri(context, params),
             ),
+            context.log,
         )
     context.log.info(
         f"final fit by {resolved['engine']} with {fitted.num_workers} worker(s): validation RMSE "

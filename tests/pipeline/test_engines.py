@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 import ray
 import xgboost as xgb
 
-from step_scripts.boosting import xgboost_parameters
+from step_scripts.boosting import SegmentedBoosting, xgboost_parameters
 from step_scripts.contract import StepError
 from step_scripts.engines import ENGINES, FitRequest, FitResult, boost, fit
 from step_scripts.ray_session import RaySession
@@ -140,6 +141,42 @@ def test_two_workers_agree_within_tolerance(
     _wait_for_free_cpus()
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("engine", ENGINE_NAMES)
+def test_an_interrupted_fit_is_the_fit_that_was_not_interrupted(
+    ray_session: RaySession, request_: FitRequest, engine: str, num_workers: int, tmp_path: Path
+) -> None:
+    class Dies(SegmentedBoosting):
+        """Ends the process of the first worker after two of the rounds: at the end of a segment, and within one."""
+
+        def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
+            over = super().after_iteration(model, epoch, evals_log)
+            lost = tmp_path / f"lost-{model.num_boosted_rounds()}"
+            if model.num_boosted_rounds() in (25, 60) and xgb.collective.get_rank() == 0 and not lost.exists():
+                lost.touch()
+                os._exit(1)
+            return over
+
+    class Interrupted(FitRequest):
+        def segmented(self) -> SegmentedBoosting:
+            keep = self.checkpoints.save if self.checkpoints is not None else None
+            return Dies(self.early_stopping_rounds, self.checkpoint_rounds, self.parameters["seed"], keep)
+
+    _wait_for_free_cpus()
+    sampling = {"subsample": 0.7, "colsample_bytree": 0.7, "eta": 0.1}
+    request = replace(request_, parameters=PARAMETERS | sampling, num_workers=num_workers)
+    undisturbed = fit(engine, request)
+    _wait_for_free_cpus()
+    interrupted = fit(engine, Interrupted(**{**request.__dict__, "checkpoint_uri": str(tmp_path / "kept")}))
+    assert [(tmp_path / f"lost-{rounds}").exists() for rounds in (25, 60)] == [True, True]
+    assert (undisturbed.resumed_at, interrupted.resumed_at) == (0, 50)
+    assert interrupted.num_workers == num_workers
+    assert interrupted.history.validation == undisturbed.history.validation
+    assert interrupted.history.train == undisturbed.history.train
+    assert interrupted.booster.save_raw() == undisturbed.booster.save_raw()
+    _wait_for_free_cpus()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "process_name"), [("ray_train", "RayTrainWorker"), ("xgboost_ray", "_RemoteRayXGBoostActor.train")]
@@ -162,7 +199,7 @@ def test_a_lost_worker_is_replaced_and_the_history_goes_on(
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             workers = _processes(process_name)
-            if len(workers) == 2 and (engine != "ray_train" or list(tmp_path.rglob("model.ubj"))):
+            if len(workers) == 2 and (engine != "ray_train" or list(tmp_path.rglob("*.checkpoint"))):
                 time.sleep(0.0 if engine == "ray_train" else 1.5)
                 workers[1].kill()
                 killed.append(workers[1].pid)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import xgboost as xgb
 
-from step_scripts.boosting import EarlyStopping, finished, quantile_matrices, xgboost_parameters
+from step_scripts.boosting import SegmentedBoosting, finished, quantile_matrices, xgboost_parameters
 from tests.sagemaker.tuning_runs import TRAIN, TuningRun, inputs_on_s3, kept_trials
 from tests.sagemaker_emulator.probe import abilities
 from tests.split_files import splits_of
@@ -116,7 +116,7 @@ def test_the_final_fit_survives_the_loss_of_a_host(aws: Aws, aws_environment: ob
 
     def second_checkpoint() -> bool:
         # While the second is written, the first is known to be one.
-        seen.update(key for key in aws.keys("jobs/checkpoints/") if key.endswith("model.ubj"))
+        seen.update(key for key in aws.keys("jobs/checkpoints/") if key.endswith(".checkpoint"))
         return len(seen) > 1
 
     def lose_host() -> None:
@@ -140,7 +140,7 @@ def test_the_final_fit_survives_the_loss_of_a_host(aws: Aws, aws_environment: ob
         rounds,
         evals=[(matrices[0], "train"), (matrices[1], "validation")],
         verbose_eval=False,
-        callbacks=[EarlyStopping(rounds, rounds)],
+        callbacks=[SegmentedBoosting(rounds, rounds)],
     )
     _, history = finished(alone, train.scaler.features)
     assert run.result.metrics["validation_rmse"] == pytest.approx(min(history.validation), rel=0.05)

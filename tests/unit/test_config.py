@@ -93,6 +93,7 @@ def test_resources_follow_the_environment() -> None:
     [
         ({"HOUSING_DEPLOYMENT": "moon"}, "HOUSING_DEPLOYMENT='moon': choose one of local"),
         ({"HOUSING_NUM_CPUS": "two"}, "HOUSING_NUM_CPUS='two' is not an integer"),
+        ({"HOUSING_RESOURCE_WAIT_SECONDS": "long"}, "HOUSING_RESOURCE_WAIT_SECONDS='long' is not a number"),
         ({"HOUSING_CACHE": "maybe"}, "HOUSING_CACHE='maybe': choose on or off"),
         ({"HOUSING_ROOT": "s3://bucket/x"}, "HOUSING_ROOT='s3://bucket/x': with HOUSING_DEPLOYMENT=local it must be a"),
         ({"HOUSING_ROOT": "file:///data"}, "HOUSING_ROOT='file:///data': with HOUSING_DEPLOYMENT=local it must be a"),

@@ -1,0 +1,156 @@
+"""Ray clusters that somebody else has started: tokens, silence, and CPUs that others use."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from step_scripts.contract import StepError
+from step_scripts.ray_join import join_cluster
+
+_START = "from ray.scripts.scripts import main; main()"
+_JOIN = """
+import json, sys
+from step_scripts.contract import StepError
+from step_scripts.ray_session import RaySession, RaySettings
+session = RaySession(RaySettings(address=sys.argv[1], ship_code=False))
+try:
+    session.ensure()
+except StepError as error:
+    print(json.dumps(str(error)))
+    sys.exit()
+import ray
+from step_scripts.cluster_resources import free_cpus
+class Log:
+    texts = []
+    def info(self, text): self.texts.append(text)
+class Other:
+    def ready(self): pass
+other = ray.remote(Other).options(num_cpus=1).remote()
+ray.get(other.ready.remote())
+one = free_cpus("the final fit", 1, Log())
+try:
+    two = free_cpus("the final fit", 2, Log())
+except StepError as error:
+    two = str(error)
+ray.kill(other)
+print(json.dumps([one, two, Log.texts, free_cpus("the final fit", 2, Log())]))
+"""
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[tuple[str, Path]]:
+    """Address of a cluster of two CPUs with token authentication, and the file of its token."""
+    folder = Path(tempfile.mkdtemp(prefix="rc-", dir="/tmp"))
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32))
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "HOME": str(folder)}
+    port = _free_port()
+    command = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2"]
+    quiet = ["--include-dashboard=false", "--disable-usage-stats", f"--ray-client-server-port={_free_port()}"]
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "from ray.scripts.scripts import main; main()",
+            *command,
+            *quiet,
+            f"--temp-dir={folder}",
+        ],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield f"127.0.0.1:{port}", token
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for member in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _join(address: str, tmp_path: Path, **environment: str) -> object:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    done = subprocess.run(
+        [sys.executable, "-c", _JOIN, address],
+        env=clean | {"HOME": str(tmp_path)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_cluster_is_joined_with_its_token_and_its_free_cpus_are_used(
+    cluster: tuple[str, Path], tmp_path: Path
+) -> None:
+    address, token = cluster
+    settings = {"HOUSING_RESOURCE_WAIT_SECONDS": "6", "HOUSING_RAY_CONNECT_SECONDS": "150"}
+    found = _join(address, tmp_path, RAY_AUTH_TOKEN_PATH=str(token), **settings)
+    assert isinstance(found, list), found
+    one, two, texts, after = found
+    assert one == [1]
+    assert two == (
+        "the final fit needs 2 CPUs of the Ray cluster, 1 of 2 were free within 6 s: end what uses them, or wait "
+        "longer by HOUSING_RESOURCE_WAIT_SECONDS"
+    )
+    assert texts[0].startswith("the final fit needs 2 CPUs of the Ray cluster, 1 of 2 are free; waiting for 0 of")
+    assert after == [2]
+
+
+def test_a_cluster_that_wants_a_token_says_so(cluster: tuple[str, Path], tmp_path: Path) -> None:
+    found = _join(cluster[0], tmp_path, HOUSING_RAY_CONNECT_SECONDS="40")
+    assert isinstance(found, str), found
+    assert f"the Ray cluster at {cluster[0]} (RAY_ADDRESS) cannot be joined" in found
+    assert "RAY_AUTH_TOKEN_PATH" in found
+
+
+def test_what_listens_and_says_nothing_is_left(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        found = _join(address, tmp_path, HOUSING_RAY_CONNECT_SECONDS="2")
+    assert isinstance(found, str), found
+    assert f"the Ray cluster at {address} (RAY_ADDRESS) is silent for 2 s" in found
+
+
+def test_a_dead_address_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOUSING_RAY_CONNECT_SECONDS", "1")
+    address = f"127.0.0.1:{_free_port()}"
+    start = time.monotonic()
+    with pytest.raises(StepError, match=rf"no Ray cluster answers at {address} \(RAY_ADDRESS\) within 1 s: .*refused"):
+        join_cluster(address)
+    assert time.monotonic() - start < 30
