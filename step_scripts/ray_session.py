@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel
 
 from step_scripts.environment import environment_set
+from step_scripts.ray_watch import RayWatch
+from step_scripts.session_folder import FOLDER_VARIABLE, SessionFolder, make_folder, remove_abandoned
 
 _POLARS_ALLOCATOR = "_RJEM_MALLOC_CONF"
 # Polars puts this before what it finds in the variable, in every process that imports it, and children inherit it.
@@ -47,10 +49,16 @@ class RaySettings(BaseModel):
 
 @dataclass
 class RaySession:
-    """Starts Ray on first use. `stop` ends what was started here and removes its temporary folder."""
+    """Starts Ray on first use. `stop` ends what was started here and removes its temporary folder.
+
+    `on_loss` is called, in a thread, when a process of a private session has ended without which Ray cannot work.
+    """
 
     settings: RaySettings
     temporary_folder: Path | None = field(default=None)
+    on_loss: Callable[[str], None] | None = None
+    _own_folder: SessionFolder | None = None
+    _watch: RayWatch | None = None
     _started: bool = False
 
     def ensure(self) -> None:
@@ -65,9 +73,14 @@ class RaySession:
             ray.init(address=self.settings.address, runtime_env=shipped, **common)
         else:
             if self.temporary_folder is None:
+                remove_abandoned()
                 # Short: Ray puts sockets below it, and a socket's path is limited to 107 bytes.
-                self.temporary_folder = Path(tempfile.mkdtemp(prefix="ray-"))
-            with environment_set(_session_environment(self.settings.num_cpus)):
+                self._own_folder = make_folder("ray-")
+                self.temporary_folder = self._own_folder.path
+            if self.on_loss is not None and self._watch is None:
+                self._watch = RayWatch(self.temporary_folder, self.on_loss)
+            own = {FOLDER_VARIABLE: str(self.temporary_folder)}
+            with environment_set(_session_environment(self.settings.num_cpus) | own):
                 ray.init(
                     address="local",
                     num_cpus=self.settings.num_cpus,
@@ -80,6 +93,9 @@ class RaySession:
 
     def stop(self) -> None:
         """Disconnect; end a private session and remove its folder."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
         if self._started:
             import ray
 
@@ -88,6 +104,13 @@ class RaySession:
         if self.temporary_folder is not None:
             shutil.rmtree(self.temporary_folder, ignore_errors=True)
             self.temporary_folder = None
+        if self._own_folder is not None:
+            self._own_folder.release()
+            self._own_folder = None
+
+    def loss(self) -> str | None:
+        """Which of Ray's processes has ended and how, if one has that is watched."""
+        return None if self._watch is None else self._watch.loss()
 
     def nodes(self) -> list[str]:
         """Addresses of the nodes that are alive; empty if Ray was not started."""
