@@ -20,6 +20,7 @@ import dagster as dg
 from dagster._core.errors import DagsterExecutionInterruptedError  # has no public name
 
 from housing_assets.lost_runs import end_lost_runs, record_process
+from housing_assets.writable_root import check_root_is_writable
 
 # Concurrency pool of the assets that run on Ray; dagster.yaml says how many runs may have it at once.
 RAY_POOL = "ray"
@@ -90,6 +91,7 @@ class CancelingExecutor(dg.Executor):
 
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
         """Execute the plan in this process."""
+        check_root_is_writable()
         record_process(plan_context.instance, plan_context.run_id)
         for lost in end_lost_runs(plan_context.instance):
             plan_context.log.warning(f"run {lost} was in progress, but its process is gone: it is marked as ended")

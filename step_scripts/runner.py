@@ -11,6 +11,7 @@ import json
 import resource
 import shutil
 import sys
+import tempfile
 import time
 import uuid
 from datetime import UTC, datetime
@@ -29,6 +30,7 @@ from step_scripts.contract import (
     StepResult,
     write_json,
 )
+from step_scripts.disk_space import explain_full_disk
 from step_scripts.ray_session import RaySession, RaySettings
 
 _RECORDED_VERSIONS = ("ray", "xgboost", "xgboost-ray", "polars", "pyarrow", "pandera", "optuna", "numpy")
@@ -99,9 +101,13 @@ def run_step(
         context.seconds["total"] = time.perf_counter() - start
         result = _commit(request, context, outcome, session)
     except BaseException as error:
+        local = [] if storage.is_remote(request.output_root) else [storage.local_path(request.output_root)]
+        full = explain_full_disk(error, [*local, tempfile.gettempdir()])
         if isinstance(error, StepError):
             _keep(request, error)
         storage.delete(context.attempt_uri)
+        if full is not None:
+            raise StepError(full) from error
         raise
     _forget_checkpoints(context)
     return result

@@ -73,7 +73,9 @@ class _Worker:
                     self.received = rest
                     return json.loads(line)
                 if selector.select(_POLL_SECONDS):
-                    data = self.channel.recv(1 << 16)
+                    data = b""
+                    with contextlib.suppress(ConnectionError):  # it has ended without reading all that was sent
+                        data = self.channel.recv(1 << 16)
                     if not data:
                         return None
                     self.received += data

@@ -50,6 +50,12 @@ class Daemon:
         assert list(execute_run_monitoring_iteration(cast("Any", self), logging.getLogger())) in ([], [None])
 
 
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run sees whether it can write below the root."""
+    monkeypatch.setenv("HOUSING_ROOT", str(tmp_path / "data"))
+
+
 @pytest.fixture
 def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
     """One for each document of ours: `dagster.yaml` as it is, and pools that count steps."""

@@ -224,19 +224,29 @@ class Messages(Notifier):
             file.write(f"{title}\n{text}\n")
 
 
+def driver(run: str, artifacts: str, folder: Path) -> subprocess.Popen[bytes]:
+    """A process that looks like the driver of a run, and has come so far that it can be seen."""
+    variables = {"HOUSING_RUN_ID": run, "HOUSING_ARTIFACTS": artifacts, "HOUSING_RAY_FOLDER": str(folder)}
+    program = [sys.executable, "-c", "import time; print(flush=True); time.sleep(600)"]
+    process = subprocess.Popen(program, env=os.environ | variables, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
 def test_processes_whose_run_is_gone_are_found_and_stopped_if_configured(
     tmp_path: Path, instance: dg.DagsterInstance
 ) -> None:
     artifacts = str(tmp_path / "data" / "artifacts")
     gone, running = "a" * 8, instance.create_run_for_job(teardown, status=dg.DagsterRunStatus.STARTED).run_id
-    folder = tmp_path / "housing-ray"
+    folder = tmp_path / "0"
     folder.mkdir()
-    program = [sys.executable, "-c", "import time; time.sleep(600)", "step_scripts.worker"]
     processes = [
-        subprocess.Popen(program, env=os.environ | {"HOUSING_RUN_ID": run, "HOUSING_ARTIFACTS": place,
-                                                    "HOUSING_RAY_FOLDER": str(folder)})
-        for run, place in ((gone, artifacts), (running, artifacts), (gone, str(tmp_path / "other")))
-    ]  # fmt: skip
+        driver(run, place, tmp_path / str(number))
+        for number, (run, place) in enumerate(
+            [(gone, artifacts), (running, artifacts), (gone, str(tmp_path / "other"))]
+        )
+    ]
     orphan = processes[0]
     messages = Messages(path=str(tmp_path / "messages"))
     try:
@@ -270,9 +280,7 @@ def test_people_are_told_of_each_finding_once_until_it_changes_or_stays(
     processes: list[subprocess.Popen[bytes]] = []
 
     def start(run: str) -> subprocess.Popen[bytes]:
-        program = [sys.executable, "-c", "import time; time.sleep(600)", "step_scripts.worker"]
-        variables = {"HOUSING_RUN_ID": run, "HOUSING_ARTIFACTS": artifacts, "HOUSING_RAY_FOLDER": str(tmp_path / "ray")}
-        processes.append(subprocess.Popen(program, env=os.environ | variables))
+        processes.append(driver(run, artifacts, tmp_path / f"ray-{run}"))
         return processes[-1]
 
     def look(folder: Path = tmp_path, **config: Any) -> list[str]:
