@@ -217,7 +217,7 @@ def nothing(compute: LocalRay) -> None:
 def test_what_is_to_be_done_meanwhile_is_not_done_for_a_reused_result(tmp_path: Path) -> None:
     called = threading.Event()
     materialize(tmp_path, "write", meanwhile=called.set)
-    assert called.is_set()
+    assert called.wait(10)
     called.clear()
     _, results = materialize(tmp_path, "write", meanwhile=called.set)
     assert results[0].reused

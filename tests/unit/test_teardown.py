@@ -224,11 +224,18 @@ class Messages(Notifier):
             file.write(f"{title}\n{text}\n")
 
 
+WAITS = "import time; print(flush=True); time.sleep(600)"
+
+
 def driver(run: str, artifacts: str, folder: Path) -> subprocess.Popen[bytes]:
-    """A process that looks like the driver of a run, and has come so far that it can be seen."""
+    """A process that looks like the driver of a run."""
     variables = {"HOUSING_RUN_ID": run, "HOUSING_ARTIFACTS": artifacts, "HOUSING_RAY_FOLDER": str(folder)}
-    program = [sys.executable, "-c", "import time; print(flush=True); time.sleep(600)"]
-    process = subprocess.Popen(program, env=os.environ | variables, stdout=subprocess.PIPE)
+    return visible([sys.executable, "-c", WAITS], variables)
+
+
+def visible(command: list[str], variables: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """A process that runs `WAITS`, and has come so far: before, it may have neither command line nor environment."""
+    process = subprocess.Popen(command, env=os.environ | (variables or {}), stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
     return process
@@ -366,8 +373,8 @@ def test_a_server_whose_folder_is_gone_is_found(tmp_path: Path) -> None:
     root = tmp_path / "endpoints"
     path = str(root / "housing" / "deployment.json")
     other = str(tmp_path / "elsewhere" / "housing" / "deployment.json")
-    program = [sys.executable, "-c", "import time; time.sleep(600)", "-m", "step_scripts.serve_model", "--deployment"]
-    processes = [subprocess.Popen([*program, where]) for where in (path, other)]
+    program = [sys.executable, "-c", WAITS, "-m", "step_scripts.serve_model", "--deployment"]
+    processes = [visible([*program, where]) for where in (path, other)]
     host = LocalEndpointHost(root=str(root))
     try:
         [item] = host.inventory()
