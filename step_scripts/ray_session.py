@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,6 +67,8 @@ class RaySession:
         """Start or join Ray, once."""
         if self._started:
             return
+        if sys.flags.optimize > 1:
+            raise RuntimeError("Ray cannot start without docstrings: unset PYTHONOPTIMIZE=2, or leave out -OO")
         import ray
 
         common = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
@@ -80,10 +84,11 @@ class RaySession:
             if self.on_loss is not None and self._watch is None:
                 self._watch = RayWatch(self.temporary_folder, self.on_loss)
             own = {FOLDER_VARIABLE: str(self.temporary_folder)}
-            with environment_set(_session_environment(self.settings.num_cpus) | own):
+            cpus = self.settings.num_cpus or available_cpus()
+            with environment_set(_session_environment(cpus) | own):
                 ray.init(
                     address="local",
-                    num_cpus=self.settings.num_cpus,
+                    num_cpus=cpus,
                     object_store_memory=self.settings.object_store_memory,
                     include_dashboard=False,
                     _temp_dir=str(self.temporary_folder),
@@ -144,12 +149,43 @@ def _decay_of(settings: str) -> str | None:
     return values.get("dirty_decay_ms")
 
 
-def _session_environment(num_cpus: int | None) -> dict[str, str]:
+def available_cpus() -> int:
+    """CPUs that this process may use, at least 1: Ray itself would count all of the machine's.
+
+    By affinity (`taskset`) and by the quotas of its control groups, as containers and systemd set them.
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([count, *map(int, _cpu_quotas(Path("/")))]))
+
+
+def _cpu_quotas(root: Path) -> Iterator[float]:
+    """CPUs that the control groups of this process allow, in both versions of Linux's interface below `root`."""
+    groups = root / "sys/fs/cgroup"
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            version_2 = controllers == ""
+            if not version_2 and "cpu" not in controllers.split(","):
+                continue
+            top = groups if version_2 else groups / "cpu"
+            # Inside a container the path is often that of the host; the group's files are then at the top.
+            own = top / name.strip("/")
+            for group in [top, *(p for p in [own, *own.parents] if p.is_relative_to(top) and p != top)]:
+                with contextlib.suppress(OSError, ValueError):
+                    if version_2:
+                        quota, period = (group / "cpu.max").read_text().split()
+                    else:
+                        quota, period = ((group / f"cpu.cfs_{part}_us").read_text() for part in ("quota", "period"))
+                    if float(quota) > 0:  # "max" is no number, -1 no limit
+                        yield float(quota) / float(period)
+
+
+def _session_environment(num_cpus: int) -> dict[str, str]:
     """`worker_environment`, and how many idle workers are kept.
 
     Ray ends idle workers when there are more processes than CPUs, so the actors of a search would drive out those that
     the next step uses. Twice as many are kept.
     """
     idle = "RAY_num_workers_soft_limit"
-    kept = os.environ.get(idle, str(2 * (num_cpus or os.cpu_count() or 1)))
+    kept = os.environ.get(idle, str(2 * num_cpus))
     return {**worker_environment(), idle: kept}

@@ -128,7 +128,9 @@ class LocalRay(ComputeBackend):
     address: str | None = Field(
         default=None, description="Address of an existing Ray cluster. It is used, and never shut down."
     )
-    num_cpus: int | None = Field(default=None, ge=1, description="CPUs that Ray may use. Empty: all of the machine.")
+    num_cpus: int | None = Field(
+        default=None, ge=1, description="CPUs that Ray may use. Empty: all that this process may use."
+    )
     object_store_memory: int | None = Field(
         default=None, ge=80 << 20, description="Size of Ray's object store, bytes. Empty: Ray's default."
     )
@@ -210,6 +212,8 @@ class LocalRay(ComputeBackend):
             **owner,
         }
         environment.pop("RAY_ADDRESS", None)
+        if environment.get("PYTHONOPTIMIZE", "") not in ("", "0", "1"):
+            environment["PYTHONOPTIMIZE"] = "1"  # Ray cannot start without docstrings
         patience = 0.0 if self.address is None else _TERMINATION_SECONDS - 1.0
         facts = {"artifacts": self.artifact_root, "run_id": run_id}
         keeper = [sys.executable, "-m", "step_scripts.keeper", str(theirs.fileno()), str(folder.lock), str(patience)]
