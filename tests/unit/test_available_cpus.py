@@ -25,7 +25,7 @@ def test_one_cpu_by_affinity_is_one() -> None:
     [
         ("0::/", {"cpu.max": "150000 100000\n"}, [1.5]),
         ("0::/", {"cpu.max": "max 100000\n"}, []),
-        ("0::/user.slice/own.scope", {"user.slice/cpu.max": "50000 100000", "user.slice/own.scope/cpu.max": "max 1"}, [0.5]),
+        ("0::/up/own", {"up/cpu.max": "50000 100000", "up/own/cpu.max": "max 1"}, [0.5]),
         ("0::/not/seen/here", {"cpu.max": "200000 100000"}, [2.0]),
         ("2:cpu,cpuacct:/job", {"cpu/job/cpu.cfs_quota_us": "100000", "cpu/job/cpu.cfs_period_us": "50000"}, [2.0]),
         ("2:cpu,cpuacct:/job", {"cpu/job/cpu.cfs_quota_us": "-1", "cpu/job/cpu.cfs_period_us": "50000"}, []),
