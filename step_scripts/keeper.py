@@ -27,8 +27,10 @@ def main(descriptor: int, lock: int, seconds: float) -> None:
     """Keep the driver; see the module. Returns in the driver process only, with the driver's work done."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     keeper = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # it waits until this process can handle it
     driver = os.fork()
     if driver == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != keeper:  # it was killed in the moment before
             os._exit(1)
@@ -54,6 +56,7 @@ def _until_end(driver: int, descriptor: int, seconds: float) -> int | None:
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: terminated.append(1))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     poll = select.poll()
     poll.register(awake, select.POLLIN)
     # That the other end is closed is always reported. What comes through it is the driver's.

@@ -178,6 +178,14 @@ def test_a_driver_that_is_killed_while_ray_starts_leaves_nothing_behind(start: S
     assert not start.worker.folder.path.exists()
 
 
+def test_a_run_that_is_killed_while_ray_starts_leaves_nothing_behind(start: Start) -> None:
+    start.await_process("agent")
+    start.worker.channel.close()  # as the system does
+    start.worker.process.wait(20)
+    assert start.processes() == {}
+    assert not start.worker.folder.path.exists()
+
+
 @pytest.mark.parametrize("moment", ["raylet", "agent"])
 def test_a_raylet_that_dies_while_ray_starts_is_noticed_in_seconds_and_leaves_nothing_behind(
     start: Start, moment: str
