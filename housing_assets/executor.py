@@ -3,6 +3,8 @@
 Dagster calls a run canceled only if its termination was requested through the instance (the UI does that). A run on the
 command line that is ended by Ctrl-C or SIGTERM would count as failed, and alert whoever watches failures.
 
+A terminal that is closed sends SIGHUP, which would end the process without a word: it counts as an interruption too.
+
 Dagster turns the signal into an exception wherever the run's main thread is. In a finalizer or a weak reference's
 callback Python ignores exceptions, and the run would go on; the signal is then sent again.
 """
@@ -16,6 +18,9 @@ from typing import Any
 
 import dagster as dg
 from dagster._core.errors import DagsterExecutionInterruptedError  # has no public name
+
+from housing_assets.lost_runs import end_lost_runs, record_process
+from housing_assets.writable_root import check_root_is_writable
 
 # Concurrency pool of the assets that run on Ray; dagster.yaml says how many runs may have it at once.
 RAY_POOL = "ray"
@@ -51,8 +56,25 @@ def _ignored_interruptions_sent_again() -> Iterator[None]:
         sys.unraisablehook = previous
 
 
+@contextmanager
+def _hangup_interrupts() -> Iterator[None]:
+    """Within the block SIGHUP is an interruption, unless it is ignored (`nohup`) or handled already."""
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGHUP) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class CancelingExecutor(dg.Executor):
-    """Delegates to another executor, and reports an interruption as the request that it is."""
+    """Delegates to another executor, and reports an interruption as the request that it is.
+
+    The process that executes is recorded with the run, and runs whose process is gone are ended first.
+    """
 
     def __init__(self, executor: dg.Executor) -> None:
         self._executor = executor
@@ -69,8 +91,12 @@ class CancelingExecutor(dg.Executor):
 
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
         """Execute the plan in this process."""
+        check_root_is_writable()
+        record_process(plan_context.instance, plan_context.run_id)
+        for lost in end_lost_runs(plan_context.instance):
+            plan_context.log.warning(f"run {lost} was in progress, but its process is gone: it is marked as ended")
         try:
-            with _ignored_interruptions_sent_again():
+            with _hangup_interrupts(), _ignored_interruptions_sent_again():
                 yield from self._executor.execute(plan_context, execution_plan)
         except _INTERRUPTIONS:
             instance: dg.DagsterInstance = plan_context.instance

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from step_scripts.locking import try_lock
 
 
 @contextmanager
@@ -14,19 +15,13 @@ def file_lock(path: Path, timeout_seconds: float, purpose: str) -> Iterator[None
     """Hold an exclusive lock on `path` (created if absent, never removed) during the block.
 
     Raises `TimeoutError` naming file and `purpose` if another process or thread still holds it after
-    `timeout_seconds`.
+    `timeout_seconds`, `NoLocks` where the file system refuses locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + timeout_seconds
     with path.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise TimeoutError(
-                        f"{purpose}: another process has held {path} for more than {timeout_seconds:g} s"
-                    ) from None
-                time.sleep(0.02)
+        while not try_lock(file.fileno(), path):
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"{purpose}: another process has held {path} for more than {timeout_seconds:g} s")
+            time.sleep(0.02)
         yield

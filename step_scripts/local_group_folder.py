@@ -5,7 +5,6 @@ behind; the lock goes with the process that holds it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from step_scripts import storage
 from step_scripts.contract import StepError
 from step_scripts.group_folder import LOCK_SECONDS, Commit, CommitTaken, GroupFolder, StoredFile, commit_name
+from step_scripts.locking import try_lock
 
 _POLL_SECONDS = 0.05
 
@@ -80,7 +80,7 @@ class LocalGroupFolder(GroupFolder):
                 raise StepError(f"there is no feature group {self.name} in {self.path.parent}") from None
             locked = False
             try:
-                while not (locked := _try_lock(descriptor) and self._is_at_path(descriptor)):
+                while not (locked := try_lock(descriptor, self.path) and self._is_at_path(descriptor)):
                     if not self._is_at_path(descriptor):
                         break
                     if time.monotonic() > deadline:
@@ -148,11 +148,3 @@ class LocalGroupFolder(GroupFolder):
             with contextlib.suppress(FileNotFoundError):
                 sizes[file.path] = (self.data / file.path).stat().st_size
         return sizes
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

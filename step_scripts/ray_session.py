@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from step_scripts.code_version import library_versions
 from step_scripts.environment import environment_set
 from step_scripts.loaded_code import JOURNAL, PACKAGE, digest_of
 from step_scripts.ray_join import join_cluster
+from step_scripts.ray_watch import RayWatch
+from step_scripts.session_folder import FOLDER_VARIABLE, SessionFolder, make_folder, remove_abandoned
 
 _REPORT_SECONDS = 60.0
 _POLARS_ALLOCATOR = "_RJEM_MALLOC_CONF"
@@ -66,10 +69,16 @@ def _report() -> NodeReport:
 
 @dataclass
 class RaySession:
-    """Starts Ray on first use. `stop` ends what was started here and removes its temporary folder."""
+    """Starts Ray on first use. `stop` ends what was started here and removes its temporary folder.
+
+    `on_loss` is called, in a thread, when a process of a private session has ended without which Ray cannot work.
+    """
 
     settings: RaySettings
     temporary_folder: Path | None = field(default=None)
+    on_loss: Callable[[str], None] | None = None
+    _own_folder: SessionFolder | None = None
+    _watch: RayWatch | None = None
     _started: bool = False
     _reports: dict[str, NodeReport] | None = None
 
@@ -82,6 +91,8 @@ class RaySession:
         """Start or join Ray, once. Raises `StepError` if a given cluster cannot be joined."""
         if self._started:
             return
+        if sys.flags.optimize > 1:
+            raise RuntimeError("Ray cannot start without docstrings: unset PYTHONOPTIMIZE=2, or leave out -OO")
         import ray
 
         common = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
@@ -90,13 +101,18 @@ class RaySession:
             join_cluster(self.settings.address, runtime_env=shipped, **common)
         else:
             if self.temporary_folder is None:
+                remove_abandoned()
                 # Short: Ray puts sockets below it, and a socket's path is limited to 107 bytes.
-                self.temporary_folder = Path(tempfile.mkdtemp(prefix="ray-"))
-            journal = {JOURNAL: str(self.temporary_folder / "loaded-code")}
-            with environment_set(_session_environment(self.settings.num_cpus) | journal):
+                self._own_folder = make_folder("ray-")
+                self.temporary_folder = self._own_folder.path
+            if self.on_loss is not None and self._watch is None:
+                self._watch = RayWatch(self.temporary_folder, self.on_loss)
+            own = {FOLDER_VARIABLE: str(self.temporary_folder), JOURNAL: str(self.temporary_folder / "loaded-code")}
+            cpus = self.settings.num_cpus or available_cpus()
+            with environment_set(_session_environment(cpus) | own):
                 ray.init(
                     address="local",
-                    num_cpus=self.settings.num_cpus,
+                    num_cpus=cpus,
                     object_store_memory=self.settings.object_store_memory,
                     include_dashboard=False,
                     _temp_dir=str(self.temporary_folder),
@@ -106,6 +122,9 @@ class RaySession:
 
     def stop(self) -> None:
         """Disconnect; end a private session and remove its folder."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
         if self._started:
             import ray
 
@@ -114,6 +133,13 @@ class RaySession:
         if self.temporary_folder is not None:
             shutil.rmtree(self.temporary_folder, ignore_errors=True)
             self.temporary_folder = None
+        if self._own_folder is not None:
+            self._own_folder.release()
+            self._own_folder = None
+
+    def loss(self) -> str | None:
+        """Which of Ray's processes has ended and how, if one has that is watched."""
+        return None if self._watch is None else self._watch.loss()
 
     def node_reports(self) -> dict[str, NodeReport]:
         """What lies on the nodes of a given cluster, by their addresses; nothing for a session of this machine's own.
@@ -172,12 +198,43 @@ def _decay_of(settings: str) -> str | None:
     return values.get("dirty_decay_ms")
 
 
-def _session_environment(num_cpus: int | None) -> dict[str, str]:
+def available_cpus() -> int:
+    """CPUs that this process may use, at least 1: Ray itself would count all of the machine's.
+
+    By affinity (`taskset`) and by the quotas of its control groups, as containers and systemd set them.
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([count, *map(int, _cpu_quotas(Path("/")))]))
+
+
+def _cpu_quotas(root: Path) -> Iterator[float]:
+    """CPUs that the control groups of this process allow, in both versions of Linux's interface below `root`."""
+    groups = root / "sys/fs/cgroup"
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            version_2 = controllers == ""
+            if not version_2 and "cpu" not in controllers.split(","):
+                continue
+            top = groups if version_2 else groups / "cpu"
+            # Inside a container the path is often that of the host; the group's files are then at the top.
+            own = top / name.strip("/")
+            for group in [top, *(p for p in [own, *own.parents] if p.is_relative_to(top) and p != top)]:
+                with contextlib.suppress(OSError, ValueError):
+                    if version_2:
+                        quota, period = (group / "cpu.max").read_text().split()
+                    else:
+                        quota, period = ((group / f"cpu.cfs_{part}_us").read_text() for part in ("quota", "period"))
+                    if float(quota) > 0:  # "max" is no number, -1 no limit
+                        yield float(quota) / float(period)
+
+
+def _session_environment(num_cpus: int) -> dict[str, str]:
     """`worker_environment`, and how many idle workers are kept.
 
     Ray ends idle workers when there are more processes than CPUs, so the actors of a search would drive out those that
     the next step uses. Twice as many are kept.
     """
     idle = "RAY_num_workers_soft_limit"
-    kept = os.environ.get(idle, str(2 * (num_cpus or os.cpu_count() or 1)))
+    kept = os.environ.get(idle, str(2 * num_cpus))
     return {**worker_environment(), idle: kept}

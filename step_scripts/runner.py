@@ -10,6 +10,7 @@ import json
 import resource
 import shutil
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from step_scripts.contract import (
     check_files,
     write_json,
 )
+from step_scripts.disk_space import explain_full_disk
 from step_scripts.ray_session import RaySession, RaySettings
 
 
@@ -121,9 +123,13 @@ def run_step(
         context.seconds["total"] = time.perf_counter() - start
         result = _commit(request, context, outcome, session, code.unversioned())
     except BaseException as error:
+        local = [] if storage.is_remote(request.output_root) else [storage.local_path(request.output_root)]
+        full = explain_full_disk(error, [*local, tempfile.gettempdir()])
         if isinstance(error, StepError):
             _keep(request, error)
         storage.delete(context.attempt_uri)
+        if full is not None:
+            raise StepError(full) from error
         raise
     _forget_checkpoints(context)
     return result

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from step_scripts import storage
+from step_scripts.disk_space import file_named
 
 
 def save_lanes(uri: str, lanes: np.ndarray) -> None:
@@ -18,7 +19,7 @@ def save_lanes(uri: str, lanes: np.ndarray) -> None:
     if not storage.is_remote(uri):
         path = storage.local_path(uri)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
+        with file_named(path), path.open("wb") as file:
             np.save(file, lanes)
         return
     storage.write_bytes(uri, np.ascontiguousarray(lanes.T).tobytes())

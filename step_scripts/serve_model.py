@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import contextlib
 import errno
-import fcntl
 import logging
 import logging.handlers
 import os
@@ -41,6 +40,7 @@ from step_scripts.deployment import (
     ReloadRecord,
     ServerRecord,
 )
+from step_scripts.locking import NoLocks, try_lock
 from step_scripts.served_model import load_served_model, model_in_folder
 from step_scripts.serving_app import InferenceApp
 from step_scripts.serving_capture import RequestCapture
@@ -219,9 +219,11 @@ def serve_deployment(path: Path, until_input_closes: bool) -> None:
         raise StartError(f"{path} cannot be read: {error}") from error
     with (path.parent / LOCK_FILE).open("a") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StartError(f"another process serves {path.parent}") from None
+            free = try_lock(lock.fileno(), path.parent / LOCK_FILE)
+        except NoLocks as error:
+            raise StartError(str(error)) from error
+        if not free:
+            raise StartError(f"another process serves {path.parent}")
         _log_to(
             logging.handlers.RotatingFileHandler(path.parent / LOG_FILE, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES)
         )

@@ -5,6 +5,7 @@ Small objects are written atomically: a reader sees the old bytes or the new one
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -14,6 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
+
+from step_scripts.disk_space import file_named
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -90,7 +93,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with file_named(target), temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -129,7 +132,8 @@ def open_output(uri: str) -> Iterator[IO[bytes]]:
     filesystem_, path = filesystem(uri)
     if not is_remote(uri):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with filesystem_.open_output_stream(path, compression=None) as stream:
+    naming = contextlib.nullcontext() if is_remote(uri) else file_named(Path(path))
+    with naming, filesystem_.open_output_stream(path, compression=None) as stream:
         yield stream  # pyright: ignore[reportReturnType]  # Arrow's NativeFile implements the file protocol
 
 

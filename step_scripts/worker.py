@@ -1,9 +1,10 @@
 """The driver process of a run: executes requests one after the other in one Ray session.
 
-Started by a compute backend as `python -m step_scripts.worker <control descriptor>`. The control descriptor is one end
+Forked by `step_scripts.keeper`, which also ends what this process leaves behind. The control descriptor is one end
 of a socket pair that carries JSON lines: in `{"request": …, "attempt": …, "pipes": {…}}`, out `{"result": …}` or
 `{"error": …}`. `{"prepare": true}` says that a request will follow; there is no answer.
-When the other end closes, or on SIGTERM, the process ends Ray and itself.
+When the other end closes, or on SIGTERM, the process ends Ray and itself; also when Ray has lost a process that it
+cannot work without, after an error with `"ended": true`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import os
 import queue
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -72,7 +72,7 @@ def answer(message: dict[str, Any], session: RaySession) -> dict[str, Any]:
     except StepError as error:
         return {"error": {"kind": "input", "message": str(error), "details": error.details}}
     except Exception as error:  # noqa: BLE001  # the process's boundary: becomes the other side's exception
-        summary = f"{type(error).__name__}: {error}"
+        summary = session.loss() or f"{type(error).__name__}: {error}"
         return {"error": {"kind": "crash", "message": summary, "traceback": traceback.format_exc()}}
     return {"result": result.model_dump(mode="json")}
 
@@ -96,7 +96,14 @@ def main(descriptor: int) -> None:
     """Serve requests until the other end closes."""
     channel = socket.socket(fileno=descriptor)
     settings = RaySettings.model_validate_json(os.environ.get("HOUSING_RAY_SETTINGS", "{}"))
-    session = RaySession(settings)
+
+    def lost(reason: str) -> None:
+        error = {"kind": "crash", "message": reason, "traceback": "see the run's output"}
+        with contextlib.suppress(OSError):
+            channel.sendall(json.dumps({"error": error, "ended": True}).encode() + b"\n")
+        os._exit(1)
+
+    session = RaySession(settings, on_loss=lost)
     if folder := os.environ.get("HOUSING_RAY_FOLDER"):
         session.temporary_folder = Path(folder)
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=_end, args=(session,)).start())
@@ -123,7 +130,3 @@ def main(descriptor: int) -> None:
         reply = answer(request, session)
         channel.sendall(json.dumps(reply).encode() + b"\n")
         imports = later
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

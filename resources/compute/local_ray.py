@@ -1,7 +1,8 @@
 """Steps on Ray on this machine, or on a cluster given by its address.
 
-The Ray driver is a child process: it serves all steps of a run in one Ray session, a crash of it does not take the
-run's process along, and a termination does not wait for Ray, because the run's main thread only waits for a socket.
+The Ray driver is a process of its own: it serves all steps of a run in one Ray session, a crash of it does not take
+the run's process along, and a termination does not wait for Ray, because the run's main thread only waits for a socket.
+Between the two stands a keeper (`step_scripts.keeper`), which ends all of Ray's processes however driver or run ended.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +33,17 @@ from resources.inventory import NotOwned, OwnedItem, remove_empty, remove_step_r
 from step_scripts import storage
 from step_scripts.contract import StepRequest, StepResult
 from step_scripts.ray_session import RaySettings
+from step_scripts.ray_watch import how_ended_by
+from step_scripts.session_folder import (
+    FOLDER_VARIABLE,
+    SessionFolder,
+    end_processes,
+    make_folder,
+    processes_of,
+    recorded_process,
+    recorded_sessions,
+    remove_abandoned,
+)
 
 _POLL_SECONDS = 0.2
 _TERMINATION_SECONDS = 4.0
@@ -44,8 +55,7 @@ class _Worker:
 
     process: subprocess.Popen[bytes]
     channel: socket.socket
-    folder: Path
-    private: bool
+    folder: SessionFolder
     received: bytes = b""
 
     def send(self, message: dict[str, Any]) -> None:
@@ -63,7 +73,9 @@ class _Worker:
                     self.received = rest
                     return json.loads(line)
                 if selector.select(_POLL_SECONDS):
-                    data = self.channel.recv(1 << 16)
+                    data = b""
+                    with contextlib.suppress(ConnectionError):  # it has ended without reading all that was sent
+                        data = self.channel.recv(1 << 16)
                     if not data:
                         return None
                     self.received += data
@@ -74,48 +86,40 @@ class _Worker:
         A private Ray session holds nothing that anybody needs: its processes are killed, which takes a tenth of the
         second and a half that Ray takes to end them one after the other.
         """
-        family: list[psutil.Process] = []
-        with contextlib.suppress(psutil.NoSuchProcess):
-            driver = psutil.Process(self.process.pid)
-            if self.private:
-                driver.suspend()  # so that it starts nothing while its children are listed
-            family = [driver, *driver.children(recursive=True)]
-        for process in family if self.private else ():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.channel.close()  # the driver ends Ray and itself when it sees this
-        _await_end(family)
-        self.process.poll()
+        self.channel.close()  # the keeper ends everything when it sees this
+        try:
+            self.process.wait(_TERMINATION_SECONDS)
+        except subprocess.TimeoutExpired:
+            end_processes(processes_of(self.folder.path))
+            self.process.poll()
+        self.folder.remove()
+
+
+@dataclass
+class _Session:
+    """What runs in one session's folder: a keeper, if it is alive, and other processes, oldest first."""
+
+    folder: Path
+    run_id: str | None
+    processes: list[psutil.Process]
+
+    def item(self) -> OwnedItem:
+        first = self.processes[0]
+        started = first.create_time()
+        return OwnedItem(
+            kind="job",
+            name=f"process {first.pid}",
+            location=f"process {first.pid} of {started:.2f}",
+            created_at=datetime.fromtimestamp(started, UTC),
+            run_id=self.run_id,
+            temporary=True,
+            detail="Ray driver",
+        )
+
+    def end(self) -> None:
+        end_processes(self.processes[:1], _TERMINATION_SECONDS)  # a keeper takes all others with it
+        end_processes(processes_of(self.folder))
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _await_end(family: Sequence[psutil.Process]) -> None:
-    """Wait for processes that have been told to end; by force where that takes too long."""
-    _, alive = psutil.wait_procs(family, timeout=_TERMINATION_SECONDS)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=1.0)
-
-
-def _end_family(driver: psutil.Process) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family = [driver, *driver.children(recursive=True)]
-        driver.terminate()
-        _await_end(family)
-
-
-def _as_item(driver: psutil.Process, environment: dict[str, str]) -> OwnedItem:
-    started = driver.create_time()
-    return OwnedItem(
-        kind="job",
-        name=f"process {driver.pid}",
-        location=f"process {driver.pid} of {started:.2f}",
-        created_at=datetime.fromtimestamp(started, UTC),
-        run_id=environment.get("HOUSING_RUN_ID"),
-        temporary=True,
-        detail="Ray driver",
-    )
 
 
 class LocalRay(ComputeBackend):
@@ -124,7 +128,9 @@ class LocalRay(ComputeBackend):
     address: str | None = Field(
         default=None, description="Address of an existing Ray cluster. It is used, and never shut down."
     )
-    num_cpus: int | None = Field(default=None, ge=1, description="CPUs that Ray may use. Empty: all of the machine.")
+    num_cpus: int | None = Field(
+        default=None, ge=1, description="CPUs that Ray may use. Empty: all that this process may use."
+    )
     object_store_memory: int | None = Field(
         default=None, ge=80 << 20, description="Size of Ray's object store, bytes. Empty: Ray's default."
     )
@@ -134,6 +140,8 @@ class LocalRay(ComputeBackend):
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator[LocalRay]:
         """End the Ray session with the run, however the run ends."""
+        for folder in remove_abandoned():
+            dg.get_dagster_logger().info(f"removed {folder}, which a run that was killed had left behind")
         try:
             yield self
         finally:
@@ -141,32 +149,46 @@ class LocalRay(ComputeBackend):
 
     def inventory(self) -> Sequence[OwnedItem]:
         """See `ComputeBackend.inventory`. What is running now are the driver processes of runs."""
-        running = [_as_item(process, environment) for process, environment in self._drivers()]
+        running = []
+        for session in self._sessions():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                running.append(session.item())
         return [*running, *step_results(self.artifact_root)]
 
     def remove(self, item: OwnedItem) -> None:
         """See `ComputeBackend.remove`. A driver process is ended with all that it started."""
         if item.kind == "job":
-            for process, environment in self._drivers():
-                if _as_item(process, environment).location == item.location:
-                    _end_family(process)
-                    shutil.rmtree(environment["HOUSING_RAY_FOLDER"], ignore_errors=True)
+            for session in self._sessions():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if session.item().location == item.location:
+                        session.end()
         elif item.location.startswith(f"{self.artifact_root.rstrip('/')}/"):
             remove_step_results(self.artifact_root, item.location)
             remove_empty(self.artifact_root)
         else:
             raise NotOwned(f"{item.location} is not below {self.artifact_root}")
 
-    def _drivers(self) -> list[tuple[psutil.Process, dict[str, str]]]:
-        """Driver processes with this backend's artifacts, of whatever run, with their environments."""
-        found = []
+    def _sessions(self) -> list[_Session]:
+        """Sessions with this backend's artifacts, of whatever run.
+
+        By what was recorded when they were started, and by the environment of their processes: what is left of a
+        session is found without its first process, or its folder.
+        """
+        found: dict[tuple[str, str | None], list[psutil.Process]] = {}
+        for folder, record in recorded_sessions():
+            if record.get("artifacts") == self.artifact_root:
+                first = recorded_process(record)
+                found[str(folder), record.get("run_id")] = [first] if first else processes_of(folder)
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                if "step_scripts.worker" in process.cmdline():
-                    environment = process.environ()
-                    if environment.get("HOUSING_ARTIFACTS") == self.artifact_root:
-                        found.append((process, environment))
-        return found
+            with contextlib.suppress(psutil.Error):
+                environment = process.environ()
+                folder = environment.get(FOLDER_VARIABLE)
+                if folder is None or environment.get("HOUSING_ARTIFACTS") != self.artifact_root:
+                    continue
+                members = found.setdefault((folder, environment.get("HOUSING_RUN_ID")), [])
+                if process not in members and process.status() != psutil.STATUS_ZOMBIE:
+                    members.append(process)
+        return [_Session(Path(folder), run_id, members) for (folder, run_id), members in found.items() if members]
 
     def _stop(self) -> None:
         worker, self._worker = self._worker, None
@@ -176,30 +198,40 @@ class LocalRay(ComputeBackend):
     def _start(self, run_id: str) -> _Worker:
         ours, theirs = socket.socketpair()
         # Short, because Ray puts sockets below it: a socket's path is limited to 107 bytes.
-        parent = "/tmp" if Path("/tmp").is_dir() else None
-        folder = Path(tempfile.mkdtemp(prefix="housing-", dir=parent))
+        folder = make_folder("housing-", parent="/tmp" if Path("/tmp").is_dir() else None)
         settings = RaySettings(
             address=self.address, num_cpus=self.num_cpus, object_store_memory=self.object_store_memory
         )
+        # By these an abandoned process is found.
+        owner = {"HOUSING_ARTIFACTS": self.artifact_root, "HOUSING_RUN_ID": run_id}
         environment = os.environ | {
             "HOUSING_RAY_SETTINGS": settings.model_dump_json(),
-            "HOUSING_RAY_FOLDER": str(folder),
-            "TMPDIR": str(folder),
+            FOLDER_VARIABLE: str(folder.path),
+            "TMPDIR": str(folder.path),
             "RAY_USAGE_STATS_ENABLED": "0",
-            # By these an abandoned process is found.
-            "HOUSING_ARTIFACTS": self.artifact_root,
-            "HOUSING_RUN_ID": run_id,
+            **owner,
         }
         environment.pop("RAY_ADDRESS", None)
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "step_scripts.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,  # Ctrl-C reaches the run alone, which then ends this process in order
-            )
-        return _Worker(process, ours, folder, private=self.address is None)
+        if environment.get("PYTHONOPTIMIZE", "") not in ("", "0", "1"):
+            environment["PYTHONOPTIMIZE"] = "1"  # Ray cannot start without docstrings
+        patience = 0.0 if self.address is None else _TERMINATION_SECONDS - 1.0
+        facts = {"artifacts": self.artifact_root, "run_id": run_id}
+        keeper = [sys.executable, "-m", "step_scripts.keeper", str(theirs.fileno()), str(folder.lock), str(patience)]
+        try:
+            with theirs, folder.recording(facts) as record:
+                process = subprocess.Popen(
+                    keeper,
+                    pass_fds=[theirs.fileno(), folder.lock],
+                    stdin=subprocess.DEVNULL,
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C reaches the run alone, which then ends this process in order
+                )
+                record |= {"pid": process.pid, "started": psutil.Process(process.pid).create_time()}
+        except BaseException:
+            ours.close()  # a keeper that has been started ends when it sees this
+            folder.remove()
+            raise
+        return _Worker(process, ours, folder)
 
     def prepare(self, context: dg.AssetExecutionContext) -> None:
         """Start Ray now if there is no earlier result that could make it unnecessary."""
@@ -229,6 +261,9 @@ class LocalRay(ComputeBackend):
             reply = {"error": {"kind": "crash", "message": self._how_it_ended(), "traceback": "see the run's output"}}
             self._stop()
             storage.delete(storage.join(request.output_uri, attempt))
+        if reply.get("ended"):
+            self._stop()
+            storage.delete(storage.join(request.output_uri, attempt))
         if "error" in reply:
             raise failure_of(request.step, reply["error"])
         return StepResult.model_validate(reply["result"])
@@ -240,6 +275,4 @@ class LocalRay(ComputeBackend):
         status = self._worker.process.returncode
         if status is None or status >= 0:
             return f"the Ray driver process ended with status {status}"
-        name = signal.Signals(-status).name
-        hint = "; probably out of memory: use a machine with more, or smaller pieces" if name == "SIGKILL" else ""
-        return f"the Ray driver process was ended by {name}{hint}"
+        return f"the Ray driver process {how_ended_by(signal.Signals(-status))}"

@@ -1,5 +1,6 @@
 """The local backend with a real Ray driver process: reuse, errors, crashes, termination."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import dagster as dg
 import psutil
 import pytest
 
-from resources.compute.local_ray import LocalRay
+from resources.compute.local_ray import LocalRay, _Worker
+from step_scripts.session_folder import recorded_sessions, remove_abandoned
 from tests.probe_step import ProbeParams
 
 PROBE = "tests.probe_step"
@@ -86,39 +89,143 @@ def test_a_driver_is_started_ahead_only_where_no_earlier_result_could_make_it_un
         compute.prepare(context)
         compute.prepare(context)
         ahead.append([item.name for item in compute.inventory() if item.kind == "job"])
-        served_by.append(compute.run(context, PROBE, ProbeParams()).details["driver"])
+        result = compute.run(context, PROBE, ProbeParams())
+        served_by.append(0 if result.reused else psutil.Process(result.details["driver"]).ppid())
         return dg.MaterializeResult()
 
     for options in ({}, {}, {"use_cache": False}):
         assert dg.materialize([prepared], resources={"compute": backend(tmp_path, **options)}).success
     assert ahead == [[f"process {served_by[0]}"], [], [f"process {served_by[2]}"]]
-    assert served_by[1] == served_by[0], "the second run was answered by the first one's result"
+    assert served_by[1] == 0, "the second run was answered by the first one's result"
 
 
 def test_a_driver_that_was_started_ahead_ends_with_a_run_that_fails(tmp_path: Path) -> None:
-    drivers: list[psutil.Process] = []
+    keepers: list[psutil.Process] = []
     folders: list[Path] = []
 
     @dg.asset
     def fails(context: dg.AssetExecutionContext, compute: LocalRay) -> None:
         compute.prepare(context)
-        for item in compute.inventory():
-            drivers.append(psutil.Process(int(item.name.removeprefix("process "))))
-            folders.append(Path(drivers[-1].environ()["HOUSING_RAY_FOLDER"]))
-        assert folders[0].exists()
+        keepers.extend(psutil.Process(int(i.name.removeprefix("process "))) for i in compute.inventory())
+        folders.extend(folder for folder, record in recorded_sessions() if record["artifacts"] == compute.artifact_root)
+        assert folders[0].stat().st_mode & 0o777 == 0o700
         raise dg.Failure("there is no such file")
 
     done = dg.materialize([fails], resources={"compute": backend(tmp_path)}, raise_on_error=False)
     assert not done.success
-    assert len(drivers) == 1
-    assert not drivers[0].is_running()
+    assert len(keepers) == len(folders) == 1
+    assert not keepers[0].is_running()
     assert not folders[0].exists()
+
+
+@dataclass
+class Start:
+    """A session that is being started, and its processes: all are in the Unix session of the keeper."""
+
+    worker: _Worker
+
+    def processes(self) -> dict[str, list[psutil.Process]]:
+        """Those alive, by name; Python's, by the script that they run."""
+        found: dict[str, list[psutil.Process]] = {}
+        for pid in psutil.pids():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if os.getsid(pid) == self.worker.process.pid:
+                    process = psutil.Process(pid)
+                    if process.status() != psutil.STATUS_ZOMBIE:
+                        name = process.name()
+                        if (
+                            name not in ("gcs_server", "raylet")
+                            and "agent" in " ".join([name, *process.cmdline()]).lower()
+                        ):
+                            name = "agent"
+                        found.setdefault(name, []).append(process)
+        return found
+
+    def await_process(self, name: str) -> psutil.Process:
+        """The driver, or the first of Ray's processes that has that name."""
+        if name == "driver":
+            return until(lambda: psutil.Process(self.worker.process.pid).children())[0]
+        return until(lambda: self.processes().get(name))[0]
+
+
+def until(look: Callable[[], Any], seconds: float = 90) -> Any:
+    """What `look` returns once that is something."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+    return found
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    worker = backend(tmp_path)._start("run")
+    worker.send({"prepare": True})
+    try:
+        yield Start(worker)
+    finally:
+        worker.stop()
+
+
+@pytest.mark.parametrize("moment", ["driver", "gcs_server", "raylet", "agent"])
+def test_a_driver_that_is_killed_while_ray_starts_leaves_nothing_behind(start: Start, moment: str) -> None:
+    driver = start.await_process("driver")
+    start.await_process(moment)
+    driver.kill()
+    assert start.worker.reply() is None
+    assert start.worker.process.wait(20) == -signal.SIGKILL
+    assert start.processes() == {}
+    assert not start.worker.folder.path.exists()
+
+
+def test_a_run_that_is_killed_while_ray_starts_leaves_nothing_behind(start: Start) -> None:
+    start.await_process("agent")
+    start.worker.channel.close()  # as the system does
+    start.worker.process.wait(20)
+    assert start.processes() == {}
+    assert not start.worker.folder.path.exists()
+
+
+@pytest.mark.parametrize("moment", ["raylet", "agent"])
+def test_a_raylet_that_dies_while_ray_starts_is_noticed_in_seconds_and_leaves_nothing_behind(
+    start: Start, moment: str
+) -> None:
+    raylet = start.await_process("raylet")
+    start.await_process(moment)
+    start.worker.send({"request": {}})
+    time_of_death = time.monotonic()
+    raylet.kill()
+    reply = start.worker.reply()
+    assert time.monotonic() - time_of_death < 10, "Ray itself takes longer"
+    assert reply is not None
+    assert "Ray's process raylet was ended by SIGKILL; probably out of memory" in reply["error"]["message"]
+    start.worker.process.wait(20)
+    assert start.processes() == {}
+
+
+def test_what_is_left_when_run_and_keeper_are_killed_goes_with_the_next_run(start: Start, tmp_path: Path) -> None:
+    start.await_process("agent")
+    assert remove_abandoned() == [], "it is alive"
+    start.worker.process.kill()  # its driver is killed with it, and by that Ray's main processes
+    start.worker.process.wait()
+    start.worker.channel.close()
+    start.worker.folder.release()
+    folder = start.worker.folder.path
+    done = dg.materialize([nothing], resources={"compute": backend(tmp_path)})
+    assert done.success
+    assert not folder.exists()
+    assert start.processes() == {}
+
+
+@dg.asset
+def nothing(compute: LocalRay) -> None:
+    """Needs no driver."""
 
 
 def test_what_is_to_be_done_meanwhile_is_not_done_for_a_reused_result(tmp_path: Path) -> None:
     called = threading.Event()
     materialize(tmp_path, "write", meanwhile=called.set)
-    assert called.is_set()
+    assert called.wait(10)
     called.clear()
     _, results = materialize(tmp_path, "write", meanwhile=called.set)
     assert results[0].reused
@@ -170,8 +277,9 @@ def test_termination_ends_everything_within_ten_seconds(tmp_path: Path, signal_n
             time.sleep(0.1)
         driver = psutil.Process(int(marker.read_text()))
         folder = Path(driver.environ()["TMPDIR"])
-        time.sleep(1.0)  # let the driver get into ray.get
-        family = [driver, *driver.children(recursive=True)]
+        keeper = psutil.Process(driver.ppid())
+        until(lambda: any("ray::_sleep" in p.name() for p in driver.children(recursive=True)))  # it is in ray.get
+        family = [keeper, *keeper.children(recursive=True)]
         assert len(family) > 3
         run.send_signal(signal_number)
         run.wait(10)

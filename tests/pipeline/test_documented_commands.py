@@ -20,7 +20,8 @@ import pytest
 from housing_assets.sample_data import write_sample
 from resources.model_registry.base import ModelVersion
 from resources.model_registry.local import LocalModelRegistry
-from tests.documented import ROOT, Reader, commands, copy_of_the_project, free_port, mentions, pages, programs
+from tests.documented import ROOT, Reader, commands, copy_of_the_project, mentions, pages, programs
+from tests.ports import free_port
 
 DAYS = ("2026-11-20", "2026-11-23")
 PAGES = ("README.md", "docs/tutorial.md", "docs/operations.md")

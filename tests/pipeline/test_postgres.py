@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from tests.ports import free_port
 from tests.unit.test_deployment_files import POSTGRES_FILE
 
 ROOT = Path(__file__).parents[2]
@@ -54,9 +54,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
         command = [initdb, "--pgdata", str(data), "--username", "dagster", "--pwfile", str(folder / "password")]
         command += ["--auth", "scram-sha-256", "--encoding", "UTF8", "--no-sync"]
         subprocess.run(command, cwd=folder, check=True, stdout=log, stderr=log, timeout=120, user=user)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         # Nothing here must survive a crash of the machine.
         command = [server, "-D", str(data), "-p", str(port), "-k", str(folder), "-h", "127.0.0.1", "-F"]
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, user=user)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import signal
@@ -31,18 +30,13 @@ from step_scripts.model_artifact import load_model
 from step_scripts.serving_app import MAX_BODY_BYTES
 from step_scripts.serving_io import CSV, JSON, JSON_LINES, RequestError, encode, response_media
 from step_scripts.table import ColumnSpec, TableSpec
+from tests.ports import free_port
 from tests.serving_models import house_rows, request, small_model
 
 ROOT = Path(__file__).parents[2]
 ROW = "1990,2000.5,3,2.5,0.5,2,1,0"
 FEATURES = HOUSING_TABLE.features
 ROW_OBJECT = dict(zip(FEATURES, json.loads(f"[{ROW}]"), strict=True))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
@@ -345,17 +339,17 @@ def test_sigterm_finishes_the_requests_in_progress(model: str) -> None:
     number = free_port()
     process = start("--model-dir", model, "--port", str(number))
     wait_for_ping(number, process)
-    connection = http.client.HTTPConnection("127.0.0.1", number, timeout=30)
-    connection.putrequest("POST", "/invocations")
-    connection.putheader("Content-Type", CSV)
-    connection.putheader("Content-Length", str(len(ROW)))
-    connection.endheaders(ROW[:5].encode())
-    time.sleep(0.3)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
-    assert process.poll() is None
-    connection.send(ROW[5:].encode())
-    assert connection.getresponse().status == 200
+    with socket.create_connection(("127.0.0.1", number), timeout=30) as connection:
+        head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: {CSV}\r\nContent-Length: {len(ROW)}\r\n"
+        connection.sendall(f"{head}Expect: 100-continue\r\n\r\n".encode())
+        answers = connection.makefile("rb")
+        assert answers.readline().startswith(b"HTTP/1.1 100 "), "the request is in progress"
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        connection.sendall(ROW.encode())
+        answers.readline()  # the empty line after 100
+        assert answers.readline().startswith(b"HTTP/1.1 200 ")
     assert process.wait(30) == 0
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from housing_assets.sample_data import write_sample
-from tests.documented import ROOT, Reader, commands, copy_of_the_project, free_port
+from tests.documented import ROOT, Reader, commands, copy_of_the_project
 from tests.pipeline.test_documented_commands import NOT_RUN
+from tests.ports import free_port
 from tests.sagemaker_emulator.testing import Aws
 
 if TYPE_CHECKING:

@@ -5,12 +5,12 @@ import itertools
 import logging
 import random
 import secrets
-import socket
 import time
 from dataclasses import dataclass, field
 
 from botocore.exceptions import ClientError
 
+from tests.ports import free_port
 from tests.sagemaker_emulator.common import Params
 from tests.sagemaker_emulator.hosts import Host
 from tests.sagemaker_emulator.models import Models
@@ -147,7 +147,7 @@ class Fleet:
         given = dict(container.get("Environment", {}))
         if not services.pool.namespaces:
             # Loopback hosts share one network: a server that listens on all addresses needs a port of its own.
-            launched.port = _free_port()
+            launched.port = free_port()
             given["SAGEMAKER_BIND_TO_PORT"] = str(launched.port)
         try:
             self._fetch_model(container, host)
@@ -199,9 +199,3 @@ def _ping(container: Container) -> bool:
         return False
     finally:
         connection.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

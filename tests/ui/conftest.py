@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import psutil
 import pytest
 
 from tests.platform_cli import ROOT, Platform
+from tests.ports import free_port
 from tests.ui.browser import Browser, UserInterface
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -32,9 +32,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Platform:
 @pytest.fixture(scope="module")
 def ui(platform: Platform) -> Iterator[UserInterface]:
     """`dagster dev`, as `make ui` starts it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = platform.folder / "ui.log"
     with log.open("w") as output:
         process = subprocess.Popen(

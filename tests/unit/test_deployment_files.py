@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from dagster._core.op_concurrency_limits_counter import GlobalOpConcurrencyLimit
 from dagster._core.workspace.load import location_origins_from_yaml_paths
 
 from housing_assets.definitions import defs
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 POSTGRES_FILE = ROOT / "deploy" / "dagster.postgres.yaml"
@@ -167,9 +167,7 @@ def test_the_code_location_of_the_image_answers() -> None:
     check = json.loads(
         next(arguments for instruction, arguments in found if instruction == "HEALTHCHECK").partition("CMD ")[2]
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     command = [word.replace("4000", port).replace("0.0.0.0", "127.0.0.1") for word in command]
     check = [word.replace("4000", port) for word in check]
     assert command[0] == check[0] == "dagster"

@@ -294,19 +294,36 @@ class Messages(Notifier):
             file.write(f"{title}\n{text}\n")
 
 
+WAITS = "import time; print(flush=True); time.sleep(600)"
+
+
+def driver(run: str, artifacts: str, folder: Path) -> subprocess.Popen[bytes]:
+    """A process that looks like the driver of a run."""
+    variables = {"HOUSING_RUN_ID": run, "HOUSING_ARTIFACTS": artifacts, "HOUSING_RAY_FOLDER": str(folder)}
+    return visible([sys.executable, "-c", WAITS], variables)
+
+
+def visible(command: list[str], variables: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """A process that runs `WAITS`, and has come so far: before, it may have neither command line nor environment."""
+    process = subprocess.Popen(command, env=os.environ | (variables or {}), stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
 def test_processes_whose_run_is_gone_are_found_and_stopped_if_configured(
     tmp_path: Path, instance: dg.DagsterInstance
 ) -> None:
     artifacts = str(tmp_path / "data" / "artifacts")
     gone, running = "a" * 8, instance.create_run_for_job(teardown, status=dg.DagsterRunStatus.STARTED).run_id
-    folder = tmp_path / "housing-ray"
+    folder = tmp_path / "0"
     folder.mkdir()
-    program = [sys.executable, "-c", "import time; time.sleep(600)", "step_scripts.worker"]
     processes = [
-        subprocess.Popen(program, env=os.environ | {"HOUSING_RUN_ID": run, "HOUSING_ARTIFACTS": place,
-                                                    "HOUSING_RAY_FOLDER": str(folder)})
-        for run, place in ((gone, artifacts), (running, artifacts), (gone, str(tmp_path / "other")))
-    ]  # fmt: skip
+        driver(run, place, tmp_path / str(number))
+        for number, (run, place) in enumerate(
+            [(gone, artifacts), (running, artifacts), (gone, str(tmp_path / "other"))]
+        )
+    ]
     orphan = processes[0]
     messages = Messages(path=str(tmp_path / "messages"))
     try:
@@ -340,9 +357,7 @@ def test_people_are_told_of_each_finding_once_until_it_changes_or_stays(
     processes: list[subprocess.Popen[bytes]] = []
 
     def start(run: str) -> subprocess.Popen[bytes]:
-        program = [sys.executable, "-c", "import time; time.sleep(600)", "step_scripts.worker"]
-        variables = {"HOUSING_RUN_ID": run, "HOUSING_ARTIFACTS": artifacts, "HOUSING_RAY_FOLDER": str(tmp_path / "ray")}
-        processes.append(subprocess.Popen(program, env=os.environ | variables))
+        processes.append(driver(run, artifacts, tmp_path / f"ray-{run}"))
         return processes[-1]
 
     def look(folder: Path = tmp_path, **config: Any) -> list[str]:
@@ -431,8 +446,8 @@ def test_a_server_whose_folder_is_gone_is_found(tmp_path: Path) -> None:
     root = tmp_path / "endpoints"
     path = str(root / "housing" / "deployment.json")
     other = str(tmp_path / "elsewhere" / "housing" / "deployment.json")
-    program = [sys.executable, "-c", "import time; time.sleep(600)", "-m", "step_scripts.serve_model", "--deployment"]
-    processes = [subprocess.Popen([*program, where]) for where in (path, other)]
+    program = [sys.executable, "-c", WAITS, "-m", "step_scripts.serve_model", "--deployment"]
+    processes = [visible([*program, where]) for where in (path, other)]
     host = LocalEndpointHost(root=str(root))
     try:
         [item] = host.inventory()
