@@ -17,6 +17,7 @@ from housing_assets.watching import watch_endpoint
 from resources.endpoints.base import EndpointHost
 from resources.model_registry.base import ModelRegistry
 from resources.notifier import Notifier
+from resources.optional_services import attempt
 
 _SETTINGS = load_automation()
 _INGESTION = dg.AssetSelection.assets("raw_csv", "feature_group")
@@ -157,7 +158,9 @@ def failed_runs(context: dg.RunFailureSensorContext, notifier: Notifier) -> None
     if (failures := _failures(context)) and all(_tells_itself(run, failure) for failure in failures):
         return
     reasons = "\n".join(_reasons(context)) or context.failure_event.message or ""
-    notifier.notify(f"Run {run.run_id[:8]} of {_what(run)} failed", reasons)
+    title = f"Run {run.run_id[:8]} of {_what(run)} failed"
+    if problem := attempt(lambda: notifier.notify(title, reasons)):
+        context.log.warning(f"People could not be told that {title[0].lower()}{title[1:]}: {problem}")
 
 
 def _failures(context: dg.RunFailureSensorContext) -> list[Any]:

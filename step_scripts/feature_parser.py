@@ -166,7 +166,10 @@ class FeatureParser:
             frame = None
         if frame is None and not quoted:  # a number that is none becomes null
             strict = False
-            frame = read_csv(data, **options, ignore_errors=True, truncate_ragged_lines=True)
+            try:
+                frame = read_csv(data, **options, ignore_errors=True, truncate_ragged_lines=True)
+            except pl.exceptions.PolarsError:  # a first line of too many fields
+                return False
         if frame is None or frame.height != len(commas) or (strict and ragged.any()):
             return False
         frame = frame.select(str(place) for place in places)

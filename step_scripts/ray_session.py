@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from step_scripts.environment import environment_set
+from step_scripts.private_files import write_private
 
 _POLARS_ALLOCATOR = "_RJEM_MALLOC_CONF"
 # Polars puts this before what it finds in the variable, in every process that imports it, and children inherit it.
@@ -52,6 +55,7 @@ class RaySession:
     settings: RaySettings
     temporary_folder: Path | None = field(default=None)
     _started: bool = False
+    _afterwards: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def ensure(self) -> None:
         """Start or join Ray, once."""
@@ -67,16 +71,32 @@ class RaySession:
             if self.temporary_folder is None:
                 # Short: Ray puts sockets below it, and a socket's path is limited to 107 bytes.
                 self.temporary_folder = Path(tempfile.mkdtemp(prefix="ray-"))
+            self._require_token(self.temporary_folder)
             with environment_set(_session_environment(self.settings.num_cpus)):
                 ray.init(
                     address="local",
                     num_cpus=self.settings.num_cpus,
                     object_store_memory=self.settings.object_store_memory,
                     include_dashboard=False,
-                    _temp_dir=str(self.temporary_folder),
+                    # A folder in ours, because Ray opens it to all users.
+                    _temp_dir=str(self.temporary_folder / "r"),
                     **common,
                 )
         self._started = True
+
+    def _require_token(self, folder: Path) -> None:
+        """Have Ray refuse who does not know a secret in a file in `folder`: its ports are open to the network.
+
+        Whatever the user has set is for other clusters; it is there again after `stop`.
+        """
+        path = folder / "ray_token"
+        if not path.exists():
+            write_private(path, secrets.token_hex(32).encode())
+        if (given := os.environ.pop("RAY_AUTH_TOKEN", None)) is not None:  # it would win over the file
+            self._afterwards.callback(os.environ.__setitem__, "RAY_AUTH_TOKEN", given)
+        self._afterwards.callback(_read_token_settings)
+        self._afterwards.enter_context(environment_set({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}))
+        _read_token_settings()
 
     def stop(self) -> None:
         """Disconnect; end a private session and remove its folder."""
@@ -85,6 +105,7 @@ class RaySession:
 
             ray.shutdown()
             self._started = False
+        self._afterwards.close()
         if self.temporary_folder is not None:
             shutil.rmtree(self.temporary_folder, ignore_errors=True)
             self.temporary_folder = None
@@ -104,6 +125,14 @@ class RaySession:
         import ray
 
         return float(ray.cluster_resources().get("CPU", 1.0))
+
+
+def _read_token_settings() -> None:
+    """Have Ray look at the environment again: it remembers what it found when it was imported, or used a token."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def worker_environment() -> dict[str, str]:

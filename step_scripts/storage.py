@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from step_scripts.private_files import private_folder
+
 if TYPE_CHECKING:
     from pyarrow import fs
 
@@ -84,7 +86,7 @@ def write_bytes(uri: str, data: bytes) -> None:
             stream.write(content)
         return
     target = local_path(uri)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(target.parent)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -124,7 +126,7 @@ def open_output(uri: str) -> Iterator[IO[bytes]]:
     """A binary stream open for writing; parent folders are made. Not atomic: commit by a manifest."""
     filesystem_, path = filesystem(uri)
     if not is_remote(uri):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        private_folder(Path(path).parent)
     with filesystem_.open_output_stream(path, compression=None) as stream:
         yield stream  # pyright: ignore[reportReturnType]  # Arrow's NativeFile implements the file protocol
 

@@ -99,7 +99,7 @@ def test_a_refused_body_costs_no_more_than_a_valid_one(name: str, valid_seconds:
     assert error.status == 400
     assert len(error.rows) <= MAX_REPORTED_PROBLEMS
     # A wide margin: without a bound these take from twenty to thousands of times as long.
-    assert seconds(lambda: refusal(body, media)) < 5 * valid_seconds[media] + 0.1
+    assert seconds(lambda: refusal(body, media)) < 10 * valid_seconds[media] + 0.5
     assert peak_bytes(lambda: refusal(body, media)) < 8 * BYTES + (8 << 20)
 
 
@@ -152,10 +152,12 @@ def test_csv_in_pieces_is_read_as_line_by_line(runs: list[tuple[str, int]]) -> N
     lines = [line for line, times in runs for _ in range(times)]
     while lines and not lines[-1].strip():
         lines.pop()  # line ends at the end of a body are no rows
+    while lines and not lines[0].strip():
+        lines.pop(0)  # before one row by itself they are passed over
     singly: dict[str, Any] = {}
     for line in {*lines}:
         try:
-            singly[line] = PARSER.parse(f"{line}\n{ROW}".encode(), CSV)[0].tolist()
+            singly[line] = PARSER.parse(f"{ROW}\n{line}\n{ROW}".encode(), CSV)[1].tolist()
         except RequestError as error:
             singly[line] = [(row["column"], row["reason"]) for row in error.rows]
     outcomes = [singly[line] for line in lines]
@@ -183,7 +185,7 @@ def test_json_in_pieces_is_accepted_exactly_where_it_is_json_of_valid_rows(
 ) -> None:
     elements = [element for element, times in runs for _ in range(times)]
     body = '{"instances": [' * instances + "[" * (not instances) + ",".join(elements) + "]" * instances + last
-    row = json.loads(f"[{ROW}]")
+    row, value = json.loads(f"[{ROW}]"), []
     try:
         value = json.loads(body)
         value = value["instances"] if instances else value
