@@ -8,8 +8,8 @@ from typing import Any
 import dagster as dg
 
 from housing_assets.check_history import finished_checks
-from housing_assets.teardown import expected_errors
 from resources.notifier import Notifier
+from resources.optional_services import attempt
 
 # Metadata of a failed check: the severity that people know of. Of another failure: it has told them, once, itself.
 TOLD = "people_were_told"
@@ -31,13 +31,10 @@ def tell_if_worse(
     level, known = result.severity.value, _known(instance, key)
     facts: dict[str, Any] = {TOLD: level}
     if _RANKS[level] > _RANKS[known]:
-        try:
-            notifier.notify(
-                f"Check {key.name} of {key.asset_key.to_user_string()} failed ({level.lower()})",
-                "\n".join([result.description or "", *_figures(result.metadata), f"Remedy: {remedy}"]),
-            )
-        except expected_errors() as error:
-            facts = {TOLD: known, "message_not_sent": f"{type(error).__name__}: {error}"}
+        title = f"Check {key.name} of {key.asset_key.to_user_string()} failed ({level.lower()})"
+        text = "\n".join([result.description or "", *_figures(result.metadata), f"Remedy: {remedy}"])
+        if problem := attempt(lambda: notifier.notify(title, text)):
+            facts = {TOLD: known, "message_not_sent": problem}
     return dg.AssetCheckResult(
         passed=False,
         severity=result.severity,

@@ -20,6 +20,7 @@ from resources.endpoints.base import EndpointHost
 from resources.folder_search import SetAside
 from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound, RegistryDamaged
 from resources.notifier import Notifier
+from resources.optional_services import attempt
 from resources.sources import Listing, list_landing
 
 _SHOWN = 20  # names in a message
@@ -263,7 +264,9 @@ def failed_runs(context: dg.RunFailureSensorContext, notifier: Notifier) -> None
     if (failures := _failures(context)) and all(_tells_itself(run, failure) for failure in failures):
         return
     reasons = "\n".join(_reasons(context)) or context.failure_event.message or ""
-    notifier.notify(f"Run {run.run_id[:8]} of {_what(run)} failed", reasons)
+    title = f"Run {run.run_id[:8]} of {_what(run)} failed"
+    if problem := attempt(lambda: notifier.notify(title, reasons)):
+        context.log.warning(f"People could not be told that {title[0].lower()}{title[1:]}: {problem}")
 
 
 def _failures(context: dg.RunFailureSensorContext) -> list[Any]:

@@ -41,6 +41,18 @@ DEPLOYMENTS = ("local", "sagemaker")
 SECTIONS = ("compute", "feature_store", "model_registry", "endpoint_host")
 _NAME = "housing"  # of endpoint, model group, experiment; and first part of the names of jobs
 _ENVIRONMENT = re.compile(r"[a-z0-9](-?[a-z0-9]){0,27}")
+_SECRETS = frozenset({"HOUSING_SLACK_WEBHOOK", "HOUSING_SMTP_USER", "HOUSING_SMTP_PASSWORD"})
+# Of a URL: user information in general, or with a password where user names are usual, or a parameter.
+_PASSWORD = re.compile(
+    r"^\s*(https?|ray|smtps?)://[^/?#]*@"
+    r"|://[^/?#@:]*:(?!\d+(?:/|$))[^@\s]*@"
+    r"|[?&;](password|passwd|pwd|token|secret)=",
+    re.IGNORECASE,
+)
+_PLACES = {
+    "HOUSING_MLFLOW_URI": "MLflow's client reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+    "MLFLOW_TRACKING_TOKEN; drivers of databases have files and variables of their own, such as PGPASSWORD."
+}
 _BRANCH_LENGTH = 13  # of the readable part of a branch's environment
 
 
@@ -199,10 +211,26 @@ def load_resources(environment: Mapping[str, str] | None = None) -> dict[str, An
     Raises `ValueError` naming the variable for a value that makes no sense.
     """
     settings = Settings(os.environ if environment is None else environment)
+    _refuse_passwords(settings.environment)
     deployment = settings.text("HOUSING_DEPLOYMENT") or "local"
     if deployment not in DEPLOYMENTS:
         raise ValueError(f"HOUSING_DEPLOYMENT={deployment!r}: choose one of {', '.join(DEPLOYMENTS)}")
     return _sagemaker(settings) if deployment == "sagemaker" else _local(settings)
+
+
+def _refuse_passwords(environment: Mapping[str, str]) -> None:
+    """Raise `ValueError` for a URL with a password in it: it would stand in the UI, in logs and in Dagster's database.
+
+    Those that are secrets as a whole are read where they are used, and never part of the definitions.
+    """
+    for name, value in environment.items():
+        if not name.startswith(("HOUSING_", "RAY_ADDRESS", "AWS_ENDPOINT_URL")) or name in _SECRETS:
+            continue
+        if _PASSWORD.search(value):
+            raise ValueError(
+                f"{name} has a user name or a password in its URL, which would stand in the UI, in logs and in "
+                f"Dagster's database: take it out. {_PLACES.get(name, '')}".rstrip()
+            )
 
 
 def environment_of(environment: Mapping[str, str] | None = None) -> str | None:
@@ -288,6 +316,7 @@ def _notifier(settings: Settings) -> Notifier:
             port=settings.number("HOUSING_SMTP_PORT", int) or 587,
             sender=settings.required("HOUSING_SMTP_SENDER", "the address that messages come from"),
             recipients=settings.words("HOUSING_SMTP_RECIPIENTS"),
+            allow_insecure=settings.switch("HOUSING_SMTP_ALLOW_INSECURE", default=False),
             **(login if settings.text("HOUSING_SMTP_USER") else {}),
         )
     raise ValueError(f"HOUSING_NOTIFIER={kind!r}: choose one of log, slack, email, sns")
@@ -298,7 +327,8 @@ def _experiments(settings: Settings) -> ExperimentTracker:
     if uri is None:
         return NoTracking()
     more = settings.given(
-        experiment=("HOUSING_MLFLOW_EXPERIMENT", str), artifact_location=("HOUSING_MLFLOW_ARTIFACTS", str)
+        experiment=("HOUSING_MLFLOW_EXPERIMENT", str),
+        artifact_location=("HOUSING_MLFLOW_ARTIFACTS", str),
     )
     return MlflowTracking(**{"tracking_uri": uri, "experiment": _own(settings), **more})
 

@@ -77,7 +77,10 @@ ENVIRONMENT: dict[str, dict[str, tuple[str, str]]] = {
         "HOUSING_SNS_TOPIC": ("none", "ARN of the topic."),
         "HOUSING_SMTP_HOST": ("none", "SMTP server; also `HOUSING_SMTP_PORT` (587), `_SENDER`, `_RECIPIENTS`, `_USER`, "
                               "`_PASSWORD`."),
-        "HOUSING_MLFLOW_URI": ("none", "Tracking server, database, or ARN: tuning runs are recorded in MLflow."),
+        "HOUSING_SMTP_ALLOW_INSECURE": ("off", "`on`: send also without encryption, or to a server whose certificate "
+                                        "cannot be verified."),
+        "HOUSING_MLFLOW_URI": ("none", "Tracking server, database, or ARN: tuning runs are recorded in MLflow. "
+                               "No password in it."),
         "HOUSING_MLFLOW_EXPERIMENT": ("housing", "Name of the experiment."),
         "HOUSING_MLFLOW_ARTIFACTS": ("the server's", "Where a new experiment keeps artifacts."),
     },

@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from step_scripts.private_files import private_folder
+
 if TYPE_CHECKING:
     import numpy as np
     import polars as pl
@@ -44,7 +46,7 @@ def write_sample(path: Path, *, rows: int = 10_000, seed: int = 42, invalid_frac
         raise ValueError(f"rows must be at least 1, not {rows}")
     if not 0 <= invalid_fraction <= 1:
         raise ValueError(f"invalid_fraction must be between 0 and 1, not {invalid_fraction}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -18,6 +18,7 @@ from housing_assets.teardown import BUSY, Owner, expected_errors, look
 from resources.compute.base import table
 from resources.inventory import OwnedItem
 from resources.notifier import Notifier
+from resources.optional_services import attempt
 
 _OWNERS = ("compute", "endpoint_host")
 _KINDS = ("job", "endpoint")
@@ -134,7 +135,9 @@ def _tell(
     if fresh:
         notifier: Notifier = context.resources.notifier
         title = f"{len(rows)} abandoned jobs or endpoints, {len(fresh)} new or changed"
-        notifier.notify(title, "\n".join(fresh.values()))
+        if problem := attempt(lambda: notifier.notify(title, "\n".join(fresh.values()))):
+            context.log.warning(f"People could not be told of {title}, and are told next time: {problem}")
+            fresh = {}
     # What could not be listed this time may still be there.
     told = {place: known[place] for place in known if place in lines or problems}
     told |= {place: Told(what=what, at=now) for place, what in fresh.items()}

@@ -19,6 +19,7 @@ from housing_assets.deployments import load_automation
 from housing_assets.stability import PSI_THRESHOLD, stability_result
 from resources.endpoints.base import PROBE_ID, EndpointHost, EndpointNotFound, EndpointStatus, InvocationFailed
 from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound, RegistryDamaged
+from resources.optional_services import attempt
 
 if TYPE_CHECKING:
     from step_scripts.captured_requests import CapturedRows
@@ -211,7 +212,14 @@ def drift(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry)
         return dg.AssetCheckResult(passed=True, description=f"nothing to compare with: {error}")
     table = TableSpec.model_validate_json(storage.read_bytes(version.artifact.file_uri("table.json")))
     since = max(status.deployed_at, datetime.now(UTC) - timedelta(days=_SETTINGS.drift_days))
-    rows = endpoint_host.captured(name, table, since, _MOST_ROWS)
+    read: list[CapturedRows | None] = []
+    if problem := attempt(lambda: read.append(endpoint_host.captured(name, table, since, _MOST_ROWS))):
+        return dg.AssetCheckResult(
+            passed=False,
+            severity=dg.AssetCheckSeverity.WARN,
+            description=f"captured requests cannot be read: {problem}",
+        )
+    rows = read[0]
     if rows is None:
         return dg.AssetCheckResult(passed=True, description="requests are not captured (HOUSING_DATA_CAPTURE=on)")
     facts: dict[str, Any] = {

@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field
 
+from resources.optional_services import attempt
 from step_scripts import storage
 from step_scripts.contract import Artifact
+from step_scripts.environment import environment_defaults
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]  # optional
 
 _PARAMETER_LENGTH = 6000  # MLflow's limit for the value of a parameter
+# MLflow's client would retry for some four minutes before it says why.
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}
 _DIGEST_TAG = "housing.request_digest"
 
 
@@ -45,6 +49,15 @@ class ExperimentTracker(dg.ConfigurableResource, ABC):
     @abstractmethod
     def record(self, search: TrackedSearch) -> dict[str, Any]:
         """Record a tuning run, once however often it is told. Returns metadata that leads to the record."""
+
+    def try_to_record(self, search: TrackedSearch, log: Any) -> dict[str, Any]:
+        """`record`, or a warning in `log` with the reason: the model is there, whatever becomes of its record."""
+        found: dict[str, Any] = {}
+        problem = attempt(lambda: found.update(self.record(search)))
+        if problem is None:
+            return found
+        log.warning(f"{search.name} is not recorded in the experiment tracker, and the run goes on: {problem}")
+        return {"not_recorded": problem}
 
 
 class NoTracking(ExperimentTracker):
@@ -72,6 +85,10 @@ class MlflowTracking(ExperimentTracker):
 
     def record(self, search: TrackedSearch) -> dict[str, Any]:
         """Record the search. A run with the same request digest that has finished is the record."""
+        with environment_defaults(_PATIENCE):
+            return self._record(search)
+
+    def _record(self, search: TrackedSearch) -> dict[str, Any]:
         client = self._client()
         experiment = self._experiment_id(client)
         known = client.search_runs(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from step_scripts.locking import try_lock
+from step_scripts.private_files import private_folder
 
 
 @contextmanager
@@ -17,7 +18,7 @@ def file_lock(path: Path, timeout_seconds: float, purpose: str) -> Iterator[None
     Raises `TimeoutError` naming file and `purpose` if another process or thread still holds it after
     `timeout_seconds`, `NoLocks` where the file system refuses locks.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     deadline = time.monotonic() + timeout_seconds
     with path.open("a") as file:
         while not try_lock(file.fileno(), path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import smtplib
+import ssl
 import urllib.request
 from abc import ABC, abstractmethod
 from email.message import EmailMessage
@@ -40,6 +41,8 @@ class SlackNotifier(Notifier):
 
     def notify(self, title: str, text: str) -> None:
         """Post the message."""
+        if self.webhook_url.split() != [self.webhook_url]:  # the client's own message would show it
+            raise ValueError("the URL of the webhook has blanks or line ends in it")
         if not self.webhook_url.startswith(("https://", "http://127.0.0.1:", "http://localhost:")):
             raise ValueError("the URL of the webhook must begin with https://")
         body = json.dumps({"text": f"*{title}*\n{text}"}).encode()
@@ -49,7 +52,7 @@ class SlackNotifier(Notifier):
 
 
 class EmailNotifier(Notifier):
-    """Sends messages through an SMTP server, encrypted where the server offers it."""
+    """Sends messages through an SMTP server: encrypted (STARTTLS), to a server whose certificate is verified."""
 
     host: str = Field(description="SMTP server.")
     port: int = Field(default=587, ge=1, le=65535, description="Its port.")
@@ -58,19 +61,37 @@ class EmailNotifier(Notifier):
     user: str | None = Field(default=None, description="User name, if the server wants one.")
     password: str | None = Field(default=None, description="Password. Give it as an environment variable.")
 
+    allow_insecure: bool = Field(
+        default=False,
+        description="Send also where the server offers no encryption, or its certificate cannot be verified.",
+    )
+
     def notify(self, title: str, text: str) -> None:
-        """Send the message."""
+        """Send the message. Before the connection is safe nothing is sent; raises `OSError` if it cannot be."""
         message = EmailMessage()
         message["Subject"], message["From"], message["To"] = title, self.sender, ", ".join(self.recipients)
         message.set_content(text)
         with smtplib.SMTP(self.host, self.port, timeout=_SECONDS) as server:
             server.ehlo()
             if server.has_extn("starttls"):
-                server.starttls()
+                server.starttls(context=self._context())
                 server.ehlo()
+            elif not self.allow_insecure:
+                raise OSError(
+                    f"{self.host}:{self.port} does not offer STARTTLS, and nothing is sent in clear; use the server's "
+                    "port for STARTTLS, or HOUSING_SMTP_ALLOW_INSECURE=on"
+                )
             if self.user:
                 server.login(self.user, self.password or "")
             server.send_message(message)
+
+    def _context(self) -> ssl.SSLContext:
+        """Trusts what the system trusts, and the file that `SSL_CERT_FILE` names."""
+        context = ssl.create_default_context()
+        if self.allow_insecure:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        return context
 
 
 class SnsNotifier(Notifier):

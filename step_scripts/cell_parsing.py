@@ -10,6 +10,7 @@ import polars as pl
 
 from step_scripts.column_types import polars_schema
 from step_scripts.csv_chunks import Records
+from step_scripts.polars_csv import read_csv
 from step_scripts.table import ColumnSpec, DType, TableSpec
 
 EMPTY = "is empty, but a value is required"
@@ -73,7 +74,7 @@ def _name(position: int) -> str:
 def _read(records: Records, fields: int, delimiter: str, types: Mapping[int, pl.DataType]) -> pl.DataFrame:
     """All fields: integers and floats where `types` asks for them, null where a cell is none; else texts."""
     numbers = {i: t for i, t in types.items() if t.is_numeric()}
-    return pl.read_csv(
+    return read_csv(
         records.data,
         has_header=False,
         schema={_name(i): numbers.get(i, pl.String()) for i in range(fields)},

@@ -42,6 +42,7 @@ from step_scripts.contract import StepError
 from step_scripts.interruption import Alarm
 from step_scripts.job_files import JobFiles
 from step_scripts.job_hosts import JobHosts, ml_root, read_hosts
+from step_scripts.private_files import write_private
 from step_scripts.ray_session import worker_environment
 
 FAILED, STOPPED = 1, 128 + signal.SIGTERM
@@ -120,8 +121,7 @@ def _prepare_environment(hosts: JobHosts, files: JobFiles, folder: Path) -> None
             )
         token = secrets.token_hex(32)
     path = folder / "ray_token"
-    path.touch(mode=0o600)
-    path.write_text(token)
+    write_private(path, token.encode())
     project = str(Path(__file__).resolve().parents[1])
     paths = [project, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ |= {

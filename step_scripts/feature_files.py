@@ -34,6 +34,7 @@ from step_scripts.ingestion_plan import (
     WriteItem,
     WriteTarget,
 )
+from step_scripts.private_files import private_folder
 from step_scripts.scratch_arrays import load_lanes, save_lanes
 from step_scripts.table import TableSpec
 
@@ -169,7 +170,7 @@ def write_parquet(uri: str, events: pl.DataFrame) -> None:
         storage.write_bytes(uri, content.getvalue())
         return
     path = storage.local_path(uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     with path.open("wb") as file:
         events.write_parquet(file, compression="zstd", compression_level=1, row_group_size=ROW_GROUP_ROWS)
         file.flush()

@@ -3,38 +3,75 @@
 Accepted: `text/csv` (features in the schema's order, or with a header line in any order and case), `application/json`
 (`{"instances": [...]}`, a list of rows, one row) and JSON lines; a row is a list of features in the schema's order or
 an object. Other columns of the table (target, keys, event time) may be there and are ignored.
+
+A body is read a piece at a time, until a hundred problems have been found: a refused one costs no more than one that is
+answered.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from step_scripts.serving_io import (
-    CSV,
-    JSON,
-    MAX_REPORTED_PROBLEMS,
-    RequestError,
-    csv_records,
-    decode_text,
-    json_rows,
-    load_json,
-    shown,
-)
+from step_scripts.polars_csv import read_csv
+from step_scripts.request_rows import CsvRecords, json_line_pieces, json_pieces
+from step_scripts.serving_io import CSV, JSON, MAX_REPORTED_PROBLEMS, RequestError, decode_text, shown
 from step_scripts.table import ColumnSpec, TableSpec
 
 _QUICK_BYTES = 2048  # of a single CSV line that is tried without the CSV reader
-_BATCH_BYTES = 4096  # from here on Polars is faster than the CSV reader
+_BATCH = 4096  # characters from which on Polars is faster than the CSV reader
+# Characters of a CSV piece: the largest at first; smaller around rows that are not in order, if there are many.
+_LARGEST, _SMALLEST, _STEP = 1 << 20, 1 << 14, 4
+_DOUBTFUL = 1000  # rows that are looked at one by one among those of a larger piece
+_ROW, _ROW_PER_COLUMN = 1 << 16, 64  # characters that a row may have, at least
 _OK, _MISSING, _NOT_A_NUMBER, _NOT_FINITE, _NOT_WHOLE, _OUTSIDE = range(6)
 _WHOLE = ("int64", "bool")
-_ABSENT = object()
+
+
+class _Found:
+    """Rows of a request so far, in pieces, or what is wrong with them."""
+
+    def __init__(self, features: Sequence[str]) -> None:
+        self._values: list[np.ndarray] = [np.empty((0, len(features)))]
+        self._rows = self._bad_rows = self._total = 0
+        self._problems: list[dict[str, Any]] = []
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are as many problems as are reported: what is wrong beside them changes nothing."""
+        return self._total >= MAX_REPORTED_PROBLEMS
+
+    def add(self, values: np.ndarray) -> None:
+        """Add rows that are in order."""
+        self._rows += len(values)
+        if not self._problems:
+            self._values.append(values)
+
+    def add_problems(self, rows: int, problems: Sequence[dict[str, Any]], total: int, bad_rows: int) -> None:
+        """Add `rows` rows of which `bad_rows` are wrong; `problems`, some of `total`, count rows from 0."""
+        self._values.clear()
+        self._problems += [{**problem, "row": self._rows + 1 + problem["row"]} for problem in problems]
+        self._rows, self._total, self._bad_rows = self._rows + rows, self._total + total, self._bad_rows + bad_rows
+
+    def result(self, more: int = 0) -> np.ndarray:
+        """The features. Raises `RequestError` 400 where there are problems; `more`: rows not looked at, about."""
+        if not self._rows:
+            raise RequestError(400, "the request has no rows")
+        if not self._problems:
+            return np.concatenate(self._values)
+        reported = self._problems[:MAX_REPORTED_PROBLEMS]
+        where = f"row {reported[0]['row']}" + (f", {reported[0]['column']}" if reported[0]["column"] else "")
+        bad = f"{self._bad_rows} of {self._rows}"
+        if more:
+            bad = f"at least {self._bad_rows} of about {self._rows + more}"
+        summary = f"{bad} rows cannot be used; first: {where}: {reported[0]['reason']}"
+        raise RequestError(400, summary, reported, self._total)
 
 
 class FeatureParser:
@@ -53,17 +90,21 @@ class FeatureParser:
             (low, high, column.dtype in _WHOLE, frozenset(column.isin) if column.isin is not None else None)
             for column, (low, high) in zip(self._columns, self._bounds, strict=True)
         ]
+        self._row_characters = max(_ROW, _ROW_PER_COLUMN * len(table.columns))
         self._header_places = lru_cache(maxsize=256)(self._places)
 
     def parse(self, body: bytes, media: str) -> np.ndarray:
         """Raw features: float64, shape (rows, features), nulls as NaN. Raises `RequestError` 400."""
         if media == CSV:
             quick = self._quick_csv(body)
-            return quick if quick is not None else self._csv(body)
-        if media == JSON:
-            return self._objects(json_rows(load_json(decode_text(body), "the body")))
-        lines = enumerate(decode_text(body).split("\n"), start=1)
-        return self._objects([load_json(line, f"line {n}") for n, line in lines if line.strip()])
+            return quick if quick is not None else self._csv(decode_text(body))
+        found = _Found(self.features)
+        pieces = json_pieces if media == JSON else json_line_pieces
+        for rows, more in pieces(decode_text(body), self._row_characters):
+            self._objects(rows, found)
+            if found.enough:
+                return found.result(more)
+        return found.result()
 
     def _quick_csv(self, body: bytes) -> np.ndarray | None:
         """The features of one plain line of numbers, or None if that is not what it is."""
@@ -83,69 +124,116 @@ class FeatureParser:
             return None
         return np.array([values])
 
-    def _csv(self, body: bytes) -> np.ndarray:
-        text = decode_text(body).rstrip("\r\n")
-        first = next(csv_records(text[: text.find("\n") + 1] or text), [])
-        header = any(name.strip() in self._names or name.strip().casefold() in self._names for name in first)
-        names = tuple(name.strip() for name in first) if header else self.features
+    def _csv(self, text: str) -> np.ndarray:
+        text = text.rstrip("\r\n")
+        records, found = CsvRecords(text, self._row_characters), _Found(self.features)
+        names, header = self.features, False
+        for first in records.read(1, count=1):
+            # More names than the table has columns are unknown or double in any case.
+            some = [name.strip() for name in first[: len(self._names) + 1]]
+            header = any(name in self._names or name.casefold() in self._names for name in some)
+            if header:
+                names = tuple(some)
         places = self._header_places(names)
-        if len(body) >= _BATCH_BYTES:
-            batch = self._batch_csv(text, len(names), places, header)
-            if batch is not None:
-                return batch
-        records = list(itertools.islice(csv_records(text), 1 if header else 0, None))
-        problems: list[dict[str, Any]] = []
-        for number, record in enumerate(records, start=1):
-            if len(record) != len(names):
-                hint = "" if header else f"; without a header a line is {','.join(self.features)}"
-                reason = f"{len(record)} fields, expected {len(names)}{hint}"
-                problems.append({"row": number, "column": None, "value": None, "reason": reason})
-                record[:] = [*record, *[""] * len(names)][: len(names)]
-        return self._checked([[row[place] for place in places] for row in records], _from_text, problems)
+        if not header:
+            records = CsvRecords(text, self._row_characters)
+        size = _LARGEST
+        while not records.ended and not found.enough:
+            lines = records.lines(size)
+            if len(lines) >= _BATCH and self._batch_csv(lines, names, places, header, found):
+                records.skip(lines)
+                size = min(size * _STEP, _LARGEST)
+            elif size > _SMALLEST and len(lines) > _SMALLEST:
+                size //= _STEP
+            else:
+                size = _SMALLEST
+                self._texts(records.read(size), names, places, header, found)
+        return found.result(0 if records.ended else 1 + text.count("\n", records.position))
 
-    def _batch_csv(self, text: str, width: int, places: Sequence[int], header: bool) -> np.ndarray | None:
-        """The features of many lines by Polars, or None if any of them is not in order."""
-        schema: dict[str, Any] = {str(place): pl.String for place in range(width)}
+    def _batch_csv(self, lines: str, names: Sequence[str], places: Sequence[int], header: bool, found: _Found) -> bool:
+        """Read many lines by Polars. False, and nothing is found, if they are not simple, or too many not in order."""
+        schema: dict[str, Any] = {str(place): pl.String for place in range(len(names))}
         schema |= {str(place): pl.Float64 for place in places}
+        options = {"has_header": False, "schema": schema, "raise_if_empty": False}
+        data = lines.encode()
+        commas = _commas(data)
+        ragged = commas != len(names) - 1
+        quoted = b'"' in data
+        strict = not ragged.any() or quoted
         try:
-            frame = pl.read_csv(
-                io.BytesIO(text.encode()), has_header=False, skip_rows=int(header), schema=schema, raise_if_empty=False
-            )
+            frame = read_csv(data, **options) if strict else None
         except pl.exceptions.PolarsError:
-            return None
-        # A line with too many fields was an error; equal totals then mean that none has too few.
-        commas = text.count(",") - (text.partition("\n")[0].count(",") if header else 0)
-        if not frame.height or commas != frame.height * (width - 1):
-            return None
+            frame = None
+        if frame is None and not quoted:  # a number that is none becomes null
+            strict = False
+            try:
+                frame = read_csv(data, **options, ignore_errors=True, truncate_ragged_lines=True)
+            except pl.exceptions.PolarsError:  # a first line of too many fields
+                return False
+        if frame is None or frame.height != len(commas) or (strict and ragged.any()):
+            return False
         frame = frame.select(str(place) for place in places)
-        values = frame.to_numpy()
+        values = frame.to_numpy(writable=not strict)
         codes = np.zeros(values.shape, np.uint8)
+        nulls = ragged
         for place, count in enumerate(frame.null_count().row(0)):
             if count:
-                codes[frame.to_series(place).is_null().to_numpy(), place] = _MISSING
+                null = frame.to_series(place).is_null().to_numpy()
+                codes[null, place] = _MISSING
+                nulls = nulls | null
         self._check_values(values, codes)
-        return None if codes.any() else values
+        doubtful = codes.any(axis=1) | (nulls if not strict else False)
+        if not doubtful.any():
+            found.add(values)
+            return True
+        rows = np.flatnonzero(doubtful)
+        if quoted or len(rows) > _DOUBTFUL:
+            return False
+        texts = lines.split("\n")
+        records = [text.rstrip("\r").split(",") if text.rstrip("\r") else [] for text in map(texts.__getitem__, rows)]
+        self._texts(records, names, places, header, found, (rows, values))
+        return True
 
-    def _objects(self, rows: Sequence[Any]) -> np.ndarray:
-        problems: list[dict[str, Any]] = []
+    def _texts(
+        self,
+        records: Sequence[list[str]],
+        names: Sequence[str],
+        places: Sequence[int],
+        header: bool,
+        found: _Found,
+        among: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> None:
+        malformed: dict[int, str] = {}
+        ordered: list[Sequence[str]] = []
+        hint = "" if header else f"; without a header a line is {','.join(self.features)}"
+        for index, record in enumerate(records):
+            if len(record) == len(names):
+                ordered.append([record[place] for place in places])
+            else:
+                malformed[index] = f"{len(record)} fields, expected {len(names)}{hint}"
+                ordered.append([""] * len(places))
+        self._checked(ordered, _from_text, malformed, found, among)
+
+    def _objects(self, rows: Sequence[Any], found: _Found) -> None:
+        malformed: dict[int, str] = {}
         ordered: list[Sequence[Any]] = []
-        blank = [_ABSENT] * len(self.features)
-        for number, row in enumerate(rows, start=1):
+        blank = [0.0] * len(self.features)
+        for index, row in enumerate(rows):
             ordered.append(blank)
             try:
                 if isinstance(row, dict):
                     given = list(row.values())
                     ordered[-1] = [given[place] for place in self._header_places(tuple(row))]
                 elif not isinstance(row, list):
-                    raise RequestError(400, f"neither a list nor an object: {shown(row)}")
+                    malformed[index] = f"neither a list nor an object: {shown(row)}"
                 elif len(row) != len(self.features):
                     expected = f"expected {len(self.features)}: {', '.join(self.features)}"
-                    raise RequestError(400, f"{len(row)} values, {expected}")
+                    malformed[index] = f"{len(row)} values, {expected}"
                 else:
                     ordered[-1] = row
             except RequestError as error:
-                problems.append({"row": number, "column": None, "value": None, "reason": str(error)})
-        return self._checked(ordered, _from_json, problems)
+                malformed[index] = str(error)
+        self._checked(ordered, _from_json, malformed, found)
 
     def _places(self, names: tuple[str, ...]) -> tuple[int, ...]:
         """The position of each feature among `names`. Raises `RequestError` naming what is unknown, double, missing."""
@@ -170,34 +258,43 @@ class FeatureParser:
         self,
         rows: Sequence[Sequence[Any]],
         convert: Callable[[Any, bool], tuple[float, int]],
-        problems: list[dict[str, Any]],
-    ) -> np.ndarray:
+        malformed: Mapping[int, str],
+        found: _Found,
+        among: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> None:
+        """Add rows to what is found. `malformed`: why a row is none, by its index; it is reported once, as a whole.
+
+        `among`: which ones these are of all the rows whose values are given, the others of which are in order.
+        """
         if not rows:
-            raise RequestError(400, "the request has no rows")
+            return
         shape = (len(rows), len(self.features))
         values, codes = _converted(rows, convert, [column.dtype == "bool" for column in self._columns])
         values, codes = values.reshape(shape), codes.reshape(shape)
-        malformed = {problem["row"] - 1 for problem in problems}
-        codes[sorted(malformed)] = _OK  # such a row is reported once, as a whole
-        values[sorted(malformed)] = np.nan
-        self._check_values(values, codes, skip=malformed)
-        total = len(problems) + int(np.count_nonzero(codes))
-        if not total:
-            return values
-        cells = [
+        skip = list(malformed)
+        codes[skip] = _OK
+        values[skip] = np.nan
+        self._check_values(values, codes, skip=skip)
+        numbers, everything = among if among is not None else (np.arange(len(rows)), values)
+        if not malformed and not codes.any():
+            everything[numbers] = values
+            found.add(everything)
+            return
+        wrong = itertools.islice(np.argwhere(codes), MAX_REPORTED_PROBLEMS)
+        problems = [
             {
-                "row": int(row) + 1,
+                "row": int(numbers[row]),
                 "column": self.features[place],
                 "value": shown(rows[row][place]),
                 "reason": self._reason(int(codes[row, place]), self._columns[place]),
             }
-            for row, place in np.argwhere(codes)[:MAX_REPORTED_PROBLEMS]
+            for row, place in wrong
         ]
-        reported = sorted([*problems, *cells], key=lambda problem: problem["row"])[:MAX_REPORTED_PROBLEMS]
-        bad_rows = len(malformed | set(np.flatnonzero(codes.any(axis=1)).tolist()))
-        where = f"row {reported[0]['row']}" + (f", {reported[0]['column']}" if reported[0]["column"] else "")
-        summary = f"{bad_rows} of {len(rows)} rows cannot be used; first: {where}: {reported[0]['reason']}"
-        raise RequestError(400, summary, reported, total)
+        for row, reason in itertools.islice(malformed.items(), MAX_REPORTED_PROBLEMS):
+            problems.append({"row": int(numbers[row]), "column": None, "value": None, "reason": reason})
+        problems.sort(key=lambda problem: problem["row"])
+        bad = np.count_nonzero(codes.any(axis=1)) + len(malformed)
+        found.add_problems(len(everything), problems, len(malformed) + int(np.count_nonzero(codes)), int(bad))
 
     def _check_values(self, values: np.ndarray, codes: np.ndarray, skip: Iterable[int] = ()) -> None:
         """Set `codes` where a value is not allowed, and clear them where a null is."""
@@ -230,6 +327,13 @@ class FeatureParser:
             _NOT_WHOLE: f"not {whole}{expected}",
             _OUTSIDE: f"out of range{expected}",
         }[code]
+
+
+def _commas(data: bytes) -> np.ndarray:
+    """How many there are in each line; a last line may have no line end."""
+    characters = np.frombuffer(data, np.uint8)
+    starts = np.flatnonzero(characters[:-1] == ord("\n")) + 1
+    return np.add.reduceat(characters == ord(","), np.concatenate(([0], starts)), dtype=np.int64)
 
 
 def _bounds(column: ColumnSpec) -> tuple[float, float]:

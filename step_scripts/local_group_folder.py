@@ -16,6 +16,7 @@ from step_scripts import storage
 from step_scripts.contract import StepError
 from step_scripts.group_folder import LOCK_SECONDS, Commit, CommitTaken, GroupFolder, StoredFile, commit_name
 from step_scripts.locking import try_lock
+from step_scripts.private_files import private_folder
 
 _POLL_SECONDS = 0.05
 
@@ -38,7 +39,7 @@ class LocalGroupFolder(GroupFolder):
     def append(self, commit: Commit) -> None:
         """Make `commit` visible, atomically, and never in place of another. The caller holds the lock."""
         storage.sync(self.uri, [f"data/{file.path}" for file in commit.files])
-        self._log.mkdir(parents=True, exist_ok=True)
+        private_folder(self._log)
         target = self._log / commit_name(commit.number)
         temporary = self._log / f".{target.name}.{uuid.uuid4().hex}.tmp"
         try:
@@ -69,7 +70,7 @@ class LocalGroupFolder(GroupFolder):
     def _locked_descriptor(self, deadline: float, create: bool) -> int:
         while True:
             if create:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+                private_folder(self.path.parent)
                 with contextlib.suppress(FileExistsError):  # `exist_ok` still raises if a deletion comes in between
                     self.path.mkdir()
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from pydantic import BaseModel
 from step_scripts.code_version import library_versions
 from step_scripts.environment import environment_set
 from step_scripts.loaded_code import JOURNAL, PACKAGE, digest_of
+from step_scripts.private_files import write_private
 from step_scripts.ray_join import join_cluster
 from step_scripts.ray_watch import RayWatch
 from step_scripts.session_folder import FOLDER_VARIABLE, SessionFolder, make_folder, remove_abandoned
@@ -80,6 +82,7 @@ class RaySession:
     _own_folder: SessionFolder | None = None
     _watch: RayWatch | None = None
     _started: bool = False
+    _afterwards: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _reports: dict[str, NodeReport] | None = None
 
     @property
@@ -107,6 +110,7 @@ class RaySession:
                 self.temporary_folder = self._own_folder.path
             if self.on_loss is not None and self._watch is None:
                 self._watch = RayWatch(self.temporary_folder, self.on_loss)
+            self._require_token(self.temporary_folder)
             own = {FOLDER_VARIABLE: str(self.temporary_folder), JOURNAL: str(self.temporary_folder / "loaded-code")}
             cpus = self.settings.num_cpus or available_cpus()
             with environment_set(_session_environment(cpus) | own):
@@ -115,10 +119,25 @@ class RaySession:
                     num_cpus=cpus,
                     object_store_memory=self.settings.object_store_memory,
                     include_dashboard=False,
-                    _temp_dir=str(self.temporary_folder),
+                    # A folder in ours, because Ray opens it to all users.
+                    _temp_dir=str(self.temporary_folder / "r"),
                     **common,
                 )
         self._started = True
+
+    def _require_token(self, folder: Path) -> None:
+        """Have Ray refuse who does not know a secret in a file in `folder`: its ports are open to the network.
+
+        Whatever the user has set is for other clusters; it is there again after `stop`.
+        """
+        path = folder / "ray_token"
+        if not path.exists():
+            write_private(path, secrets.token_hex(32).encode())
+        if (given := os.environ.pop("RAY_AUTH_TOKEN", None)) is not None:  # it would win over the file
+            self._afterwards.callback(os.environ.__setitem__, "RAY_AUTH_TOKEN", given)
+        self._afterwards.callback(_read_token_settings)
+        self._afterwards.enter_context(environment_set({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}))
+        _read_token_settings()
 
     def stop(self) -> None:
         """Disconnect; end a private session and remove its folder."""
@@ -130,6 +149,7 @@ class RaySession:
 
             ray.shutdown()
             self._started = False
+        self._afterwards.close()
         if self.temporary_folder is not None:
             shutil.rmtree(self.temporary_folder, ignore_errors=True)
             self.temporary_folder = None
@@ -181,6 +201,14 @@ class RaySession:
         import ray
 
         return float(ray.cluster_resources().get("CPU", 1.0))
+
+
+def _read_token_settings() -> None:
+    """Have Ray look at the environment again: it remembers what it found when it was imported, or used a token."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def worker_environment() -> dict[str, str]:

@@ -18,6 +18,7 @@ import logging.handlers
 import os
 import signal
 import socket
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -44,10 +45,12 @@ from step_scripts.locking import NoLocks, try_lock
 from step_scripts.served_model import load_served_model, model_in_folder
 from step_scripts.serving_app import InferenceApp
 from step_scripts.serving_capture import RequestCapture
+from step_scripts.serving_protocol import RequestProtocol
 
 _GRACE_SECONDS = 25  # SageMaker kills a container 30 s after SIGTERM
 _KEEP_ALIVE_SECONDS = 75
 _LOG_BYTES, _LOG_FILES = 1 << 20, 2
+_OUTPUT_SECONDS = 1.0
 
 logger = logging.getLogger("housing.serving")
 
@@ -78,7 +81,7 @@ class ModelServer:
         host, port = listening.getsockname()[:2]
         config = uvicorn.Config(
             self.app,  # pyright: ignore[reportArgumentType]  # ASGI messages as plain dicts
-            http="httptools",
+            http=RequestProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -99,7 +102,7 @@ class ModelServer:
             loop.add_signal_handler(signal.SIGHUP, self._reload.set)
         if until_input_closes:
             threading.Thread(target=_call_at_end_of_input, args=(loop, stop), daemon=True).start()
-        tasks = [asyncio.create_task(self._load_first(stop)), asyncio.create_task(self._follow())]
+        tasks = [asyncio.create_task(work) for work in (self._load_first(stop), self._follow(), self._bound_output())]
         if self.state is not None:
             _record_server(self.state, host, port)
         logger.info("listening on http://%s:%d", host, port)
@@ -138,6 +141,15 @@ class ModelServer:
                 self.record = record
             outcome = ReloadRecord(deployment_id=record.deployment_id, error=error, at=datetime.now(UTC))
             outcome.write(self.state / RELOAD_FILE)
+
+    async def _bound_output(self) -> None:
+        """Keep the file that standard error goes to bounded: libraries write there, a native one with each panic."""
+        while self.state is not None:
+            output = os.fstat(2)
+            if stat.S_ISREG(output.st_mode) and output.st_size > _LOG_BYTES:
+                os.ftruncate(2, 0)
+                os.write(2, b"[what stood here was removed: the file had grown too large]\n")
+            await asyncio.sleep(_OUTPUT_SECONDS)
 
     async def _load(self, record: DeploymentRecord) -> str:
         """Load the model of `record` in a thread and serve it from then on. Returns why that failed, or nothing."""
@@ -217,6 +229,7 @@ def serve_deployment(path: Path, until_input_closes: bool) -> None:
         record = DeploymentRecord.read(path)
     except (OSError, ValueError) as error:
         raise StartError(f"{path} cannot be read: {error}") from error
+    os.umask(0o077)  # whatever this process writes is for its user alone
     with (path.parent / LOCK_FILE).open("a") as lock:
         try:
             free = try_lock(lock.fileno(), path.parent / LOCK_FILE)

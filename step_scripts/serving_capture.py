@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from step_scripts.deployment import CaptureCounts, CaptureSettings
+from step_scripts.private_files import open_private, private_folder
 from step_scripts.serving_io import CSV
 
 VARIANT = "AllTraffic"
@@ -168,6 +169,8 @@ class _BoundedFiles:
 
     def __init__(self, folder: Path, bound: int) -> None:
         self._folder = folder
+        if folder.parent.is_dir():
+            folder.parent.chmod(0o700)  # an earlier version made it for all to read
         self._bound = bound
         self._segment = min(bound // _SEGMENTS, _SEGMENT_BYTES)
         # Paths sort by time. A file counts with the size it had when the capture began, or that was written since.
@@ -206,9 +209,9 @@ class _BoundedFiles:
 
     def _open(self, hour: Path, at: datetime) -> None:
         self.close()
-        hour.mkdir(parents=True, exist_ok=True)
+        private_folder(hour)
         path = hour / f"{at:%M-%S}-{at.microsecond // 1000:03d}-{uuid.uuid4()}.jsonl"
-        self._file = path.open("ab")
+        self._file = open_private(path, "ab")
         self._current = path
         self._sizes[path] = 0
 

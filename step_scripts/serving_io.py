@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -21,13 +19,14 @@ _MEDIA |= {"application/jsonl": JSON_LINES, "application/x-ndjson": JSON_LINES, 
 _WILDCARDS = {"*/*": "", "text/*": CSV, "application/*": ""}
 _CHARSETS = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
 _MAX_SHOWN = 100  # characters of a wrong value
+_ENCODED = 4096  # predictions
 
 
 class RequestError(Exception):
     """A request that cannot be answered: HTTP status, reason, and for bad rows a table of what is wrong.
 
-    `rows` holds at most `MAX_REPORTED_PROBLEMS` entries `{"row", "column", "value", "reason"}`, `problems` their number
-    without that limit. Rows count from 1; a header line is not counted.
+    `rows` holds at most `MAX_REPORTED_PROBLEMS` entries `{"row", "column", "value", "reason"}`, `problems` how many
+    there are or, in a large body, were found until it was read no further. Rows count from 1, without a header line.
     """
 
     def __init__(self, status: int, reason: str, rows: Sequence[dict[str, Any]] = (), problems: int = 0) -> None:
@@ -87,12 +86,15 @@ def response_media(accept: str, default: str) -> str:
 
 def encode(predictions: np.ndarray, media: str) -> bytes:
     """Predictions as a body: one a line (CSV), `{"predictions": [...]}` (JSON), `{"prediction": x}` lines."""
-    values: list[float] = predictions.tolist()
+    between = "\n" if media == CSV else ", " if media == JSON else '}\n{"prediction": '
+    # In parts, between which other threads have their turn: one call for all would hold them up.
+    parts = (predictions[at : at + _ENCODED].tolist() for at in range(0, len(predictions), _ENCODED))
+    values = between.join(between.join(map(repr, part)) for part in parts)
     if media == CSV:
-        return ("\n".join(map(repr, values)) + "\n").encode()
+        return f"{values}\n".encode()
     if media == JSON:
-        return json.dumps({"predictions": values}).encode()
-    return "".join(f'{{"prediction": {value!r}}}\n' for value in values).encode()
+        return f'{{"predictions": [{values}]}}'.encode()
+    return f'{{"prediction": {values}}}\n'.encode()
 
 
 def decode_text(body: bytes) -> str:
@@ -104,15 +106,6 @@ def decode_text(body: bytes) -> str:
     if not text.strip():
         raise RequestError(400, "the body is empty")
     return text
-
-
-def csv_records(text: str) -> Iterator[list[str]]:
-    """The lines as lists of fields. Raises `RequestError` 400 where the text is not CSV."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        yield from reader
-    except csv.Error as error:
-        raise RequestError(400, f"the body is not CSV: line {reader.line_num}: {error}") from error
 
 
 def load_json(text: str, where: str) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from step_scripts.disk_space import file_named
+from step_scripts.private_files import private_folder
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -90,7 +91,7 @@ def write_bytes(uri: str, data: bytes) -> None:
             stream.write(content)
         return
     target = local_path(uri)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(target.parent)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with file_named(target), temporary.open("wb") as file:
@@ -131,7 +132,7 @@ def open_output(uri: str) -> Iterator[IO[bytes]]:
     """A binary stream open for writing; parent folders are made. Not atomic: commit by a manifest."""
     filesystem_, path = filesystem(uri)
     if not is_remote(uri):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        private_folder(Path(path).parent)
     naming = contextlib.nullcontext() if is_remote(uri) else file_named(Path(path))
     with naming, filesystem_.open_output_stream(path, compression=None) as stream:
         yield stream  # pyright: ignore[reportReturnType]  # Arrow's NativeFile implements the file protocol

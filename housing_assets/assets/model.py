@@ -48,7 +48,7 @@ def tuned_model(
         meanwhile=load_matplotlib,
     )
     model, details = result.outputs["model"], result.details
-    tracked = experiments.record(
+    tracked = experiments.try_to_record(
         TrackedSearch(
             name=f"search {result.request_digest[:8]}",
             request_digest=result.request_digest,
@@ -59,7 +59,8 @@ def tuned_model(
             metrics=result.metrics,
             model=model,
             report=result.outputs["report"],
-        )
+        ),
+        context.log,
     )
     value = ModelRef(
         model=model,

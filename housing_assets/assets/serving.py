@@ -11,6 +11,7 @@ from resources.compute.base import table
 from resources.endpoints.base import EndpointDeploymentFailed, EndpointHost, EndpointStatus, VersionNotApproved
 from resources.evidence import EvidenceStore
 from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound
+from resources.optional_services import extra
 from resources.references import SplitRef
 from step_scripts.code_version import module_version
 
@@ -55,9 +56,10 @@ def endpoint(
         "model_digest": status.model_digest,
         "smoke_test_rows": len(smoke_test.expected),
     }
-    metadata["lineage"] = table(lineage_rows(version, status, deployed_by=context.run.run_id))
-    metadata |= run_costs(context.instance, context.run.run_id)
-    metadata["run_timeline"] = table(run_timeline(context.instance, context.run.run_id))
+    run_id, instance = context.run.run_id, context.instance
+    metadata |= extra("lineage", lambda: table(lineage_rows(version, status, deployed_by=run_id)), context.log)
+    metadata |= extra("costs", lambda: run_costs(instance, run_id), context.log).get("costs", {})
+    metadata |= extra("run_timeline", lambda: table(run_timeline(instance, run_id)), context.log)
     if status.smoke_test:
         metadata |= {
             "median_milliseconds": status.smoke_test.median_ms,

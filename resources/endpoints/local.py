@@ -62,6 +62,7 @@ from step_scripts.deployment import (
     DeploymentRecord,
     ServerRecord,
 )
+from step_scripts.private_files import private_folder
 from step_scripts.table import TableSpec
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class LocalEndpointHost(EndpointHost):
         folder = self._folder(name)
         with file_lock(self._lock_path(name), self.lock_timeout_seconds, f"deploying to endpoint {name}"):
             made = not folder.exists()
-            folder.mkdir(parents=True, exist_ok=True)
+            private_folder(folder)
             try:
                 return self._deploy(folder, name, version, smoke_test, log)
             except _FAILURES as error:
@@ -311,7 +312,7 @@ class LocalEndpointHost(EndpointHost):
         for leftover in folder.glob(".candidate-*"):  # of a deployment that was killed; its server ended with it
             shutil.rmtree(leftover, ignore_errors=True)
         trial = folder / f".candidate-{record.deployment_id}"
-        trial.mkdir()
+        private_folder(trial)
         try:
             unlisted = record.model_copy(update={"port": 0, "port_is_required": False, "capture": None})
             unlisted.write(trial / DEPLOYMENT_FILE)

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from step_scripts.deployment import DEPLOYMENT_FILE, LOG_FILE, SERVER_FILE, ServerRecord
+from step_scripts.private_files import open_private
 
 START_LOG_FILE = "start.log"
 _PROJECT = Path(__file__).parents[2]
@@ -48,7 +49,8 @@ def start_detached(folder: Path) -> None:
     It runs in a session of its own, so neither Ctrl-C nor the end of a Dagster run reaches it.
     """
     (folder / START_LOG_FILE).unlink(missing_ok=True)
-    command = ['exec "$0" "$@" >"$LOG" 2>&1 </dev/null &', *_command(folder)]
+    # Appending: the server cuts the file off when it grows too large.
+    command = ['umask 077; exec "$0" "$@" >>"$LOG" 2>&1 </dev/null &', *_command(folder)]
     environment = {**_environment(), "LOG": str(folder / START_LOG_FILE)}
     subprocess.run(
         ["/bin/sh", "-c", *command], cwd="/", env=environment, start_new_session=True, check=True, timeout=30
@@ -61,7 +63,7 @@ def candidate(folder: Path, timeout_seconds: float) -> Iterator[ServerRecord]:
 
     Raises `ServerUnreachable` with the end of its log if it does not start.
     """
-    with (folder / START_LOG_FILE).open("wb") as log:
+    with open_private(folder / START_LOG_FILE, "ab") as log:
         process = subprocess.Popen(
             [*_command(folder), "--until-input-closes"],
             cwd="/",

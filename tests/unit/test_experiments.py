@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pytest
 from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
 
 from housing_assets.deployments import load_resources
@@ -79,3 +82,53 @@ def test_without_configuration_nothing_is_imported_or_written(tmp_path: Path) ->
     assert found.stdout.strip() == "False"
     assert NoTracking().record(search(tmp_path)) == {}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "report"]
+
+
+class Log:
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warning(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def test_a_server_that_is_down_costs_a_warning(tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        log, begun = Log(), time.monotonic()
+        found = MlflowTracking(tracking_uri=uri).try_to_record(search(tmp_path), log)
+    assert time.monotonic() - begun < 70  # a minute; MLflow alone takes four
+    assert set(found) == {"not_recorded"}
+    assert log.warnings == [
+        f"search 1 is not recorded in the experiment tracker, and the run goes on: {found['not_recorded']}"
+    ]
+    assert "refused" in found["not_recorded"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HOUSING_MLFLOW_URI", "https://ann:s3cret@mlflow.example.com"),
+        ("HOUSING_MLFLOW_URI", "https://s3cret@mlflow.example.com/x"),
+        ("HOUSING_MLFLOW_URI", "postgresql://ann:s3cr/et@db/mlflow"),
+        ("HOUSING_MLFLOW_URI", "postgresql://db/mlflow?user=ann&password=s3cret"),
+        ("HOUSING_MLFLOW_ARTIFACTS", "ftp://ann:s3cret@host/x"),
+        ("HOUSING_RAW_CSV", "s3://key:s3cret@bucket/sales.csv"),
+        ("HOUSING_LANDING", "s3://key:s3cret@bucket/landing"),
+        ("RAY_ADDRESS", "ray://ann:s3cret@head:10001"),
+        ("AWS_ENDPOINT_URL_S3", "https://ann:s3cret@minio:9000"),
+    ],
+)
+def test_a_password_in_a_url_is_refused_without_being_shown(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} has a user name or a password in its URL") as caught:
+        load_resources({name: value})
+    assert "s3cr" not in str(caught.value)
+    assert ("MLFLOW_TRACKING_PASSWORD" in str(caught.value)) == (name == "HOUSING_MLFLOW_URI")
+
+
+@pytest.mark.parametrize(
+    "uri", ["sqlite:////tmp/a:b@c.db", "http://host:5000/x@y", "postgresql://ann@db/mlflow", "arn:aws:x:y:1:z/n"]
+)
+def test_other_urls_are_none_of_its_business(uri: str) -> None:
+    assert load_resources({"HOUSING_MLFLOW_URI": uri, "HOUSING_RAW_CSV": "/data/a:b@c/*.csv"})

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import logging
 import socketserver
+import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from housing_assets.deployments import load_resources
 from resources.notifier import EmailNotifier, LogNotifier, SlackNotifier
+from resources.optional_services import attempt
 
 
 @contextmanager
@@ -75,9 +84,94 @@ def test_email() -> None:
                 self.wfile.write(b"354 go\r\n" if in_data else b"221 bye\r\n" if verb == "QUIT" else b"250 ok\r\n")
 
     with serving(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)) as port:
-        notifier = EmailNotifier(host="127.0.0.1", port=port, sender="a@example.com", recipients=["b@example.com"])
-        notifier.notify("Run failed", "because")
+        facts: dict[str, Any] = {"host": "127.0.0.1", "port": port, "sender": "a@example.com"}
+        notifier = EmailNotifier(**facts, recipients=["b@example.com"], user="u", password="secret")
+        with pytest.raises(OSError, match=r"does not offer STARTTLS.*HOUSING_SMTP_ALLOW_INSECURE=on"):
+            notifier.notify("Run failed", "because")
+        assert {line.split(" ")[0].upper() for line in received} <= {"EHLO", "QUIT"}
+        EmailNotifier(**facts, recipients=["b@example.com"], allow_insecure=True).notify("Run failed", "because")
     assert {"Subject: Run failed", "To: b@example.com", "because"} <= set(received)
+
+
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """A certificate of this machine's loopback address, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=2))
+        .add_extension(names, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    certificate_file, key_file = folder / "certificate.pem", folder / "key.pem"
+    certificate_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    key_file.write_bytes(key.private_bytes(*form))
+    return certificate_file, key_file
+
+
+def test_email_is_encrypted_for_a_server_whose_certificate_is_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, key = self_signed(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    received: list[tuple[bool, str]] = []
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.settimeout(30)
+            channel, safe, in_data = self.request, False, False
+            channel.sendall(b"220 ready\r\n")
+            with suppress(OSError):
+                lines = channel.makefile("rb")
+                while raw := lines.readline():
+                    line = raw.decode().rstrip("\r\n")
+                    received.append((safe, line))
+                    verb = line.split(" ")[0].upper()
+                    if in_data:
+                        if line == ".":
+                            in_data = False
+                            channel.sendall(b"250 taken\r\n")
+                    elif verb == "STARTTLS":
+                        channel.sendall(b"220 go\r\n")
+                        channel, safe = context.wrap_socket(channel, server_side=True), True
+                        lines = channel.makefile("rb")
+                    elif verb == "EHLO":
+                        channel.sendall(b"250-me\r\n" + b"250-STARTTLS\r\n" * (not safe) + b"250 AUTH PLAIN\r\n")
+                    else:
+                        in_data = verb == "DATA"
+                        codes = {"DATA": b"354", "AUTH": b"235", "QUIT": b"221"}
+                        channel.sendall(codes.get(verb, b"250") + b" ok\r\n")
+
+    with serving(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)) as port:
+        facts: dict[str, Any] = {"host": "127.0.0.1", "port": port, "sender": "a@example.com", "user": "u"}
+        facts |= {"recipients": ["b@example.com"], "password": "secret"}
+        with pytest.raises(ssl.SSLCertVerificationError, match=r"self.signed"):
+            EmailNotifier(**facts).notify("Run failed", "because")
+        assert all(line.split(" ")[0].upper() in ("EHLO", "STARTTLS") for _, line in received)
+        EmailNotifier(**facts, allow_insecure=True).notify("Run failed", "unverified")
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        EmailNotifier(**facts).notify("Run failed", "verified")
+    texts = {line for safe, line in received if safe}
+    assert {"unverified", "verified"} <= texts
+    assert not any(line.startswith("AUTH") or "verified" in line for safe, line in received if not safe)
+
+
+def test_a_message_that_cannot_be_sent_in_time_is_given_up() -> None:
+    held = threading.Event()
+    assert attempt(lambda: held.wait(60), seconds=0.05) == "no answer within 0.05 s"
+    held.set()
+    assert attempt(lambda: 1 / 0) == "ZeroDivisionError: division by zero"
+    assert attempt(lambda: None) is None
+
+
+def test_the_address_of_a_webhook_is_in_no_message() -> None:
+    for url in ("https://hooks.example.com/secret\n", "https://hooks.example.com/sec ret"):
+        with pytest.raises(ValueError, match="has blanks") as caught:
+            SlackNotifier(webhook_url=url).notify("x", "y")
+        assert "sec" not in str(caught.value)
 
 
 def test_the_deployment_chooses_the_notifier_and_keeps_its_secret_out() -> None:
