@@ -43,7 +43,7 @@ install: $(VENV)/.installed  ## Create .venv and install the platform
 run: $(VENV)/.installed  ## Materialize the whole graph on local Ray
 	@$(BIN)/python -m housing_assets.local_places prepare
 	@PYTHONWARNINGS=ignore $(BIN)/dagster asset materialize --select '*' -m housing_assets.definitions \
-	  $(if $(CONFIG),--config "$(CONFIG)")
+	  --config console.yaml $(if $(CONFIG),--config "$(CONFIG)")
 	@$(BIN)/python -m housing_assets.summary
 
 .PHONY: ui
