@@ -15,6 +15,7 @@ from housing_assets.checks import ingestion as ingestion_checks
 from housing_assets.checks import model as model_checks
 from housing_assets.checks import serving as serving_checks
 from housing_assets.checks import splits as splits_checks
+from housing_assets.console import console_logger
 from housing_assets.deployments import load_resources
 from housing_assets.executor import in_process_executor
 from housing_assets.lineage import lineage
@@ -49,4 +50,5 @@ defs = dg.Definitions(
     resources=load_resources(),
     # The graph is a chain, and Ray is the parallelism: one process a run, and one Ray session in it.
     executor=in_process_executor,
+    loggers={"console": console_logger},
 )

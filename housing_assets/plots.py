@@ -11,6 +11,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import dagster as dg
+
 from step_scripts.table import TableSpec
 
 if TYPE_CHECKING:
@@ -25,9 +27,9 @@ _TITLE_SIZE, _LABEL_SIZE, _TICK_SIZE = 11, 9.5, 9
 _MOST_BARS = 20
 
 
-def to_markdown(png: bytes, alt: str) -> str:
-    """The picture as Markdown that needs no other file."""
-    return f"![{alt}](data:image/png;base64,{base64.b64encode(png).decode()})"
+def to_markdown(png: bytes, alt: str) -> dg.MarkdownMetadataValue:
+    """The picture as Markdown that needs no other file. The UI shows a picture for this type of metadata only."""
+    return dg.MetadataValue.md(f"![{alt}](data:image/png;base64,{base64.b64encode(png).decode()})")
 
 
 def prediction_plot(predictions: Mapping[str, Sequence[float]], table: TableSpec) -> bytes:

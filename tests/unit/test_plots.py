@@ -72,7 +72,7 @@ def test_plots_show_their_data() -> None:
 
 
 def test_markdown_holds_the_picture() -> None:
-    text = plots.to_markdown(b"\x89PNG", "learning curve")
+    text = plots.to_markdown(b"\x89PNG", "learning curve").value
     assert text.startswith("![learning curve](data:image/png;base64,")
     assert base64.b64decode(text.rpartition(",")[2].rstrip(")")) == b"\x89PNG"
 

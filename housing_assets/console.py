@@ -1,0 +1,78 @@
+"""What a run prints on a terminal: progress, warnings, failed checks, and why a step failed; a line each.
+
+Dagster's own console logger prints every event of its engine, and the stack trace of a failure twice. `make run`
+chooses this one in `console.yaml`; elsewhere it is chosen by `loggers: {console: {}}` in the run's configuration.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+
+import dagster as dg
+
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_LEVELS = {logging.WARNING: "warning: ", logging.ERROR: "error: ", logging.CRITICAL: "error: "}
+# Of what follows a failure's own text, in the messages of Ray and of Dagster, nobody reads anything on a terminal.
+_TRACE = re.compile(r"\n\s*(?:Stack Trace:|Traceback \(most recent call last\):|The above exception )")
+
+
+def plain_reason(text: str) -> str:
+    """An error's text without escape codes and stack traces."""
+    return _TRACE.split(_ESCAPES.sub("", text))[0].strip()
+
+
+def console_line(event: dg.DagsterEvent) -> str | None:
+    """What the terminal says of an event of Dagster's; `None` for what only the UI shows."""
+    if event.event_type == dg.DagsterEventType.ASSET_MATERIALIZATION:
+        key = event.asset_key
+        partition = f" of {event.partition}" if event.partition else ""
+        return f"{key.to_user_string()}{partition}: materialized" if key else None
+    if event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
+        check = event.asset_check_evaluation_data
+        if check.passed:
+            return None
+        level = "error: " if check.severity == dg.AssetCheckSeverity.ERROR else "warning: "
+        said = f": {check.description}" if check.description else ""
+        return f"{level}check {check.check_name} of {check.asset_key.to_user_string()} failed{said}"
+    if event.is_step_failure:
+        error = event.step_failure_data.error
+        while error is not None and error.cause is not None:
+            error = error.cause
+        reason = plain_reason(error.message) if error else plain_reason(event.message or "")
+        # The class is Dagster's word for it; a message of ours says what is wrong.
+        reason = reason.removeprefix("dagster._core.definitions.events.Failure: ")
+        return f"error: {event.step_key} failed: {reason}"
+    return None
+
+
+class _ConsoleHandler(logging.StreamHandler):  # pyright: ignore[reportMissingTypeArgument]
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the line, if there is one for the terminal."""
+        metadata = getattr(record, "dagster_meta", {})
+        event = metadata.get("dagster_event")
+        if event is not None:
+            line = console_line(event)
+        elif record.levelno < logging.INFO:
+            line = None
+        else:
+            step = metadata.get("step_key")
+            said = _ESCAPES.sub("", str(metadata.get("orig_message", record.getMessage())))
+            line = f"{_LEVELS.get(record.levelno, '')}{step + ': ' if step else ''}{said}"
+        if line is not None:
+            self.stream.write(f"{self.formatTime(record)}  {line}\n")
+            self.flush()
+
+    @staticmethod
+    def formatTime(record: logging.LogRecord) -> str:
+        """Time of day."""
+        return logging.Formatter().formatTime(record, "%H:%M:%S")
+
+
+@dg.logger(config_schema={}, description="Progress, warnings, failed checks and reasons of failures, a line each.")
+def console_logger(context: dg.InitLoggerContext) -> logging.Logger:
+    """A logger that prints on standard error."""
+    logger = logging.Logger("housing_assets.console", level=logging.DEBUG)
+    logger.addHandler(_ConsoleHandler(sys.stderr))
+    return logger
