@@ -13,6 +13,9 @@ import sys
 import dagster as dg
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_CHECK_FAILED = "dagster._core.errors.DagsterAssetCheckFailedError"
+# Dagster's words for what the lines before have said already, and for the channel between a run and its steps.
+_NOISE = re.compile(r"\[pipes\] |Dependencies for step .* Not executing\.$")
 _LEVELS = {logging.WARNING: "warning: ", logging.ERROR: "error: ", logging.CRITICAL: "error: "}
 # Of what follows a failure's own text, in the messages of Ray and of Dagster, nobody reads anything on a terminal.
 _TRACE = re.compile(r"\n\s*(?:Stack Trace:|Traceback \(most recent call last\):|The above exception )")
@@ -36,15 +39,21 @@ def console_line(event: dg.DagsterEvent) -> str | None:
         level = "error: " if check.severity == dg.AssetCheckSeverity.ERROR else "warning: "
         said = f": {check.description}" if check.description else ""
         return f"{level}check {check.check_name} of {check.asset_key.to_user_string()} failed{said}"
-    if event.is_step_failure:
-        error = event.step_failure_data.error
-        while error is not None and error.cause is not None:
-            error = error.cause
-        reason = plain_reason(error.message) if error else plain_reason(event.message or "")
-        # The class is Dagster's word for it; a message of ours says what is wrong.
-        reason = reason.removeprefix("dagster._core.definitions.events.Failure: ")
+    if event.is_step_failure and (reason := failure_reason(event)) is not None:
         return f"error: {event.step_key} failed: {reason}"
     return None
+
+
+def failure_reason(event: dg.DagsterEvent) -> str | None:
+    """Why a step failed, without stack traces. `None` if a blocking check says so itself."""
+    error = event.step_failure_data.error
+    while error is not None and error.cause is not None:
+        error = error.cause
+    text = plain_reason(error.message if error else event.message or "")
+    if text.startswith(_CHECK_FAILED):
+        return None
+    # The class is Dagster's word for it; a message of ours says what is wrong.
+    return text.removeprefix("dagster._core.definitions.events.Failure: ")
 
 
 class _ConsoleHandler(logging.StreamHandler):  # pyright: ignore[reportMissingTypeArgument]
@@ -54,7 +63,7 @@ class _ConsoleHandler(logging.StreamHandler):  # pyright: ignore[reportMissingTy
         event = metadata.get("dagster_event")
         if event is not None:
             line = console_line(event)
-        elif record.levelno < logging.INFO:
+        elif record.levelno < logging.INFO or _NOISE.search(record.getMessage()):
             line = None
         else:
             step = metadata.get("step_key")

@@ -1,19 +1,24 @@
 """The days that have files in the landing place: `python -m housing_assets.days`, the range of `make run`."""
 
 import sys
+import time
 
 from housing_assets.assets.ingestion import PARTITIONS
 from housing_assets.deployments import load_automation
-from housing_assets.landing import day_of, landed_files
+from housing_assets.landing import files_by_day
+from resources.sources import Listing, list_landing
 
 
 def range_with_files() -> str:
     """`<first day>...<last day>` of the files. Raises `LookupError` if there is none of a day that can be ingested."""
-    landing = load_automation().landing
+    settings = load_automation()
+    landing = settings.landing
     if landing is None or PARTITIONS is None:
         raise LookupError("HOUSING_LANDING is not set: there are no days, and no range of them is needed")
     known = set(PARTITIONS.get_partition_keys())
-    days = sorted({str(day_of(file, landing)) for file in landed_files(landing)} & known)
+    listing = list_landing(landing) or Listing()
+    by_day, _ = files_by_day(listing, landing, settings.timezone, settings.landing_start, time.time())
+    days = sorted({str(day) for day in by_day} & known)
     if not days:
         raise LookupError(
             f"{landing} has no CSV file of a day from HOUSING_LANDING_START={PARTITIONS.get_first_partition_key()} to "

@@ -35,7 +35,7 @@ _HISTORY = 1000
 _READERS = 16  # requests to S3 at once
 _SHOWN = 3
 _TEMPORARY_HOME = ".tmp_dagster_home"  # what Dagster's command line makes where DAGSTER_HOME is not set
-_REMEDIES = {
+REMEDIES = {
     "raw_csv": "correct the source, then materialize raw_csv and what follows",
     "feature_group": "materialize raw_csv and feature_group again",
     "train_split": "materialize the splits and what follows again",
@@ -290,7 +290,7 @@ def _said(
         )
     if evidence.blocks:
         what = f": {evidence.description}" if evidence.description else ""
-        remedy = _REMEDIES.get(judged.asset, f"put right what it found, then materialize {judged.asset} again")
+        remedy = REMEDIES.get(judged.asset, f"put right what it found, then materialize {judged.asset} again")
         return _Refused(f"{_check(key)} failed for {evidence.judged}{what} ({own})", remedy)
     return None
 

@@ -1,4 +1,4 @@
-"""Prints what the latest materializations made: `python -m housing_assets.summary`, the end of `make run`."""
+"""Prints what the latest run made, or why it failed: `python -m housing_assets.summary`, the end of `make run`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 import dagster as dg
 from dagster._core.errors import DagsterHomeNotSetError  # has no public name
 
+from housing_assets.console import failure_reason
 from housing_assets.deployments import root_of
+from housing_assets.gate import REMEDIES
 from resources.endpoints.base import EndpointStatus
 from resources.model_registry.base import ModelVersion
 from resources.reference_files import event_log_name, latest_file, read_reference
@@ -57,6 +59,28 @@ def summary(root: Path, instance: dg.DagsterInstance) -> str:
     return "\n".join(lines)
 
 
+def failure_summary(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
+    """What a run that failed has made, what failed in it and why, and what to do; for a terminal."""
+    made, failed = [], []
+    for record in instance.all_logs(run.run_id):
+        event = record.dagster_event
+        if event is None:
+            continue
+        if event.event_type == dg.DagsterEventType.ASSET_MATERIALIZATION and event.asset_key is not None:
+            made.append(event.asset_key.to_user_string())
+        elif event.is_step_failure and (reason := failure_reason(event)) is not None:
+            failed.append(f"{event.step_key}: {reason}")
+        elif event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
+            check = event.asset_check_evaluation_data
+            if not check.passed and check.severity == dg.AssetCheckSeverity.ERROR:
+                remedy = f". Remedy: {REMEDIES[name]}" if (name := check.asset_key.to_user_string()) in REMEDIES else ""
+                failed.append(f"check {check.check_name} of {name}: {check.description or 'failed'}{remedy}")
+    lines = ["", f"Run {run.run_id[:8]} is {run.status.value}."]
+    lines += [f"Made:   {', '.join(dict.fromkeys(made)) or 'nothing'}"]
+    lines += [f"Failed: {line}" for line in dict.fromkeys(failed)]
+    return "\n".join(lines)
+
+
 def curl_line(url: str, model: Path) -> str:
     """A command that asks the endpoint for one prediction: the mean row of the training split."""
     import json
@@ -72,10 +96,14 @@ def curl_line(url: str, model: Path) -> str:
 
 
 def main() -> int:
-    """Print the summary of the deployment's root. Returns the exit status."""
+    """Print the summary of the deployment's root, or of the last run if it failed. Returns the exit status."""
     root = Path(root_of())
     try:
         with dg.DagsterInstance.get() as instance:
+            [last] = instance.get_runs(limit=1) or [None]
+            if last is not None and last.status in (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED):
+                print(failure_summary(instance, last))
+                return 0
             print(summary(root, instance))
     except (LookupError, DagsterHomeNotSetError) as error:
         print(f"not everything has been materialized: {error}", file=sys.stderr)
