@@ -309,7 +309,7 @@ def test_file_that_is_written_while_it_is_read(
     """Between the look for files and the end of the reading; by whom, and when, does not matter."""
     path = Path(write_source(tmp_path / "in", table_text(sales(300))).uri)
     [found] = find_source_files(str(path))
-    check_rows = validate_source._check_rows
+    check_rows = validate_source.check_rows
 
     def write(*arguments: Any) -> None:
         check_rows(*arguments)
@@ -319,7 +319,7 @@ def test_file_that_is_written_while_it_is_read(
             path.write_text(path.read_text().replace("1950", "1951", 1))
             os.utime(path, (found.modified, found.modified))
 
-    monkeypatch.setattr(validate_source, "_check_rows", write)
+    monkeypatch.setattr(validate_source, "check_rows", write)
     with pytest.raises(StepError, match=r"since the run looked for files: .*sales\.csv"):
         validate(ray_session, tmp_path, [found])
 

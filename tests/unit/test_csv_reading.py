@@ -58,7 +58,7 @@ class Outcome:
 
     rows: list[tuple[Any, ...]]
     rejected: list[tuple[int, str, str]]
-    metrics: dict[str, float | int | str]
+    metrics: dict[str, float]
     problem: str = ""
 
 
