@@ -46,7 +46,7 @@ def find_references(
     Current are those that the event log names as the latest of an asset or a partition, and those of which it knows
     nothing newer: they may stand in another event log. The others go if they were written `before` that time, unless
     their run is `busy`. Older than `forgotten` the log does not know partitions, because it has lost their runs: those
-    go too.
+    go too. Raises `ValueError` naming the latest reference of an asset if it cannot be read.
     """
     found = ReferencesFound()
     for key, files in reference_files(root, assets).items():
@@ -65,7 +65,10 @@ def find_references(
         for uri, modified in files.items():
             try:
                 stored = read_reference(uri)
-            except ValidationError:  # of another version of the code: no step can read it
+            except ValidationError as error:  # damaged, or of another version of the code: no step can read it
+                if uri in named:
+                    asset = key.to_user_string()
+                    raise ValueError(f"{uri} is damaged ({error}): materialize {asset} again, or remove it") from error
                 found.surplus += [uri] if modified < before.timestamp() else []
                 continue
             partitions = stored.partitions or (None,)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from housing_assets.deployments import load_automation
 from housing_assets.model_retention import VersionsFound, find_versions
-from housing_assets.reference_retention import find_references, uris_in
+from housing_assets.reference_retention import ReferencesFound, find_references, uris_in
 from housing_assets.sweeper import sweep
 from housing_assets.teardown import BUSY, asset_keys, expected_errors
 from housing_assets.watching import watch_endpoint
@@ -124,7 +124,7 @@ def mentioned(resources: Any) -> set[str]:
     for group in {item.name for item in registry.inventory() if item.kind == "model_package_group"}:
         for version in registry.list(group):
             found |= {version.artifact.digest, version.gate.evaluation_digest, *texts(dict(version.lineage))}
-    for item in store.inventory():
+    for item in [item for item in store.inventory() if not item.discarded]:
         # As of now: with the datasets before the last one that replaced all others.
         snapshot = store.offline(item.name, as_of=datetime.now(UTC))
         found |= {dataset.digest for dataset in store.read_by(snapshot).datasets}
@@ -158,39 +158,23 @@ def prune_old(context: dg.OpExecutionContext, config: PruneConfig) -> None:
     now = datetime.now(UTC)
     problems: dict[str, str] = {}
     resources: Any = context.resources
-    results_before, runs_before = now - timedelta(days=config.results_days), now - timedelta(days=config.runs_days)
     busy = context.instance.get_runs(dg.RunsFilter(statuses=BUSY))
-    references = find_references(
-        context.instance,
-        resources.io_manager.root,
-        asset_keys(),
-        before=results_before,
-        forgotten=runs_before,
-        busy={run.run_id for run in busy},
-    )
-    current = uris_in(references.current.values())
     running = _needing_versions(busy)
-    versions = VersionsFound()
     if running:
         context.log.info(f"model versions stay for now: runs {running} are in progress and may need one")
-    else:
-        with _noted("model versions", problems):
-            versions = find_versions(
-                resources.model_registry,
-                resources.endpoint_host,
-                current,
-                newest=config.versions,
-                pending_since=now - timedelta(days=config.pending_days),
-            )
-    problems |= versions.problems
-    # First what a decision or a deployment may need a moment later.
-    found = [_of_version(version, partial(resources.model_registry.remove, item)) for version, item in versions.surplus]
-    found += [Removal("reference", uri, "replaced since", partial(remove_file, uri)) for uri in references.surplus]
-    in_use = current | uris_in(references.waiting.values())
-    found += [_of_result(r) for r in unused(stored_results(resources.compute.artifact_root), in_use, results_before)]
-    with _noted("evidence", problems):
-        unneeded = [] if running else unneeded_evidence(resources.evidence, mentioned(resources), results_before)
-        found += [Removal("evidence", uri, why, partial(resources.evidence.remove_file, uri)) for uri, why in unneeded]
+    found: list[Removal] = []
+    versions = VersionsFound()
+    # Where a reference cannot be read, nobody knows what it needs: whatever it may need stays.
+    with _noted("references (so results, model versions, evidence and runs stay)", problems):
+        references = find_references(
+            context.instance,
+            resources.io_manager.root,
+            asset_keys(),
+            before=now - timedelta(days=config.results_days),
+            forgotten=now - timedelta(days=config.runs_days),
+            busy={run.run_id for run in busy},
+        )
+        versions, found = _unneeded(context, config, now, references, running, problems)
     with _noted("captured requests", problems):
         captured = resources.endpoint_host.captured_files()
         chosen = surplus(captured, now - timedelta(days=config.capture_days), config.capture_megabytes * 1e6)
@@ -199,8 +183,6 @@ def prune_old(context: dg.OpExecutionContext, config: PruneConfig) -> None:
         owner = getattr(resources, name)
         with _noted(name, problems):
             found += [_of_rest(item, owner.remove) for item in owner.inventory() if item.discarded]
-    for run_id in _old_runs(context.instance, runs_before, context.run, references.latest_runs):
-        found.append(Removal("run", run_id, "with its events", partial(context.instance.delete_run, run_id)))
     failed = _remove(found, context.log, dry_run=config.dry_run)
     gone = [removal for removal in found if removal.name not in failed]
     metadata = {
@@ -221,6 +203,42 @@ def prune_old(context: dg.OpExecutionContext, config: PruneConfig) -> None:
             allow_retries=False,
         )
     context.add_output_metadata(metadata)
+
+
+def _unneeded(
+    context: dg.OpExecutionContext,
+    config: PruneConfig,
+    now: datetime,
+    references: ReferencesFound,
+    running: str,
+    problems: dict[str, str],
+) -> tuple[VersionsFound, list[Removal]]:
+    """Versions, references, results, evidence and runs that nothing needs; versions that stay, with the reason."""
+    resources: Any = context.resources
+    results_before, runs_before = now - timedelta(days=config.results_days), now - timedelta(days=config.runs_days)
+    current = uris_in(references.current.values())
+    versions = VersionsFound()
+    if not running:
+        with _noted("model versions", problems):
+            versions = find_versions(
+                resources.model_registry,
+                resources.endpoint_host,
+                current,
+                newest=config.versions,
+                pending_since=now - timedelta(days=config.pending_days),
+            )
+    problems |= versions.problems
+    # First what a decision or a deployment may need a moment later.
+    found = [_of_version(version, partial(resources.model_registry.remove, item)) for version, item in versions.surplus]
+    found += [Removal("reference", uri, "replaced since", partial(remove_file, uri)) for uri in references.surplus]
+    in_use = current | uris_in(references.waiting.values())
+    found += [_of_result(r) for r in unused(stored_results(resources.compute.artifact_root), in_use, results_before)]
+    with _noted("evidence", problems):
+        unneeded = [] if running else unneeded_evidence(resources.evidence, mentioned(resources), results_before)
+        found += [Removal("evidence", uri, why, partial(resources.evidence.remove_file, uri)) for uri, why in unneeded]
+    for run_id in _old_runs(context.instance, runs_before, context.run, references.latest_runs):
+        found.append(Removal("run", run_id, "with its events", partial(context.instance.delete_run, run_id)))
+    return versions, found
 
 
 @contextmanager

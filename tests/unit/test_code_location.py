@@ -128,7 +128,7 @@ def test_a_file_configures_the_resources_of_sagemaker(tmp_path: Path) -> None:
     assert resources["compute"].config_of("evaluate_model").instance_count == 1
     assert resources["feature_store"].online_store
     file.write_text("computer: {}")
-    with pytest.raises(ValueError, match="has computer; its sections are compute, feature_store"):
+    with pytest.raises(ValueError, match="computer is unknown; did you mean compute"):
         load_resources(NO_AWS | {"HOUSING_SAGEMAKER_CONFIG": str(file)})
 
 

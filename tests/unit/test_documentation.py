@@ -28,6 +28,7 @@ CONFIGS = {
     "prune_old": PruneConfig,
     "remove_everything": TeardownConfig,
 }
+INSTANCE = yaml.safe_load((ROOT / "dagster.yaml").read_text())
 AWS = {
     "HOUSING_DEPLOYMENT": "sagemaker",
     "HOUSING_ROOT": "s3://bucket/housing",
@@ -68,6 +69,8 @@ def test_configuration_in_examples_is_valid(page: Path, tmp_path: Path) -> None:
             for op, section in document["ops"].items():
                 assert not list(unknown_fields(CONFIGS[op], section["config"], op))
                 CONFIGS[op](**section["config"])
+        elif document.keys() & INSTANCE.keys():
+            assert document.items() <= INSTANCE.items(), "what make run puts into dagster.yaml"
         else:
             file = tmp_path / "sections.yaml"
             file.write_text(block)

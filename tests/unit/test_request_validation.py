@@ -21,7 +21,7 @@ EVERYTHING: dict[str, Any] = {
     "max_run_seconds": 3600,
     "subnets": ["subnet-1", "subnet-2"],
     "security_group_ids": ["sg-1"],
-    "volume_kms_key": "alias/volume",
+    "volume_kms_key": "0a1b2c3d-0000-4000-8000-0123456789ab",
     "output_kms_key": "alias/output",
     "network_isolation": True,
     "encrypt_inter_container_traffic": True,
@@ -61,7 +61,7 @@ def test_requests_with_every_setting_are_valid_and_hold_it() -> None:
         "InstanceCount": 3,
         "VolumeSizeInGB": 100,
         "KeepAlivePeriodInSeconds": 600,
-        "VolumeKmsKeyId": "alias/volume",
+        "VolumeKmsKeyId": "0a1b2c3d-0000-4000-8000-0123456789ab",
     }
     assert warm["VpcConfig"] == {"Subnets": ["subnet-1", "subnet-2"], "SecurityGroupIds": ["sg-1"]}
     assert warm["OutputDataConfig"]["KmsKeyId"] == "alias/output"

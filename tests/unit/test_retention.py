@@ -248,20 +248,24 @@ def test_a_damaged_reference_keeps_what_it_may_name_and_nothing_else(
     tmp_path: Path, instance: dg.DagsterInstance, registry: LocalModelRegistry
 ) -> None:
     root = tmp_path / "data"
-    folder = result(root, "tune_model", "a")
+    folder = result(root, "tune_model", "a" * 16)
     for n in range(2):
         register(registry, "prices", artifact(tmp_path / str(n), f"model {n}"), "Rejected")
     old = instance.create_run_for_job(sweep, status=dg.DagsterRunStatus.SUCCESS).run_id
-    (root / "references").mkdir()
-    (root / "references" / "tuned_model.json").write_text('{"uri": "/cut o')
+    uri = StoredReference(asset="tuned_model", run_id=old, value={"uri": "/there"}).write(str(root / "references"))
+    instance.report_runless_asset_event(
+        dg.AssetMaterialization("tuned_model", metadata={REFERENCE: dg.MetadataValue.path(uri)})
+    )
+    Path(uri).write_text(Path(uri).read_text()[:-20])
     done, metadata = launch_prune(
         tmp_path, instance, {"model_registry": registry}, versions=1, results_days=0, runs_days=0, dry_run=False
     )
     assert not done
-    assert names(metadata, "removed") == [old]
+    assert names(metadata, "removed") == []
     assert folder.exists()
-    assert "tuned_model.json is damaged" in metadata["error"]
-    assert "materialize its asset again" in metadata["error"]
+    assert f"{uri} is damaged" in metadata["error"]
+    assert "materialize tuned_model again" in metadata["error"]
+    assert instance.get_run_by_id(old) is not None
 
 
 NOW = datetime(2026, 11, 23, tzinfo=UTC)
