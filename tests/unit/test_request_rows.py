@@ -232,3 +232,28 @@ def test_json_in_pieces_is_accepted_exactly_where_it_is_json_of_valid_rows(
         assert np.array_equal(PARSER.parse(body.encode(), JSON), np.array(value))
     else:
         assert refusal(body, JSON).status == 400
+
+
+MUTATION = st.tuples(st.floats(0, 1), st.integers(0, 9), st.sampled_from([*'",[]{}\n\r\\ 9e', '""', "\0", "\xff", ""]))
+
+
+@given(
+    st.sampled_from([(CSV, ROW + "\n"), (CSV, QUOTED + "\n"), (JSON, f"[{ROW}],"), (JSON_LINES, f"[{ROW}]\n")]),
+    st.sampled_from([1, 3, 200]),
+    st.lists(MUTATION, max_size=6),
+)
+@settings(max_examples=150, deadline=None)
+def test_damaged_bodies_are_read_or_refused(
+    kind: tuple[str, str], rows: int, mutations: list[tuple[float, int, str]]
+) -> None:
+    media, row = kind
+    body = (row * rows if media != JSON else f"[{(row * rows)[:-1]}]").encode()
+    for place, removed, added in mutations:
+        at = int(place * len(body))
+        body = body[:at] + added.encode("latin-1") + body[at + removed :]
+    try:
+        status = 200 if PARSER.parse(body, media).shape[1] == len(HOUSING_TABLE.features) else 0
+    except RequestError as error:
+        status = error.status
+        json.dumps(error.body())
+    assert status in (200, 400)
