@@ -5,15 +5,17 @@ Accepted: `text/csv` (features in the schema's order, or with a header line in a
 an object. Other columns of the table (target, keys, event time) may be there and are ignored.
 
 A body is read a piece at a time, until a hundred problems have been found: a refused one costs no more than one that is
-answered.
+answered. Lines of CSV end with LF, CR LF or CR; a line end in quotes is allowed in columns that are no features.
 """
 
 from __future__ import annotations
 
+import csv
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,9 +28,9 @@ from step_scripts.table import ColumnSpec, TableSpec
 
 _QUICK_BYTES = 2048  # of a single CSV line that is tried without the CSV reader
 _BATCH = 4096  # characters from which on Polars is faster than the CSV reader
-# Characters of a CSV piece: the largest at first; smaller around rows that are not in order, if there are many.
+# Characters of a CSV piece: the smallest at first, larger while few rows are not in order.
 _LARGEST, _SMALLEST, _STEP = 1 << 20, 1 << 14, 4
-_DOUBTFUL = 1000  # rows that are looked at one by one among those of a larger piece
+_DOUBTFUL = 1000  # rows that are looked at one by one, before it is asked whether there are problems enough
 _ROW, _ROW_PER_COLUMN = 1 << 16, 64  # characters that a row may have, at least
 _OK, _MISSING, _NOT_A_NUMBER, _NOT_FINITE, _NOT_WHOLE, _OUTSIDE = range(6)
 _WHOLE = ("int64", "bool")
@@ -99,19 +101,23 @@ class FeatureParser:
             quick = self._quick_csv(body)
             return quick if quick is not None else self._csv(decode_text(body))
         found = _Found(self.features)
-        pieces = json_pieces if media == JSON else json_line_pieces
-        for rows, more in pieces(decode_text(body), self._row_characters):
-            self._objects(rows, found)
-            if found.enough:
-                return found.result(more)
+        pieces, begins = (json_pieces, "[{") if media == JSON else (json_line_pieces, "\n")
+        text = decode_text(body)
+        for rows, position in pieces(text, self._row_characters):
+            for seen in range(_DOUBTFUL, len(rows) + _DOUBTFUL, _DOUBTFUL):
+                self._objects(rows[seen - _DOUBTFUL : seen], found)
+                if found.enough:
+                    more = sum(text.count(character, position) for character in begins)
+                    return found.result(more + max(0, len(rows) - seen))
         return found.result()
 
     def _quick_csv(self, body: bytes) -> np.ndarray | None:
         """The features of one plain line of numbers, or None if that is not what it is."""
         if len(body) > _QUICK_BYTES or b"_" in body or not body.isascii():
             return None
+        body = body.rstrip(b"\r\n")
         fields = body.split(b",")
-        if len(fields) != len(self._quick_rules):
+        if len(fields) != len(self._quick_rules) or b"\n" in body or b"\r" in body:
             return None
         values = []
         try:
@@ -120,12 +126,12 @@ class FeatureParser:
                 if not low <= value <= high or (whole and value % 1) or (allowed is not None and value not in allowed):
                     return None
                 values.append(value)
-        except ValueError:  # several lines, a header, an empty or wrong field
+        except ValueError:  # a header, an empty or wrong field
             return None
         return np.array([values])
 
     def _csv(self, text: str) -> np.ndarray:
-        text = text.rstrip("\r\n")
+        text = text.rstrip("\r\n").replace("\r\n", "\n").replace("\r", "\n")
         records, found = CsvRecords(text, self._row_characters), _Found(self.features)
         names, header = self.features, False
         for first in records.read(1, count=1):
@@ -137,60 +143,70 @@ class FeatureParser:
         places = self._header_places(names)
         if not header:
             records = CsvRecords(text, self._row_characters)
-        size = _LARGEST
+        size, again, wait = _SMALLEST, 0, _SMALLEST
         while not records.ended and not found.enough:
             lines = records.lines(size)
-            if len(lines) >= _BATCH and self._batch_csv(lines, names, places, header, found):
+            tried = records.position >= again and len(lines) >= _BATCH
+            if tried and self._batch_csv(lines, names, places, header, found):
                 records.skip(lines)
-                size = min(size * _STEP, _LARGEST)
+                size, wait = min(size * _STEP, _LARGEST), _SMALLEST
             elif size > _SMALLEST and len(lines) > _SMALLEST:
                 size //= _STEP
             else:
                 size = _SMALLEST
-                self._texts(records.read(size), names, places, header, found)
+                if tried:  # and in vain: not again for a while, and longer each time
+                    again, wait = records.position + wait, min(wait * _STEP, _LARGEST)
+                self._texts(records.read(size, count=_DOUBTFUL), names, places, header, found, spans=records.spans)
         return found.result(0 if records.ended else 1 + text.count("\n", records.position))
 
     def _batch_csv(self, lines: str, names: Sequence[str], places: Sequence[int], header: bool, found: _Found) -> bool:
-        """Read many lines by Polars. False, and nothing is found, if they are not simple, or too many not in order."""
+        """Read many lines by Polars. False, and nothing is found, if some are no records, or many are not in order."""
         schema: dict[str, Any] = {str(place): pl.String for place in range(len(names))}
         schema |= {str(place): pl.Float64 for place in places}
-        options = {"has_header": False, "schema": schema, "raise_if_empty": False}
-        data = lines.encode()
-        commas = _commas(data)
-        ragged = commas != len(names) - 1
+        # Polars says nothing of an empty surplus field in a last line without an end.
+        data = lines.removesuffix("\n").encode() + b"\n"
         quoted = b'"' in data
-        strict = not ragged.any() or quoted
-        try:
-            frame = read_csv(data, **options) if strict else None
-        except pl.exceptions.PolarsError:
-            frame = None
-        if frame is None and not quoted:  # a number that is none becomes null
-            strict = False
-            try:
-                frame = read_csv(data, **options, ignore_errors=True, truncate_ragged_lines=True)
-            except pl.exceptions.PolarsError:  # a first line of too many fields
+        starts, doubtful = _odd_lines(data, len(names) - 1)
+        few = min(_DOUBTFUL, 1 + len(starts) // _STEP)
+        frame, strict = None, not doubtful.any()
+        if strict:
+            frame = _numbers(data, schema, quote_char='"' if quoted else None)
+            strict = frame is not None and frame.height == len(starts)
+        if not strict:
+            if quoted:
+                plain = _unquoted(data)
+                doubtful |= _odd_lines(plain, len(names) - 1, quotes=True)[1]
+            else:
+                plain = data
+            if np.count_nonzero(doubtful) > few:
                 return False
-        if frame is None or frame.height != len(commas) or (strict and ragged.any()):
+            # A number that is none becomes null; a first line tells Polars how many fields there are.
+            first = b"0" + b",0" * (len(names) - 1) + b"\n"
+            frame = _numbers(first + plain, schema, quote_char=None, ignore_errors=True, truncate_ragged_lines=True)
+            frame = frame.slice(1) if frame is not None else None
+        if frame is None or frame.height != len(starts):
             return False
         frame = frame.select(str(place) for place in places)
         values = frame.to_numpy(writable=not strict)
         codes = np.zeros(values.shape, np.uint8)
-        nulls = ragged
         for place, count in enumerate(frame.null_count().row(0)):
             if count:
                 null = frame.to_series(place).is_null().to_numpy()
                 codes[null, place] = _MISSING
-                nulls = nulls | null
+                doubtful = doubtful if strict else doubtful | null
         self._check_values(values, codes)
-        doubtful = codes.any(axis=1) | (nulls if not strict else False)
-        if not doubtful.any():
+        doubtful = doubtful | codes.any(axis=1)
+        rows = np.flatnonzero(doubtful)
+        if not len(rows):
             found.add(values)
             return True
-        rows = np.flatnonzero(doubtful)
-        if quoted or len(rows) > _DOUBTFUL:
+        if len(rows) > few:
             return False
-        texts = lines.split("\n")
-        records = [text.rstrip("\r").split(",") if text.rstrip("\r") else [] for text in map(texts.__getitem__, rows)]
+        ends = [*starts[1:], len(data)]
+        try:
+            records = [next(csv.reader([data[starts[row] : ends[row]].decode()], strict=True)) for row in rows]
+        except csv.Error:  # also a record that goes on in the next line
+            return False
         self._texts(records, names, places, header, found, (rows, values))
         return True
 
@@ -202,7 +218,15 @@ class FeatureParser:
         header: bool,
         found: _Found,
         among: tuple[np.ndarray, np.ndarray] | None = None,
+        spans: Mapping[int, tuple[int, int]] = MappingProxyType({}),
     ) -> None:
+        """Add the records. `spans`: first and last line of those that have several, by index."""
+        for index, (first, last) in spans.items():
+            record = records[index]
+            wrong = len(record) != len(names) or any("\n" in record[place] for place in places)
+            if wrong:
+                what = f"the record of lines {first} to {last} has a line end within quotes"
+                raise RequestError(400, f"{what}; is one of them out of place?")
         malformed: dict[int, str] = {}
         ordered: list[Sequence[str]] = []
         hint = "" if header else f"; without a header a line is {','.join(self.features)}"
@@ -329,11 +353,35 @@ class FeatureParser:
         }[code]
 
 
-def _commas(data: bytes) -> np.ndarray:
-    """How many there are in each line; a last line may have no line end."""
+def _odd_lines(data: bytes, commas: int, quotes: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Where each line starts, and whether it has not so many commas, or if `quotes` any quotes."""
     characters = np.frombuffer(data, np.uint8)
-    starts = np.flatnonzero(characters[:-1] == ord("\n")) + 1
-    return np.add.reduceat(characters == ord(","), np.concatenate(([0], starts)), dtype=np.int64)
+    starts = np.concatenate(([0], np.flatnonzero(characters[:-1] == ord("\n")) + 1))
+    odd = np.add.reduceat(characters == ord(","), starts, dtype=np.int64) != commas
+    if quotes:
+        odd |= np.logical_or.reduceat(characters == ord('"'), starts)
+    return starts, odd
+
+
+def _unquoted(data: bytes) -> bytes:
+    """Lines without the quotes around fields that need none."""
+    characters = np.frombuffer(data, np.uint8)
+    between = (characters == ord(",")) | (characters == ord("\n"))
+    fields = np.cumsum(between, dtype=np.int32)
+    quotes = np.flatnonzero(characters == ord('"'))
+    first, last = quotes[:-1], quotes[1:]
+    around = (between[first - 1] | (first == 0)) & between[last + 1] & (fields[first] == fields[last])
+    kept = np.ones(len(characters), bool)
+    kept[first[around]] = kept[last[around]] = False
+    return characters[kept].tobytes()
+
+
+def _numbers(data: bytes, schema: Mapping[str, Any], **options: Any) -> pl.DataFrame | None:
+    """What Polars reads, None if it cannot."""
+    try:
+        return read_csv(data, has_header=False, schema=schema, raise_if_empty=False, **options)
+    except pl.exceptions.PolarsError:
+        return None
 
 
 def _bounds(column: ColumnSpec) -> tuple[float, float]:

@@ -25,13 +25,18 @@ _END = re.compile(r"[ \t\n\r]*\][ \t\n\r]*")
 
 
 class CsvRecords:
-    """Records of a CSV text. `position`: where the next one begins; `line`: the number of its first line."""
+    """Records of a CSV text whose lines end with LF.
+
+    `position`: where the next one begins; `line`: the number of its first line; `spans`: first and last line of those
+    among the records read last that have several, by index.
+    """
 
     def __init__(self, text: str, size: int) -> None:
         self._text = text
         self._size = size
         self.position = 0
         self.line = 1
+        self.spans: dict[int, tuple[int, int]] = {}
 
     @property
     def ended(self) -> bool:
@@ -61,6 +66,7 @@ class CsvRecords:
         reader = csv.reader(stream, strict=True)
         cut = begin + len(window) < len(self._text)
         records: list[list[str]] = []
+        self.spans = {}
         while (start := stream.tell()) < min(characters, len(window)) and len(records) != count:
             first = self.line + reader.line_num
             try:
@@ -74,6 +80,8 @@ class CsvRecords:
                 raise RequestError(400, f"the body is not CSV: {where}: {error}") from error
             if stream.tell() - start > self._size or (cut and stream.tell() == len(window)):
                 raise self._too_long(first)
+            if (last := self.line + reader.line_num - 1) > first:
+                self.spans[len(records)] = (first, last)
             records.append(record)
         self.position = begin + stream.tell()
         self.line += reader.line_num
@@ -85,9 +93,9 @@ class CsvRecords:
 
 
 def json_pieces(text: str, size: int) -> Iterator[tuple[list[Any], int]]:
-    """Rows of a JSON body, and how many more there are, about. Raises `RequestError` 400."""
+    """Rows of a JSON body, and where what follows them begins. Raises `RequestError` 400."""
     if len(text) <= size:
-        yield json_rows(load_json(text, "the body")), 0
+        yield json_rows(load_json(text, "the body")), len(text)
         return
     if (beginning := _LIST.match(text)) is not None:
         end = yield from _elements(text, beginning.end(), size)
@@ -107,7 +115,7 @@ def json_pieces(text: str, size: int) -> Iterator[tuple[list[Any], int]]:
 
 
 def json_line_pieces(text: str, size: int) -> Iterator[tuple[list[Any], int]]:
-    """Rows of a body of JSON lines, and how many more there are, about. Raises `RequestError` 400."""
+    """Rows of a body of JSON lines, and where what follows them begins. Raises `RequestError` 400."""
     position, number = 0, 1
     while position < len(text):
         end = position + size
@@ -118,7 +126,7 @@ def json_line_pieces(text: str, size: int) -> Iterator[tuple[list[Any], int]]:
         lines = text[position:end].split("\n")
         rows = [load_json(line, f"line {n}") for n, line in enumerate(lines, number) if line.strip()]
         position, number = end, number + len(lines) - 1
-        yield rows, text.count("\n", position)
+        yield rows, position
 
 
 def _elements(text: str, position: int, size: int) -> Generator[tuple[list[Any], int], None, int]:
@@ -140,7 +148,7 @@ def _elements(text: str, position: int, size: int) -> Generator[tuple[list[Any],
             rows = [rows]
         first = False
         position += used
-        yield rows, 0 if ended else text.count("[", position) + text.count("{", position)
+        yield rows, len(text) if ended else position
         if ended:
             return position
 
@@ -150,8 +158,7 @@ def _decoded(window: str, text: str, position: int, last: bool) -> tuple[list[An
 
     An error in a window that is not the `last` is one only if it comes again when the window begins there.
     """
-    rows: list[Any] = []
-    at = 0
+    rows, at = _decoded_at_once(window)
     while True:
         try:
             value, end = _SCAN(window, at)
@@ -179,6 +186,21 @@ def _decoded(window: str, text: str, position: int, last: bool) -> tuple[list[An
             raise _not_json("Expecting ',' delimiter", text, position + end)
         else:
             return rows, at, False
+
+
+def _decoded_at_once(window: str) -> tuple[list[Any], int]:
+    """The same for as many elements as are known to be followed by another, or none if that is not so simple.
+
+    If the text up to the end of a list or an object is one of JSON's lists when a bracket is put at either end, then
+    its elements are those that would be read one by one.
+    """
+    for between in ("],[", "},{", "], [", "}, {", "],\n", "},\n"):
+        if (end := window.rfind(between)) > 0:
+            try:
+                return json.loads(f"[{window[: end + 1]}]"), end + len(between) - 1
+            except (ValueError, RecursionError):
+                break
+    return [], 0
 
 
 def _after(pattern: re.Pattern[str], text: str, position: int) -> int:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,22 @@ def test_ping_is_answered_while_large_requests_are_worked_on(port: int) -> None:
         assert request(port, "/ping", method="GET")[0] == 200
         slowest = max(slowest, time.monotonic() - begun)
     assert slowest < 2  # SageMaker's limit, not a measure of speed
+
+
+@pytest.mark.parametrize(
+    ("piece", "content_type"), [("1\n", CSV), (",", CSV), ('"1",2\n', CSV), ("[],", JSON), ("{}\n", JSON_LINES)]
+)
+def test_ping_is_answered_while_a_hostile_request_is_refused(port: int, piece: str, content_type: str) -> None:
+    body = ("[" if content_type == JSON else "") + piece * (6_000_000 // len(piece))
+    with ThreadPoolExecutor(1) as pool:
+        refusal = pool.submit(request, port, "/invocations", body.encode(), Content_Type=content_type)
+        pinged = False
+        while not pinged or not refusal.done():
+            begun = time.monotonic()
+            assert request(port, "/ping", method="GET")[0] == 200
+            assert time.monotonic() - begun < 2  # SageMaker's limit
+            pinged = True
+        assert refusal.result()[0] == 400
 
 
 def test_boto3_works_unchanged(port: int) -> None:
