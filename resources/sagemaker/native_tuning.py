@@ -116,6 +116,7 @@ def _metadata(result: TuningResult) -> dict[str, Any]:
     description = result.description
     name, arn = description[TUNING.name_member], description[TUNING.arn_member]
     started, ended = description[TUNING.started], description.get(TUNING.ended)
+    links = TUNING.links(arn, name)
     metadata: dict[str, Any] = {
         "tuning_job": name,
         "tuning_job_arn": arn,

@@ -130,9 +130,7 @@ class TuningJobs:
         except BaseException:
             self._stop(context, found.name)  # there may be one
             raise
-        context.log.info(
-            ": ".join([f"Started tuning job {found.name}", *list(TUNING.links(arn, found.name).values())[:1]])
-        )
+        context.log.info(TUNING.started_text(arn, found.name))
 
     def _wait(self, context: Context, call: AwsCaller, name: str, lease: JobLease) -> dict[str, Any]:
         describe = TUNING.method(self._client.client("sagemaker"), "describe")
