@@ -120,11 +120,7 @@ def _metadata(result: TuningResult) -> dict[str, Any]:
     metadata: dict[str, Any] = {
         "tuning_job": name,
         "tuning_job_arn": arn,
-        **{
-            f"tuning_{what}": dg.MetadataValue.url(url)
-            for what, url in TUNING.links(arn, name).items()
-            if what == "console"
-        },
+        **({"tuning_console": dg.MetadataValue.url(links["console"])} if links else {}),
         "tuning_trials": len(result.trials),
         "tuning_billable_seconds": sum(int(trial.get("BillableTimeInSeconds", 0)) for trial in result.trials),
     }
