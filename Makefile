@@ -50,7 +50,7 @@ run: $(VENV)/.installed  ## Materialize the whole graph on local Ray
 .PHONY: ui
 ui: $(VENV)/.installed  ## Open the Dagster UI on http://127.0.0.1:3000 (UI_PORT=...)
 	@$(BIN)/python -m housing_assets.local_places prepare
-	$(BIN)/dagster dev --host 127.0.0.1 --port $(UI_PORT)
+	PYTHONWARNINGS=ignore $(BIN)/dagster dev --host 127.0.0.1 --port $(UI_PORT)
 
 .PHONY: stop
 stop: $(VENV)/.installed  ## Stop the local endpoints, of all environments

@@ -60,8 +60,11 @@ def failure_reason(event: dg.DagsterEvent) -> str | None:
         error = event.step_failure_data.error
         text = _said(error) if error else plain_reason(event.message or "")
         return None if text.startswith(_CHECK_FAILED) else f"{event.step_key} failed: {text}"
-    if event.is_job_failure and (error := event.job_failure_data.error) is not None:  # before the first step
-        return _said(error)
+    if event.is_job_failure and event.job_failure_data.first_step_failure_event is None:
+        error = event.job_failure_data.error
+        text = _said(error) if error else ""
+        # In the process of `dagster asset materialize` a check that blocks ends the run by an exception.
+        return None if not text or text.startswith(_CHECK_FAILED) else text
     return None
 
 
