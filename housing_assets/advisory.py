@@ -9,6 +9,8 @@ from typing import Any
 import dagster as dg
 from dagster._core.errors import DagsterExecutionInterruptedError  # has no public name
 
+from resources.compute.base import as_metadata
+
 
 def judged(check: Callable[[], dg.AssetCheckResult], remedy: str) -> dg.AssetCheckResult:
     """The result of `check`; a failed one that warns, with the reason and what people can do, if it raises."""
@@ -35,7 +37,13 @@ def advisory_check(*, asset: str, remedy: str, **options: Any) -> Callable[[Call
     def decorate(check: Callable[..., dg.AssetCheckResult]) -> Any:
         @functools.wraps(check)
         def guarded(*arguments: Any, **named: Any) -> dg.AssetCheckResult:
-            return judged(lambda: check(*arguments, **named), remedy)
+            result = judged(lambda: check(*arguments, **named), remedy)
+            return dg.AssetCheckResult(
+                passed=result.passed,
+                severity=result.severity,
+                description=result.description,
+                metadata=as_metadata(result.metadata),
+            )
 
         return dg.asset_check(asset=asset, blocking=False, **options)(guarded)
 

@@ -10,6 +10,7 @@ import dagster as dg
 from housing_assets.check_history import finished_checks
 from resources.notifier import Notifier
 from resources.optional_services import attempt
+from step_scripts.wording import number
 
 # Metadata of a failed check: the severity that people know of. Of another failure: it has told them, once, itself.
 TOLD = "people_were_told"
@@ -58,4 +59,4 @@ def _figures(metadata: Mapping[str, Any] | None) -> Iterator[str]:
             for record in value.records[:_ROWS]:
                 yield f"{name}: " + " ".join(str(cell) for cell in record.data.values())
         elif isinstance(found, str | int | float):
-            yield f"{name}: {found if isinstance(found, str | int) else format(found, '.6g')}"[:_LENGTH]
+            yield f"{name}: {found if isinstance(found, str | int) else number(found)}"[:_LENGTH]

@@ -22,6 +22,7 @@ from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVers
 from resources.notifier import Notifier
 from resources.optional_services import attempt
 from resources.sources import Listing, list_landing
+from step_scripts.wording import counted
 
 _SHOWN = 20  # names in a message
 _SETTINGS = load_automation()
@@ -196,7 +197,9 @@ def approved_models(
     damaged: dict[str, str] = {}
     version = _latest_intact(model_registry, group, damaged)
     fresh = [damaged[name] for name in sorted(damaged) if name not in cursor.told]
-    if not fresh or _tell(context, notifier, f"{len(fresh)} versions of model group {group} cannot be read", fresh):
+    if not fresh or _tell(
+        context, notifier, f"{counted(len(fresh), 'version')} of model group {group} cannot be read", fresh
+    ):
         cursor.told = sorted(damaged)
 
     def nothing(reason: str) -> dg.SensorResult:

@@ -11,19 +11,29 @@ import re
 import sys
 
 import dagster as dg
+from dagster._utils.error import SerializableErrorInfo  # has no public name
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _CHECK_FAILED = "dagster._core.errors.DagsterAssetCheckFailedError"
 # Dagster's words for what the lines before have said already, and for the channel between a run and its steps.
 _NOISE = re.compile(r"\[pipes\] |Dependencies for step .* Not executing\.$")
 _LEVELS = {logging.WARNING: "warning: ", logging.ERROR: "error: ", logging.CRITICAL: "error: "}
-# Of what follows a failure's own text, in the messages of Ray and of Dagster, nobody reads anything on a terminal.
-_TRACE = re.compile(r"\n\s*(?:Stack Trace:|Traceback \(most recent call last\):|The above exception )")
+# Of what follows a failure's own text nobody reads anything on a terminal. Log lines of a job, which may hold such
+# words too, are indented.
+_TRACE = re.compile(r"^(?:Stack Trace:|Traceback \(most recent call last\):|The above exception )", re.MULTILINE)
+# Ray puts the traceback first: of each process that was in between.
+_RAY = re.compile(r"\bray::.*\(pid=.*\)$", re.MULTILINE)
 
 
 def plain_reason(text: str) -> str:
     """An error's text without escape codes and stack traces."""
-    return _TRACE.split(_ESCAPES.sub("", text))[0].strip()
+    text = _ESCAPES.sub("", text).strip()
+    ray = _RAY.search(text)
+    own = (text[: ray.start()] if ray else _TRACE.split(text)[0]).strip()
+    if own and not ray:
+        return own
+    last = [line for line in text.splitlines() if line.strip() and not line[0].isspace()][-1:]
+    return " ".join([own, *last]).strip()
 
 
 def console_line(event: dg.DagsterEvent) -> str | None:
@@ -39,19 +49,29 @@ def console_line(event: dg.DagsterEvent) -> str | None:
         level = "error: " if check.severity == dg.AssetCheckSeverity.ERROR else "warning: "
         said = f": {check.description}" if check.description else ""
         return f"{level}check {check.check_name} of {check.asset_key.to_user_string()} failed{said}"
-    if event.is_step_failure and (reason := failure_reason(event)) is not None:
-        return f"error: {event.step_key} failed: {reason}"
-    return None
+    if event.event_type == dg.DagsterEventType.STEP_UP_FOR_RETRY and (error := event.step_retry_data.error):
+        return f"warning: {event.step_key} failed and is tried again: {_said(error)}"
+    return f"error: {reason}" if (reason := failure_reason(event)) is not None else None
 
 
 def failure_reason(event: dg.DagsterEvent) -> str | None:
-    """Why a step failed, without stack traces. `None` if a blocking check says so itself."""
-    error = event.step_failure_data.error
-    while error is not None and error.cause is not None:
+    """What failed and why, without stack traces. `None` if nothing did, or if other events say so themselves."""
+    if event.is_step_failure:
+        error = event.step_failure_data.error
+        text = _said(error) if error else plain_reason(event.message or "")
+        return None if text.startswith(_CHECK_FAILED) else f"{event.step_key} failed: {text}"
+    if event.is_job_failure and event.job_failure_data.first_step_failure_event is None:
+        error = event.job_failure_data.error
+        text = _said(error) if error else ""
+        # In the process of `dagster asset materialize` a check that blocks ends the run by an exception.
+        return None if not text or text.startswith(_CHECK_FAILED) else text
+    return None
+
+
+def _said(error: SerializableErrorInfo) -> str:
+    while error.cause is not None:
         error = error.cause
-    text = plain_reason(error.message if error else event.message or "")
-    if text.startswith(_CHECK_FAILED):
-        return None
+    text = plain_reason(error.message)
     # The class is Dagster's word for it; a message of ours says what is wrong.
     return text.removeprefix("dagster._core.definitions.events.Failure: ")
 

@@ -21,6 +21,7 @@ from resources.evidence import Judged
 from resources.model_registry.base import ModelRegistry, ModelVersion
 from resources.references import EvaluationRef, ModelRef, SplitRef
 from step_scripts.code_version import module_version, step_version
+from step_scripts.wording import counted, number
 
 COLUMNS = ("stage", "what", "where", "digest", "run", "code_version", "when")
 FILES_SHOWN = 100
@@ -87,7 +88,7 @@ def lineage_rows(
             version.artifact.uri, version.artifact.digest, facts.get("run_id"), None, version.created_at,
         ),
         _row(
-            "evaluation", f"{gate.metric} {gate.value:,.6g}, at most {gate.threshold:,.6g} allowed",
+            "evaluation", f"{gate.metric} {number(gate.value)}, at most {number(gate.threshold)} allowed",
             facts.get("evaluation_uri"), facts.get("evaluation_digest"),
             runs.get("evaluation_report") or gate.run_id, codes.get("evaluate_model"), None,
         ),
@@ -100,7 +101,7 @@ def lineage_rows(
     train = facts.get("train") or {}
     for split in ("train", "validation", "test"):
         if digest := facts.get(f"{split}_digest"):
-            size = f"{train['rows']:,} rows" if split == "train" and train.get("rows") is not None else ""
+            size = counted(train["rows"], "row") if split == "train" and train.get("rows") is not None else ""
             place = train.get("uri") if split == "train" else None
             rows.append(_row(f"{split} split", size, place, digest, runs.get("splits"), codes.get("prepare_splits")))
     if group := facts.get("feature_group"):
@@ -119,7 +120,8 @@ def _dataset_rows(dataset: Mapping[str, Any]) -> list[dict[str, str]]:
     return [
         _row(
             "data file",
-            f"{file['bytes']:,} bytes" + (f", {file['rows']:,} rows" if file.get("rows") is not None else ""),
+            counted(file["bytes"], "byte")
+            + (f", {counted(file['rows'], 'row')}" if file.get("rows") is not None else ""),
             file["uri"],
             *common,
         )

@@ -12,6 +12,7 @@ import dagster as dg
 from resources.compute.base import table
 from step_scripts.contract import Artifact, StepResult
 from step_scripts.table import TableSpec
+from step_scripts.wording import rounded
 
 # Figures that add up over a run, and the metadata that says which piece of work each is of.
 _COSTS = {
@@ -28,7 +29,7 @@ def artifact_metadata(artifact: Artifact) -> dict[str, Any]:
     metadata: dict[str, Any] = {
         "dagster/uri": artifact.uri,
         "digest": artifact.digest,
-        "megabytes": round(artifact.bytes / 1e6, 3),
+        "megabytes": rounded(artifact.bytes / 1e6),
         "files": len(artifact.files),
     }
     if artifact.rows is not None:
@@ -99,7 +100,7 @@ def run_costs(instance: dg.DagsterInstance, run_id: str) -> dict[str, float]:
             if work is None or not isinstance(value, int | float) or (figure, str(work)) in seen:
                 continue
             seen.add((figure, str(work)))
-            totals[f"run_{figure}"] = round(totals.get(f"run_{figure}", 0.0) + value, 4)
+            totals[f"run_{figure}"] = rounded(totals.get(f"run_{figure}", 0.0) + value)
     return totals
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import dagster as dg
 
 from step_scripts.table import TableSpec
+from step_scripts.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +37,7 @@ def prediction_plot(predictions: Mapping[str, Sequence[float]], table: TableSpec
     """Predicted against actual values. `predictions` holds two equally long lists, `actual` and `predicted`."""
     actual, predicted = predictions["actual"], predictions["predicted"]
     figure = _figure(4.6)
-    axes = _axes(figure, "Predicted against actual values", subtitle=f"{len(actual):,} test rows")
+    axes = _axes(figure, "Predicted against actual values", subtitle=counted(len(actual), "test row"))
     axes.scatter(actual, predicted, s=9, color=_BLUE, alpha=0.35, linewidths=0)
     low, high = min(*actual, *predicted), max(*actual, *predicted)
     axes.plot([low, high], [low, high], color=_ORANGE, linewidth=1.3, label="equal")
@@ -62,7 +63,7 @@ def residual_plot(predictions: Mapping[str, Sequence[float]], table: TableSpec) 
     figure = _figure(3.8)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
     _dress(left, "Residuals")
-    _dress(right, subtitle=f"{len(points):,} test rows{beyond}")
+    _dress(right, subtitle=f"{counted(len(points), 'test row')}{beyond}")
     left.scatter([x for x, _ in inside], [y for _, y in inside], s=9, color=_BLUE, alpha=0.35, linewidths=0)
     for sign, marker in ((1, "^"), (-1, "v")):
         edge = [x for x, y in outside if y * sign > 0]
@@ -83,7 +84,9 @@ def learning_curve_plot(curve: Mapping[str, Any], table: TableSpec) -> bytes:
     `curve` holds equally long lists `round`, `train` and `validation`, and `best_rounds`.
     """
     figure = _figure(3.6)
-    axes = _axes(figure, "Learning curve of the final fit", subtitle=f"best after {curve['best_rounds']:,} rounds")
+    axes = _axes(
+        figure, "Learning curve of the final fit", subtitle=f"best after {counted(curve['best_rounds'], 'round')}"
+    )
     axes.plot(curve["round"], curve["train"], color=_BLUE, linewidth=1.5, label="train")
     axes.plot(curve["round"], curve["validation"], color=_ORANGE, linewidth=1.5, label="validation")
     axes.axvline(curve["best_rounds"], color=_GREY, linewidth=1, linestyle="--", label="best round")
@@ -105,7 +108,9 @@ def importance_plot(importance: Mapping[str, Mapping[str, float]]) -> bytes:
     shares = [100 * total / whole for _, total in shown]
     figure = _figure(1.2 + 0.26 * max(len(shown), 3))
     left_out = len(totals) - len(shown)
-    axes = _axes(figure, "Feature importance", subtitle=f"{left_out} weaker features not shown" if left_out else "")
+    axes = _axes(
+        figure, "Feature importance", subtitle=f"{counted(left_out, 'weaker feature')} not shown" if left_out else ""
+    )
     bars = axes.barh(range(len(shown)), shares, color=_BLUE, height=0.68)
     axes.set_yticks(range(len(shown)), [name for name, _ in shown])
     axes.bar_label(bars, [f"{share:.1f} %" for share in shares], padding=3, fontsize=_TICK_SIZE, color=_INK)

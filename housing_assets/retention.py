@@ -28,6 +28,7 @@ from resources.inventory import RESULT_FILE, OwnedItem, remove_file
 from resources.model_registry.base import ModelVersion
 from resources.reference_files import reference_files
 from step_scripts import storage
+from step_scripts.wording import counted, megabytes, rounded
 
 _FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 _RUNS_AT_ONCE = 200
@@ -188,7 +189,7 @@ def prune_old(context: dg.OpExecutionContext, config: PruneConfig) -> None:
     metadata = {
         "dry_run": config.dry_run,
         **{name: sum(removal.kind == kind for removal in gone) for kind, name in _FIGURES.items()},
-        "megabytes": round(sum(removal.bytes for removal in gone) / 1e6, 3),
+        "megabytes": rounded(sum(removal.bytes for removal in gone) / 1e6),
         "would_remove" if config.dry_run else "removed": table([_shown(removal) for removal in gone]),
         "versions_kept": table([{"version": v.reference, "why": why} for v, why in versions.kept]),
         "versions_wait_for_runs": running,
@@ -256,7 +257,7 @@ def _of_version(version: ModelVersion, remove: Callable[[], None]) -> Removal:
 
 
 def _of_result(result: StoredResult) -> Removal:
-    detail = f"{result.files} files, {result.bytes / 1e6:,.1f} MB"
+    detail = f"{counted(result.files, 'file')}, {megabytes(result.bytes)}"
     return Removal("result", result.uri, detail, partial(storage.delete, result.uri), result.bytes)
 
 
@@ -269,7 +270,9 @@ def _of_captured(files: Sequence[CapturedFile], remove: Callable[[Sequence[Captu
     for folder in sorted({file.folder for file in files}):
         chosen = [file for file in files if file.folder == folder]
         size = sum(file.bytes for file in chosen)
-        detail = f"{len(chosen)} files, {size / 1e6:,.1f} MB, the latest of {chosen[-1].changed_at:%Y-%m-%d %H:%M}"
+        detail = (
+            f"{counted(len(chosen), 'file')}, {megabytes(size)}, the latest of {chosen[-1].changed_at:%Y-%m-%d %H:%M}"
+        )
         yield Removal("captured requests", folder, detail, partial(remove, chosen), size)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import dagster as dg
@@ -17,6 +18,7 @@ from resources.model_registry.base import ModelVersion
 from resources.reference_files import event_log_name, latest_file, read_reference
 from resources.references import EvaluationRef, ModelRef
 from step_scripts import storage
+from step_scripts.wording import number, percent
 
 
 def summary(root: Path, instance: dg.DagsterInstance) -> str:
@@ -40,11 +42,11 @@ def summary(root: Path, instance: dg.DagsterInstance) -> str:
     lines = [
         "",
         "Evaluation on the test split",
-        f"  RMSE {m['rmse']:>12,.1f}   (gate: at most {evaluation.rmse_threshold:,.0f})",
-        f"  MAE  {m['mae']:>12,.1f}",
-        f"  R²   {m['r2']:>12.4f}",
-        f"  MAPE {m['mape']:>12.2%}",
-        f"  RMSE of a linear model {m['baseline_linear_rmse']:,.1f}, of the mean {m['baseline_mean_rmse']:,.1f}",
+        f"  RMSE {number(m['rmse']):>12}   (gate: at most {number(evaluation.rmse_threshold)})",
+        f"  MAE  {number(m['mae']):>12}",
+        *([f"  R²   {number(m['r2']):>12}"] if "r2" in m else []),
+        *([f"  MAPE {percent(m['mape']):>12}"] if "mape" in m else []),
+        f"  RMSE of a linear model {number(m['baseline_linear_rmse'])}, of the mean {number(m['baseline_mean_rmse'])}",
         "",
         "Artifacts",
         f"  model              {model.model.uri}",
@@ -68,16 +70,16 @@ def failure_summary(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
             continue
         if event.event_type == dg.DagsterEventType.ASSET_MATERIALIZATION and event.asset_key is not None:
             made.append(event.asset_key.to_user_string())
-        elif event.is_step_failure and (reason := failure_reason(event)) is not None:
-            failed.append(f"{event.step_key}: {reason}")
+        elif (reason := failure_reason(event)) is not None:
+            failed.append(reason)
         elif event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
             check = event.asset_check_evaluation_data
             if not check.passed and check.severity == dg.AssetCheckSeverity.ERROR:
                 remedy = f". Remedy: {REMEDIES[name]}" if (name := check.asset_key.to_user_string()) in REMEDIES else ""
-                failed.append(f"check {check.check_name} of {name}: {check.description or 'failed'}{remedy}")
+                failed.append(f"check {check.check_name} of {name} failed: {check.description or 'no details'}{remedy}")
     lines = ["", f"Run {run.run_id[:8]} is {run.status.value}."]
     lines += [f"Made:   {', '.join(dict.fromkeys(made)) or 'nothing'}"]
-    lines += [f"Failed: {line}" for line in dict.fromkeys(failed)]
+    lines += [f"Error:  {line}" for line in dict.fromkeys(failed)]
     return "\n".join(lines)
 
 
@@ -95,14 +97,20 @@ def curl_line(url: str, model: Path) -> str:
     return f"curl -s {shlex.quote(url)} -H 'Content-Type: text/csv' -d '{','.join(values)}'"
 
 
-def main() -> int:
-    """Print the summary of the deployment's root, or of the last run if it failed. Returns the exit status."""
+def main(arguments: Sequence[str] = ()) -> int:
+    """Print the summary of the deployment's root, or of the last run if it failed. Returns the exit status.
+
+    An argument is a moment, in seconds since 1970: where no run was created since, Dagster itself has said why.
+    """
     root = Path(root_of())
     try:
         with dg.DagsterInstance.get() as instance:
-            [last] = instance.get_runs(limit=1) or [None]
-            if last is not None and last.status in (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED):
-                print(failure_summary(instance, last))
+            [last] = instance.get_run_records(limit=1) or [None]
+            if arguments and (last is None or last.create_timestamp.timestamp() < float(arguments[0])):
+                return 0
+            run = None if last is None else last.dagster_run
+            if run is not None and run.status in (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED):
+                print(failure_summary(instance, run))
                 return 0
             print(summary(root, instance))
     except (LookupError, DagsterHomeNotSetError) as error:
@@ -112,4 +120,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -21,6 +21,7 @@ from resources.inventory import KINDS, ItemKind, OwnedItem, remove_empty, remove
 from resources.reference_files import asset_folder, reference_files
 from step_scripts import storage
 from step_scripts.contract import StepError
+from step_scripts.wording import counted, megabytes
 
 RESOURCES = ("endpoint_host", "model_registry", "compute", "feature_store", "evidence")
 _SAMPLE = re.compile(r"house_sales_\d+\.csv")
@@ -128,7 +129,7 @@ def _reference_items(root: str, assets: Sequence[dg.AssetKey]) -> list[OwnedItem
     items = []
     for key, files in reference_files(root, assets).items():
         if files:
-            detail = f"{len(files)} files"
+            detail = counted(len(files), "file")
             name, place = f"references of {key.to_user_string()}", asset_folder(root, key)
             created = datetime.fromtimestamp(min(files.values()), UTC)
             items.append(OwnedItem(kind="files", name=name, location=place, created_at=created, detail=detail))
@@ -149,7 +150,7 @@ def _samples(location: SourceLocation) -> list[OwnedItem]:
     for path, size, _ in storage.list_details(location.sample_folder):
         uri = storage.join(location.sample_folder, path)
         if _SAMPLE.fullmatch(path) and not any((_plain(uri) + "/").startswith(place + "/") for place in protected):
-            items.append(OwnedItem(kind="files", name=path, location=uri, detail=f"generated, {size / 1e6:,.1f} MB"))
+            items.append(OwnedItem(kind="files", name=path, location=uri, detail=f"generated, {megabytes(size)}"))
     return items
 
 
@@ -225,7 +226,7 @@ def remove_everything(context: dg.OpExecutionContext, config: TeardownConfig) ->
         names = [f"{row['kind']} {row['name']}: {row['why']}" for row in left]
         names += [f"{owner}: {problem}" for owner, problem in after.problems.items()]
         raise dg.Failure(
-            f"{len(removed)} items were removed, and not these: {'; '.join(names)}. Remove the reason, then run "
+            f"removed: {counted(len(removed), 'item')}; not removed: {'; '.join(names)}. Remove the reason, then run "
             "teardown again",
             metadata=metadata,
             allow_retries=False,

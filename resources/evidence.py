@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from resources.inventory import NotOwned, OwnedItem, remove_empty, remove_file
 from step_scripts import storage
+from step_scripts.wording import counted, number
 
 _TIME = "%Y%m%dT%H%M%S%fZ"
 _FILE = re.compile(r"(?P<inputs>[0-9a-f]{16})\.(?P<time>\d{8}T\d{12}Z)\.[\w-]+\.json")
@@ -49,7 +50,7 @@ class Judged(BaseModel):
 
     def __str__(self) -> str:
         return ", ".join(
-            f"{name} {value[:12]}" if isinstance(value, str) else f"{name} {value:,.6g}"
+            f"{name} {value[:12]}" if isinstance(value, str) else f"{name} {number(value)}"
             for name, value in self.inputs.items()
         )
 
@@ -140,7 +141,7 @@ class EvidenceStore(dg.ConfigurableResource):
                 name=f"evidence of {check}",
                 location=storage.join(self.root, check),
                 created_at=datetime.fromtimestamp(min(modified for _, modified in files), UTC),
-                detail=f"{len(files)} files",
+                detail=counted(len(files), "file"),
             )
             for check, files in sorted(found.items())
         ]

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from step_scripts import storage
+from step_scripts.wording import counted, megabytes
 
 ItemKind = Literal[
     "endpoint", "endpoint_config", "model", "model_package", "model_package_group", "job", "feature_group", "files"
@@ -135,7 +136,6 @@ def remove_empty(*uris: str) -> None:
 def _as_items(uri: str, name: str, files: list[tuple[int, float]]) -> list[OwnedItem]:
     if not files:
         return []
-    size = sum(size for size, _ in files) / 1e6
     created = datetime.fromtimestamp(min(modified for _, modified in files), UTC)
-    detail = f"{len(files)} files, {size:,.1f} MB"
+    detail = f"{counted(len(files), 'file')}, {megabytes(sum(size for size, _ in files))}"
     return [OwnedItem(kind="files", name=name, location=uri, created_at=created, detail=detail)]

@@ -12,6 +12,7 @@ from step_scripts.column_types import polars_schema
 from step_scripts.csv_chunks import Records
 from step_scripts.polars_csv import read_csv
 from step_scripts.table import ColumnSpec, DType, TableSpec
+from step_scripts.wording import counted
 
 EMPTY = "is empty, but a value is required"
 _READ_AS_NUMBERS = ("int64", "float64")
@@ -46,7 +47,7 @@ def parse_rows(
     """
     read = _read(records, fields, delimiter, dict(zip(positions, polars_schema(table).values(), strict=True)))
     if read.height != records.count:
-        raise RuntimeError(f"{read.height} records were read, {records.count} counted")
+        raise RuntimeError(f"{counted(read.height, 'record')} read, {records.count} counted")
     columns = [read[_name(position)].alias(c.name) for c, position in zip(table.columns, positions, strict=True)]
     problems = []
     suspects = _suspects(columns, table)

@@ -155,6 +155,10 @@ class StepRequest(BaseModel):
         """Where the manifest of this request stands once the step has finished."""
         return storage.join(self.output_uri, MANIFEST)
 
+    def kept_uri(self, name: str) -> str:
+        """Where a file stands that a failed attempt leaves for people to read (`StepError.keep`)."""
+        return storage.join(self.output_uri, "failed", name)
+
     @property
     def shared_checkpoint_uri(self) -> str | None:
         """The part of `checkpoint_uri` that all attempts share."""

@@ -28,6 +28,7 @@ from step_scripts.cluster_resources import await_lost_nodes, cpus_per_worker, fr
 from step_scripts.contract import Reporter, StepError
 from step_scripts.fit_checkpoints import Checkpoint, FitCheckpoints, fit_fingerprint
 from step_scripts.training_data import TrainingSplit
+from step_scripts.wording import counted
 from step_scripts.xgboost_native import TrainingCallback, xgb
 
 _log = logging.getLogger(__name__)
@@ -202,10 +203,12 @@ def with_resources(request: FitRequest, log: Reporter | None = None) -> FitReque
     nodes = node_cpus()
     num_workers = request.num_workers or len(nodes)
     if (rows := min(request.train.rows, request.validation.rows)) < num_workers:
-        raise StepError(f"num_workers is {num_workers}, but a split has only {rows} rows: ask for fewer workers")
+        raise StepError(
+            f"num_workers is {num_workers}, but a split has only {counted(rows, 'row')}: ask for fewer workers"
+        )
     if cpus_per_worker(num_workers, nodes) == 0:
         raise StepError(
-            f"num_workers is {num_workers}, but the Ray cluster has {sum(nodes)} CPUs: ask for fewer workers"
+            f"num_workers is {num_workers}, but the Ray cluster has {counted(sum(nodes), 'CPU')}: ask for fewer workers"
         )
     cpus = cpus_per_worker(num_workers, free_cpus("the final fit", num_workers, log))
     return replace(request, num_workers=num_workers, cpus_per_worker=cpus)

@@ -24,6 +24,7 @@ from step_scripts.model_artifact import TrainedModel, load_model
 from step_scripts.moments import CoMoments
 from step_scripts.parameters import EvaluateModelParams
 from step_scripts.ray_tasks import Piece, Progress, completed_tasks, pieces_of
+from step_scripts.wording import rounded
 
 MOST_EXACT_ROWS = 5_000_000
 _PERCENTS = (1, 5, 25, 50, 75, 95, 99)
@@ -263,7 +264,7 @@ def _comparison(errors: PieceErrors) -> list[dict[str, Any]]:
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     """A row of a table for people: six significant digits, `n/a` for what is not defined."""
     return {
-        name: "n/a" if value is None else float(f"{value:.6g}") if isinstance(value, float) else value
+        name: "n/a" if value is None else rounded(value) if isinstance(value, float) else value
         for name, value in row.items()
     }
 

@@ -15,6 +15,7 @@ from step_scripts import storage
 from step_scripts.column_types import polars_schema
 from step_scripts.contract import Artifact, StepError
 from step_scripts.table import TableSpec
+from step_scripts.wording import counted
 
 TIMESTAMP = pl.Datetime("us", "UTC")
 
@@ -92,7 +93,9 @@ def check_complete(ids: pl.DataFrame, source: Source) -> None:
     """Raise `StepError` if a row has no record id or no event time."""
     for name in ("record_id", "event_time"):
         if empty := ids[name].null_count():
-            raise StepError(f"{source.uris[0]}: {empty:,} of {source.rows:,} rows have no {name}. Make its asset again")
+            raise StepError(
+                f"{source.uris[0]}: {empty:,} of {counted(source.rows, 'row')} without {name}. Make its asset again"
+            )
 
 
 def _grouped(files: Sequence[tuple[str, int]], most_rows: int) -> Iterator[list[tuple[str, int]]]:

@@ -35,6 +35,7 @@ from step_scripts.ingestion_plan import (
 )
 from step_scripts.online_store import OnlineTarget, write_online
 from step_scripts.table import TableSpec
+from step_scripts.wording import counted
 
 # Runs `function(*call)` for each call, in any order and anywhere; yields (index of the call, result).
 ParallelRun = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterator[tuple[int, Any]]]
@@ -114,7 +115,7 @@ def ingest(
         with phase("wait for the lock"):
             stack.enter_context(folder.lock(lock_seconds, create=True))
         if (strays := folder.remove_strays()) > 0:
-            log.info(f"removed {strays:,} files that an earlier, unfinished ingestion has left")
+            log.info(f"removed what an earlier, unfinished ingestion has left: {counted(strays, 'file')}")
 
         def attempt() -> IngestionResult:
             ingestion = _Ingestion(folder, table, dataset, run, log, mirror, workers, online, phase, confirm)
@@ -153,8 +154,8 @@ class _Ingestion:
         files = [f for _, f in self.stored_files]
         if missing := self.folder.missing_files(files):
             raise self._unreadable(
-                f"{len(missing)} of {len(files)} files of feature group {self.folder.name} are missing or cut off, the "
-                f"first is {storage.join(self.folder.data_uri, missing[0].path)}",
+                f"{len(missing)} of {counted(len(files), 'file')} of feature group {self.folder.name} missing or cut "
+                f"off, the first is {storage.join(self.folder.data_uri, missing[0].path)}",
                 [f.path for f in files if f not in missing],
                 "restore them from a backup, or delete the group and ingest its sources again",
             )
@@ -276,8 +277,8 @@ class _Ingestion:
         written = sum(self._all(write_online, calls, "rows brought to the online store", [rows for _, rows in items]))
         if written != expected:
             raise StepError(
-                f"{expected:,} records had to be written to the online store of feature group {self.folder.name}, "
-                f"{written:,} were. Nothing was committed; ingest again"
+                f"{written:,} of {counted(expected, 'record')} written to the online store of feature group "
+                f"{self.folder.name}. Nothing was committed; ingest again"
             )
 
     def _read_back(self, written: list[str], expected: tuple[int, int], rows: int) -> list[StoredFile]:
@@ -294,7 +295,7 @@ class _Ingestion:
         if readable != rows or sums != expected:
             kept = [f.path for _, f in self.stored_files] + [f.path for f in files]
             raise self._unreadable(
-                f"{rows:,} rows were written to feature group {self.folder.name}, {readable:,} can be read back"
+                f"{counted(rows, 'row')} written to feature group {self.folder.name}, {readable:,} can be read back"
                 + (" but not as they were" if readable == rows else ""),
                 kept,
                 "nothing was committed; check the storage, then ingest again",
@@ -327,7 +328,7 @@ class _Ingestion:
             ids = _record_ids(uri).unique()
             lost.update((ids.join(found, on="record_id", how="anti") if found is not None else ids)["record_id"])
         shown = sorted(lost)[:SHOWN]
-        named = f"; {len(lost):,} records of the dataset cannot be read: {', '.join(shown)}" if lost else ""
+        named = f"; {counted(len(lost), 'record')} of the dataset cannot be read: {', '.join(shown)}" if lost else ""
         more = " and others" if len(lost) > len(shown) else ""
         details: dict[str, Any] = {"rows_in": self.rows_in, "records_missing": len(lost), "missing_record_ids": shown}
         return StepError(f"{what}{named}{more}. Remedy: {remedy}", details=details)

@@ -11,6 +11,7 @@ from typing import Any
 
 from step_scripts import storage
 from step_scripts.boosting import history_of
+from step_scripts.wording import counted
 from step_scripts.xgboost_native import xgb
 
 _log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class FitCheckpoints:
         booster = xgb.Booster(model_file=bytearray(model))
         rounds = booster.num_boosted_rounds()
         if uri.rpartition("/")[2] != f"{self._prefix}{rounds:06d}{_SUFFIX}" or len(history_of(booster).train) != rounds:
-            raise ValueError(f"it holds {rounds} rounds, which is not what it should be")
+            raise ValueError(f"it holds {counted(rounds, 'round')}, which is not what it should be")
         return Checkpoint(model, rounds)
 
     def _files(self) -> list[str]:

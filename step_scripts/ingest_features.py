@@ -22,6 +22,7 @@ from step_scripts.offline_store import OfflineStore
 from step_scripts.online_store import OnlineTarget
 from step_scripts.parameters import IngestFeaturesParams
 from step_scripts.ray_tasks import completed_tasks
+from step_scripts.wording import counted
 
 
 class LocalTarget(BaseModel):
@@ -108,12 +109,12 @@ def _outcome(context: StepContext, folder: GroupFolder, result: IngestionResult,
     commit = result.commit
     counts = {name: getattr(result, name) for name in ("added", "unchanged", "superseded", "deleted")}
     context.log.info(
-        f"feature group {folder.name}: {result.rows_in:,} rows in, {result.rows_readable:,} readable; "
+        f"feature group {folder.name}: {counted(result.rows_in, 'row')} in, {result.rows_readable:,} readable; "
         + ", ".join(f"{count:,} {name}" for name, count in counts.items())
-        + f"; commit {commit.number}, {commit.live_rows:,} live records"
+        + f"; commit {commit.number}, {counted(commit.live_rows, 'live record')}"
     )
     if result.outdated:
-        context.log.warning(f"{result.outdated:,} rows are older than what the feature group holds of their records")
+        context.log.warning(f"rows older than what the feature group holds of their records: {result.outdated:,}")
     metrics: dict[str, float] = {"rows_in": result.rows_in, "rows_readable": result.rows_readable, **counts}
     if online:
         metrics["written_online"] = result.written_online

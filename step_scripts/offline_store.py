@@ -48,6 +48,7 @@ from step_scripts.local_group_folder import LocalGroupFolder
 from step_scripts.s3_group_folder import S3GroupFolder
 from step_scripts.s3_objects import list_folders
 from step_scripts.table import TableSpec
+from step_scripts.wording import counted
 
 _EVENT_ORDER = ("event_time", "api_invocation_time", "write_time")
 
@@ -312,9 +313,9 @@ def _scan(folder: GroupFolder, files: Sequence[StoredFile], table: TableSpec) ->
         return pl.LazyFrame(schema=schema)
     if missing := folder.missing_files(files):
         raise StepError(
-            f"{len(missing)} of {len(files)} files of feature group {folder.name} are missing or cut off, the first is "
-            f"{storage.join(folder.data_uri, missing[0].path)}: restore them from a backup, or delete the group and "
-            "ingest again"
+            f"{len(missing)} of {counted(len(files), 'file')} of feature group {folder.name} missing or cut off, the "
+            f"first is {storage.join(folder.data_uri, missing[0].path)}: restore them from a backup, or "
+            "delete the group and ingest again"
         )
     paths = [storage.join(folder.data_uri, f.path) for f in files]
     if storage.is_remote(paths[0]):

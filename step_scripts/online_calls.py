@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from step_scripts.contract import StepError
+from step_scripts.wording import counted
 
 _WRITTEN_AT_ONCE = 25  # the service's limits
 _READ_AT_ONCE = 100
@@ -149,7 +150,7 @@ def read_records(store: Any, group: str, ids: Sequence[str], patience_seconds: f
                     f"feature group {group}: {error['ErrorCode']}: {error['ErrorMessage']}"
                 )
             left.append(error["RecordIdentifierValueAsString"])
-        return left, f"{len(left)} records were not read"
+        return left, f"not read: {counted(len(left), 'record')}"
 
     for start in range(0, len(ids), _READ_AT_ONCE):
         _repeat_until_done(read, list(ids[start : start + _READ_AT_ONCE]), group, patience_seconds)

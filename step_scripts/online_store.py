@@ -23,6 +23,7 @@ from step_scripts.ingestion_plan import WriteItem
 from step_scripts.online_calls import delete_records, read_records, write_records
 from step_scripts.s3_objects import service_client
 from step_scripts.table import TableSpec
+from step_scripts.wording import counted
 
 _SHOWN = 20  # ids in a message
 _BATCH = 100  # records a thread writes and reads back; one BatchGetRecord
@@ -98,8 +99,8 @@ class _Synchronizer:
             ids = sorted(record.record_id for record in wrong)
             details: dict[str, Any] = {"records_missing_online": len(ids), "missing_record_ids": ids[:_SHOWN]}
             raise StepError(
-                f"{len(ids):,} of {len(records):,} records were written to the online store of feature group "
-                f"{self._group}, but cannot be read from it as they were: {', '.join(ids[:_SHOWN])}. Nothing was "
+                f"{len(ids):,} of {counted(len(records), 'record')} written to the online store of feature group "
+                f"{self._group} cannot be read from it as they were: {', '.join(ids[:_SHOWN])}. Nothing was "
                 "committed; ingest again",
                 details=details,
             )

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from step_scripts import storage
 from step_scripts.table import ColumnSpec, TableSpec
 from step_scripts.validation import pandera_schema, polars_schema
+from step_scripts.wording import counted
 
 
 def schema_violations(uris: Sequence[str], table: TableSpec, *, sample_rows: int) -> tuple[list[str], dict[str, int]]:
@@ -44,7 +45,9 @@ def pandera_violations(frame: pl.DataFrame, table: TableSpec) -> list[str]:
         pandera_schema(table).validate(frame.select(table.column_names), lazy=True)
     except SchemaErrors as errors:
         cases = errors.failure_cases.group_by("column", "check").agg(pl.len(), pl.col("failure_case").first())
-        return [f"{c}: {check} fails in {n} rows, first value {value}" for c, check, n, value in cases.rows()]
+        return [
+            f"{c}: {check} fails in {counted(n, 'row')}, first value {value}" for c, check, n, value in cases.rows()
+        ]
     return []
 
 

@@ -24,6 +24,7 @@ from step_scripts.ray_tasks import Piece, Progress, completed_tasks, pieces_of
 from step_scripts.row_set_digest import RowSetDigest
 from step_scripts.split_tasks import SPLITS, TIMES, SplitPlan, SplitReport, scatter_piece, split_bucket, split_piece
 from step_scripts.table import TableSpec
+from step_scripts.wording import counted, rounded
 
 _MOST_BUCKETS = 512
 _SMALLEST_DIVIDED_PIECE = 1000
@@ -145,7 +146,7 @@ def _outcome(context: StepContext, params: PrepareSplitsParams, plan: SplitPlan,
                 {
                     "split": split,
                     "rows": rows[split],
-                    "fraction": _shown(rows[split] / total),
+                    "fraction": rounded(rows[split] / total),
                     "configured": wanted[split],
                     "files": len(splits[split].files),
                 }
@@ -163,7 +164,7 @@ def _require_rows(params: PrepareSplitsParams, rows: dict[str, int], counts: dic
         return
     total = sum(rows.values())
     left_out = (
-        f"{counts['rows_read']:,} rows were read, {counts['rows_deleted']:,} of them deleted, "
+        f"{counted(counts['rows_read'], 'row')} read, {counts['rows_deleted']:,} deleted, "
         f"{counts['rows_superseded']:,} superseded, {counts['rows_later']:,} later than {params.as_of or 'now'}"
     )
     if not total:
@@ -174,8 +175,8 @@ def _require_rows(params: PrepareSplitsParams, rows: dict[str, int], counts: dic
         )
     shares = ", ".join(f"{split} {rows[split]:,}" for split in SPLITS)
     raise StepError(
-        f"no records for {' and '.join(empty)}: of {total:,} records, {shares}. Records go by a hash of their id, so "
-        "that a few may all fall on one side: bring more rows, or give the empty split a larger fraction "
+        f"no records for {' and '.join(empty)}: of {counted(total, 'record')}, {shares}. Records go by a hash of their "
+        "id, so that a few may all fall on one side: bring more rows, or give the empty split a larger fraction "
         "(train_size, validation_size, test_size)",
         details={**rows, **counts},
     )
@@ -217,18 +218,13 @@ def _summary(distributions: dict[str, Any], scaler: dict[str, Any]) -> list[dict
         few = distribution["kind"] == "counts"
         row: dict[str, Any] = {"column": name, "role": "feature" if name in scaler["mean"] else "target"}
         for label, fraction in (("minimum", 0.0), ("median", 0.5), ("maximum", 1.0)):
-            row[label] = _shown(quantile(distribution, fraction))
+            row[label] = rounded(quantile(distribution, fraction))
         row["missing"] = distribution["missing"]
         row["distinct"] = str(len(distribution["values"])) if few else f"more than {MOST_VALUES}"
-        row["mean"] = _shown(scaler["mean"][name]) if name in scaler["mean"] else ""
-        row["standard_deviation"] = _shown(scaler["scale"][name]) if name in scaler["scale"] else ""
+        row["mean"] = rounded(scaler["mean"][name]) if name in scaler["mean"] else ""
+        row["standard_deviation"] = rounded(scaler["scale"][name]) if name in scaler["scale"] else ""
         summary.append(row)
     return summary
-
-
-def _shown(value: float) -> float:
-    """For people: six significant digits."""
-    return float(f"{value:.6g}")
 
 
 def _schema_text(table: TableSpec) -> str:

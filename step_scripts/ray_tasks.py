@@ -18,6 +18,7 @@ from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
 from step_scripts import storage
 from step_scripts.contract import Artifact, Reporter, StepError
+from step_scripts.wording import counted
 
 # Bounds of a piece: a task holds a few copies of it.
 _LARGEST_PIECE_CELLS = 6_000_000
@@ -147,7 +148,7 @@ class Progress:
         now = time.perf_counter()
         if self._done >= self._total or now - self._reported >= 1.0:
             self._reported = now
-            self._log.info(f"{self._what}: {self._done:,} of {self._total:,} rows, {now - self._start:.1f} s")
+            self._log.info(f"{self._what}: {self._done:,} of {counted(self._total, 'row')}, {now - self._start:.1f} s")
 
 
 def completed_tasks(

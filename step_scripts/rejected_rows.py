@@ -13,9 +13,11 @@ from step_scripts.csv_chunks import Chunk
 from step_scripts.duplicate_rows import first_duplicates
 from step_scripts.parameters import ValidateSourceParams
 from step_scripts.validate_chunk import LISTED_REJECTIONS, REJECTION_SCHEMA, ChunkReport, rejections_uri
+from step_scripts.wording import are, counted, percent
 
 _SCHEMA = {"file": pl.String(), **REJECTION_SCHEMA}
 _NAMED_REASONS = 3
+_MOST_TO_ADVISE = 0.5  # where more is wrong, the file is, and not its bad rows
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Reason:
         """For example `PRICE is outside 0 <= value <= 1e9 in 3 cells, first -5 in line 7 of a.csv`."""
         subject = f"{self.column} {self.problem}" if self.column else f"the {self.problem}"
         value = f"{self.value!r} in " if self.value and self.column else ""
-        return f"{subject} ({self.count:,} times, first {value}line {self.line} of {self.file})"
+        return f"{subject} ({counted(self.count, 'time')}, first {value}line {self.line} of {self.file})"
 
 
 def reasons(
@@ -127,11 +129,11 @@ def _as_rejections(duplicates: pl.DataFrame, lines: LineNumbers, keys: Sequence[
 
 
 def rejection_message(
-    rows: tuple[int, int], lines: tuple[int, int], why: Sequence[Reason], params: ValidateSourceParams
+    rows: tuple[int, int], lines: tuple[int, int], why: Sequence[Reason], params: ValidateSourceParams, listed_in: str
 ) -> str:
     """Why the step fails: figures, the commonest reasons with an example each, remedies.
 
-    `rows` and `lines`: how many are rejected, and of how many.
+    `rows` and `lines`: how many are rejected, and of how many. `listed_in`: the file that lists them.
     """
     (rejected, total), fraction = rows, max(rows[0] / rows[1], lines[0] / lines[1])
     limit = params.max_rejected_fraction
@@ -140,15 +142,15 @@ def rejection_message(
         remedies.append("widen the bounds with column_ranges")
     if any(r.problem.startswith("row ") and "earlier row" in r.problem for r in why):
         remedies.append("keep equal rows with duplicate_rows: keep")
-    if fraction < 1:
+    if fraction <= _MOST_TO_ADVISE:
         remedies.append(f"raise max_rejected_fraction above {fraction:.4g}")
     kinds = "; ".join(reason.sentence() for reason in why[:_NAMED_REASONS])
-    more = f"; and {len(why) - _NAMED_REASONS} other reasons" if len(why) > _NAMED_REASONS else ""
-    taken = f", {lines[0]:,} of {lines[1]:,} lines," if lines != rows else ""
+    more = f"; and {counted(len(why) - _NAMED_REASONS, 'other reason')}" if len(why) > _NAMED_REASONS else ""
+    taken = f", {lines[0]:,} of {counted(lines[1], 'line')}," if lines != rows else ""
     return (
-        f"{rejected:,} of {total:,} rows{taken} are rejected ({fraction:.3%}); "
-        f"at most {limit:.3%} may be (max_rejected_fraction). Reasons: {kinds}{more}. "
-        f"Remedy: {', or '.join(remedies)}. rejected_rows.csv lists them, up to {LISTED_REJECTIONS:,}"
+        f"{rejected:,} of {counted(total, 'row')}{taken} {are(rejected)} rejected ({percent(fraction)}); "
+        f"at most {percent(limit)} may be (max_rejected_fraction). Reasons: {kinds}{more}. "
+        f"Remedy: {', or '.join(remedies)}. {listed_in} lists them, up to {LISTED_REJECTIONS:,}"
     )
 
 

@@ -32,7 +32,6 @@ from step_scripts.contract import (
     StepRequest,
     StepResult,
     check_files,
-    write_json,
 )
 from step_scripts.disk_space import explain_full_disk
 from step_scripts.ray_session import RaySession, RaySettings
@@ -188,13 +187,14 @@ def _commit(
         versions={**library_versions(), "python": sys.version.split()[0]},
         unversioned=unversioned,
     )
-    write_json(request.manifest_uri, result.model_dump(mode="json"))
+    # In the order of the fields, which is what people see: also where the result is read again.
+    storage.write_bytes(request.manifest_uri, json.dumps(result.model_dump(mode="json"), indent=2).encode())
     return result
 
 
 def _keep(request: StepRequest, error: StepError) -> None:
     for name, uri in error.keep.items():
-        kept = storage.join(request.output_uri, "failed", name)
+        kept = request.kept_uri(name)
         with storage.open_input(uri) as source, storage.open_output(kept) as target:
             shutil.copyfileobj(source, target)
         error.details[name] = kept

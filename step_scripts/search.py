@@ -33,6 +33,7 @@ from step_scripts.trial_ledger import TrialLedger
 from step_scripts.trial_matrices import TrialMatrices, trial_matrices
 from step_scripts.trial_records import TrialRecord, TrialStore
 from step_scripts.trial_task import TrialTask
+from step_scripts.wording import counted
 
 # Where people would begin; the ranges clip it.
 _FIRST_TRIAL = {"max_depth": 3, "eta": 0.1, "min_child_weight": 1.0, "subsample": 0.8}
@@ -120,7 +121,7 @@ def run_search(
     resolved = params.resolved()
     finished = store.load()[: resolved["num_trials"]] if store is not None else []
     if finished:
-        log.info(f"{len(finished)} of {resolved['num_trials']} trials were finished before and are not run again")
+        log.info(f"not run again, finished before: {len(finished)} of {counted(resolved['num_trials'], 'trial')}")
     ledger = TrialLedger(finished, store, log, resolved["num_trials"])
     if ledger.remaining > 0:
         nodes = run_in_thread(lambda: free_cpus("the search", 1, log))
@@ -140,7 +141,7 @@ def run_search(
     if not any(record.rmse is not None for record in records):
         reason = next((r.error for r in records if r.error), "none ran")
         raise StepError(
-            f"all {len(records)} trials failed; the first: {reason}",
+            f"no trial of {len(records)} succeeded; the first failure: {reason}",
             details={"trials": [r.model_dump(mode="json") for r in records]},
         )
     return records

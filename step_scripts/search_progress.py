@@ -14,6 +14,7 @@ from ray.tune.experiment import Trial
 from step_scripts.trial_ledger import TrialLedger
 from step_scripts.trial_matrices import TrialMatrices
 from step_scripts.trial_records import TrialRecord
+from step_scripts.wording import number as figure
 
 _SECONDS_BETWEEN_MESSAGES = 15.0
 _ERROR_LINE = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)(:|$)")
@@ -60,7 +61,7 @@ class SearchProgress(LivesInDriver, tune.Callback):
             return
         if not result["done"] and self.ledger.silent_seconds > _SECONDS_BETWEEN_MESSAGES:
             number, total = self._numbers[trial.trial_id], self.ledger.num_trials
-            self.ledger.say(f"trial {number} of {total}: round {result['rounds']}, RMSE {result['rmse']:,.6g}")
+            self.ledger.say(f"trial {number} of {total}: round {result['rounds']}, RMSE {figure(result['rmse'])}")
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Record, keep and report a trial that ended well, or was stopped by the scheduler."""

@@ -19,6 +19,7 @@ from ray.tune.search import Searcher
 from step_scripts.trial_ledger import TrialLedger
 from step_scripts.trial_records import TrialRecord
 from step_scripts.trial_task import TrialTask, run_trial
+from step_scripts.wording import counted
 
 _SECONDS_BETWEEN_MESSAGES = 15.0
 _RETRIES = 1  # of a trial whose process ended
@@ -85,7 +86,8 @@ class ShortTrials:
                 return ended[0]
             free, cpus = (float(r.get("CPU", 0)) for r in (ray.available_resources(), ray.cluster_resources()))
             ledger.say(
-                f"{len(self._running)} trials run, or wait for a CPU of the Ray cluster: {free:g} of {cpus:g} are free"
+                f"{counted(len(self._running), 'trial')} under way, or waiting for a CPU of the Ray cluster: "
+                f"{free:g} of {cpus:g} are free"
             )
 
     def _cancel(self) -> None:

@@ -9,6 +9,7 @@ from step_scripts.contract import StepError
 from step_scripts.csv_chunks import Chunk
 from step_scripts.rejected_rows import LineNumbers
 from step_scripts.validate_chunk import ChunkReport
+from step_scripts.wording import counted
 
 
 def by_file(chunks: Sequence[Chunk]) -> Iterator[tuple[str, list[Chunk]]]:
@@ -29,8 +30,8 @@ def check_rows(chunks: Sequence[Chunk], reports: Sequence[ChunkReport], lines: L
             index, problem = next((r.index, p) for r in mine for p in r.problems)
             raise StepError(
                 f"{uri}, line {lines.locate(index, problem.line)[1]}: the {problem.problem}, and no row fits the "
-                f"header ({records:,} rows). Does the header lack a name, does each line end with a delimiter, or are "
-                "decimals written with a comma? Export the file again so that header and rows agree"
+                f"header ({counted(records, 'row')}). Does the header lack a name, does each line end with a "
+                "delimiter, or are decimals written with a comma? Export the file again so that header and rows agree"
             )
 
 
@@ -46,11 +47,11 @@ def check_counts(chunks: Sequence[Chunk], reports: Sequence[ChunkReport], droppe
         file = pieces[0].file
         if [start for start, _ in [*bounds, (file.bytes, 0)]] != [file.data_start, *(end for _, end in bounds)]:
             raise StepError(f"{uri} changed while it was read. Wait until it is completely written, then start again")
-        counted = sum(r.counted for r in mine)
+        found = sum(r.counted for r in mine)
         accepted = sum(r.part.rows for r in mine)
         rejected = sum(r.rejected_rows + dropped.get(r.index, 0) for r in mine)
-        if counted != accepted + rejected:
+        if found != accepted + rejected:
             raise StepError(
-                f"{uri} holds {counted:,} rows, but {accepted:,} were accepted and {rejected:,} rejected. "
+                f"{uri} holds {counted(found, 'row')}, but {accepted:,} were accepted and {rejected:,} rejected. "
                 "The reader is at fault: nothing was kept. Report it with the file"
             )

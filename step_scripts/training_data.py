@@ -19,6 +19,7 @@ from step_scripts.contract import Artifact, StepError
 from step_scripts.matrix import Matrix
 from step_scripts.model_artifact import Scaler
 from step_scripts.table import TableSpec
+from step_scripts.wording import counted
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ class TrainingSplit:
             target[position:end] = frame[self.target].cast(pl.Float64).to_numpy()
             position = end
         if bad := int(np.count_nonzero(~np.isfinite(target))):
-            raise StepError(f"{bad:,} of {len(target):,} rows of the {self.name} split have no finite {self.target}")
+            raise StepError(
+                f"{bad:,} of {counted(len(target), 'row')} of the {self.name} split without a finite {self.target}"
+            )
         return Matrix(features, target)
 
     def _frames(self, start: int, stop: int) -> Iterator[pl.DataFrame]:

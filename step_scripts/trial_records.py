@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from step_scripts import storage
 from step_scripts.parameters import TuneModelParams
+from step_scripts.wording import number
 
 TUNED: dict[str, type[int] | type[float]] = {
     "max_depth": int,
@@ -51,7 +52,7 @@ class TrialRecord(BaseModel):
         if self.rmse is None:
             return f"trial {self.trial} failed after {self.seconds:.1f} s ({parameters}): {self.error}"
         return (
-            f"trial {self.trial}: RMSE {self.rmse:,.6g} at round {self.best_rounds} of {self.rounds}, "
+            f"trial {self.trial}: RMSE {number(self.rmse)} at round {self.best_rounds} of {self.rounds}, "
             f"{self.seconds:.1f} s ({parameters}), ended by {self.stopped_by.replace('_', ' ')}"
         )
 

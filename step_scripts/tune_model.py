@@ -23,6 +23,7 @@ from step_scripts.parameters import TuneModelParams
 from step_scripts.search import run_search
 from step_scripts.training_data import read_splits
 from step_scripts.trial_records import TrialRecord, TrialStore, fingerprint
+from step_scripts.wording import counted, number
 from step_scripts.xgboost_native import xgb
 
 _CURVE_POINTS = 500
@@ -44,7 +45,8 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
         trials = run_search(params, train, validation, store, context.log)
     best = min((t for t in trials if t.rmse is not None), key=lambda t: t.rmse if t.rmse is not None else np.inf)
     context.log.info(
-        f"best of {len(trials)} trials in {context.seconds['tune']:.1f} s: {best.describe()}; now the final fit"
+        f"best of {counted(len(trials), 'trial')} in {context.seconds['tune']:.1f} s: {best.describe()}; "
+        "now the final fit"
     )
     parameters = xgboost_parameters(best.parameters, resolved["seed"])
     with context.phase("fit"):
@@ -62,8 +64,9 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
             context.log,
         )
     context.log.info(
-        f"final fit by {resolved['engine']} with {fitted.num_workers} worker(s): validation RMSE "
-        f"{fitted.validation_rmse:,.6g}, train RMSE {fitted.train_rmse:,.6g}, {fitted.best_rounds} rounds, "
+        f"final fit by {resolved['engine']} with {counted(fitted.num_workers, 'worker')}: validation RMSE "
+        f"{number(fitted.validation_rmse)}, train RMSE {number(fitted.train_rmse)}, "
+        f"{counted(fitted.best_rounds, 'round')}, "
         f"{fitted.seconds:.1f} s, {fitted.history.seconds:.1f} s of it boosting"
     )
     with context.phase("write"):

@@ -26,11 +26,13 @@ from step_scripts.rejected_rows import LineNumbers, as_details, reasons, rejecte
 from step_scripts.source_checks import by_file, check_counts, check_rows
 from step_scripts.source_parts import merged_statistics, rows_digest
 from step_scripts.validate_chunk import ChunkReport, ChunkTask, ids_uri, validate_chunk
+from step_scripts.wording import are, counted
 
 _SMALLEST_SHARE = 4 << 20  # of a file that is divided only to occupy all CPUs; bytes
 _HEADER_THREADS = 16
 _SECONDS_BETWEEN_MESSAGES = 2.0
 _FILES_SHOWN = 200
+_REJECTED = "rejected_rows.csv"
 
 
 def run(context: StepContext, params: ValidateSourceParams) -> StepOutcome:
@@ -64,7 +66,7 @@ def _run(context: StepContext, params: ValidateSourceParams, files: list[CsvFile
         keys = params.table.key_columns
         table, duplicate_rows = rejected_table(scratch_uri, reports, lines, [] if keep else duplicate_uris, keys)
         why = reasons(reports, lines, dropped, duplicate_rows, keys)
-        rejected_uri = storage.join(context.output_uri("rejected"), "rejected_rows.csv")
+        rejected_uri = storage.join(context.output_uri("rejected"), _REJECTED)
         storage.write_bytes(rejected_uri, table.write_csv().encode())
     total = sum(r.records for r in reports)
     rejected = sum(r.rejected_rows for r in reports) + dropped
@@ -73,10 +75,15 @@ def _run(context: StepContext, params: ValidateSourceParams, files: list[CsvFile
     fraction = max(rejected / total, rejected_lines / lines_total)
     details = as_details(table, why)
     if fraction > params.max_rejected_fraction or rejected == total:
-        message = rejection_message((rejected, total), (rejected_lines, lines_total), why, params)
-        raise StepError(message, details=details, keep={"rejected_rows.csv": rejected_uri})
+        message = rejection_message(
+            (rejected, total), (rejected_lines, lines_total), why, params, context.request.kept_uri(_REJECTED)
+        )
+        raise StepError(message, details=details, keep={_REJECTED: rejected_uri})
     if rejected:
-        context.log.warning(f"{rejected:,} of {total:,} rows are rejected: {'; '.join(r.sentence() for r in why[:5])}")
+        context.log.warning(
+            f"{rejected:,} of {counted(total, 'row')} {are(rejected)} rejected: "
+            f"{'; '.join(r.sentence() for r in why[:5])}. {rejected_uri} lists them"
+        )
     rejected_file = file_info(rejected_uri, context.output_uri("rejected"), rows=table.height)
     extra = {f.uri: list(f.extra_columns) for f in files if f.extra_columns}
     return StepOutcome(
@@ -240,7 +247,7 @@ def _find_duplicates(
         if found:
             written.append(uris[bucket])
     if duplicates:
-        context.log.info(f"{sum(duplicates.values()):,} rows equal an earlier row")
+        context.log.info(f"rows that equal an earlier row: {sum(duplicates.values()):,}")
     return duplicates, sorted(written)
 
 
@@ -301,7 +308,8 @@ class _Progress:
         if self._done == self._pieces or now - self._last >= _SECONDS_BETWEEN_MESSAGES:
             self._last = now
             message = (
-                f"{self._rows:,} rows validated in {now - self._start:.1f} s, {self._done} of {self._pieces} pieces"
+                f"{counted(self._rows, 'row')} validated in {now - self._start:.1f} s, "
+                f"{self._done} of {counted(self._pieces, 'piece')}"
             )
             self._context.log.info(message)
 

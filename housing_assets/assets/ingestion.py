@@ -29,6 +29,7 @@ from step_scripts.parameters import (
     ValidateSourceSettings,
 )
 from step_scripts.table import ColumnRange
+from step_scripts.wording import counted
 
 _SHOWN, _FILES_SHOWN = 20, 200  # names in a message, rows of a table
 
@@ -95,7 +96,7 @@ def raw_csv(
         **artifact_metadata(rows),
         **run_metadata(result),
     }
-    return dg.MaterializeResult(value=value, metadata=metadata, data_version=dg.DataVersion(rows.digest))
+    return dg.MaterializeResult(value=value, metadata=as_metadata(metadata), data_version=dg.DataVersion(rows.digest))
 
 
 def _data_files(files: tuple[SourceFile, ...], read: list[dict[str, Any]]) -> tuple[DataFile, ...]:
@@ -135,7 +136,7 @@ def _source_files(
         listing, location.landing, location.timezone, days, time.time(), location.settle_seconds
     )
     if unready:
-        context.log.info(f"{unready} files were modified less than {location.settle_seconds:g} s ago and are left out")
+        context.log.info(f"left out: {counted(unready, 'file')} modified less than {location.settle_seconds:g} s ago")
     if not files:
         span = f"{days[0]}" if len(days) == 1 else f"{days[0]} to {days[-1]}"
         raise StepError(f"no file of {span} is ready in {location.landing}")
@@ -179,7 +180,7 @@ def feature_group(
     snapshot = feature_store.find_ingestion(name, raw_csv.rows.digest)
     if snapshot is not None:
         context.log.info(f"feature group {name} already holds dataset {raw_csv.rows.digest[:12]}: nothing to add")
-        metadata |= {"reused": True, "added": 0, "seconds": 0.0}
+        metadata |= {"added": 0, "reused": True, "seconds": 0.0}
     else:
         params = IngestFeaturesParams(
             **settings_of(config, IngestFeaturesSettings), table=HOUSING_TABLE, group=name, target=target
@@ -204,7 +205,7 @@ def feature_group(
     metadata |= artifact_metadata(snapshot.artifact) | {"commit": snapshot.commit, "rows_live": snapshot.artifact.rows}
     metadata["dagster/column_schema"] = column_schema(HOUSING_TABLE)
     return dg.MaterializeResult(
-        value=snapshot, metadata=metadata, data_version=dg.DataVersion(snapshot.artifact.digest)
+        value=snapshot, metadata=as_metadata(metadata), data_version=dg.DataVersion(snapshot.artifact.digest)
     )
 
 

@@ -90,7 +90,7 @@ def tuned_model(
         **artifact_metadata(model),
         **run_metadata(result),
     }
-    return dg.MaterializeResult(value=value, metadata=metadata, data_version=dg.DataVersion(model.digest))
+    return dg.MaterializeResult(value=value, metadata=as_metadata(metadata), data_version=dg.DataVersion(model.digest))
 
 
 @dg.asset(group_name="model", kinds={"xgboost", "ray"}, code_version=step_version("evaluate_model"), pool=RAY_POOL)
@@ -155,7 +155,7 @@ def evaluation_report(
     }
     if champion:
         metadata["champion"] = champion.reference
-    return dg.MaterializeResult(value=value, metadata=metadata, data_version=dg.DataVersion(report.digest))
+    return dg.MaterializeResult(value=value, metadata=as_metadata(metadata), data_version=dg.DataVersion(report.digest))
 
 
 @dg.asset(group_name="model", kinds={"xgboost"}, code_version=module_version("model_artifact"))
@@ -198,4 +198,6 @@ def registered_model(
         **artifact_metadata(version.artifact),
         **run_costs(context.instance, context.run.run_id),
     }
-    return dg.MaterializeResult(value=version, metadata=metadata, data_version=dg.DataVersion(version.artifact.digest))
+    return dg.MaterializeResult(
+        value=version, metadata=as_metadata(metadata), data_version=dg.DataVersion(version.artifact.digest)
+    )

@@ -7,7 +7,7 @@ from housing_assets.gate import refusal, require_checks_passed
 from housing_assets.lineage import lineage_rows
 from housing_assets.metadata import run_costs
 from housing_assets.timeline import run_timeline
-from resources.compute.base import table
+from resources.compute.base import as_metadata, table
 from resources.endpoints.base import EndpointDeploymentFailed, EndpointHost, EndpointStatus, VersionNotApproved
 from resources.evidence import EvidenceStore
 from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound
@@ -66,7 +66,9 @@ def endpoint(
             "slowest_milliseconds": status.smoke_test.largest_ms,
         }
     return dg.MaterializeResult(
-        value=status, metadata=metadata, data_version=dg.DataVersion(f"{status.name}:{status.model_digest}")
+        value=status,
+        metadata=as_metadata(metadata),
+        data_version=dg.DataVersion(f"{status.name}:{status.model_digest}"),
     )
 
 

@@ -83,7 +83,7 @@ def splits(
             code_version=result.code_version,
         )
         metadata = {
-            "fraction": round(value.fraction, 6),
+            "fraction": value.fraction,
             "configured_fraction": value.configured_fraction,
             "dagster/column_schema": column_schema(HOUSING_TABLE),
             **artifact_metadata(rows),
@@ -92,5 +92,8 @@ def splits(
         if split == "train":
             metadata |= as_metadata(result.details)
         yield dg.MaterializeResult(
-            asset_key=f"{split}_split", value=value, metadata=metadata, data_version=dg.DataVersion(rows.digest)
+            asset_key=f"{split}_split",
+            value=value,
+            metadata=as_metadata(metadata),
+            data_version=dg.DataVersion(rows.digest),
         )

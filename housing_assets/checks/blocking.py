@@ -12,6 +12,7 @@ import dagster as dg
 from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluationTargetMaterializationData
 
 from housing_assets.gate import EVIDENCE, JUDGED, SUBJECT
+from resources.compute.base import as_metadata
 from resources.evidence import Evidence, EvidenceStore, Judged
 
 Judge = Callable[[Mapping[str, Any], dg.AssetCheckResult], Judged]
@@ -88,7 +89,7 @@ def _kept(
         passed=result.passed,
         severity=result.severity,
         description=result.description,
-        metadata={**metadata, JUDGED: judged.digest, SUBJECT: judged.subject, EVIDENCE: uri},
+        metadata=as_metadata({**metadata, JUDGED: judged.digest, SUBJECT: judged.subject, EVIDENCE: uri}),
     )
 
 

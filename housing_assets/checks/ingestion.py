@@ -7,6 +7,7 @@ from housing_assets.checks.blocking import blocking_check
 from housing_assets.gate import judged_group, judged_source
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
 from resources.references import SourceRef
+from step_scripts.wording import counted
 
 PANDERA_ROWS = 10_000
 COMPARED_IDS = 2_000_000
@@ -27,10 +28,10 @@ def schema(raw_csv: SourceRef) -> dg.AssetCheckResult:
     violations, figures = schema_violations(raw_csv.rows.file_uris(".parquet"), raw_csv.table, sample_rows=PANDERA_ROWS)
     accepted = raw_csv.rows_total - raw_csv.rows_rejected
     if figures["rows"] != accepted:
-        violations.append(f"{figures['rows']} rows lie in the files, {accepted} should")
+        violations.append(f"{counted(figures['rows'], 'row')} in the files, there should be {accepted:,}")
     return dg.AssetCheckResult(
         passed=not violations,
-        description="; ".join(violations[:5]) or f"{figures['rows']:,} rows conform to the schema",
+        description="; ".join(violations[:5]) or f"{counted(figures['rows'], 'row')}, conforming to the schema",
         metadata={
             **figures,
             "rows_rejected": raw_csv.rows_rejected,
@@ -62,7 +63,8 @@ def reconciliation(
     passed = missing.is_empty() and (share < 1 or readable >= expected.n_unique())
     return dg.AssetCheckResult(
         passed=passed,
-        description=f"{rows_in:,} rows in, {readable:,} readable, {missing.len():,} of {expected.len():,} ids missing",
+        description=f"{counted(rows_in, 'row')} in, {readable:,} readable, "
+        f"{missing.len():,} of {counted(expected.len(), 'id')} missing",
         metadata={
             "rows_in": rows_in,
             "rows_readable": readable,

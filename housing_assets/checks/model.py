@@ -6,6 +6,7 @@ from housing_assets.advisory import advisory_check
 from housing_assets.checks.blocking import blocking_check
 from housing_assets.gate import GATE_CHECK, judged_evaluation
 from resources.references import EvaluationRef
+from step_scripts.wording import number
 
 
 @blocking_check(
@@ -23,7 +24,7 @@ def rmse_threshold(evaluation_report: EvaluationRef) -> dg.AssetCheckResult:
     passed = rmse <= threshold  # also false for NaN
     return dg.AssetCheckResult(
         passed=passed,
-        description=f"RMSE {rmse:,.1f}, threshold {threshold:,.1f}",
+        description=f"RMSE {number(rmse)}, threshold {number(threshold)}",
         metadata={
             "rmse": rmse,
             "threshold": threshold,
@@ -57,6 +58,6 @@ def _better_than(evaluation: EvaluationRef, metric: str, opponent: str) -> dg.As
     return dg.AssetCheckResult(
         passed=rmse <= other,
         severity=dg.AssetCheckSeverity.WARN,
-        description=f"RMSE {rmse:,.1f}, that of {opponent} {other:,.1f}",
+        description=f"RMSE {number(rmse)}, that of {opponent} {number(other)}",
         metadata={"rmse": rmse, "threshold": other, "ratio": rmse / other if other else float("inf")},
     )

@@ -16,6 +16,7 @@ from resources.evidence import Judged
 from resources.model_registry.base import ModelRegistry
 from resources.notifier import Notifier
 from resources.references import SplitRef
+from step_scripts.wording import counted
 
 ROWS = 100
 
@@ -73,7 +74,7 @@ def _served(
     worst = max(errors)
     return dg.AssetCheckResult(
         passed=worst <= test.tolerance,
-        description=f"largest relative difference {worst:.1e} over {len(served)} rows",
+        description=f"largest relative difference {worst:.1e} over {counted(len(served), 'row')}",
         metadata={
             "model_version": endpoint.version,
             "rows": len(served),

@@ -12,6 +12,7 @@ from housing_assets.stability import stability_result
 from resources.evidence import Judged
 from resources.model_registry.base import ModelRegistry
 from resources.references import SplitRef
+from step_scripts.wording import rounded
 
 COMPARED_IDS = 2_000_000
 # Fractions of n hashed records scatter binomially: four standard deviations are exceeded once in 16,000 times.
@@ -40,7 +41,7 @@ def no_leakage(train_split: SplitRef, validation_split: SplitRef, test_split: Sp
     shared = pl.concat(frames).group_by("record_id").agg(pl.col("split").sort()).filter(pl.col("split").list.len() > 1)
     return dg.AssetCheckResult(
         passed=shared.is_empty(),
-        description=f"{shared.height:,} records are in more than one split",
+        description=f"records in more than one split: {shared.height:,}",
         metadata={
             "records": total,
             "share_of_ids_compared": share,
@@ -64,9 +65,9 @@ def split_fractions(train_split: SplitRef, validation_split: SplitRef, test_spli
             {
                 "split": name,
                 "rows": split.rows.rows or 0,
-                "fraction": round(split.fraction, 6),
+                "fraction": rounded(split.fraction),
                 "configured": p,
-                "tolerance": round(tolerance, 6),
+                "tolerance": rounded(tolerance),
                 "passed": abs(split.fraction - p) <= tolerance,
             }
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -16,6 +16,7 @@ from step_scripts.code_check import require_unchanged
 from step_scripts.code_version import library_versions, step_sources, version_of
 from step_scripts.contract import Artifact, StepError, StepParams, StepRequest, StepResult
 from step_scripts.runner import find_result
+from step_scripts.wording import rounded
 
 
 class ComputeBackend(dg.ConfigurableResource, ABC):
@@ -107,8 +108,11 @@ def failure_of(step: str, error: dict[str, Any]) -> dg.Failure:
     )
 
 
-def as_metadata(details: dict[str, Any]) -> dict[str, Any]:
-    """Plain data as metadata values: lists of flat objects become tables, other containers JSON."""
+def as_metadata(details: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data as metadata values: lists of flat objects become tables, other containers JSON.
+
+    Numbers are for people here, hence rounded; artifacts, references and evidence hold them in full.
+    """
     return {name: _metadata_value(value) for name, value in details.items() if value is not None}
 
 
@@ -116,14 +120,22 @@ def _metadata_value(value: object) -> Any:
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
         return table(value)
     if isinstance(value, dict | list):
-        return dg.MetadataValue.json(value)
-    return value
+        return dg.MetadataValue.json(_rounded(value))
+    return _rounded(value.value if isinstance(value, dg.FloatMetadataValue) else value)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return rounded(value) if isinstance(value, float) else value
 
 
 def table(rows: list[dict[str, Any]]) -> dg.TableMetadataValue:
     """Rows as a metadata table; values that are neither number, text nor boolean become text."""
     records = [
-        dg.TableRecord({k: v if isinstance(v, str | int | float | bool) else str(v) for k, v in row.items()})
+        dg.TableRecord({k: _rounded(v) if isinstance(v, str | int | float | bool) else str(v) for k, v in row.items()})
         for row in rows
     ]
     return dg.MetadataValue.table(records, schema=None if records else dg.TableSchema(columns=[]))

@@ -30,6 +30,7 @@ from pydantic import Field, PrivateAttr
 
 from resources.compute.base import ComputeBackend, failure_of
 from resources.inventory import NotOwned, OwnedItem, remove_empty, remove_step_results, step_results
+from resources.pipes_session import pipes_session
 from step_scripts import storage
 from step_scripts.contract import StepRequest, StepResult
 from step_scripts.ray_session import RaySettings
@@ -244,8 +245,8 @@ class LocalRay(ComputeBackend):
         try:
             if self._worker is None:
                 self._worker = self._start(context.run.run_id)
-            with dg.open_pipes_session(
-                context=context,
+            with pipes_session(
+                context,
                 context_injector=dg.PipesTempFileContextInjector(),
                 message_reader=dg.PipesTempFileMessageReader(),
             ) as session:

@@ -11,7 +11,7 @@ from typing import Any, Self
 import dagster as dg
 from pydantic import Field, PrivateAttr, model_validator
 
-from resources.compute.base import ComputeBackend, failure_of
+from resources.compute.base import ComputeBackend, as_metadata, failure_of
 from resources.inventory import NotOwned, OwnedItem, files_at, remove_step_results, remove_tree, step_results
 from resources.sagemaker.aws_calls import AwsCaller
 from resources.sagemaker.code_package import BOOTSTRAP, code_package
@@ -289,7 +289,7 @@ class SageMakerCompute(ComputeBackend):
                     storage.delete(storage.join(request.output_uri, failure.job_name))
             raise self._step_failure(request.step, failure) from failure
         for key in context.selected_asset_keys:
-            context.add_asset_metadata({**metadata, **invocation.metadata}, asset_key=key)
+            context.add_asset_metadata(as_metadata({**metadata, **invocation.metadata}), asset_key=key)
         try:
             manifest = storage.read_bytes(request.manifest_uri)
         except FileNotFoundError:

@@ -18,6 +18,7 @@ from resources.inventory import OwnedItem
 from resources.model_registry.base import ModelVersion
 from step_scripts.deployment import CaptureCounts
 from step_scripts.table import TableSpec
+from step_scripts.wording import counted
 
 if TYPE_CHECKING:
     from step_scripts.captured_requests import CapturedRows
@@ -94,7 +95,9 @@ class SmokeTest(BaseModel):
     @model_validator(mode="after")
     def _one_line_a_prediction(self) -> SmokeTest:
         if len(self._lines) - len(self.expected) not in (0, 1):
-            raise ValueError(f"{len(self.expected)} expected predictions for {len(self._lines)} lines of CSV")
+            raise ValueError(
+                f"{counted(len(self.expected), 'expected prediction')} for {counted(len(self._lines), 'line')} of CSV"
+            )
         return self
 
     @property
@@ -127,7 +130,9 @@ class SmokeTest(BaseModel):
 
     def _compare(self, served: Sequence[float], expected: Sequence[float], rows: Sequence[str]) -> float:
         if len(served) != len(expected):
-            raise SmokeTestFailed(f"smoke test: {len(served)} predictions for {len(expected)} rows")
+            raise SmokeTestFailed(
+                f"smoke test: {counted(len(served), 'prediction')} for {counted(len(expected), 'row')}"
+            )
         wrong = [
             (row, is_, should)
             for row, is_, should in zip(rows, served, expected, strict=True)

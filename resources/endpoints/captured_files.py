@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from resources.inventory import NotOwned, OwnedItem, remove_empty
 from step_scripts import storage
+from step_scripts.wording import counted, megabytes
 
 # What SageMaker and the local server write below an endpoint's folder; anything else there is not ours.
 _FILE = re.compile(r"(?P<variant>[^/]+)/\d{4}/\d\d/\d\d/\d\d/[^/]+\.jsonl")
@@ -44,7 +45,7 @@ def captured_items(files: Sequence[CapturedFile], location: str) -> list[OwnedIt
     """All of them as one item of the inventory; none if there are none."""
     if not files:
         return []
-    detail = f"{len(files)} files, {sum(file.bytes for file in files) / 1e6:,.1f} MB"
+    detail = f"{counted(len(files), 'file')}, {megabytes(sum(file.bytes for file in files))}"
     first = min(file.changed_at for file in files)
     return [OwnedItem(kind="files", name="captured requests", location=location, created_at=first, detail=detail)]
 

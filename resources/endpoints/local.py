@@ -64,6 +64,7 @@ from step_scripts.deployment import (
 )
 from step_scripts.private_files import private_folder
 from step_scripts.table import TableSpec
+from step_scripts.wording import counted
 
 if TYPE_CHECKING:
     from step_scripts.captured_requests import CapturedRows
@@ -370,7 +371,8 @@ def _invoke(
 
 def _measured(record: DeploymentRecord, result: SmokeTestResult) -> str:
     return (
-        f"Smoke test of {record.version}: {result.rows} rows, largest difference {result.largest_difference:g}, "
+        f"Smoke test of {record.version}: {counted(result.rows, 'row')}, "
+        f"largest difference {result.largest_difference:g}, "
         f"{result.median_ms:g} ms a row."
     )
 

@@ -33,6 +33,7 @@ from resources.endpoints.endpoint_requests import (
 from resources.model_registry.base import ModelVersion
 from resources.sagemaker.ownership import already_exists, is_ours, owned
 from resources.sagemaker.request_validation import check_request
+from step_scripts.wording import counted
 
 _FAILURES = (EndpointDeploymentFailed, SmokeTestFailed, InvocationFailed)
 
@@ -146,7 +147,7 @@ class Rollout:
             raise
         self._discard(candidate, config)
         figures = f"largest difference {result.largest_difference:g}, {result.median_ms:g} ms a row"
-        self.log.info(f"Smoke test of {self.version.reference}: {result.rows} rows, {figures}.")
+        self.log.info(f"Smoke test of {self.version.reference}: {counted(result.rows, 'row')}, {figures}.")
 
     def _prove_on(self, candidate: str, config: str) -> SmokeTestResult:
         from botocore.exceptions import ClientError

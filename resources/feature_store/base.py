@@ -15,6 +15,7 @@ from resources.references import DatasetRef, Reference, SnapshotRef
 from step_scripts import storage
 from step_scripts.contract import Artifact
 from step_scripts.table import TableSpec
+from step_scripts.wording import counted, megabytes
 
 if TYPE_CHECKING:
     from step_scripts.offline_store import OfflineStore, Snapshot
@@ -138,5 +139,5 @@ def group_item(facts: dict[str, Any], arn: str | None = None) -> OwnedItem:
         name=facts["name"],
         location=arn or facts["path"],
         created_at=datetime.fromisoformat(facts["created_at"]),
-        detail=f"{facts['live_rows']:,} records, {facts['bytes'] / 1e6:,.1f} MB",
+        detail=f"{counted(facts['live_rows'], 'record')}, {megabytes(facts['bytes'])}",
     )

@@ -13,6 +13,7 @@ from resources.model_registry.package_record import FACTS
 from resources.sagemaker.model_packages import ModelPackages
 from resources.sagemaker.ownership import belongs_to, pages, tags_of
 from step_scripts import storage
+from step_scripts.wording import counted
 
 _MODEL = re.compile(r"[0-9a-f]{32}")  # folders of models, see `package_files`
 _CODE = "code"
@@ -76,7 +77,7 @@ class PackageInventory:
         if not belongs_to(tags_of(self.packages.client, self.packages.call, found["ModelPackageGroupArn"]), self.root):
             raise NotOwned(f"group {name} was not created by this deployment; it is left alone")
         if left := self.packages.list(name):
-            raise RegistryDamaged(f"group {name} has {len(left)} versions: it cannot be removed before them")
+            raise RegistryDamaged(f"group {name} has {counted(len(left), 'version')}: it cannot be removed before them")
         self.packages.delete_group(name)
 
     def _remove_files(self, uri: str) -> None:

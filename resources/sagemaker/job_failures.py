@@ -89,7 +89,8 @@ def job_failure(
         parts.append(f"Last {len(tail)} log lines of {host}:\n" + "\n".join(f"  {line}" for line in tail))
     parts.append(f"What to do: {verdict.remedy}.")
     arn = description[kind.arn_member]
-    parts.append(f"Job: {kind.console_url(arn, name)}\nLogs: {kind.log_url(arn, name)}")
+    words = {"console": "Job", "logs": "Logs"}
+    parts += [f"{words[what]}: {url}" for what, url in kind.links(arn, name).items()]
     details = {**metadata, "failure_reason": reason}
     if host:
         details["failing_host"] = host

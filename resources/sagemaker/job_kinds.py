@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 TERMINAL = ("Completed", "Failed", "Stopped")
 _CONSOLES = {"aws-cn": "console.amazonaws.cn", "aws-us-gov": "console.amazonaws-us-gov.com"}
@@ -54,6 +55,16 @@ class JobKind:
         noun = self.noun.replace(" ", "_")
         return getattr(client, f"{verb}_{noun}s" if verb == "list" else f"{verb}_{noun}")
 
+    def links(self, arn: str, name: str) -> dict[str, str]:
+        """The job's pages in the AWS console, `console` and `logs`; none where boto3 is sent elsewhere than to AWS."""
+        if not has_console():
+            return {}
+        return {"console": self.console_url(arn, name), "logs": self.log_url(arn, name)}
+
+    def started_text(self, arn: str, name: str) -> str:
+        """What is said when the job was created, with its page if there is one."""
+        return ": ".join([f"Started {self.noun} {name}", *list(self.links(arn, name).values())[:1]])
+
     def console_url(self, arn: str, name: str) -> str:
         """The job's page in the AWS console."""
         host, region = _console(arn)
@@ -85,6 +96,13 @@ class JobKind:
         if not isinstance(start, datetime) or not isinstance(end, datetime):
             return None
         return max(0.0, (end - start).total_seconds())
+
+
+def has_console() -> bool:
+    """Whether jobs can be seen in AWS's console: not those of an emulator, which boto3 is told of like this."""
+    given = os.environ.get("AWS_ENDPOINT_URL_SAGEMAKER") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    host = urlsplit(given).hostname or "amazonaws.com"
+    return host.endswith(("amazonaws.com", "amazonaws.com.cn"))
 
 
 def _console(arn: str) -> tuple[str, str]:

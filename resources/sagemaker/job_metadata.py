@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 
 from resources.sagemaker.job_kinds import TRAINING, JobKind
+from step_scripts.wording import rounded
 
 StatusChange = tuple[str, datetime]  # a status, and when it was first seen
 
@@ -30,8 +31,7 @@ def job_metadata(
     metadata: dict[str, Any] = {
         "sagemaker_job": name,
         "sagemaker_job_arn": arn,
-        "console": dg.MetadataValue.url(kind.console_url(arn, name)),
-        "logs": dg.MetadataValue.url(kind.log_url(arn, name)),
+        **{what: dg.MetadataValue.url(url) for what, url in kind.links(arn, name).items()},
         "job_status": description[kind.status_member],
         "instance_type": ", ".join(dict.fromkeys(instance for instance, _ in instances)),
         "instance_count": count,
@@ -46,7 +46,7 @@ def job_metadata(
     if billable is not None:
         metadata["billable_seconds"] = round(float(billable), 1)
         if price_per_hour is not None:
-            metadata["estimated_cost"] = round(price_per_hour * count * float(billable) / 3600, 4)
+            metadata["estimated_cost"] = rounded(price_per_hour * count * float(billable) / 3600)
     trained = description.get("TrainingTimeInSeconds")
     if trained and billable is not None and description.get("EnableManagedSpotTraining"):
         metadata["spot_savings_percent"] = round(100 * (1 - float(billable) / trained), 1)

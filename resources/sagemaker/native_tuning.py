@@ -19,6 +19,7 @@ from resources.sagemaker.tuning_requests import NativeTuningConfig, tuning_reque
 from step_scripts.contract import StepRequest
 from step_scripts.parameters import TuneModelParams, TuneModelSettings
 from step_scripts.trial_records import OBJECTIVE, TRIAL_MODULE, TUNED, TrialRecord, TrialStore, fingerprint
+from step_scripts.wording import counted
 
 
 class NativeTuning:
@@ -65,7 +66,7 @@ class NativeTuning:
         finished = store.load()
         wanted = params.resolved()["num_trials"]
         if len(finished) >= wanted:
-            context.log.info(f"all {wanted} trials were finished before; no tuning job is needed")
+            context.log.info(f"{len(finished)} of {counted(wanted, 'trial')} finished before; no tuning job is needed")
             return {}
         params_of_job = self.create_request(params, wanted - len(finished), len(finished))
         files = {"request.json": request.model_dump_json().encode()}
@@ -115,10 +116,11 @@ def _metadata(result: TuningResult) -> dict[str, Any]:
     description = result.description
     name, arn = description[TUNING.name_member], description[TUNING.arn_member]
     started, ended = description[TUNING.started], description.get(TUNING.ended)
+    links = TUNING.links(arn, name)
     metadata: dict[str, Any] = {
         "tuning_job": name,
         "tuning_job_arn": arn,
-        "tuning_console": dg.MetadataValue.url(TUNING.console_url(arn, name)),
+        **({"tuning_console": dg.MetadataValue.url(links["console"])} if links else {}),
         "tuning_trials": len(result.trials),
         "tuning_billable_seconds": sum(int(trial.get("BillableTimeInSeconds", 0)) for trial in result.trials),
     }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from dagster._core.definitions.resource_annotation import TreatAsResourceParam
 
+from resources.pipes_session import pipes_session
 from resources.sagemaker.aws_calls import AwsCaller, aws_client, error_code
 from resources.sagemaker.job_failures import job_failure, start_failure
 from resources.sagemaker.job_files import BOOTSTRAP, JobInputs, JobPrefix
@@ -199,9 +200,7 @@ class PipesSageMakerClient(dg.PipesClient, TreatAsResourceParam):
         if found.description is None:
             prefix.clear_messages()
         try:
-            with dg.open_pipes_session(
-                context=context, context_injector=injector, message_reader=reader, extras=extras
-            ) as session:
+            with pipes_session(context, context_injector=injector, message_reader=reader, extras=extras) as session:
                 try:
                     run.lease.take()
                     if found.description is None:
@@ -209,7 +208,11 @@ class PipesSageMakerClient(dg.PipesClient, TreatAsResourceParam):
                         request = self._enrich_params(kind, context, params, inputs, work, run.name, bootstrap)
                         check_request(kind.create_operation, request)
                         arn = self._start(run, call, request, inputs, bootstrap, search)
-                        context.log.info(f"Started {kind.noun} {run.name}: {kind.console_url(arn, run.name)}")
+                        context.log.info(
+                            ": ".join(
+                                [f"Started {kind.noun} {run.name}", *list(kind.links(arn, run.name).values())[:1]]
+                            )
+                        )
                     else:
                         run.started = True
                         state = found.description[kind.status_member]
@@ -320,10 +323,8 @@ class PipesSageMakerClient(dg.PipesClient, TreatAsResourceParam):
         if self.forward_logs or not completed:
             left = max(self.polling.drain / 2, deadline - time.monotonic())
             if not run.logs.drain(left, expect_lines=run.kind.started in description):
-                context.log.warning(
-                    f"CloudWatch had not delivered all log lines within {left:.0f} s; the rest is at "
-                    + run.kind.log_url(description[run.kind.arn_member], run.name)
-                )
+                place = run.kind.links(description[run.kind.arn_member], run.name).get("logs", "CloudWatch")
+                context.log.warning(f"not all log lines were delivered within {left:.0f} s; the rest is at {place}")
         return description
 
     def _check_success(

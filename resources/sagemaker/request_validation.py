@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from step_scripts.wording import counted
+
 # The model's patterns are Java's. Unicode classes that Python lacks are replaced by the nearest it has, which hold a
 # little more: what passes here may still be refused by the service, but nothing valid is refused here.
 _UNICODE_CLASSES = {
@@ -162,7 +164,7 @@ def _choices(value: str, allowed: list[str]) -> str:
         return ", ".join(allowed)
     family = value.rpartition(".")[0] or value[:4]
     near = [choice for choice in allowed if family and choice.startswith(family)][:8] or allowed[:4]
-    return f"{', '.join(near)} … ({len(allowed)} values)"
+    return f"{', '.join(near)} … ({counted(len(allowed), 'value')})"
 
 
 def _shown(value: object) -> str:

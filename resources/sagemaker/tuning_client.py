@@ -22,6 +22,7 @@ from resources.sagemaker.job_tags import WORK_TAG, asset_names, run_tags, tag_li
 from resources.sagemaker.ownership import creation_tags
 from resources.sagemaker.pipes_client import Context, PipesSageMakerClient
 from resources.sagemaker.request_validation import check_request
+from step_scripts.wording import counted, number
 
 _LONGEST = "x" * 32
 URI_VARIABLE = "HOUSING_JOB_URI"
@@ -129,7 +130,7 @@ class TuningJobs:
         except BaseException:
             self._stop(context, found.name)  # there may be one
             raise
-        context.log.info(f"Started tuning job {found.name}: {TUNING.console_url(arn, found.name)}")
+        context.log.info(TUNING.started_text(arn, found.name))
 
     def _wait(self, context: Context, call: AwsCaller, name: str, lease: JobLease) -> dict[str, Any]:
         describe = TUNING.method(self._client.client("sagemaker"), "describe")
@@ -190,11 +191,11 @@ def _progress(description: Mapping[str, Any]) -> str:
     failed = counters.get("NonRetryableError", 0)
     done = counters.get("Completed", 0) + counters.get("Stopped", 0) + failed
     most = description["HyperParameterTuningJobConfig"]["ResourceLimits"].get("MaxNumberOfTrainingJobs")
-    text = f"{description[TUNING.status_member]}, {done} of {most} trials finished"
+    text = f"{description[TUNING.status_member]}, {done} of {counted(most, 'trial')} finished"
     if failed:
         text += f", {failed} of them failed"
     metric = description.get("BestTrainingJob", {}).get("FinalHyperParameterTuningJobObjectiveMetric")
-    return text + (f", best so far {metric['MetricName']} {metric['Value']:,.6g}" if metric else "")
+    return text + (f", best so far {metric['MetricName']} {number(metric['Value'])}" if metric else "")
 
 
 def tuning_failure(result: TuningResult) -> JobFailure:
@@ -210,14 +211,17 @@ def tuning_failure(result: TuningResult) -> JobFailure:
         job = failed["TrainingJobName"]
         parts += [
             f"The first training job that failed, {job}: {failed['FailureReason']}",
-            f"Its log: {TRAINING.log_url(failed['TrainingJobArn'], job)}",
         ]
+        if log := TRAINING.links(failed["TrainingJobArn"], job).get("logs"):
+            parts.append(f"Its log: {log}")
     remedy = (
         "start the run again if stopping it was wrong: trials that have finished are not run again"
         if status == "Stopped"
         else "mend what the training jobs' logs show, or go back to Ray Tune (no native_tuning)"
     )
-    url = TUNING.console_url(arn, name)
-    text = "\n".join([*parts, f"What to do: {remedy}.", f"Job: {url}"])
-    metadata = {"tuning_job": name, "tuning_console": dg.MetadataValue.url(url), "failure_reason": reason}
+    url = TUNING.links(arn, name).get("console")
+    text = "\n".join([*parts, f"What to do: {remedy}.", *([f"Job: {url}"] if url else [])])
+    metadata = {"tuning_job": name, "failure_reason": reason}
+    if url:
+        metadata["tuning_console"] = dg.MetadataValue.url(url)
     return JobFailure(text, metadata, allow_retries=False, job_name="", reason=(failed or {}).get("FailureReason", ""))

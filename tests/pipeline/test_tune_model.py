@@ -291,7 +291,7 @@ def test_a_short_trial_that_loses_its_process_again_is_in_the_table(tune: Callab
 @pytest.mark.usefixtures("runner_of_trials")
 def test_the_first_reason_is_told_if_all_trials_fail(tune: Callable[..., StepResult], tmp_path: Path) -> None:
     infinite = sales(600).with_columns(area=pl.lit(float("inf")))
-    with pytest.raises(StepError, match=r"all 3 trials failed; the first: .*XGBoostError.*inf") as caught:
+    with pytest.raises(StepError, match=r"no trial of 3 succeeded; the first failure: .*XGBoostError.*inf") as caught:
         tune(changed={"train": write_split(tmp_path / "infinite", infinite)})
     assert len(caught.value.details["trials"]) == 3  # pyright: ignore[reportArgumentType]
     _wait_for_free_cpus()
@@ -300,7 +300,7 @@ def test_the_first_reason_is_told_if_all_trials_fail(tune: Callable[..., StepRes
 @pytest.mark.usefixtures("runner_of_trials")
 def test_an_unreadable_split_is_named(tune: Callable[..., StepResult], tmp_path: Path) -> None:
     bad = write_split(tmp_path / "bad", sales(50).with_columns(price=pl.lit(None, dtype=pl.Float64)))
-    with pytest.raises(StepError, match="50 of 50 rows of the validation split have no finite price"):
+    with pytest.raises(StepError, match="50 of 50 rows of the validation split without a finite price"):
         tune(changed={"validation": bad})
 
 

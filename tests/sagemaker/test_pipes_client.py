@@ -134,8 +134,7 @@ def test_success_with_logs_of_both_hosts_metadata_and_tags(aws: "Aws", client: P
     assert metadata["rows"] == 3
     assert metadata["sagemaker_job"] == name
     assert name in metadata["sagemaker_job_arn"]
-    assert metadata["console"].endswith(name)
-    assert name in metadata["logs"]
+    assert metadata.keys().isdisjoint({"console", "logs"}), "an emulated job has no pages in the console"
     assert (metadata["instance_type"], metadata["instance_count"]) == ("ml.m5.xlarge", 2)
     assert metadata["billable_seconds"] > 0
     cost = 0.25 * 2 * metadata["billable_seconds"] / 3600

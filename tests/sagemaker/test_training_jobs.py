@@ -59,7 +59,7 @@ def test_spot_interruption_in_mid_tuning_loses_no_finished_trial(
     assert len(run.trials) == 4
     for record in seen:
         assert record in run.trials, "not run again"
-    assert f"{len(seen)} of 4 trials were finished before and are not run again" in run.log
+    assert f"not run again, finished before: {len(seen)} of 4 trials" in run.log
     assert run.metadata["spot_savings_percent"] > 0
     assert run.metadata["billable_seconds"] > 0
     assert len(run.result.nodes) == 2
@@ -95,7 +95,7 @@ def test_after_a_stopped_job_the_next_run_goes_on_with_the_finished_trials(
     assert len(second.result.nodes) == 1
     for record in kept:
         assert record in second.trials
-    assert f"{len(kept)} of 4 trials were finished before and are not run again" in second.log
+    assert f"not run again, finished before: {len(kept)} of 4 trials" in second.log
     assert kept_trials(aws) == []
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import base64
+import io
 import re
 import time
 import urllib.parse
@@ -13,7 +14,8 @@ from typing import Any
 
 import dagster as dg
 import yaml
-from playwright.sync_api import Page, TimeoutError, expect
+from PIL import Image
+from playwright.sync_api import Page, expect
 
 from tests.platform_cli import Platform
 
@@ -36,15 +38,10 @@ class Browser:
         self.page = page
         self._ui = ui
         self._screenshots = screenshots
-        self._greeted = False
 
     def open(self, path: str) -> None:
-        """Go to a page of the UI, and close the dialog that greets at the first visit."""
+        """Go to a page of the UI."""
         self.page.goto(self._ui.url + path)
-        if not self._greeted:
-            self._greeted = True
-            with contextlib.suppress(TimeoutError):  # there is no dialog
-                self.page.get_by_text("Skip", exact=True).first.click(timeout=20_000)
 
     def screenshot(self, name: str) -> None:
         """Keep what is shown."""
@@ -65,6 +62,20 @@ class Browser:
             return self.page.get_by_text(member).first.is_visible()
 
         self.until(expanded, 120)
+
+    def picture(self, asset: str, name: str) -> Image.Image:
+        """The picture that an asset's metadata shows under a name, as the browser has decoded it."""
+        self.open(f"/assets/{asset}")
+        row = self.page.locator("tr", has=self.page.get_by_text(name, exact=True)).first
+        row.get_by_text("Show Markdown").click()
+        image = self.page.locator(f'img[alt="{name.replace("_", " ")}"]')
+        expect(image).to_be_visible(timeout=60_000)
+        assert image.evaluate("i => i.complete && i.naturalWidth > 0"), "the browser cannot draw it"
+        drawn: str = image.evaluate(
+            """i => { const c = document.createElement("canvas"); c.width = i.naturalWidth; c.height = i.naturalHeight;
+                      c.getContext("2d").drawImage(i, 0, 0); return c.toDataURL("image/png"); }"""
+        )
+        return Image.open(io.BytesIO(base64.b64decode(drawn.partition(",")[2])))
 
     def click(self, name: str) -> None:
         """Press a button."""

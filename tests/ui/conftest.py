@@ -54,7 +54,7 @@ def ui(platform: Platform) -> Iterator[UserInterface]:
 
 @pytest.fixture(scope="module")
 def browser(ui: UserInterface) -> Iterator[Browser]:
-    """Chromium, with the welcome dialog out of the way."""
+    """Chromium."""
     if CHROMIUM is None:
         pytest.skip("needs Chromium: apt-get install chromium")
     from playwright.sync_api import sync_playwright

@@ -5,6 +5,8 @@ The tests follow each other on one installation, as somebody's first day does. S
 
 from __future__ import annotations
 
+import re
+
 import dagster as dg
 import pytest
 
@@ -20,6 +22,7 @@ def test_everything_is_materialized_by_a_click(ui: UserInterface, browser: Brows
     browser.open("/asset-groups")
     browser.sees("ingestion")
     browser.screenshot("before")
+    assert not browser.page.get_by_text(re.compile("Join the.*community", re.IGNORECASE)).is_visible()
     known = {run.run_id for run in ui.platform.runs()}
     browser.click("Materialize all")
     assert browser.finished(known).status == SUCCESS
@@ -33,6 +36,23 @@ def test_everything_is_materialized_by_a_click(ui: UserInterface, browser: Brows
     browser.open("/assets/evaluation_report?view=checks")
     browser.sees("rmse_threshold")
     browser.screenshot("checks")
+
+
+PLOTS = {
+    "tuned_model": ("learning_curve", "importance", "search"),
+    "evaluation_report": ("predicted_against_actual", "residuals"),
+}
+
+
+@pytest.mark.parametrize(("asset", "plot"), [(asset, plot) for asset, plots in PLOTS.items() for plot in plots])
+def test_a_plot_is_a_picture(browser: Browser, asset: str, plot: str) -> None:
+    picture = browser.picture(asset, plot)
+    browser.screenshot(f"{asset}_{plot}")
+    assert picture.width == 640
+    colours = picture.convert("RGB").getcolors(picture.width * picture.height)
+    assert colours is not None
+    assert len(colours) > 10, "a plot of axes, text and data"
+    assert max(count for count, _ in colours) < 0.99 * picture.width * picture.height, "of one colour"
 
 
 def test_jobs_schedules_and_sensors_explain_themselves(browser: Browser) -> None:

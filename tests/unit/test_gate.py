@@ -372,7 +372,9 @@ def test_a_leak_stops_later_runs_of_any_dagster_home(tmp_path: Path) -> None:
         return Root(store, dg.DagsterInstance.ephemeral(), {**made, "model": MODEL, "evaluation": EVALUATION})
 
     leaking = judge([*range(200, 300), *range(30)])
-    text = refused(leaking, "tuned_model", "check no_leakage of train_split failed", "30 records are in more than one")
+    text = refused(
+        leaking, "tuned_model", "check no_leakage of train_split failed", "records in more than one split: 30"
+    )
     assert leaking.values["train"].rows.digest[:12] in text
     refused(leaking, "evaluation_report", "check no_leakage of train_split failed")
     clean = judge(list(range(200, 300)))

@@ -359,8 +359,8 @@ def test_rows_that_contradict_each_other_are_named(store: OfflineStore, tmp_path
     [
         (lambda f: f.drop("ROOMS"), r"lacks the columns \['ROOMS'\]"),
         (lambda f: f.cast({"ROOMS": pl.Float64}), "ROOMS is Float64, not Int64"),
-        (lambda f: f.with_columns(event_time=pl.lit(None, pl.Datetime("us", "UTC"))), "3 of 3 rows have no event_time"),
-        (lambda f: f.with_columns(record_id=pl.lit(None, pl.String)), "3 of 3 rows have no record_id"),
+        (lambda f: f.with_columns(event_time=pl.lit(None, pl.Datetime("us", "UTC"))), "3 of 3 rows without event_time"),
+        (lambda f: f.with_columns(record_id=pl.lit(None, pl.String)), "3 of 3 rows without record_id"),
         (lambda f: f[:0], "has no rows"),
     ],
 )  # fmt: skip
@@ -531,7 +531,7 @@ def test_rows_that_cannot_be_read_back_are_named_and_not_committed(
         return run_here(function, calls)
 
     rows = [row(0), *(row(n, hours=1) for n in range(1, 31)), row(99, hours=2)]
-    with pytest.raises(StepError, match="31 rows were written to feature group sales, 1 can be read back") as caught:
+    with pytest.raises(StepError, match="31 rows written to feature group sales, 1 can be read back") as caught:
         ingest_rows(store, write_rows(tmp_path, rows), run=run)
     lost = sorted(record_id(n) for n in range(1, 31))
     assert caught.value.details == {"rows_in": 32, "records_missing": 30, "missing_record_ids": lost[:20]}

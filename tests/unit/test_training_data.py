@@ -63,5 +63,5 @@ def test_missing_column_is_named(tmp_path: Path) -> None:
 def test_rows_without_target_are_counted(tmp_path: Path) -> None:
     frame = sales(5).with_columns(price=pl.Series([1.0, None, float("inf"), 2.0, float("nan")]))
     split = TrainingSplit.of("train", write_split(tmp_path / "t", frame), scaler_of(frame), "price")
-    with pytest.raises(StepError, match="3 of 5 rows of the train split have no finite price"):
+    with pytest.raises(StepError, match="3 of 5 rows of the train split without a finite price"):
         split.load()
