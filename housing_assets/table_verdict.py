@@ -105,6 +105,8 @@ def _keep(verdict: _Verdict) -> None:
     """Write it to the user's cache folder. Where that is not possible, every load asks again."""
     with contextlib.suppress(OSError, RuntimeError):
         place = _place()
+        if not Path.home().is_dir() and not os.environ.get("XDG_CACHE_HOME"):
+            return  # a home folder is made by whoever made the user
         private_folder(place.parent)
         descriptor, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
         try:

@@ -102,3 +102,7 @@ def test_where_nothing_can_be_kept_the_table_is_found_all_the_same(
     file.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # no folder can be made below it, also not by root
     assert check_table(SLICES, {}) == HOUSING_TABLE
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "nonexistent"))
+    assert check_table(SLICES, {}) == HOUSING_TABLE
+    assert list(tmp_path.iterdir()) == [file]
