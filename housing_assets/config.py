@@ -1,16 +1,21 @@
 """Run configuration of the assets. Fields, defaults and ranges are those of the steps' settings.
 
-This is also where the domain's defaults live that are not columns: the slices by which errors are reported.
+This is also where the domain's defaults live that are not columns: the slices by which errors are reported. The file
+that `HOUSING_CONFIG` names gives fields other defaults, for every launch.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from datetime import datetime
+from functools import cache
+from typing import Any, Literal, TypeVar
 
 import dagster as dg
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
-from housing_assets.config_fields import unknown_fields
+from housing_assets.config_fields import suggestion, unknown_fields, with_defaults
+from housing_assets.deployments import load_launch_defaults
 from step_scripts.parameters import (
     DeployEndpointSettings,
     EvaluateModelSettings,
@@ -28,6 +33,56 @@ SLICES = (
     Slice(name="decade built", column="YEAR_BUILT", width=10),
 )
 
+ASSET_OPS = ("raw_csv", "feature_group", "splits", "tuned_model", "evaluation_report", "registered_model", "endpoint")
+# By the name of the op that Dagster makes of the assets; filled below.
+CONFIG_OF_OP: dict[str, type[dg.Config]] = {}
+_Config = TypeVar("_Config", bound=dg.Config)
+
+
+@cache
+def _launch_defaults() -> dict[str, dict[str, Any]]:
+    """What `HOUSING_CONFIG` says, by op. Raises `ValueError` for an op that takes no defaults."""
+    sections = load_launch_defaults()
+    if unknown := [f"ops.{op} is unknown{suggestion(op, ASSET_OPS)}" for op in sections if op not in ASSET_OPS]:
+        raise ValueError(f"HOUSING_CONFIG: {'. '.join(unknown)}")
+    return sections
+
+
+def _problems(op: str, model: type[dg.Config], given: dict[str, Any]) -> list[str]:
+    """What is wrong with values for the fields of `model`: a sentence each."""
+    problems = list(unknown_fields(model, given, op))
+    try:
+        model(**{str(name): value for name, value in given.items()})
+    except ValidationError as error:
+        problems += [_describe(op, model, dict(e)) for e in error.errors()]
+    return problems
+
+
+def _describe(op: str, model: type[dg.Config], error: dict[str, Any]) -> str:
+    location = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    if not location:
+        return f"{op}: {message}"
+    text = f"{op}.{location} = {error['input']!r}: {message}"
+    field = model.model_fields.get(str(error["loc"][0]))
+    return f"{text} ({field.description})" if field is not None and field.description else text
+
+
+def configures(op: str) -> Callable[[type[_Config]], type[_Config]]:
+    """Makes a class the configuration of `op`, with the defaults that `HOUSING_CONFIG` gives its fields.
+
+    Raises `ValueError` naming every wrong field and value.
+    """
+
+    def configure(config: type[_Config]) -> type[_Config]:
+        given = _launch_defaults().get(op, {})
+        if given and (problems := _problems(op, config, given)):
+            raise ValueError(f"HOUSING_CONFIG: {'; '.join(problems)}")
+        CONFIG_OF_OP[op] = configured = with_defaults(config, given)
+        return configured
+
+    return configure
+
 
 class ColumnBounds(dg.Config):
     """Bounds of one column that replace those of the schema. An empty bound is no limit."""
@@ -36,6 +91,7 @@ class ColumnBounds(dg.Config):
     maximum: float | None = Field(default=None, description="Largest allowed value.")
 
 
+@configures("raw_csv")
 class RawCsvConfig(ValidateSourceSettings, dg.Config):
     """Which files are read, and which rows are acceptable."""
 
@@ -49,6 +105,7 @@ class RawCsvConfig(ValidateSourceSettings, dg.Config):
     )
 
 
+@configures("feature_group")
 class FeatureGroupConfig(IngestFeaturesSettings, dg.Config):
     """Where the rows go in the feature store."""
 
@@ -63,6 +120,7 @@ class FeatureGroupConfig(IngestFeaturesSettings, dg.Config):
     )
 
 
+@configures("splits")
 class SplitsConfig(PrepareSplitsSettings, dg.Config):
     """Sizes of the splits, and the point in time to read."""
 
@@ -70,33 +128,34 @@ class SplitsConfig(PrepareSplitsSettings, dg.Config):
         default=None, description="Read the feature store as it was at this time (ISO 8601). Empty: the latest."
     )
 
+    @field_validator("as_of")
+    @classmethod
+    def _is_a_time(cls, as_of: str | None) -> str | None:
+        try:
+            datetime.fromisoformat(as_of) if as_of else None
+        except ValueError:
+            raise ValueError("it is not a date or time in ISO 8601") from None
+        return as_of
 
+
+@configures("tuned_model")
 class TunedModelConfig(TuneModelSettings, dg.Config):
     """The hyperparameter search and the final fit."""
 
 
+@configures("evaluation_report")
 class EvaluationConfig(EvaluateModelSettings, dg.Config):
     """The quality gate."""
 
 
+@configures("registered_model")
 class RegistrationConfig(RegisterModelSettings, dg.Config):
     """How the model enters the registry."""
 
 
+@configures("endpoint")
 class EndpointConfig(DeployEndpointSettings, dg.Config):
     """Where the model is served."""
-
-
-# By the name of the op that Dagster makes of the assets.
-CONFIG_OF_OP: dict[str, type[dg.Config]] = {
-    "raw_csv": RawCsvConfig,
-    "feature_group": FeatureGroupConfig,
-    "splits": SplitsConfig,
-    "tuned_model": TunedModelConfig,
-    "evaluation_report": EvaluationConfig,
-    "registered_model": RegistrationConfig,
-    "endpoint": EndpointConfig,
-}
 
 
 def settings_of(config: dg.Config, model: type) -> dict[str, Any]:
@@ -108,24 +167,7 @@ def check_run_config(run_config: dict[str, Any]) -> None:
     """Raise `dagster.Failure` naming every wrong value in `run_config`, and what is allowed, before any work starts."""
     problems: list[str] = []
     for op, section in (run_config.get("ops") or {}).items():
-        model = CONFIG_OF_OP.get(op)
-        if model is None:
-            continue
-        given = (section or {}).get("config") or {}
-        problems += unknown_fields(model, given, op)
-        try:
-            model(**given)
-        except ValidationError as error:
-            problems += [_describe(op, model, dict(e)) for e in error.errors()]
+        if (model := CONFIG_OF_OP.get(op)) is not None:
+            problems += _problems(op, model, (section or {}).get("config") or {})
     if problems:
         raise dg.Failure("run configuration: " + "; ".join(problems), allow_retries=False)
-
-
-def _describe(op: str, model: type[dg.Config], error: dict[str, Any]) -> str:
-    location = ".".join(str(part) for part in error["loc"])
-    message = error["msg"].removeprefix("Value error, ")
-    if not location:
-        return f"{op}: {message}"
-    text = f"{op}.{location} = {error['input']!r}: {message}"
-    field = model.model_fields.get(str(error["loc"][0]))
-    return f"{text} ({field.description})" if field is not None and field.description else text

@@ -1,4 +1,4 @@
-"""Refuses fields that a configuration model does not have, at every level, with what it has instead.
+"""Configuration models: other defaults for their fields, and a refusal, at every level, of fields that they lack.
 
 Pydantic's own refusal is off in Dagster's configuration classes, and its message does not say what is known.
 """
@@ -9,9 +9,28 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from copy import copy
+from typing import Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, create_model
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def with_defaults(model: type[_Model], values: Mapping[str, Any]) -> type[_Model]:
+    """`model` with other defaults for the fields named, which Dagster shows too; `values` are valid for the model.
+
+    A class of the same name, derived from `model`; `model` itself where there are no values.
+    """
+    if not values:
+        return model
+    plain = model(**values).model_dump(include=set(values))  # of the fields' types; Dagster's schema takes no objects
+    fields: dict[str, Any] = {}
+    for name, value in plain.items():
+        field = copy(model.model_fields[name])
+        field.default, field.default_factory, field.validate_default = value, None, True
+        fields[name] = (field.annotation, field)
+    return create_model(model.__name__, __base__=model, __doc__=model.__doc__, __module__=model.__module__, **fields)
 
 
 def unknown_fields(model: type[BaseModel], given: Any, path: str) -> Iterator[str]:

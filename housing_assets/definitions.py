@@ -15,16 +15,20 @@ from housing_assets.checks import ingestion as ingestion_checks
 from housing_assets.checks import model as model_checks
 from housing_assets.checks import serving as serving_checks
 from housing_assets.checks import splits as splits_checks
+from housing_assets.config import SLICES, RawCsvConfig
 from housing_assets.console import console_logger
 from housing_assets.deployments import load_resources
 from housing_assets.executor import in_process_executor
 from housing_assets.lineage import lineage
 from housing_assets.retention import nightly_prune, prune
 from housing_assets.sweeper import hourly_sweep, sweep
+from housing_assets.table_verdict import check_table
 from housing_assets.teardown import teardown
 from housing_assets.watching import endpoint_watch, watch_endpoint
 
 OWNERS = ["team:ml-platform"]
+
+check_table(SLICES, RawCsvConfig.model_fields["column_ranges"].get_default(call_default_factory=True))
 
 # A range of days may be materialized together with what has no days: in one run, whose order is that of the graph.
 assets = [

@@ -23,7 +23,6 @@ from dagster._core.storage.tags import (  # have no public names
 )
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from housing_assets.config import check_run_config
 from housing_assets.config_fields import suggestion, unknown_fields
 from resources.compute.local_ray import LocalRay
 from resources.endpoints.local import LocalDataCapture, LocalEndpointHost
@@ -90,6 +89,8 @@ class CheckedReferenceIOManager(ReferenceIOManager):
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         """Check the run's configuration."""
+        from housing_assets.config import check_run_config  # which takes defaults from this module
+
         if context.run is not None:
             check_run_config(dict(context.run.run_config))
             _check_days(context.run.tags)
@@ -203,6 +204,47 @@ def load_automation(environment: Mapping[str, str] | None = None) -> AutomationS
         problem = error.errors()[0]
         name = variables[str(problem["loc"][0])]
         raise ValueError(f"{name}={problem['input']!r}: {problem['msg']}") from error
+
+
+def load_launch_defaults(environment: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """By op: the fields that the file named by `HOUSING_CONFIG` sets for every launch, as it has them.
+
+    The file is run configuration, as `--config` takes it. Raises `ValueError` for another form; fields and values are
+    left to the caller.
+    """
+    settings = Settings(os.environ if environment is None else environment)
+    path = settings.text("HOUSING_CONFIG")
+    if path is None:
+        return {}
+    content = _yaml_file("HOUSING_CONFIG", path)
+    form = f"HOUSING_CONFIG={path!r} must be run configuration, as YAML: `ops: {{raw_csv: {{config: {{…}}}}}}`"
+    if others := sorted(map(str, set(content) - {"ops"})):
+        raise ValueError(f"{form}. It has {', '.join(others)}, which gives no defaults")
+    sections = {}
+    for op, section in _mapping(content.get("ops"), form).items():
+        section = _mapping(section, f"{form}. ops.{op} is not of this form")
+        if others := sorted(map(str, set(section) - {"config"})):
+            raise ValueError(f"{form}. ops.{op} has {', '.join(others)} beside or instead of config")
+        sections[str(op)] = _mapping(section.get("config"), f"{form}. ops.{op}.config is not of this form")
+    return sections
+
+
+def _mapping(value: Any, problem: str) -> dict[Any, Any]:
+    """`value`, a mapping; an empty one for nothing. Raises `ValueError` with `problem` for anything else."""
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(problem)
+    return value or {}
+
+
+def _yaml_file(variable: str, path: str) -> dict[Any, Any]:
+    """The mapping in the file that the variable names. Raises `ValueError` if it cannot be read, or holds another."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(expanded(path)).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{variable}={path!r} cannot be read: {error}") from error
+    return _mapping(content, f"{variable}={path!r} must hold sections with fields, as YAML")
 
 
 def load_resources(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -439,13 +481,8 @@ def _sections(settings: Settings) -> dict[str, dict[str, Any]]:
     path = settings.text("HOUSING_SAGEMAKER_CONFIG")
     if path is None:
         return empty
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"HOUSING_SAGEMAKER_CONFIG={path!r} cannot be read: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+    content = _yaml_file("HOUSING_SAGEMAKER_CONFIG", path)
+    if not all(isinstance(section, dict) for section in content.values()):
         raise ValueError(f"HOUSING_SAGEMAKER_CONFIG={path!r} must hold sections with fields, as YAML")
     if unknown := sorted(str(name) for name in set(content) - set(SECTIONS)):
         wrong = ". ".join(f"{name} is unknown{suggestion(name, SECTIONS)}" for name in unknown)

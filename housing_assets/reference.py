@@ -29,6 +29,8 @@ ENVIRONMENT: dict[str, dict[str, tuple[str, str]]] = {
                                 "branch deployments of Dagster+ the branch's, whatever is set."),
         "HOUSING_RAW_CSV": ("generated data", "Path, folder, glob or s3:// URI of the source files; `~` is the home "
                             "folder."),
+        "HOUSING_CONFIG": ("none", "YAML file with run configuration that every launch has unless it says something "
+                           "else; `~` is the home folder. See [below](#run-configuration)."),
         "HOUSING_SAMPLE_ROWS": ("10000", "Rows to generate when there is no source."),
         "HOUSING_CACHE": ("on", "`off`: run every step, even if nothing has changed."),
         "HOUSING_DATA_CAPTURE": ("off", "`on`: the endpoint keeps requests and answers, for `prediction_drift`."),
@@ -101,6 +103,11 @@ def reference() -> str:
         "",
         "In the launchpad of the UI, or in a file: `make run CONFIG=file.yaml`, "
         "`dagster asset materialize ... --config file.yaml`. Sections stand below `ops: <name>: config:`.",
+        "",
+        "Such a file, named by `HOUSING_CONFIG`, gives every launch its defaults: the launchpad, which shows them, "
+        '"Materialize all", sensors, schedules, jobs and `make run`. A launch\'s own values win, field by field. The '
+        "file configures assets only. Fields and values that are wrong, columns that the table lacks among them, are "
+        "refused when the code location loads; after a change of the file, reload it.",
     ]
     for op, config in _CONFIGS.items():
         lines += ["", f"### {op}", "", (config.__doc__ or "").strip(), ""]

@@ -16,7 +16,7 @@ from step_scripts.error_sums import ErrorSums
 from step_scripts.parameters import Slice
 from step_scripts.ray_tasks import Piece, read_part
 from step_scripts.record_ids import split_fraction
-from step_scripts.table import NUMERIC_DTYPES, TableSpec
+from step_scripts.table import TableSpec
 
 MOST_GROUPS = 200
 _MISSING = -(2**62)
@@ -77,17 +77,6 @@ def too_many_groups(grouping: Grouping) -> StepError:
 def number(value: float) -> str:
     """A number for people: four significant digits, or whole with thousands separated from 10,000 on."""
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
-
-
-def check_slices(slices: Sequence[Slice], table: TableSpec) -> None:
-    """Raise `StepError` for a slice that `table` cannot serve."""
-    for item in slices:
-        if item.column not in table.column_names:
-            raise StepError(f"slice {item.name!r}: there is no column {item.column}; choose of {table.column_names}")
-        if table.column(item.column).dtype not in NUMERIC_DTYPES:
-            raise StepError(f"slice {item.name!r}: column {item.column} is not numeric")
-        if (item.width is None) == (item.bands is None):
-            raise StepError(f"slice {item.name!r}: give either `width` or `bands`")
 
 
 class Sample(NamedTuple):

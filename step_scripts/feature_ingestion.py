@@ -33,7 +33,8 @@ from step_scripts.ingestion_plan import (
     piece_rows,
     write_groups,
 )
-from step_scripts.online_store import OnlineTarget, write_online
+from step_scripts.online_ingestion import bring_online
+from step_scripts.online_store import OnlineTarget
 from step_scripts.table import TableSpec
 from step_scripts.wording import counted
 
@@ -97,6 +98,7 @@ def ingest(
     workers: int = 1,
     lock_seconds: float = LOCK_SECONDS,
     online: OnlineTarget | None = None,
+    missing_uri: str | None = None,
     phase: Callable[[str], AbstractContextManager[None]] = contextlib.nullcontext,
     confirm: Callable[[], None] = lambda: None,
 ) -> IngestionResult:
@@ -105,7 +107,8 @@ def ingest(
     With `mirror`, the group's live records become those of the dataset: others are deleted. A dataset that is known
     already makes no commit, one that is not makes one even if it changes nothing. Where writers cannot keep each other
     out, one that was overtaken compares again with what the other has stored. With `online`, the latest event of every
-    record that changes goes to the online store before the commit. `confirm` is called before anything becomes visible.
+    record that changes goes to the online store before the commit; the ids of those that do not arrive are written to
+    `missing_uri`. `confirm` is called before anything becomes visible.
 
     Raises `StepError`, having changed nothing, if the schema does not fit the group's, rows contradict each other,
     files of the group are missing, a row cannot be read back, or others hold the lock for `lock_seconds`.
@@ -118,7 +121,9 @@ def ingest(
             log.info(f"removed what an earlier, unfinished ingestion has left: {counted(strays, 'file')}")
 
         def attempt() -> IngestionResult:
-            ingestion = _Ingestion(folder, table, dataset, run, log, mirror, workers, online, phase, confirm)
+            ingestion = _Ingestion(
+                folder, table, dataset, run, log, mirror, workers, online, missing_uri, phase, confirm
+            )
             new_columns = bool(ingestion.commits) and adopts(folder.name, ingestion.commits[-1].table, table)
             if not ingestion.commits:
                 folder.create(table)
@@ -136,11 +141,12 @@ def ingest(
 class _Ingestion:
     def __init__(
         self, folder: GroupFolder, table: TableSpec, dataset: Artifact, run: ParallelRun, log: Reporter, mirror: bool,
-        workers: int, online: OnlineTarget | None, phase: Callable[[str], AbstractContextManager[None]],
-        confirm: Callable[[], None],
+        workers: int, online: OnlineTarget | None, missing_uri: str | None,
+        phase: Callable[[str], AbstractContextManager[None]], confirm: Callable[[], None],
     ) -> None:  # fmt: skip
         self.folder, self.table, self.dataset, self.log, self.mirror = folder, table, dataset, log, mirror
         self.phase, self.workers, self.online, self.confirm = phase, workers, online, confirm
+        self.missing_uri = missing_uri
         self.token = attempt_token()
         self._run = run
         self.commits = folder.commits()
@@ -181,7 +187,18 @@ class _Ingestion:
             self.confirm()
             if self.online is not None:
                 with self.phase("write online"):
-                    self._write_online(self.online, items, latest)
+                    before = f"its latest commit is still {last.number}" if last else "it has no commit"
+                    bring_online(
+                        self._run,
+                        [item for item, _ in items],
+                        self.table,
+                        self.online,
+                        latest,
+                        self.log,
+                        scratch=scratch,
+                        offline=f"the offline store is as before: {before}",
+                        missing_uri=self.missing_uri,
+                    )
         commit = Commit(
             number=len(self.commits) + 1,
             created_at=now,
@@ -270,16 +287,6 @@ class _Ingestion:
         calls = [(item, target) for item, _ in items]
         found = self._all(write_files, calls, "rows written", [rows for _, rows in items])
         return [path for paths in found for path in paths]
-
-    def _write_online(self, online: OnlineTarget, items: list[tuple[WriteItem, int]], expected: int) -> None:
-        """Bring the online store up to date. Raises `StepError` unless it holds the `expected` records afterwards."""
-        calls = [(item, self.table, online) for item, _ in items]
-        written = sum(self._all(write_online, calls, "rows brought to the online store", [rows for _, rows in items]))
-        if written != expected:
-            raise StepError(
-                f"{written:,} of {counted(expected, 'record')} written to the online store of feature group "
-                f"{self.folder.name}. Nothing was committed; ingest again"
-            )
 
     def _read_back(self, written: list[str], expected: tuple[int, int], rows: int) -> list[StoredFile]:
         """Prove that the written files hold exactly the events to store. Raises `StepError` if they do not."""

@@ -14,11 +14,13 @@ from typing import Annotated, Literal
 import ray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from step_scripts import storage
 from step_scripts.actor_pool import ActorPool
 from step_scripts.contract import StepContext, StepDefinition, StepError, StepOutcome
 from step_scripts.feature_ingestion import IngestionResult, ParallelRun, ingest
 from step_scripts.group_folder import LOCK_SECONDS, GroupFolder
 from step_scripts.offline_store import OfflineStore
+from step_scripts.online_ingestion import MISSING_RECORDS
 from step_scripts.online_store import OnlineTarget
 from step_scripts.parameters import IngestFeaturesParams
 from step_scripts.ray_tasks import completed_tasks
@@ -85,6 +87,7 @@ def run(context: StepContext, params: IngestFeaturesParams) -> StepOutcome:
             workers=workers,
             lock_seconds=target.lock_seconds if isinstance(target, LocalTarget) else LOCK_SECONDS,
             online=online,
+            missing_uri=storage.join(context.output_uri("features"), MISSING_RECORDS),
             phase=context.phase,
             confirm=context.confirm,
         )

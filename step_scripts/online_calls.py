@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from step_scripts.contract import StepError
@@ -30,29 +32,42 @@ class _Refused(StepError):
     """The service refuses a request as it is."""
 
 
-class _Patience:
-    """Waits between attempts, longer each time, until nothing has been accepted for `seconds`."""
+@dataclass(frozen=True)
+class Patience:
+    """How long, in seconds, a store may accept nothing, who is told of every wait, and what ends it early."""
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+    seconds: float
+    tell: Callable[[str, float], None] = lambda reason, waited: None
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+class _Attempts:
+    """Waits between attempts, longer each time, until nothing has been accepted for too long."""
+
+    def __init__(self, patience: Patience, group: str) -> None:
+        self._patience, self._group = patience, group
         self.progress()
 
     def progress(self) -> None:
-        self._deadline = time.monotonic() + self._seconds
+        self._began = time.monotonic()
         self._pause = 0.1
 
-    def wait(self, group: str, reason: str) -> None:
-        left = self._deadline - time.monotonic()
+    def wait(self, reason: str) -> None:
+        """Raises `StepError` if there is no more patience, or another thread has given up."""
+        waited = time.monotonic() - self._began
+        left = self._patience.seconds - waited
         if left <= 0:
             raise StepError(
-                f"the online store of feature group {group} has accepted no request for {self._seconds:.0f} s "
-                f"({reason}). Nothing was committed; ingest again later, or with fewer calls in flight"
+                f"the online store of feature group {self._group} has accepted no request for "
+                f"{self._patience.seconds:.0f} s ({reason})"
             )
-        time.sleep(min(left, random.uniform(self._pause / 2, self._pause)))
+        self._patience.tell(reason, waited)
+        if self._patience.stop.wait(min(left, random.uniform(self._pause / 2, self._pause))):
+            raise StepError(f"the online store of feature group {self._group} is given up ({reason})")
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
 
-def write_records(store: Any, group: str, records: Sequence[Mapping[str, str]], patience_seconds: float) -> None:
+def write_records(store: Any, group: str, records: Sequence[Mapping[str, str]], patience: Patience) -> None:
     """Write records, given by their features, to the online store only.
 
     Raises `StepError` naming a record that the store refuses, or if it accepts nothing for too long.
@@ -63,16 +78,16 @@ def write_records(store: Any, group: str, records: Sequence[Mapping[str, str]], 
             for record in records[start : start + _WRITTEN_AT_ONCE]
         ]
         try:
-            _write_entries(store, group, entries, patience_seconds)
+            _write_entries(store, group, entries, patience)
         except _Refused:  # because of one entry, perhaps: find out which
             for entry in entries:
                 try:
-                    _write_entries(store, group, [entry], patience_seconds)
+                    _write_entries(store, group, [entry], patience)
                 except _Refused as error:
                     raise StepError(f"record {_id_of(entry)}: {error}") from error
 
 
-def _write_entries(store: Any, group: str, entries: list[dict[str, Any]], patience_seconds: float) -> None:
+def _write_entries(store: Any, group: str, entries: list[dict[str, Any]], patience: Patience) -> None:
     def write(pending: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
         answer, reason = _answer(store.batch_write_record, Entries=pending)
         if answer is None:
@@ -82,33 +97,33 @@ def _write_entries(store: Any, group: str, entries: list[dict[str, Any]], patien
             if error["ErrorCode"] not in _TRANSIENT:
                 raise StepError(
                     f"record {_id_of(error['Entry'])}: the online store of feature group {group} refuses it: "
-                    f"{error['ErrorCode']}: {error['ErrorMessage'][:_SHOWN]}. Nothing was committed"
+                    f"{error['ErrorCode']}: {error['ErrorMessage'][:_SHOWN]}"
                 )
             left.append(error["Entry"])
         return left, f"{len(left)} entries were not processed"
 
-    _repeat_until_done(write, entries, group, patience_seconds)
+    _repeat_until_done(write, entries, group, patience)
 
 
 def _repeat_until_done(
-    call: Callable[[list[Any]], tuple[list[Any], str]], pending: list[Any], group: str, patience_seconds: float
+    call: Callable[[list[Any]], tuple[list[Any], str]], pending: list[Any], group: str, patience: Patience
 ) -> None:
     """Call with what is `pending` until nothing is left. `call` returns what is left, and why.
 
-    Raises `StepError` if nothing becomes less for `patience_seconds`.
+    Raises `StepError` if nothing becomes less for too long.
     """
-    patience = _Patience(patience_seconds)
+    attempts = _Attempts(patience, group)
     while pending:
         left, reason = call(pending)
         if len(left) < len(pending):
-            patience.progress()
+            attempts.progress()
         if left:
-            patience.wait(group, reason)
+            attempts.wait(reason)
         pending = left
 
 
 def delete_records(
-    store: Any, group: str, deletions: Sequence[tuple[str, str]], patience_seconds: float, *, hard: bool = False
+    store: Any, group: str, deletions: Sequence[tuple[str, str]], patience: Patience, *, hard: bool = False
 ) -> None:
     """Delete records, given by id and event time of the deletion, from the online store only.
 
@@ -116,7 +131,7 @@ def delete_records(
     """
     mode = {"DeletionMode": "HardDelete"} if hard else {}
     for record_id, event_time in deletions:
-        patience = _Patience(patience_seconds)
+        attempts = _Attempts(patience, group)
         while True:
             answer, reason = _answer(
                 store.delete_record,
@@ -128,10 +143,10 @@ def delete_records(
             )
             if answer is not None:
                 break
-            patience.wait(group, reason)
+            attempts.wait(reason)
 
 
-def read_records(store: Any, group: str, ids: Sequence[str], patience_seconds: float) -> dict[str, dict[str, str]]:
+def read_records(store: Any, group: str, ids: Sequence[str], patience: Patience) -> dict[str, dict[str, str]]:
     """Features of those records that the online store holds, by record id."""
     found: dict[str, dict[str, str]] = {}
 
@@ -153,7 +168,7 @@ def read_records(store: Any, group: str, ids: Sequence[str], patience_seconds: f
         return left, f"not read: {counted(len(left), 'record')}"
 
     for start in range(0, len(ids), _READ_AT_ONCE):
-        _repeat_until_done(read, list(ids[start : start + _READ_AT_ONCE]), group, patience_seconds)
+        _repeat_until_done(read, list(ids[start : start + _READ_AT_ONCE]), group, patience)
     return found
 
 
@@ -181,7 +196,7 @@ def _answer(function: Any, **request: Any) -> tuple[dict[str, Any] | None, str]:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         if code in _TRANSIENT or status == 429 or status >= 500:
             return None, str(error)
-        message = f"the online store refuses {function.__name__}: {str(error)[:_SHOWN]}. Nothing was committed"
+        message = f"the online store refuses {function.__name__}: {str(error)[:_SHOWN]}"
         raise (_Refused if "Validation" in code else StepError)(message) from error
     except (ConnectionError, HTTPClientError) as error:
         return None, str(error)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import polars as pl
 
@@ -20,15 +20,19 @@ from step_scripts.contract import StepError
 from step_scripts.feature_files import selected_rows
 from step_scripts.feature_values import EVENT_TIME, decoded_record, decoded_time, encoded_records, encoded_time
 from step_scripts.ingestion_plan import WriteItem
-from step_scripts.online_calls import delete_records, read_records, write_records
+from step_scripts.online_calls import Patience, delete_records, read_records, write_records
+from step_scripts.online_progress import PiecePlace, PieceReport
 from step_scripts.s3_objects import service_client
 from step_scripts.table import TableSpec
 from step_scripts.wording import counted
 
-_SHOWN = 20  # ids in a message
+_FIRST = 10  # ids of a piece that a message may show
+_LOOKUP_SECONDS = 5.0  # patience when the state is looked up after a failure
 _BATCH = 100  # records a thread writes and reads back; one BatchGetRecord
 _SECOND = 1_000_000  # microseconds
 _CONSISTENT_AFTER = (0.2, 0.8, 2.0)  # seconds between readings: the store is eventually consistent
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -53,18 +57,56 @@ class OnlineRecord:
     features: dict[str, str] | None
 
 
-def write_online(item: WriteItem, table: TableSpec, target: OnlineTarget) -> int:
-    """Write those events of `item` that are their records' latest; the number of records that are then as they should.
+@dataclass(frozen=True)
+class OnlineOutcome:
+    """What became of the records of one piece: how many are as they should be, how many are not, and why.
 
-    Raises `StepError`, naming records, for what the store refuses, and for what it does not hold afterwards.
+    Of `unread` of the missing ones nothing is known: they cannot be read. `missing_uri`: a file with the ids of all,
+    one a line. `problem` is empty where all is well, and where another piece's ended this one.
+    """
+
+    written: int
+    missing: int = 0
+    unread: int = 0
+    problem: str = ""
+    first_missing: tuple[str, ...] = ()
+    missing_uri: str | None = None
+
+
+def write_online(item: WriteItem, table: TableSpec, target: OnlineTarget, place: PiecePlace) -> OnlineOutcome:
+    """Write those events of `item` that are their records' latest.
+
+    After what the store refuses, does not accept in time, or does not hold afterwards, and once another piece has met
+    with that, nothing more is written; it is then looked up what the store holds.
     """
     frames = [selected_rows(source, selections, item, table) for source, selections in item.sources]
     events = pl.concat(frames).filter("is_latest").drop("is_latest")
     store = service_client("sagemaker-featurestore-runtime", target.region_name, target.in_flight, attempts=1)
     # A batch is encoded by the thread that sends it: the text of all records at once would take much memory.
     batches = [events[at : at + _BATCH] for at in range(0, events.height, _BATCH)]
-    keeper = _Synchronizer(store, target, table)
-    return sum(_in_parallel(lambda batch: keeper.synchronize(_records(batch, table)), batches, target.in_flight))
+    report = PieceReport(place)
+    keeper = _Synchronizer(store, target, Patience(target.patience_seconds, report.waiting, report.stop), table)
+
+    def write(batch: pl.DataFrame) -> None:
+        report.written(keeper.synchronize(_records(batch, table)))
+
+    written, problem = _in_parallel(write, batches, target.in_flight, report.stop)
+    if len(written) == len(batches):
+        return OnlineOutcome(events.height)
+    report.give_up()
+    reader = _Synchronizer(store, target, Patience(_LOOKUP_SECONDS), table)
+    left = [batch for number, batch in enumerate(batches) if number not in written]
+    found, _ = _in_parallel(lambda batch: reader.wrong_ids(_records(batch, table)), left, target.in_flight)
+    unread = [batch["record_id"].to_list() for number, batch in enumerate(left) if number not in found]
+    missing = sorted(record_id for ids in (*found.values(), *unread) for record_id in ids)
+    return OnlineOutcome(
+        written=events.height - len(missing),
+        missing=len(missing),
+        unread=sum(map(len, unread)),
+        problem=problem,
+        first_missing=tuple(missing[:_FIRST]),
+        missing_uri=place.write_missing(missing),
+    )
 
 
 def _records(events: pl.DataFrame, table: TableSpec) -> list[OnlineRecord]:
@@ -80,9 +122,8 @@ def _records(events: pl.DataFrame, table: TableSpec) -> list[OnlineRecord]:
 class _Synchronizer:
     """Brings records into their states."""
 
-    def __init__(self, store: Any, target: OnlineTarget, table: TableSpec) -> None:
-        self._store, self._group, self._patience = store, target.group, target.patience_seconds
-        self._table = table
+    def __init__(self, store: Any, target: OnlineTarget, patience: Patience, table: TableSpec) -> None:
+        self._store, self._group, self._patience, self._table = store, target.group, patience, table
 
     def synchronize(self, records: Sequence[OnlineRecord]) -> int:
         """Write and read back. Returns the number of records; raises `StepError` for those that stay different."""
@@ -96,15 +137,15 @@ class _Synchronizer:
             self._replace(wrong)
             wrong = self._settled(self._different(list(wrong)))
         if wrong:
-            ids = sorted(record.record_id for record in wrong)
-            details: dict[str, Any] = {"records_missing_online": len(ids), "missing_record_ids": ids[:_SHOWN]}
             raise StepError(
-                f"{len(ids):,} of {counted(len(records), 'record')} written to the online store of feature group "
-                f"{self._group} cannot be read from it as they were: {', '.join(ids[:_SHOWN])}. Nothing was "
-                "committed; ingest again",
-                details=details,
+                f"{len(wrong):,} of {counted(len(records), 'record')} written to the online store of feature group "
+                f"{self._group} cannot be read from it as they were"
             )
         return len(records)
+
+    def wrong_ids(self, records: Sequence[OnlineRecord]) -> list[str]:
+        """Ids of those records that the store does not hold in their states."""
+        return [record.record_id for record in self._different(records)]
 
     def _settled(self, wrong: dict[OnlineRecord, int | None]) -> dict[OnlineRecord, int | None]:
         """What is still wrong after the store has had time to become consistent."""
@@ -152,19 +193,29 @@ class _Synchronizer:
 
 
 def _in_parallel(
-    function: Callable[[pl.DataFrame], int], batches: Sequence[pl.DataFrame], threads: int
-) -> Iterator[int]:
-    """Results of the calls; after the first error no more calls are begun."""
-    failed = threading.Event()
+    function: Callable[[pl.DataFrame], _T],
+    batches: Sequence[pl.DataFrame],
+    threads: int,
+    stop: threading.Event | None = None,
+) -> tuple[dict[int, _T], str]:
+    """Results by number of batch, and the first problem. After a `StepError`, or `stop`, no more calls are begun."""
+    stop = stop or threading.Event()
+    done: dict[int, _T] = {}
+    problems: list[str] = []
 
-    def call(batch: pl.DataFrame) -> int:
-        if failed.is_set():
-            return 0
+    def call(number: int) -> None:
+        if stop.is_set():
+            return
         try:
-            return function(batch)
-        except BaseException:
-            failed.set()
-            raise
+            done[number] = function(batches[number])
+        except BaseException as error:
+            if isinstance(error, StepError) and not stop.is_set():
+                problems.append(str(error))
+            stop.set()
+            if not isinstance(error, StepError):
+                raise
 
     with ThreadPoolExecutor(max_workers=max(1, min(threads, len(batches)))) as pool:
-        yield from pool.map(call, batches)
+        for _ in pool.map(call, range(len(batches))):
+            pass
+    return done, problems[0] if problems else ""

@@ -6,12 +6,13 @@ run configuration is derived from it while Dagster loads the code location.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from step_scripts.contract import StepParams
-from step_scripts.table import TableSpec
+from step_scripts.contract import StepError, StepParams
+from step_scripts.table import NUMERIC_DTYPES, TableSpec
 
 
 class StepSettings(BaseModel):
@@ -191,6 +192,17 @@ class Slice(StepParams):
     column: str
     width: float | None = Field(default=None, gt=0, description="Width of a bin, in the column's unit.")
     bands: int | None = Field(default=None, ge=2, le=100, description="Number of equally populated bands.")
+
+
+def check_slices(slices: Sequence[Slice], table: TableSpec) -> None:
+    """Raise `StepError` for a slice that `table` cannot serve."""
+    for item in slices:
+        if item.column not in table.column_names:
+            raise StepError(f"slice {item.name!r}: there is no column {item.column}; choose of {table.column_names}")
+        if table.column(item.column).dtype not in NUMERIC_DTYPES:
+            raise StepError(f"slice {item.name!r}: column {item.column} is not numeric")
+        if (item.width is None) == (item.bands is None):
+            raise StepError(f"slice {item.name!r}: give either `width` or `bands`")
 
 
 MODEL_GROUP = Field(

@@ -83,10 +83,11 @@ def ingest_rows(
     group: str = "sales",
     table: TableSpec = TABLE,
     run: Callable[..., Iterator[tuple[int, Any]]] = run_here,
+    log: Log | None = None,
     **options: Any,
 ) -> IngestionResult:
     """Ingest in this process."""
-    return ingest(store.folder(group), table, dataset, run, Log(), **options)
+    return ingest(store.folder(group), table, dataset, run, log or Log(), **options)
 
 
 def records(frame: pl.LazyFrame) -> dict[str, tuple[Any, ...]]:

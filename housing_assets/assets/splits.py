@@ -51,12 +51,7 @@ def splits(
 
     snapshot = feature_group
     if config.as_of:
-        try:
-            as_of = datetime.fromisoformat(config.as_of)
-        except ValueError as error:
-            raise dg.Failure(
-                f"splits.as_of = {config.as_of!r} is not a date or time in ISO 8601", allow_retries=False
-            ) from error
+        as_of = datetime.fromisoformat(config.as_of)
         snapshot = feature_store.offline(feature_group.group, as_of, feature_group.commit)
     read = feature_store.read_by(snapshot.model_copy(update={"run_id": feature_group.run_id}))
     passed = require_checks_passed(context, evidence, "train_split", feature_group, read)

@@ -80,6 +80,18 @@ def test_one_session_serves_all_steps_and_unchanged_requests_are_not_run(tmp_pat
     assert len((tmp_path / "marker").read_text().splitlines()) == 4
 
 
+def test_a_home_that_cannot_be_written_and_an_optimizing_python_do_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.touch()  # no folder can be made below it, also not by root
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("PYTHONOPTIMIZE", "2")  # of the driver and Ray's workers, which need their docstrings
+    result, (made,) = materialize(tmp_path, "write", values=[3])
+    assert result.success
+    assert made.metrics == {"value": 3}
+
+
 def test_a_driver_is_started_ahead_only_where_no_earlier_result_could_make_it_unnecessary(tmp_path: Path) -> None:
     ahead: list[list[str]] = []
     served_by: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ from pydantic import ValidationError
 from resources.feature_store.base import OfflineSnapshot
 from resources.feature_store.sagemaker import SageMakerFeatureStore
 from resources.sagemaker.request_validation import InvalidJobRequest
-from step_scripts import storage
+from step_scripts import online_store, storage
 from step_scripts.contract import StepError, StepRequest
 from step_scripts.feature_ingestion import IngestionResult
 from step_scripts.feature_values import decoded_record, decoded_time, encoded_records, encoded_time
@@ -283,6 +284,41 @@ def test_an_ingestion_that_fails_online_commits_nothing_and_a_repeat_heals_it(gr
     healed = group.ingest([row(n, 2.0, hours=1) for n in range(50)])
     assert (healed.superseded, healed.added, healed.written_online) == (3, 47, 50)
     group.assert_alike([0, 3, 49])
+
+
+def test_an_outage_of_the_online_store_says_what_is_where(
+    group: Group, aws: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group.ingest([row(n) for n in range(3)])
+    synchronize, calls = online_store._Synchronizer.synchronize, itertools.count()
+
+    def synchronize_then_break(self: Any, records: Any) -> int:
+        if next(calls) == 1:
+            aws.faults.unprocessed_records(10_000)
+        return synchronize(self, records)
+
+    monkeypatch.setattr(online_store._Synchronizer, "synchronize", synchronize_then_break)
+    rows = [row(n, 2.0, hours=1) for n in range(250)]
+    target = OnlineTarget("sales", in_flight=1, patience_seconds=1)
+    listed = str(tmp_path / "missing.csv")
+    with pytest.raises(StepError) as failure:
+        group.ingest(rows, online=target, missing_uri=listed)
+    aws.faults.clear()
+    header, *missing = Path(listed).read_text().splitlines()
+    assert header == "record_id"
+    assert len(missing) == len(set(missing)) == 150
+    text = str(failure.value)
+    assert "accepted no request for 1 s (25 entries were not processed)" in text
+    assert "Online: 100 of 250 records are as this ingestion has them, 150 are not: " in text
+    assert f"are not: {', '.join(sorted(missing)[:10])} and others. missing_record_ids.csv lists them all" in text
+    assert "Offline: none of them; the offline store is as before: its latest commit is still 1" in text
+    assert failure.value.keep == {"missing_record_ids.csv": listed}
+    assert (failure.value.details["records_online"], failure.value.details["records_missing_online"]) == (100, 150)
+    for number in range(250):
+        found = group.resource.get_record("sales", record_id(number))
+        assert (found is not None and found["PRICE"] == 2.0) == (record_id(number) not in missing), number
+    assert group.ingest(rows).written_online == 250
+    group.assert_alike([0, 99, 100, 249])
 
 
 @pytest.mark.parametrize("note", ["two\nlines", "x" * 180_000], ids=["in the whole request", "as a single entry"])
