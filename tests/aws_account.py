@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,9 +41,19 @@ def deploy(emulator: SageMakerEmulator, bucket: str, region: str = "us-east-1", 
     """Deploy the template; `parameters` are its parameters."""
     client, name = administrator(emulator, "cloudformation", region), parameters.get("Name", "housing")
     given = [{"ParameterKey": k, "ParameterValue": v} for k, v in {"BucketName": bucket, **parameters}.items()]
-    client.create_stack(
-        StackName=name, TemplateBody=TEMPLATE.read_text(), Parameters=given, Capabilities=["CAPABILITY_NAMED_IAM"]
-    )
+    # Moto makes no bucket policies, and says so once by each of the two.
+    logger, level = logging.getLogger("moto"), logging.getLogger("moto").level
+    with warnings.catch_warnings(action="ignore"):
+        logger.setLevel(logging.ERROR)
+        try:
+            client.create_stack(
+                StackName=name,
+                TemplateBody=TEMPLATE.read_text(),
+                Parameters=given,
+                Capabilities=["CAPABILITY_NAMED_IAM"],
+            )
+        finally:
+            logger.setLevel(level)
     client.get_waiter("stack_create_complete").wait(StackName=name)
     [stack] = client.describe_stacks(StackName=name)["Stacks"]
     outputs = {output["OutputKey"]: output["OutputValue"] for output in stack["Outputs"]}
@@ -55,12 +69,25 @@ def policy_of(emulator: SageMakerEmulator, role_arn: str) -> dict[str, Any]:
     return ast.literal_eval(document) if isinstance(document, str) else document
 
 
-def remove_statement(emulator: SageMakerEmulator, role_arn: str, sid: str) -> None:
-    """Take one statement out of a role's policy."""
+def remove_roles(emulator: SageMakerEmulator, account: Account) -> None:
+    """Remove the roles, whose names other tests of the same emulator may take."""
+    iam = administrator(emulator, "iam")
+    for role in (arn.rpartition("/")[2] for arn in (account.dagster_role, account.jobs_role)):
+        for name in iam.list_role_policies(RoleName=role)["PolicyNames"]:
+            iam.delete_role_policy(RoleName=role, PolicyName=name)
+        iam.delete_role(RoleName=role)
+
+
+@contextmanager
+def without_statement(emulator: SageMakerEmulator, role_arn: str, sid: str) -> Iterator[None]:
+    """Take one statement out of a role's policy for a time."""
     iam, role = administrator(emulator, "iam"), role_arn.rpartition("/")[2]
-    document = policy_of(emulator, role_arn)
-    left = [statement for statement in document["Statement"] if statement["Sid"] != sid]
-    assert len(left) == len(document["Statement"]) - 1, sid
     [name] = iam.list_role_policies(RoleName=role)["PolicyNames"]
-    changed = {**document, "Statement": left}
-    iam.put_role_policy(RoleName=role, PolicyName=name, PolicyDocument=json.dumps(changed))
+    whole = policy_of(emulator, role_arn)
+    left = {**whole, "Statement": [statement for statement in whole["Statement"] if statement["Sid"] != sid]}
+    assert len(left["Statement"]) == len(whole["Statement"]) - 1, sid
+    try:
+        iam.put_role_policy(RoleName=role, PolicyName=name, PolicyDocument=json.dumps(left))
+        yield
+    finally:
+        iam.put_role_policy(RoleName=role, PolicyName=name, PolicyDocument=json.dumps(whole))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moto.iam.models import Role, iam_backends
+from moto.s3.models import s3_backends
 from werkzeug.wrappers import Request, Response
 
 from tests.sagemaker_emulator.common import ACCOUNT, Params
@@ -115,6 +116,9 @@ class Authorization:
             found = s3_accesses(request, lambda: body_of(request))
             if found is None:
                 raise not_emulated(f"permission for {request.method} {request.full_path} on S3")
+            bucket = request.path.lstrip("/").partition("/")[0]
+            if bucket and found[0].action != "s3:CreateBucket" and bucket not in s3_backends[ACCOUNT]["aws"].buckets:
+                return  # that there is no such bucket is told to everybody
         else:
             name, operation, params = call or _call_of(request, service)
             if f"{name}:{operation}" in FREE_ACTIONS:
