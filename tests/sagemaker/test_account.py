@@ -203,6 +203,29 @@ def test_every_statement_of_the_dagster_role_is_needed(
         assert message.endswith(f"because no identity-based policy allows the {action} action"), sid
 
 
+def test_policies_that_are_attached_count_too_and_are_refused_if_not_understood(
+    emulator: SageMakerEmulator, small_account: Account, as_dagster: Callable[[str], Any]
+) -> None:
+    iam, role = administrator(emulator, "iam"), small_account.dagster_role.rpartition("/")[2]
+
+    def attach(name: str, **statement: Any) -> None:
+        document = json.dumps({"Version": "2012-10-17", "Statement": [{"Resource": "*", **statement}]})
+        arn = iam.create_policy(PolicyName=f"{role}-{name}", PolicyDocument=document)["Policy"]["Arn"]
+        iam.attach_role_policy(RoleName=role, PolicyArn=arn)
+
+    client = as_dagster("sagemaker")
+    assert error_of(client.list_pipelines, {})[0] == "AccessDeniedException"
+    attach("more", Effect="Allow", Action="sagemaker:ListPipelines")
+    assert error_of(client.list_pipelines, {})[0] == "NotEmulated", "allowed, and not there"
+    attach("less", Effect="Deny", Action="sagemaker:ListE*")
+    assert "with an explicit deny in an identity-based policy" in error_of(client.list_endpoints, {})[1]
+    assert error_of(client.list_models, {}) == ("", "")
+    attach("other", Effect="Deny", NotAction="s3:*")
+    code, message = error_of(client.list_models, {})
+    assert code == "NotEmulated"
+    assert "NotAction" in message
+
+
 def test_what_is_not_there_is_hidden_from_who_may_not_list(
     emulator: SageMakerEmulator, aws: Aws, small_account: Account, as_dagster: Callable[[str], Any]
 ) -> None:

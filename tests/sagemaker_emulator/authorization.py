@@ -117,7 +117,8 @@ class Authorization:
             if found is None:
                 raise not_emulated(f"permission for {request.method} {request.full_path} on S3")
             bucket = request.path.lstrip("/").partition("/")[0]
-            if bucket and found[0].action != "s3:CreateBucket" and bucket not in s3_backends[ACCOUNT]["aws"].buckets:
+            creates = any(access.action == "s3:CreateBucket" for access in found)
+            if bucket and not creates and bucket not in s3_backends[ACCOUNT]["aws"].buckets:
                 return  # that there is no such bucket is told to everybody
         else:
             name, operation, params = call or _call_of(request, service)
@@ -165,7 +166,9 @@ def _statements(caller: Caller) -> Iterable[Statement]:
     role = find_role(f"arn:aws:iam::{ACCOUNT}:role/{caller.role}")
     if role is None:
         return
-    documents: list[Any] = [*role.policies.values(), *(policy.document for policy in role.managed_policies.values())]
+    documents: list[Any] = list(role.policies.values())
+    for managed in role.managed_policies.values():
+        documents += [version.document for version in managed.versions if version.is_default]
     for document in documents:
         try:
             yield from parse_policy(document)

@@ -158,9 +158,9 @@ def _roles(shape: Any, value: Any) -> Iterator[str]:
     if shape.name == "RoleArn" and value:
         yield value
     elif isinstance(shape, StructureShape) and isinstance(value, dict):
-        for name, member in shape.members.items():
-            if name in value:
-                yield from _roles(member, value[name])
+        members: Any = shape.members
+        for name in members.keys() & value.keys():
+            yield from _roles(members[name], value[name])
     elif isinstance(shape, ListShape) and isinstance(value, list):
         for item in value:
             yield from _roles(shape.member, item)
@@ -190,7 +190,7 @@ def s3_operations() -> list[tuple[str, str, bool, bool, frozenset[str]]]:
         operation = model.operation_model(name)
         path, _, query = operation.http["requestUri"].partition("?")
         wanted = {part.partition("=")[0].lower() for part in query.split("&") if part}
-        shape = operation.input_shape
+        shape: Any = operation.input_shape
         for member in shape.required_members if shape is not None else ():
             serialized = shape.members[member].serialization
             if serialized.get("location") in ("querystring", "header"):

@@ -207,18 +207,17 @@ def test_rollback_alarms_are_described_by_who_updates() -> None:
 
 def test_every_operation_of_s3_is_recognised() -> None:
     known = s3_operations()
-    same = {}
+    same: dict[tuple[str, bool, bool, frozenset[str]], set[str]] = {}
     for name, method, bucket, key, wanted in known:
         same.setdefault((method, bucket, key, wanted), set()).add(name)
-    for shape, names in same.items():
-        *place, wanted = shape
-        assert s3_operation(*place, dict.fromkeys(wanted)) in names
+    for (method, bucket, key, wanted), names in same.items():
+        assert s3_operation(method, bucket, key, dict.fromkeys(wanted)) in names
     assert len(same) > 0.9 * len(known)
 
 
 def s3(method: str, path: str, body: bytes = b"", **headers: str) -> list[str]:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    request = Request(EnvironBuilder(path, method=method, headers=named, data=body).get_environ())
+    request = Request(EnvironBuilder(path, method=method, headers=list(named.items()), data=body).get_environ())
     return [
         f"{a.action} {a.resource} {dict(a.context) or ''}".rstrip() for a in s3_accesses(request, lambda: body) or []
     ]
