@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import boto3
 
 if TYPE_CHECKING:
+    import pytest
+
     from tests.sagemaker_emulator import SageMakerEmulator
 
 TEMPLATE = Path(__file__).parents[1] / "deploy" / "sagemaker.cfn.yaml"
@@ -58,6 +60,14 @@ def deploy(emulator: SageMakerEmulator, bucket: str, region: str = "us-east-1", 
     [stack] = client.describe_stacks(StackName=name)["Stacks"]
     outputs = {output["OutputKey"]: output["OutputValue"] for output in stack["Outputs"]}
     return Account(outputs["Root"], outputs["DagsterRoleArn"], outputs["JobsRoleArn"])
+
+
+def act_as(role_arn: str, emulator: SageMakerEmulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give this process the credentials of a role."""
+    for name, value in emulator.environment(role_arn).items():
+        monkeypatch.setenv(name, value)
+    # boto3's default session looks for credentials once.
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
 
 
 def policy_of(emulator: SageMakerEmulator, role_arn: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from resources.references import DatasetRef
 from resources.sagemaker.job_tags import RUN_TAG
 from resources.sagemaker.ownership import CREATED_BY, CREATED_BY_TAG, creation_tags
 from step_scripts.offline_store import OfflineStore
-from tests.aws_account import deploy
+from tests.aws_account import act_as, deploy
 from tests.feature_rows import TABLE, ingest_rows, row, write_rows
 from tests.job_outcome import outcome
 from tests.sagemaker_emulator import SageMakerEmulator
@@ -167,8 +167,7 @@ def test_everything_goes_but_what_is_not_ours(
 ) -> None:
     environment = aws.bucket[-8:]
     roles = deploy(aws_environment, aws.bucket, Name=aws.bucket, CreateBucket="false", CreateLogGroups="false")
-    for variable, value in aws_environment.environment(roles.dagster_role).items():
-        monkeypatch.setenv(variable, value)
+    act_as(roles.dagster_role, aws_environment, monkeypatch)
     resources = resources_of(aws, tmp_path, environment, roles.jobs_role)
     root = aws.uri(f"housing/environments/{environment}")
     foreign_things(aws, environment)

@@ -20,7 +20,7 @@ from resources.sagemaker.request_validation import InvalidJobRequest
 from resources.sagemaker.tuning_requests import NativeTuningConfig
 from step_scripts.contract import Artifact
 from step_scripts.model_artifact import load_model
-from tests.aws_account import deploy
+from tests.aws_account import act_as, deploy
 from tests.sagemaker.pipes_jobs import ROLE
 from tests.sagemaker.tuning_runs import NATIVE, TuningRun, inputs_on_s3, kept_trials
 from tests.sagemaker_emulator.probe import abilities
@@ -50,8 +50,7 @@ def test_trials_of_a_tuning_job_end_in_the_same_artifact(
     own = {"Name": aws.bucket, "SourcePrefix": "splits", "CreateBucket": "false", "CreateLogGroups": "false"}
     roles = deploy(aws_environment, aws.bucket, **own)
     inputs = inputs_on_s3(aws, tmp_path)
-    for variable, value in aws_environment.environment(roles.dagster_role).items():
-        monkeypatch.setenv(variable, value)
+    act_as(roles.dagster_role, aws_environment, monkeypatch)
     run = TuningRun(aws.uri("housing/"), inputs, PARAMS, native_tuning=NATIVE, job={"role_arn": roles.jobs_role})
     assert run.success, run.error
     [job] = tuning_jobs(aws)

@@ -191,8 +191,8 @@ def s3_operations() -> list[tuple[str, str, bool, bool, frozenset[str]]]:
         path, _, query = operation.http["requestUri"].partition("?")
         wanted = {part.partition("=")[0].lower() for part in query.split("&") if part}
         shape: Any = operation.input_shape
-        for member in shape.required_members if shape is not None else ():
-            serialized = shape.members[member].serialization
+        required = [shape.members[member].serialization for member in shape.required_members] if shape else []
+        for serialized in required:
             if serialized.get("location") in ("querystring", "header"):
                 wanted.add(serialized["name"].lower())
         found.append((name, operation.http["method"], "{Bucket}" in path, "{Key+}" in path, frozenset(wanted)))
