@@ -1,6 +1,7 @@
 """The whole graph on the emulated SageMaker: `make rehearse`, or `python -m tests.rehearse --hosts 3`.
 
-Starts the emulator, materializes every asset as SageMaker jobs over several emulated hosts, shows which nodes did the
+Starts the emulator, deploys the roles and the bucket of the CloudFormation template, materializes every asset as
+SageMaker jobs over several emulated hosts with no more permissions than these roles have, shows which nodes did the
 work, asks the endpoint for a prediction, ends the emulator, and looks whether anything is left behind.
 """
 
@@ -17,10 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import boto3
 import dagster as dg
 import yaml
 
+from tests.aws_account import TEMPLATE, Account, administrator, deploy
 from tests.sagemaker_emulator import Image, SageMakerEmulator
 from tests.sagemaker_emulator.leftovers import LINK_PREFIX, OWNER_VARIABLE, PREFIX
 from tests.sagemaker_emulator.testing import ROLE
@@ -42,8 +43,13 @@ SHOWN = (
 )
 
 
-def platform_environment(folder: Path, emulator: SageMakerEmulator, bucket: str, hosts: int) -> dict[str, str]:
-    """Variables with which the platform runs on the emulator, with small jobs on `hosts` hosts each."""
+def platform_environment(
+    folder: Path, emulator: SageMakerEmulator, bucket: str, hosts: int, account: Account | None = None
+) -> dict[str, str]:
+    """Variables with which the platform runs on the emulator, with small jobs on `hosts` hosts each.
+
+    With `account`, what the CloudFormation template has made, it has the permissions of the documented policies.
+    """
     small = {"HOUSING_NODE_CPUS": "1", "HOUSING_OBJECT_STORE_BYTES": str(100 << 20)}
     sections = {
         "compute": {
@@ -55,10 +61,10 @@ def platform_environment(folder: Path, emulator: SageMakerEmulator, bucket: str,
     }
     file = folder / "sagemaker.yaml"
     file.write_text(yaml.safe_dump(sections))
-    return emulator.environment() | {
+    return emulator.environment(account.dagster_role if account else None) | {
         "HOUSING_DEPLOYMENT": "sagemaker",
         "HOUSING_ROOT": f"s3://{bucket}/housing",
-        "HOUSING_ROLE_ARN": ROLE,
+        "HOUSING_ROLE_ARN": account.jobs_role if account else ROLE,
         "HOUSING_IMAGE": PLATFORM_IMAGE,
         "HOUSING_INSTANCE_COUNT": str(hosts),
         "HOUSING_PRICE_PER_HOUR": "0.23",
@@ -130,10 +136,7 @@ def job_table(instance: dg.DagsterInstance) -> list[str]:
 
 def ask_endpoint(emulator: SageMakerEmulator, row: str) -> str:
     """A prediction, through boto3 as applications do it."""
-    client = boto3.client(
-        "sagemaker-runtime", endpoint_url=emulator.endpoint_url, region_name="us-east-1",
-        aws_access_key_id="testing", aws_secret_access_key="testing",
-    )  # fmt: skip
+    client = administrator(emulator, "sagemaker-runtime")
     answer = client.invoke_endpoint(
         EndpointName="housing", Body=row.encode(), ContentType="text/csv", Accept="text/csv"
     )
@@ -160,16 +163,13 @@ def _rehearse(folder: Path, hosts: int, rows: int, source: Path | None) -> int:
         images=PLATFORM_IMAGES, stop_grace=10, serve_stop_grace=5, sync_interval=0.5, endpoint_wait_scale=0.01
     ) as emulator, dagster_home(folder / "dagster") as instance:  # fmt: skip
         print(f"emulator at {emulator.endpoint_url}, hosts as {emulator.host_kind}", flush=True)
-        s3 = boto3.client(
-            "s3", endpoint_url=emulator.endpoint_url, region_name="us-east-1",
-            aws_access_key_id="testing", aws_secret_access_key="testing",
-        )  # fmt: skip
-        s3.create_bucket(Bucket="rehearsal")
-        environment = platform_environment(folder, emulator, "rehearsal", hosts)
+        account, s3 = deploy(emulator, "rehearsal"), administrator(emulator, "s3")
+        print(f"stack of {TEMPLATE.relative_to(ROOT)} deployed; the run has the permissions of its roles", flush=True)
+        environment = platform_environment(folder, emulator, "rehearsal", hosts, account)
         environment |= {"DAGSTER_HOME": str(folder / "dagster"), "HOUSING_SAMPLE_ROWS": str(rows)}
         if source:
-            s3.upload_file(str(source), "rehearsal", f"source/{source.name}")
-            environment["HOUSING_RAW_CSV"] = f"s3://rehearsal/source/{source.name}"
+            s3.upload_file(str(source), "rehearsal", f"sales/{source.name}")
+            environment["HOUSING_RAW_CSV"] = f"s3://rehearsal/sales/{source.name}"
         log = folder / "run.log"
         if status := materialize(environment, log):
             print(*log.read_text().splitlines()[-60:], sep="\n")

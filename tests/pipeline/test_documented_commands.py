@@ -37,6 +37,10 @@ NOT_RUN = {
     ".venv/bin/dagster asset materialize -m housing_assets.definitions --select '*'": (
         "five jobs on SageMaker; tests/sagemaker/test_platform.py materializes everything there"
     ),
+    "aws cloudformation deploy --template-file deploy/sagemaker.cfn.yaml --stack-name housing --capabilities "
+    "CAPABILITY_NAMED_IAM --parameter-overrides BucketName=my-bucket": (
+        "needs AWS's command line; tests/sagemaker/test_account.py deploys the template with boto3"
+    ),
     "pip install -c constraints.txt '.[sagemaker,postgres]'": INSTALLS,
     "export DAGSTER_HOME=/srv/dagster": NEEDS_POSTGRES,
     "export DAGSTER_PG_HOST=... DAGSTER_PG_PORT=5432 DAGSTER_PG_DB=dagster DAGSTER_PG_USER=... "

@@ -23,6 +23,7 @@ from resources.references import DatasetRef
 from resources.sagemaker.job_tags import RUN_TAG
 from resources.sagemaker.ownership import CREATED_BY, CREATED_BY_TAG, creation_tags
 from step_scripts.offline_store import OfflineStore
+from tests.aws_account import act_as, deploy
 from tests.feature_rows import TABLE, ingest_rows, row, write_rows
 from tests.job_outcome import outcome
 from tests.sagemaker_emulator import SageMakerEmulator
@@ -44,7 +45,7 @@ def instance() -> Iterator[dg.DagsterInstance]:
         yield ephemeral
 
 
-def resources_of(aws: Aws, folder: Path, environment: str) -> dict[str, Any]:
+def resources_of(aws: Aws, folder: Path, environment: str, role: str = ROLE) -> dict[str, Any]:
     file = folder / "sagemaker.yaml"
     fast = {"poll_seconds": 0.1, "prove_on_candidate": False}
     file.write_text(json.dumps({"endpoint_host": fast, "feature_store": {"poll_seconds": 0.1}}))
@@ -52,7 +53,7 @@ def resources_of(aws: Aws, folder: Path, environment: str) -> dict[str, Any]:
         {
             "HOUSING_DEPLOYMENT": "sagemaker",
             "HOUSING_ROOT": aws.uri("housing"),
-            "HOUSING_ROLE_ARN": ROLE,
+            "HOUSING_ROLE_ARN": role,
             "HOUSING_IMAGE": "housing-image",
             "HOUSING_RAW_CSV": aws.uri("housing/sample/house_sales_7.csv"),
             "HOUSING_ENVIRONMENT": environment,
@@ -158,10 +159,16 @@ def deploy_everything(aws: Aws, folder: Path, resources: dict[str, Any], environ
 
 
 def test_everything_goes_but_what_is_not_ours(
-    aws: Aws, aws_environment: SageMakerEmulator, tmp_path: Path, instance: dg.DagsterInstance
+    aws: Aws,
+    aws_environment: SageMakerEmulator,
+    tmp_path: Path,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     environment = aws.bucket[-8:]
-    resources = resources_of(aws, tmp_path, environment)
+    roles = deploy(aws_environment, aws.bucket, Name=aws.bucket, CreateBucket="false", CreateLogGroups="false")
+    act_as(roles.dagster_role, aws_environment, monkeypatch)
+    resources = resources_of(aws, tmp_path, environment, roles.jobs_role)
     root = aws.uri(f"housing/environments/{environment}")
     foreign_things(aws, environment)
     before = account(aws)

@@ -20,11 +20,13 @@ from resources.sagemaker.request_validation import InvalidJobRequest
 from resources.sagemaker.tuning_requests import NativeTuningConfig
 from step_scripts.contract import Artifact
 from step_scripts.model_artifact import load_model
+from tests.aws_account import act_as, deploy
 from tests.sagemaker.pipes_jobs import ROLE
 from tests.sagemaker.tuning_runs import NATIVE, TuningRun, inputs_on_s3, kept_trials
 from tests.sagemaker_emulator.probe import abilities
 
 if TYPE_CHECKING:
+    from tests.sagemaker_emulator import SageMakerEmulator
     from tests.sagemaker_emulator.testing import Aws
 
 needs_hosts = pytest.mark.skipif(not abilities().namespaces, reason=f"needs hosts of their own: {abilities().reason}")
@@ -42,8 +44,14 @@ def tuning_jobs(aws: "Aws") -> list[dict[str, Any]]:
 
 @needs_hosts
 @pytest.mark.slow
-def test_trials_of_a_tuning_job_end_in_the_same_artifact(aws: "Aws", aws_environment: object, tmp_path: Path) -> None:
-    run = TuningRun(aws.uri(), inputs_on_s3(aws, tmp_path), PARAMS, native_tuning=NATIVE)
+def test_trials_of_a_tuning_job_end_in_the_same_artifact(
+    aws: "Aws", aws_environment: "SageMakerEmulator", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"Name": aws.bucket, "SourcePrefix": "splits", "CreateBucket": "false", "CreateLogGroups": "false"}
+    roles = deploy(aws_environment, aws.bucket, **own)
+    inputs = inputs_on_s3(aws, tmp_path)
+    act_as(roles.dagster_role, aws_environment, monkeypatch)
+    run = TuningRun(aws.uri("housing/"), inputs, PARAMS, native_tuning=NATIVE, job={"role_arn": roles.jobs_role})
     assert run.success, run.error
     [job] = tuning_jobs(aws)
     name = job["HyperParameterTuningJobName"]
@@ -67,8 +75,10 @@ def test_trials_of_a_tuning_job_end_in_the_same_artifact(aws: "Aws", aws_environ
     best = run.result.metrics["validation_rmse"]
     assert best == pytest.approx(min(t["rmse"] for t in run.trials), rel=1e-3), "the same fit, by the same code"
     assert load_model(run.result.outputs["model"].uri).booster.num_boosted_rounds() == run.result.metrics["best_rounds"]
-    assert kept_trials(aws) == []
-    assert not [key for key in aws.keys(f"jobs/{name}/") if key.endswith("lease.json")]
+    assert kept_trials(aws, "housing/") == []
+    written = aws.keys(f"housing/jobs/{name}/")
+    assert written
+    assert not [key for key in written if key.endswith("lease.json")]
 
 
 @contextmanager

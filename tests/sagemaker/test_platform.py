@@ -16,6 +16,7 @@ from housing_assets.sample_data import write_sample
 from step_scripts import storage
 from step_scripts.contract import Artifact
 from step_scripts.model_artifact import load_model
+from tests.aws_account import deploy
 from tests.platform_cli import Platform
 from tests.rehearse import platform_environment
 
@@ -85,15 +86,15 @@ def both(emulator: SageMakerEmulator, tmp_path_factory: pytest.TempPathFactory) 
         )
         for service in ("s3", "sagemaker")
     }  # fmt: skip
-    clients["s3"].create_bucket(Bucket=BUCKET)
+    account = deploy(emulator, BUCKET, Name="platform", CreateLogGroups="false")
     source = write_sample(folder / "sales.csv", rows=1500)
     # The record's event time is the file's: the same content then has the same events in both.
-    clients["s3"].upload_file(str(source), BUCKET, "source/sales.csv")
+    clients["s3"].upload_file(str(source), BUCKET, "sales/sales.csv")
     for name in ("local", "remote"):
         (folder / name).mkdir()
     local = Platform(folder / "local", {"HOUSING_RAW_CSV": str(source), "HOUSING_NUM_CPUS": "2"})
-    variables = platform_environment(folder, emulator, BUCKET, hosts=2)
-    remote = Platform(folder / "remote", variables | {"HOUSING_RAW_CSV": f"s3://{BUCKET}/source/sales.csv"})
+    variables = platform_environment(folder, emulator, BUCKET, hosts=2, account=account)
+    remote = Platform(folder / "remote", variables | {"HOUSING_RAW_CSV": f"s3://{BUCKET}/sales/sales.csv"})
     others = frozenset(all_jobs(clients["sagemaker"]))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in emulator.environment().items():

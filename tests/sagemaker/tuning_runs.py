@@ -108,9 +108,9 @@ class TuningRun:
         return [row.data["status"] for row in self.metadata["status_history"]]
 
 
-def kept_trials(aws: "Aws") -> list[str]:
-    """Keys of the finished trials that are kept for a later attempt."""
-    return [key for key in aws.keys("jobs/checkpoints/") if "/trials/" in key and key.endswith(".json")]
+def kept_trials(aws: "Aws", root: str = "") -> list[str]:
+    """Keys of the finished trials that are kept for a later attempt, below `root` in the bucket."""
+    return [key for key in aws.keys(f"{root}jobs/checkpoints/") if "/trials/" in key and key.endswith(".json")]
 
 
 def main() -> int:

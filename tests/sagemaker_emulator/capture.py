@@ -33,9 +33,9 @@ class Exchange:
 class Capture:
     """Captures a sample of an endpoint's exchanges."""
 
-    def __init__(self, services: Services, region: str, endpoint: str, config: Params) -> None:
+    def __init__(self, services: Services, place: tuple[str, str | None], endpoint: str, config: Params) -> None:
         self._services = services
-        self._region = region
+        self._region, self._role = place
         self._endpoint = endpoint
         self._config = config
         self._modes = {m for option in config["CaptureOptions"] for m in _MODES[option["CaptureMode"]]}
@@ -86,7 +86,7 @@ class Capture:
             base = self._config["DestinationS3Uri"].rstrip("/")
             uri = f"{base}/{self._endpoint}/{variant}/{name}"
             try:
-                self._services.storage(self._region).put(uri, ("\n".join(found) + "\n").encode())
+                self._services.storage(self._region, self._role).put(uri, ("\n".join(found) + "\n").encode())
             except (ClientError, BotoCoreError):
                 log.exception("captured data of endpoint %s could not be written", self._endpoint)
 

@@ -10,6 +10,7 @@ from typing import Any, Self
 from moto.core.model_instances import reset_model_data
 from werkzeug.wrappers import Request, Response
 
+from tests.sagemaker_emulator.authorization import ADMINISTRATOR, Authorization, find_role
 from tests.sagemaker_emulator.endpoints import Endpoints
 from tests.sagemaker_emulator.faults import Faults
 from tests.sagemaker_emulator.feature_groups import FeatureGroups
@@ -43,6 +44,7 @@ class SageMakerEmulator:
     def __init__(self, settings: Settings | None = None, **changes: Any) -> None:
         self.settings = settings or Settings(**changes)
         self.faults = Faults()
+        self._authorization = Authorization()
         self.endpoint_url = ""
         self._services: Services | None = None
         self._servers: Servers | None = None
@@ -94,11 +96,17 @@ class SageMakerEmulator:
             if not _running:
                 reset_model_data()
 
-    def environment(self) -> dict[str, str]:
-        """Variables that make boto3 and the AWS CLI talk to this emulator."""
+    def environment(self, role: str | None = None) -> dict[str, str]:
+        """Variables that make boto3 and the AWS CLI talk to this emulator.
+
+        With `role`, the ARN of a role of its IAM, as that role, which may do what its policies allow; else as the
+        administrator.
+        """
+        if role is not None and find_role(role) is None:
+            raise ValueError(f"IAM has no role {role}: create it first")
         return {
             "AWS_ENDPOINT_URL": self.endpoint_url,
-            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_ACCESS_KEY_ID": self._authorization.access_key(role, "caller") if role else ADMINISTRATOR,
             "AWS_SECRET_ACCESS_KEY": "testing",
             "AWS_DEFAULT_REGION": os.environ.get("AWS_DEFAULT_REGION", "us-east-1"),
         }
@@ -124,8 +132,10 @@ class SageMakerEmulator:
         pool = HostPool(state, self._abilities(), self.settings.expose)
         if not pool.namespaces:
             log.warning("hosts are loopback addresses without isolation: %s", pool.reason)
-        services = self._services = Services(self.settings, self.faults, state, pool, LogShipper())
-        application = Application(self.faults, self._admin)
+        services = self._services = Services(
+            self.settings, self.faults, state, pool, LogShipper(), self._authorization
+        )  # fmt: skip
+        application = Application(self.faults, self._authorization, self._admin)
         self._install(application, services)
         self._servers = Servers(application)
         port = self._servers.listen(self.settings.host, self.settings.port)

@@ -99,7 +99,7 @@ class Endpoint:
     def _switch(self, fleet: Fleet) -> None:
         previous = self.capture
         settings = fleet.config.get("DataCaptureConfig")
-        self.capture = Capture(self._services, self.region, self.name, settings) if settings else None
+        self.capture = Capture(self._services, (self.region, fleet.role()), self.name, settings) if settings else None
         self.blue, self.green, self.green_share = fleet, None, 0.0
         self._config_name = fleet.config["EndpointConfigName"]
         if previous is not None:

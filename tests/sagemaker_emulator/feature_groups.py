@@ -7,6 +7,7 @@ from typing import Any
 
 from tests.sagemaker_emulator.common import ACCOUNT, Call, Handler, Listing, Params, arn, list_page, name_of, now, pick
 from tests.sagemaker_emulator.errors import ApiError, in_use, not_emulated, not_found, validation
+from tests.sagemaker_emulator.iam_requests import store_accesses
 from tests.sagemaker_emulator.services import Services
 
 _ECHOED = ("FeatureGroupName", "RecordIdentifierFeatureName", "EventTimeFeatureName", "RoleArn", "Description",
@@ -145,7 +146,9 @@ class FeatureGroups:
                     f"Resource Already Exists: FeatureGroup with name {key[1]} already exists. Choose a different name."
                 )
             group = FeatureGroup(dict(call.params), call.region, self._services.settings.feature_group_delay)
-            if self._services.faults.take_failed_feature_group():
+            role = call.params.get("RoleArn")
+            refused = group.offline and not self._services.allows(role, store_accesses(group.resolved_uri))
+            if refused or self._services.faults.take_failed_feature_group():
                 group.failure = "The execution role cannot write to the offline store's S3 location."
             self._groups[key] = group
         self._services.tag(group.arn, call.params.get("Tags"))

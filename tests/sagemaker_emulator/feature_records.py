@@ -62,6 +62,7 @@ class FeatureRecords:
         row = OfflineRow(
             uri=group.resolved_uri,
             region=group.region,
+            role=group.request.get("RoleArn"),
             types=tuple(group.types.items()),
             values=values,
             event_time=event_time,

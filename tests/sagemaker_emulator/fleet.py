@@ -126,6 +126,11 @@ class Fleet:
             summaries.append(summary)
         return summaries
 
+    def role(self) -> str | None:
+        """The execution role of the first variant's model, which is also what data capture writes as."""
+        model = self._models.model(self._region, self.config["ProductionVariants"][0]["ModelName"])
+        return model.get("ExecutionRoleArn")
+
     def close(self) -> None:
         """SIGTERM, grace, SIGKILL; then remove the hosts."""
         hosts = [container.host for variant in self.variants for container in variant.containers]
@@ -141,7 +146,8 @@ class Fleet:
         services = self._services
         group = f"endpoint-{self._endpoint}-{next(_numbers)}"
         host = services.pool.create(group, "model-container")
-        image = services.settings.image(container["Image"])
+        role = container["ExecutionRoleArn"]
+        image = services.pull(self._region, role, container["Image"])
         stream = f"{variant.name}/i-{secrets.token_hex(8)[:17]}"
         launched = Container(host, _PORT, stream)
         given = dict(container.get("Environment", {}))
@@ -155,8 +161,9 @@ class Fleet:
             if fault := services.faults.take_for_endpoint(self._endpoint):
                 command = ["sleep", "3600"] if fault.mode == "ping" else ["sh", "-c", "echo made to fail; exit 1"]
             host.set_names({"model-container": host.address})
-            sink = services.logs.stream(self._region, self.log_group, stream)
-            host.start(command, services.environment(image, self._region, host.name, given), image.workdir, sink)
+            sink = services.log(self._region, role, self.log_group, stream)
+            variables = services.environment(image, self._region, role, host.name, given)
+            host.start(command, variables, image.workdir, sink)
         except BaseException:
             host.close()
             raise
@@ -165,7 +172,7 @@ class Fleet:
     def _fetch_model(self, container: Params, host: Host) -> None:
         target = host.ml / "model"
         target.mkdir(exist_ok=True)
-        storage = self._services.storage(self._region)
+        storage = self._services.storage(self._region, container["ExecutionRoleArn"])
         source = container.get("ModelDataSource", {}).get("S3DataSource")
         try:
             if source and source["CompressionType"] == "None":

@@ -35,6 +35,7 @@ class Job(ABC):
         self.services = services
         self.request: Params = call.params
         self.region = call.region
+        self.role: str | None = call.params.get("RoleArn")
         self.name = name
         self.arn = arn
         self.status = "InProgress"
@@ -96,7 +97,8 @@ class Job(ABC):
         """Where a host's output goes: its CloudWatch stream, and `line` if given."""
         fault = self.services.faults.for_job("slow_logs", self.name)
         stream = f"{self.name}/{host.name}-{int(time.time())}"
-        add = self.services.logs.stream(self.region, self.log_group, stream, fault.after if fault else 0.0)
+        delay = fault.after if fault else 0.0
+        add = self.services.log(self.region, self.role, self.log_group, stream, delay)
 
         def sink(text: str) -> None:
             add(text)

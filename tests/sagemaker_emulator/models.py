@@ -53,7 +53,7 @@ class Models:
         return self._configs[key]
 
     def container(self, region: str, model_name: str) -> Params:
-        """The container of a model, with what a model package says filled in."""
+        """The container of a model, with what a model package says filled in, and the model's role."""
         model = self.model(region, model_name)
         container = dict(model.get("PrimaryContainer") or model["Containers"][0])
         if package := container.get("ModelPackageName"):
@@ -61,7 +61,7 @@ class Models:
             first = specification.get("Containers", [{}])[0]
             given = container.get("Environment", {})
             container = {**first, **container, "Environment": {**first.get("Environment", {}), **given}}
-        return container
+        return {**container, "ExecutionRoleArn": model.get("ExecutionRoleArn")}
 
     def _create_model(self, call: Call) -> Params:
         params = call.params

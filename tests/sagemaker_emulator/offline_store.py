@@ -25,6 +25,7 @@ class OfflineRow:
 
     uri: str
     region: str
+    role: str | None
     types: tuple[tuple[str, str], ...]
     values: dict[str, str]
     event_time: datetime
@@ -63,16 +64,16 @@ class OfflineStore:
             self._write(rows)
 
     def _write(self, rows: list[OfflineRow]) -> None:
-        files: dict[tuple[str, str, str, tuple[tuple[str, str], ...]], list[OfflineRow]] = {}
+        files: dict[tuple[str, str | None, str, str, tuple[tuple[str, str], ...]], list[OfflineRow]] = {}
         for row in rows:
             partition = row.event_time.strftime("year=%Y/month=%m/day=%d/hour=%H")
-            files.setdefault((row.region, row.uri, partition, row.types), []).append(row)
-        for (region, uri, partition, types), members in files.items():
+            files.setdefault((row.region, row.role, row.uri, partition, row.types), []).append(row)
+        for (region, role, uri, partition, types), members in files.items():
             latest = max(row.event_time for row in members).strftime("%Y%m%dT%H%M%SZ")
             suffix = "".join(secrets.choice(_ALPHANUMERIC) for _ in range(16))
             body = _parquet(types, members)
             try:
-                self._services.storage(region).put(f"{uri}/{partition}/{latest}_{suffix}.parquet", body)
+                self._services.storage(region, role).put(f"{uri}/{partition}/{latest}_{suffix}.parquet", body)
             except (ClientError, BotoCoreError) as error:
                 members[0].blocked(str(error))
 

@@ -68,7 +68,7 @@ class ProcessingJob(Job):
         if self.stop_requested.is_set():
             return Outcome(End.STOPPED)
         application = self.request["AppSpecification"]
-        image = self.services.settings.image(application["ImageUri"])
+        image = self.services.pull(self.region, self.role, application["ImageUri"])
         command = [
             *(application.get("ContainerEntrypoint") or image.entrypoint),
             *application.get("ContainerArguments", []),
@@ -80,7 +80,7 @@ class ProcessingJob(Job):
         limit = self.request.get("StoppingCondition", {}).get("MaxRuntimeInSeconds", _DAY)
         cluster.start(
             command,
-            lambda host: self.services.environment(image, self.region, host.name, given),
+            lambda host: self.services.environment(image, self.region, self.role, host.name, given),
             image.workdir,
             self.log_sink,
         )
@@ -99,7 +99,7 @@ class ProcessingJob(Job):
             (host.ml / "output").mkdir(parents=True)
             for output in self._outputs():
                 host.local(output["LocalPath"]).mkdir(parents=True, exist_ok=True)
-        storage = self.services.storage(self.region)
+        storage = self.services.storage(self.region, self.role)
         for given in self.request.get("ProcessingInputs", []):
             source = given["S3Input"]
             storage.download(
@@ -114,7 +114,7 @@ class ProcessingJob(Job):
         return [output["S3Output"] for output in outputs]
 
     def _mirrors(self, cluster: Cluster, mode: str) -> list[Mirror]:
-        storage = self.services.storage(self.region)
+        storage = self.services.storage(self.region, self.role)
         return [
             Mirror(storage, host.local(output["LocalPath"]), output["S3Uri"])
             for output in self._outputs()

@@ -15,7 +15,8 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoReque
 from werkzeug.serving import BaseWSGIServer, make_server
 from werkzeug.wrappers import Request, Response
 
-from tests.sagemaker_emulator.common import DEFAULT_REGION, Call, Handler
+from tests.sagemaker_emulator.authorization import AccessDenied, Authorization, Caller, denied_response
+from tests.sagemaker_emulator.common import DEFAULT_REGION, Call, Handler, Params
 from tests.sagemaker_emulator.errors import ApiError, not_emulated
 from tests.sagemaker_emulator.faults import Fault, Faults
 from tests.sagemaker_emulator.storage import INTERNAL_KEY
@@ -33,8 +34,9 @@ RuntimeHandler = Callable[[Request, str, str], Response]
 class Application:
     """WSGI application of the emulator."""
 
-    def __init__(self, faults: Faults, admin: Callable[[Request], Response]) -> None:
+    def __init__(self, faults: Faults, authorization: Authorization, admin: Callable[[Request], Response]) -> None:
         self._faults = faults
+        self._authorization = authorization
         self._admin = admin
         self._moto = DomainDispatcherApplication(create_backend_app)
         self.operations: dict[str, Handler] = {}
@@ -48,11 +50,43 @@ class Application:
         if request.path.startswith("/_emulator/"):
             return self._admin(request)(environ, start_response)
         route = self._route(request, service)
-        if key != INTERNAL_KEY and (refused := self._apply_faults(request, service, route or _target(request))):
+        internal = key.startswith(INTERNAL_KEY)
+        if not internal and (refused := self._apply_faults(request, service, route or _target(request))):
             return refused(environ, start_response)
-        if route is None:
-            return self._moto(environ, start_response)
-        return self._answer(request, route, region)(environ, start_response)
+        caller = self._authorization.caller(key)
+        if caller and (refused := self._refuse(caller, request, route, region, service)):
+            return refused(environ, start_response)
+        if route is not None:
+            return self._answer(request, route, region)(environ, start_response)
+        if caller and service == "s3" and request.method in ("GET", "HEAD"):
+            return self._found_by(caller, request)(environ, start_response)
+        return self._moto(environ, start_response)
+
+    def _refuse(
+        self, caller: Caller, request: Request, route: str | None, region: str, service: str
+    ) -> Response | None:
+        """The refusal of what the caller's role may not do."""
+        try:
+            call = None if route is None else ("sagemaker", route, _params(request))
+            self._authorization.check_request(caller, request, call, region, service)
+        except ApiError as error:
+            log.info("%s", error)
+            # An unread body would be taken for the next request on a connection that stays open.
+            request.get_data()
+            if request.headers.get("X-Amz-Target"):
+                error.status = 400
+            elif route is None:
+                return denied_response(error, request, service)
+            return error_response(error)
+        return None
+
+    def _found_by(self, caller: Caller, request: Request) -> Response:
+        """Moto's answer, but that an object is not there is told only to those who may list the bucket."""
+        response = Response.from_app(self._moto, request.environ)
+        denied: AccessDenied | None = None
+        if response.status_code == 404:
+            denied = self._authorization.hidden(caller, request)
+        return denied_response(denied, request, "s3") if denied else response
 
     def _route(self, request: Request, service: str) -> str | None:
         """SageMaker operation that a request is for, or None if moto is to answer it."""
@@ -103,10 +137,7 @@ class Application:
         handler = self.operations.get(operation)
         if handler is None:
             raise not_emulated(operation)
-        try:
-            params = json.loads(request.get_data() or b"{}")
-        except ValueError as error:
-            raise ApiError("SerializationException", str(error)) from error
+        params = _params(request)
         check("sagemaker", operation, params)
         return handler(Call(operation, params, region))
 
@@ -114,18 +145,7 @@ class Application:
         handler = self.runtime_operations.get(operation)
         if handler is None:
             raise not_emulated(operation)
-        try:
-            params = json.loads(request.get_data() or b"{}")
-        except ValueError as error:
-            raise ApiError("ValidationError", str(error)) from error
-        if match := _FEATURE_GROUP.fullmatch(request.path):
-            params["FeatureGroupName"] = unquote(match[1])
-        for name in ("RecordIdentifierValueAsString", "EventTime", "DeletionMode", "ExpirationTimeResponse"):
-            if name in request.args:
-                params[name] = request.args[name]
-        for name, member in (("FeatureName", "FeatureNames"), ("TargetStores", "TargetStores")):
-            if name in request.args:
-                params[member] = request.args.getlist(name)
+        params = _params(request)
         check("sagemaker-featurestore-runtime", operation, params, code="ValidationError")
         return handler(Call(operation, params, region))
 
@@ -207,3 +227,25 @@ def _json_response(body: Any, status: int = 200) -> Response:
 
 def _target(request: Request) -> str:
     return request.headers.get("X-Amz-Target", "").rpartition(".")[2]
+
+
+def _params(request: Request) -> Params:
+    """Parameters of an operation of SageMaker's, wherever they stand in the request."""
+    if match := _ENDPOINT.fullmatch(request.path):
+        return {"EndpointName": unquote(match[1])}
+    control = "X-Amz-Target" in request.headers
+    try:
+        params = json.loads(request.get_data() or b"{}")
+    except ValueError as error:
+        raise ApiError("SerializationException" if control else "ValidationError", str(error)) from error
+    if control:
+        return params
+    if match := _FEATURE_GROUP.fullmatch(request.path):
+        params["FeatureGroupName"] = unquote(match[1])
+    for name in ("RecordIdentifierValueAsString", "EventTime", "DeletionMode", "ExpirationTimeResponse"):
+        if name in request.args:
+            params[name] = request.args[name]
+    for name, member in (("FeatureName", "FeatureNames"), ("TargetStores", "TargetStores")):
+        if name in request.args:
+            params[member] = request.args.getlist(name)
+    return params

@@ -15,7 +15,7 @@ from botocore.exceptions import ClientError
 
 from tests.sagemaker_emulator.common import split_s3_uri
 
-# Requests with this access key are the emulator's own; faults leave them alone.
+# Requests with access keys that begin so are the platform's own; faults leave them alone.
 INTERNAL_KEY = "EMULATORINTERNAL"
 
 
@@ -26,12 +26,12 @@ class InputError(RuntimeError):
 class Storage:
     """S3 operations of the platform, through the emulator's own endpoint."""
 
-    def __init__(self, endpoint: str, region: str) -> None:
+    def __init__(self, endpoint: str, region: str, access_key: str) -> None:
         self.client: Any = boto3.client(
             "s3",
             endpoint_url=endpoint,
             region_name=region,
-            aws_access_key_id=INTERNAL_KEY,
+            aws_access_key_id=access_key,
             aws_secret_access_key="internal",
             config=Config(retries={"max_attempts": 2}, max_pool_connections=50),
         )

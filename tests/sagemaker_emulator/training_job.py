@@ -120,7 +120,7 @@ class TrainingJob(Job):
         if not self.stop_requested.is_set():
             self.transition("Downloading")
         begun = time.monotonic()
-        storage = self.services.storage(self.region)
+        storage = self.services.storage(self.region, self.role)
         try:
             fill_hosts(storage, self.request, cluster, plans)
             mirrors = self._restore_checkpoints(cluster)
@@ -131,7 +131,7 @@ class TrainingJob(Job):
             self.training_seconds += time.monotonic() - begun
 
     def _execute(self, cluster: Cluster, mirrors: list[Mirror]) -> Outcome:
-        image = self.services.settings.image(self.request["AlgorithmSpecification"]["TrainingImage"])
+        image = self.services.pull(self.region, self.role, self.request["AlgorithmSpecification"]["TrainingImage"])
         given = {
             "TRAINING_JOB_NAME": self.name,
             "TRAINING_JOB_ARN": self.arn,
@@ -142,7 +142,7 @@ class TrainingJob(Job):
         self.transition("Training")
         cluster.start(
             command,
-            lambda host: self.services.environment(image, self.region, host.name, given),
+            lambda host: self.services.environment(image, self.region, self.role, host.name, given),
             image.workdir,
             lambda host: self.log_sink(host, self._read_metrics),
         )
@@ -168,7 +168,9 @@ class TrainingJob(Job):
             )
         if self._hosts() and self.started:
             self.transition("Uploading")
-            upload_artifacts(self.services.storage(self.region), self.request, self.output_prefix(), self._hosts())
+            upload_artifacts(
+                self.services.storage(self.region, self.role), self.request, self.output_prefix(), self._hosts()
+            )
         if outcome.end is End.STOPPED:
             return self.finish("Stopped")
         if outcome.end is End.TIMED_OUT:
@@ -181,7 +183,7 @@ class TrainingJob(Job):
         if path is None:
             return []
         uri = self.request["CheckpointConfig"]["S3Uri"]
-        storage = self.services.storage(self.region)
+        storage = self.services.storage(self.region, self.role)
         directories = [host.local(path) for host in cluster.hosts]
         storage.download(uri.rstrip("/") + "/", "S3Prefix", directories, required=False)
         mirrors = [Mirror(storage, directory, uri) for directory in directories]
