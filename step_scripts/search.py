@@ -20,7 +20,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from step_scripts.background import run_in_thread
-from step_scripts.cluster_resources import cpus_per_worker, free_cpus, node_cpus, scratch_folder
+from step_scripts.cluster_resources import cpus_per_worker, free_cpus, no_room, node_cpus, scratch_folder
 from step_scripts.contract import Reporter, StepError
 from step_scripts.parameters import TuneModelParams
 from step_scripts.search_algorithm import ContinuedSearch, searcher
@@ -194,10 +194,12 @@ def _tune(
                 verbose=0,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 callbacks=[progress],
-                stop=_StopEarly(stopped, ledger, matrices),
+                stop=_StopEarly(stopped, progress, matrices),
             ),
         )
         tuner.fit()
+        if progress.starved:
+            raise no_room("the trials of the search")
 
     def search_and_clean_up() -> None:
         # In the thread that searches: after an interrupt it may be the last to end.
@@ -214,9 +216,9 @@ def _tune(
 class _StopEarly(LivesInDriver, tune.Stopper):
     """Ends the search when whoever waits for it was interrupted, or when nothing but failures can be expected."""
 
-    def __init__(self, interrupted: threading.Event, ledger: TrialLedger, matrices: TrialMatrices) -> None:
+    def __init__(self, interrupted: threading.Event, progress: SearchProgress, matrices: TrialMatrices) -> None:
         self._interrupted = interrupted
-        self._ledger = ledger
+        self._progress = progress
         self._matrices = matrices
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -224,7 +226,9 @@ class _StopEarly(LivesInDriver, tune.Stopper):
 
     def stop_all(self) -> bool:
         """Whether no trial shall start any more."""
-        return self._ledger.hopeless or self._matrices.unreadable or self._interrupted.is_set()
+        progress = self._progress
+        hopeless = progress.ledger.hopeless or progress.starved
+        return hopeless or self._matrices.unreadable or self._interrupted.is_set()
 
 
 @contextlib.contextmanager
