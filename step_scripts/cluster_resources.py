@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import ray
 import ray._private.state
 import ray._private.worker
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from step_scripts.contract import Reporter, StepError
 from step_scripts.job_hosts import is_open
@@ -68,6 +71,55 @@ def free_cpus(what: str, needed: int, log: Reporter | None) -> list[int]:
             if log is not None:
                 log.info(f"{state} are free; waiting for {waited:.0f} of at most {limit:g} s")
         time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def reserved(what: str, cpus: int, log: Reporter | None) -> Iterator[dict[str, Any]]:
+    """Options for a task that is to have that many CPUs of one node, which are its own as soon as the block begins.
+
+    Raises `StepError` if they are not free within `wait_seconds`. In a session of our own nobody else could use them.
+    """
+    node = ray._private.worker._global_node
+    if node is not None and node.head:
+        yield {"num_cpus": cpus}
+        return
+    group = placement_group([{"CPU": cpus}])
+    try:
+        with waiting_is_told(what, log):
+            if not group.wait(wait_seconds()):
+                raise no_room(what)
+        yield {"num_cpus": cpus, "scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
+    finally:
+        remove_placement_group(group)
+
+
+def no_room(what: str) -> StepError:
+    """For what has waited as long as it may."""
+    return StepError(
+        f"the Ray cluster had no room for {what} within {wait_seconds():g} s: end what uses it, or wait longer by "
+        f"{WAIT_VARIABLE}"
+    )
+
+
+@contextlib.contextmanager
+def waiting_is_told(what: str, log: Reporter | None) -> Iterator[None]:
+    """Tell `log` in the block now and then if a placement group that is asked for in it waits for CPUs."""
+    known = set(placement_group_table())
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(_MESSAGE_SECONDS):
+            asked = [group for name, group in placement_group_table().items() if name not in known]
+            if log is not None and any(group["state"] == "PENDING" for group in asked):
+                log.info(f"{what} waits for CPUs of the Ray cluster: {sum(_unused())} of {sum(node_cpus())} are free")
+
+    thread = threading.Thread(target=look, name="tell-waiting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _unused() -> list[int]:

@@ -10,10 +10,12 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from step_scripts import storage
+from step_scripts.cluster_resources import no_room, wait_seconds
 from step_scripts.contract import StepError
-from step_scripts.engines import EngineResult, FitRequest, WorkersLost, boost, boost_in_task
+from step_scripts.engines import WHAT, EngineResult, FitRequest, WorkersLost, boost, boost_in_task
 from step_scripts.environment import environment_defaults
 from step_scripts.fit_checkpoints import Checkpoint
 from step_scripts.xgboost_native import TrainingCallback, xgb
@@ -42,6 +44,8 @@ def train_booster(request: FitRequest, checkpoint: Checkpoint | None) -> EngineR
         except ray.train.TrainingFailedError as error:
             if (own := _own_error(error)) is not None:
                 raise own from error
+            if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+                raise no_room(WHAT) from error
             raise WorkersLost(str(error)) from error
     return EngineResult(booster, tuple(sorted(set((booster.attr(_NODES) or "").split()))))
 
@@ -51,6 +55,7 @@ def _settings(request: FitRequest) -> dict[str, str]:
     return {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{controller_interval(request):.2f}",
         "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{wait_seconds():g}",
         # An actor that tells workers of nodes that are about to be drained; these do not ask.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     }
@@ -82,7 +87,7 @@ def _fit(request: FitRequest, start: Checkpoint | None) -> xgb.Booster:
             storage_path=path,
             storage_filesystem=filesystem,
             # Groups are started again by the caller, which knows how many workers there is room for.
-            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=1),
+            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
     )

@@ -20,9 +20,9 @@ import pandas as pd
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from step_scripts.cluster_resources import WAIT_VARIABLE, wait_seconds
+from step_scripts.cluster_resources import no_room, wait_seconds
 from step_scripts.contract import StepError
-from step_scripts.engines import EngineResult, FitRequest, WorkersLost
+from step_scripts.engines import WHAT, EngineResult, FitRequest, WorkersLost
 from step_scripts.fit_checkpoints import Checkpoint
 from step_scripts.training_data import TrainingSplit
 from step_scripts.xgboost_native import xgb
@@ -195,16 +195,13 @@ def _with_plain_errors(train: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_plain_timeout(create: Callable[..., Any]) -> Callable[..., Any]:
-    """`create`, whose time-out says how to wait longer."""
+    """`create`, whose time-out says what to do."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return create(*args, **kwargs)
         except TimeoutError as error:
-            raise StepError(
-                f"the Ray cluster had no room for the workers of the final fit within {wait_seconds():g} s: "
-                f"end what uses it, or wait longer by {WAIT_VARIABLE}"
-            ) from error
+            raise no_room(WHAT) from error
 
     return call
 

@@ -24,7 +24,15 @@ from step_scripts.boosting import (
     segment_parameters,
     useful_threads,
 )
-from step_scripts.cluster_resources import await_lost_nodes, cpus_per_worker, free_cpus, node_cpus, scratch_folder
+from step_scripts.cluster_resources import (
+    await_lost_nodes,
+    cpus_per_worker,
+    free_cpus,
+    node_cpus,
+    reserved,
+    scratch_folder,
+    waiting_is_told,
+)
 from step_scripts.contract import Reporter, StepError
 from step_scripts.fit_checkpoints import Checkpoint, FitCheckpoints, fit_fingerprint
 from step_scripts.training_data import TrainingSplit
@@ -35,6 +43,7 @@ _log = logging.getLogger(__name__)
 # Modules with a function `train_booster(FitRequest, Checkpoint | None) -> EngineResult`, which goes on from the
 # checkpoint and raises `WorkersLost`; imported only when asked for.
 ENGINES = {"ray_train": "step_scripts.engine_ray_train", "xgboost_ray": "step_scripts.engine_xgboost_ray"}
+WHAT = "the final fit"
 _CHECKPOINTS = 10
 _ATTEMPTS = 3
 _NODE_LOSS_SECONDS = 120.0
@@ -172,7 +181,8 @@ def _fit(train_booster: _Engine, request: FitRequest, log: Reporter | None) -> E
         for attempt in range(1, _ATTEMPTS + 1):
             checkpoint = None if request.checkpoints is None else request.checkpoints.latest(warn)
             try:
-                result = train_booster(request, checkpoint)
+                with waiting_is_told(WHAT, log):
+                    result = train_booster(request, checkpoint)
             except WorkersLost as error:
                 if attempt == _ATTEMPTS:
                     raise
@@ -210,7 +220,7 @@ def with_resources(request: FitRequest, log: Reporter | None = None) -> FitReque
         raise StepError(
             f"num_workers is {num_workers}, but the Ray cluster has {counted(sum(nodes), 'CPU')}: ask for fewer workers"
         )
-    cpus = cpus_per_worker(num_workers, free_cpus("the final fit", num_workers, log))
+    cpus = cpus_per_worker(num_workers, free_cpus(WHAT, num_workers, log))
     return replace(request, num_workers=num_workers, cpus_per_worker=cpus)
 
 
@@ -255,9 +265,9 @@ def boost_in_task(request: FitRequest, checkpoint: Checkpoint | None) -> EngineR
     def task() -> EngineResult:
         return EngineResult(boost(request, checkpoint=checkpoint), (ray.util.get_node_ip_address(),))
 
-    remote = ray.remote(task).options(num_cpus=request.cpus_per_worker, max_retries=0)
     try:
-        return ray.get(remote.remote())
+        with reserved(WHAT, request.cpus_per_worker, None) as options:  # whoever fits tells of the waiting
+            return ray.get(ray.remote(task).options(**options, max_retries=0).remote())
     except WorkerCrashedError as error:
         raise WorkersLost(str(error)) from error
     except RayTaskError as error:

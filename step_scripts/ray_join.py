@@ -23,6 +23,7 @@ def join_cluster(address: str, **options: Any) -> None:
     """
     if _MODE not in os.environ and _token_is_there():
         os.environ[_MODE] = "token"  # a cluster without authentication does not mind
+    read_token_settings()
     limit = float(os.environ.get(CONNECT_SECONDS) or _DEFAULT_SECONDS)
     deadline = time.monotonic() + limit
     if (reason := _silent(address, deadline)) is not None:
@@ -60,6 +61,14 @@ def join_cluster(address: str, **options: Any) -> None:
             "If it wants a token (RAY_AUTH_MODE=token), its token must stand in ~/.ray/auth_token here, or in the "
             "file that RAY_AUTH_TOKEN_PATH names; Ray and Python must have the cluster's versions"
         ) from errors[0]
+
+
+def read_token_settings() -> None:
+    """Have Ray look at the environment again: it remembers what it found when it was imported, or used a token."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 _REMEDY = (

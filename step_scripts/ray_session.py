@@ -18,7 +18,7 @@ from step_scripts.code_version import library_versions
 from step_scripts.environment import environment_set
 from step_scripts.loaded_code import JOURNAL, PACKAGE, digest_of
 from step_scripts.private_files import write_private
-from step_scripts.ray_join import join_cluster
+from step_scripts.ray_join import join_cluster, read_token_settings
 from step_scripts.ray_watch import RayWatch
 from step_scripts.session_folder import FOLDER_VARIABLE, SessionFolder, make_folder, remove_abandoned
 
@@ -135,9 +135,9 @@ class RaySession:
             write_private(path, secrets.token_hex(32).encode())
         if (given := os.environ.pop("RAY_AUTH_TOKEN", None)) is not None:  # it would win over the file
             self._afterwards.callback(os.environ.__setitem__, "RAY_AUTH_TOKEN", given)
-        self._afterwards.callback(_read_token_settings)
+        self._afterwards.callback(read_token_settings)
         self._afterwards.enter_context(environment_set({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}))
-        _read_token_settings()
+        read_token_settings()
 
     def stop(self) -> None:
         """Disconnect; end a private session and remove its folder."""
@@ -201,14 +201,6 @@ class RaySession:
         import ray
 
         return float(ray.cluster_resources().get("CPU", 1.0))
-
-
-def _read_token_settings() -> None:
-    """Have Ray look at the environment again: it remembers what it found when it was imported, or used a token."""
-    from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
-
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def worker_environment() -> dict[str, str]:

@@ -12,19 +12,18 @@ import shutil
 import threading
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import optuna
 import ray
-from optuna.distributions import FloatDistribution, IntDistribution
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
-from ray.tune.search.optuna import OptunaSearch
 
 from step_scripts.background import run_in_thread
-from step_scripts.cluster_resources import cpus_per_worker, free_cpus, scratch_folder
+from step_scripts.cluster_resources import cpus_per_worker, free_cpus, no_room, node_cpus, scratch_folder
 from step_scripts.contract import Reporter, StepError
 from step_scripts.parameters import TuneModelParams
+from step_scripts.search_algorithm import ContinuedSearch, searcher
 from step_scripts.search_progress import LivesInDriver, SearchProgress
 from step_scripts.search_trial import BoostingTrial
 from step_scripts.short_trials import ShortTrials, are_short
@@ -35,8 +34,6 @@ from step_scripts.trial_records import TrialRecord, TrialStore
 from step_scripts.trial_task import TrialTask
 from step_scripts.wording import counted
 
-# Where people would begin; the ranges clip it.
-_FIRST_TRIAL = {"max_depth": 3, "eta": 0.1, "min_child_weight": 1.0, "subsample": 0.8}
 _REPORTS_PER_TRIAL = 8
 _ROUNDS_WITHOUT_SCHEDULER = 250
 _REDUCTION_FACTOR = 3
@@ -49,46 +46,6 @@ _QUIET = {
     "TUNE_WARN_THRESHOLD_S": "60",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-
-
-def search_space(params: TuneModelParams) -> dict[str, IntDistribution | FloatDistribution]:
-    """Optuna's distributions of the tuned parameters; both ends of a range belong to it. `eta` is logarithmic."""
-    v = params.resolved()
-    return {
-        "max_depth": IntDistribution(v["max_depth_min"], v["max_depth_max"]),
-        "eta": FloatDistribution(v["eta_min"], v["eta_max"], log=True),
-        "min_child_weight": FloatDistribution(v["min_child_weight_min"], v["min_child_weight_max"]),
-        "subsample": FloatDistribution(v["subsample_min"], v["subsample_max"]),
-    }
-
-
-def first_trial(params: TuneModelParams) -> dict[str, float | int]:
-    """Parameters of the first trial: customary values, moved into the ranges."""
-    return {name: min(max(_FIRST_TRIAL[name], d.low), d.high) for name, d in search_space(params).items()}
-
-
-def searcher(params: TuneModelParams, finished: list[TrialRecord]) -> OptunaSearch:
-    """The search algorithm, told of the trials that have already been finished."""
-    resolved = params.resolved()
-    # Another seed after a resume: the same one would propose the finished trials again.
-    seed = (resolved["seed"] + len(finished)) % 2**32
-    if resolved["search_algorithm"] == "random":
-        sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
-    else:
-        startup = max(3, min(10, resolved["num_trials"] // 3))
-        # constant_liar: trials that run at the same time shall not be alike.
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)
-    search = OptunaSearch(
-        search_space(params),  # pyright: ignore[reportArgumentType]  # invariant dict
-        metric="rmse",
-        mode="min",
-        sampler=sampler,
-        points_to_evaluate=None if finished else [first_trial(params)],
-    )
-    for record in finished:
-        if record.rmse is not None:
-            search.add_evaluated_point(record.parameters, record.rmse)
-    return search
 
 
 def scheduler(params: TuneModelParams, report_rounds: int) -> TrialScheduler:
@@ -107,14 +64,27 @@ def scheduler(params: TuneModelParams, report_rounds: int) -> TrialScheduler:
     return FIFOScheduler()
 
 
+@dataclass(frozen=True)
+class SearchResult:
+    """All trials, by number. `resumed`: so many of them an earlier attempt had finished.
+
+    `repeatable`: whether a search with the same settings on as many CPUs tries the same trials, interrupted or not.
+    Otherwise the order in which trials ended has decided what was tried next, or which trial was stopped early.
+    """
+
+    records: list[TrialRecord]
+    resumed: int
+    repeatable: bool
+
+
 def run_search(
     params: TuneModelParams,
     train: TrainingSplit,
     validation: TrainingSplit,
     store: TrialStore | None,
     log: Reporter,
-) -> list[TrialRecord]:
-    """Run the trials that `store` does not hold yet; all records, by number.
+) -> SearchResult:
+    """Run the trials that `store` does not hold yet.
 
     Raises `StepError` if no trial succeeded.
     """
@@ -123,10 +93,15 @@ def run_search(
     if finished:
         log.info(f"not run again, finished before: {len(finished)} of {counted(resolved['num_trials'], 'trial')}")
     ledger = TrialLedger(finished, store, log, resolved["num_trials"])
+    nodes = run_in_thread(lambda: free_cpus("the search", 1, log)) if ledger.remaining > 0 else node_cpus()
+    # As many for each trial as in a search that was not interrupted: XGBoost's sums depend on the threads.
+    concurrent = min(resolved["max_concurrent_trials"] or sum(nodes), resolved["num_trials"], sum(nodes))
+    short = are_short(train.rows, resolved["num_boost_round"], resolved["scheduler"])
+    with _quiet():
+        search = searcher(params, finished, concurrent)
+    if not search.replayed:
+        log.info("the trials that are left are others than without the interruption: what they build on is not known")
     if ledger.remaining > 0:
-        nodes = run_in_thread(lambda: free_cpus("the search", 1, log))
-        # As many for each trial as in a search that was not interrupted: XGBoost's sums depend on the threads.
-        concurrent = min(resolved["max_concurrent_trials"] or sum(nodes), resolved["num_trials"], sum(nodes))
         task = TrialTask(
             num_boost_round=resolved["num_boost_round"],
             early_stopping_rounds=resolved["early_stopping_rounds"],
@@ -134,9 +109,11 @@ def run_search(
             cpus=cpus_per_worker(concurrent, nodes),
             seed=resolved["seed"],
         )
-        short = are_short(train.rows, task.num_boost_round, resolved["scheduler"])
-        search = _run_short if short else _run_tune
-        search(params, task, train, validation, ledger, min(concurrent, ledger.remaining))
+        at_once = min(concurrent, ledger.remaining)
+        if short:
+            _run_short(search, task, train, validation, ledger, at_once)
+        else:
+            _run_tune(search, params, task, train, validation, ledger, at_once)
     records = sorted(ledger.records, key=lambda r: r.trial)
     if not any(record.rmse is not None for record in records):
         reason = next((r.error for r in records if r.error), "none ran")
@@ -144,7 +121,11 @@ def run_search(
             f"no trial of {len(records)} succeeded; the first failure: {reason}",
             details={"trials": [r.model_dump(mode="json") for r in records]},
         )
-    return records
+    unaffected_by_order = concurrent == 1 or resolved["search_algorithm"] == "random"
+    to_their_end = short or resolved["scheduler"] == "none"
+    none_failed = all(record.status == "completed" for record in records)
+    repeatable = search.replayed and unaffected_by_order and to_their_end and none_failed
+    return SearchResult(records, len(finished), repeatable)
 
 
 def _report_rounds(resolved: dict[str, Any]) -> int:
@@ -156,7 +137,7 @@ def _report_rounds(resolved: dict[str, Any]) -> int:
 
 
 def _run_short(
-    params: TuneModelParams,
+    search: ContinuedSearch,
     task: TrialTask,
     train: TrainingSplit,
     validation: TrainingSplit,
@@ -165,12 +146,11 @@ def _run_short(
 ) -> None:
     trials = ShortTrials(task, ray.put(train.load()), ray.put(validation.load()))
     with _quiet():
-        run_in_thread(
-            lambda: trials.run(searcher(params, ledger.records), ledger, concurrent), on_interrupt=trials.stop
-        )
+        run_in_thread(lambda: trials.run(search, ledger, concurrent), on_interrupt=trials.stop)
 
 
 def _run_tune(
+    algorithm: ContinuedSearch,
     params: TuneModelParams,
     task: TrialTask,
     train: TrainingSplit,
@@ -179,11 +159,16 @@ def _run_tune(
     concurrent: int,
 ) -> None:
     with trial_matrices(train, validation, concurrent) as matrices:
-        _tune(params, task, SearchProgress(ledger, matrices), matrices, concurrent)
+        _tune(algorithm, params, task, SearchProgress(ledger, matrices), matrices, concurrent)
 
 
 def _tune(
-    params: TuneModelParams, task: TrialTask, progress: SearchProgress, matrices: TrialMatrices, concurrent: int
+    algorithm: ContinuedSearch,
+    params: TuneModelParams,
+    task: TrialTask,
+    progress: SearchProgress,
+    matrices: TrialMatrices,
+    concurrent: int,
 ) -> None:
     ledger = progress.ledger
     stopped = threading.Event()
@@ -200,7 +185,7 @@ def _tune(
                 mode="min",
                 num_samples=ledger.remaining,
                 max_concurrent_trials=concurrent,
-                search_alg=searcher(params, ledger.records),
+                search_alg=algorithm,
                 scheduler=scheduler(params, task.report_rounds),
                 reuse_actors=True,
             ),
@@ -210,10 +195,12 @@ def _tune(
                 verbose=0,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 callbacks=[progress],
-                stop=_StopEarly(stopped, ledger, matrices),
+                stop=_StopEarly(stopped, progress, matrices),
             ),
         )
         tuner.fit()
+        if progress.starved:
+            raise no_room("the trials of the search")
 
     def search_and_clean_up() -> None:
         # In the thread that searches: after an interrupt it may be the last to end.
@@ -230,9 +217,9 @@ def _tune(
 class _StopEarly(LivesInDriver, tune.Stopper):
     """Ends the search when whoever waits for it was interrupted, or when nothing but failures can be expected."""
 
-    def __init__(self, interrupted: threading.Event, ledger: TrialLedger, matrices: TrialMatrices) -> None:
+    def __init__(self, interrupted: threading.Event, progress: SearchProgress, matrices: TrialMatrices) -> None:
         self._interrupted = interrupted
-        self._ledger = ledger
+        self._progress = progress
         self._matrices = matrices
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -240,7 +227,9 @@ class _StopEarly(LivesInDriver, tune.Stopper):
 
     def stop_all(self) -> bool:
         """Whether no trial shall start any more."""
-        return self._ledger.hopeless or self._matrices.unreadable or self._interrupted.is_set()
+        progress = self._progress
+        hopeless = progress.ledger.hopeless or progress.starved
+        return hopeless or self._matrices.unreadable or self._interrupted.is_set()
 
 
 @contextlib.contextmanager

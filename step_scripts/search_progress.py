@@ -11,6 +11,7 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial
 
+from step_scripts.cluster_resources import wait_seconds
 from step_scripts.trial_ledger import TrialLedger
 from step_scripts.trial_matrices import TrialMatrices
 from step_scripts.trial_records import TrialRecord
@@ -40,6 +41,9 @@ class SearchProgress(LivesInDriver, tune.Callback):
         self._numbers: dict[str, int] = {}
         self._started: dict[str, float] = {}
         self._actors: dict[str, Any] = {}
+        self.starved = False
+        """Whether no trial got a CPU for as long as one may wait."""
+        self._idle_since: float | None = None
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Give the trial its number and the matrices."""
@@ -50,6 +54,17 @@ class SearchProgress(LivesInDriver, tune.Callback):
             self._matrices.add(actor)
         if trial.storage is not None:
             self.folders.add(Path(trial.storage.experiment_driver_staging_path).parent)
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Say so while trials wait and none runs, which is because others use the cluster."""
+        now = time.monotonic()
+        if not trials or any(trial.status != Trial.PENDING and not trial.is_finished() for trial in trials):
+            self._idle_since = None
+            return
+        self._idle_since = self._idle_since or now
+        self.starved = now - self._idle_since > wait_seconds()
+        if min(now - self._idle_since, self.ledger.silent_seconds) > _SECONDS_BETWEEN_MESSAGES:
+            self.ledger.say(f"the search waits for CPUs of the Ray cluster, at most {wait_seconds():g} s")
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any

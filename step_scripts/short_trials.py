@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.tune.search import Searcher
 
+from step_scripts.cluster_resources import no_room, wait_seconds
 from step_scripts.trial_ledger import TrialLedger
 from step_scripts.trial_records import TrialRecord
 from step_scripts.trial_task import TrialTask, run_trial
@@ -79,11 +80,17 @@ class ShortTrials:
                 ledger.add(TrialRecord.model_validate({**common, **result, "status": "completed"}))
 
     def _next_end(self, ledger: TrialLedger) -> ray.ObjectRef:
-        """A trial that has ended. While there is none, and it takes long for trials that are short, say so."""
+        """A trial that has ended. While there is none, and it takes long for trials that are short, say so.
+
+        Raises `StepError` if it takes as long as one may wait for CPUs.
+        """
+        start = time.monotonic()
         while True:
             ended, _ = ray.wait(list(self._running), num_returns=1, timeout=_SECONDS_BETWEEN_MESSAGES)
             if ended:
                 return ended[0]
+            if time.monotonic() - start > wait_seconds():
+                raise no_room("the trials of the search")
             free, cpus = (float(r.get("CPU", 0)) for r in (ray.available_resources(), ray.cluster_resources()))
             ledger.say(
                 f"{counted(len(self._running), 'trial')} under way, or waiting for a CPU of the Ray cluster: "

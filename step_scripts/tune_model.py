@@ -20,7 +20,7 @@ from step_scripts.contract import Artifact, StepContext, StepDefinition, StepOut
 from step_scripts.engines import FitRequest, FitResult, fit
 from step_scripts.model_artifact import save_model
 from step_scripts.parameters import TuneModelParams
-from step_scripts.search import run_search
+from step_scripts.search import SearchResult, run_search
 from step_scripts.training_data import read_splits
 from step_scripts.trial_records import TrialRecord, TrialStore, fingerprint
 from step_scripts.wording import counted, number
@@ -42,7 +42,8 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
         store = TrialStore(kept, fingerprint(params, context.request.origins))
 
     with context.phase("tune"):
-        trials = run_search(params, train, validation, store, context.log)
+        search = run_search(params, train, validation, store, context.log)
+    trials = search.records
     best = min((t for t in trials if t.rmse is not None), key=lambda t: t.rmse if t.rmse is not None else np.inf)
     context.log.info(
         f"best of {counted(len(trials), 'trial')} in {context.seconds['tune']:.1f} s: {best.describe()}; "
@@ -86,7 +87,7 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
         )
         importance = feature_importance(fitted.booster)
         report = _write_report(context.output_uri("report"), trials, fitted, importance)
-    return _outcome(context, resolved["engine"], {"model": model, "report": report}, trials, best, fitted, importance)
+    return _outcome(context, resolved["engine"], {"model": model, "report": report}, search, best, fitted, importance)
 
 
 def learning_curve(history: History, best_rounds: int, points: int) -> dict[str, Any]:
@@ -128,11 +129,12 @@ def _outcome(
     context: StepContext,
     engine: str,
     outputs: dict[str, Artifact],
-    trials: list[TrialRecord],
+    search: SearchResult,
     best: TrialRecord,
     fitted: FitResult,
     importance: dict[str, dict[str, float]],
 ) -> StepOutcome:
+    trials = search.records
     by_rmse = sorted(trials, key=lambda t: t.rmse if t.rmse is not None else np.inf)
     return StepOutcome(
         outputs=outputs,
@@ -150,6 +152,8 @@ def _outcome(
             "best_parameters": best.parameters,
             "best_trial": best.trial,
             "trials": [t.model_dump(mode="json") for t in by_rmse[:_SHOWN_TRIALS]],
+            "trials_resumed": search.resumed,
+            "search_repeatable": search.repeatable,
             "learning_curve": learning_curve(fitted.history, fitted.best_rounds, _SHOWN_POINTS),
             "importance": importance,
             "engine": engine,

@@ -22,6 +22,7 @@ from step_scripts.contract import StepError
 from step_scripts.ray_join import join_cluster
 
 _START = "from ray.scripts.scripts import main; main()"
+_STARTS = 3
 _JOIN = """
 import json, sys
 from step_scripts.contract import StepError
@@ -33,7 +34,9 @@ except StepError as error:
     print(json.dumps(str(error)))
     sys.exit()
 import ray
-from step_scripts.cluster_resources import free_cpus
+from step_scripts import cluster_resources
+from step_scripts.cluster_resources import free_cpus, reserved
+cluster_resources._MESSAGE_SECONDS = 2.0
 class Log:
     texts = []
     def info(self, text): self.texts.append(text)
@@ -46,8 +49,19 @@ try:
     two = free_cpus("the final fit", 2, Log())
 except StepError as error:
     two = str(error)
+texts, Log.texts = Log.texts, []
+try:
+    with reserved("the final fit", 2, Log()):
+        place = None
+except StepError as error:
+    place = str(error)
 ray.kill(other)
-print(json.dumps([one, two, Log.texts, free_cpus("the final fit", 2, Log())]))
+after = free_cpus("the final fit", 2, Log())
+waiting = Log.texts
+with reserved("the final fit", 2, Log()) as options:
+    done = ray.get(ray.remote(lambda: 7).options(**options).remote())
+    left = sum(cluster_resources._unused())
+print(json.dumps([one, two, texts, after, place, waiting, done, left, free_cpus("the final fit", 2, Log())]))
 """
 
 
@@ -59,46 +73,52 @@ def _free_port() -> int:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[tuple[str, Path]]:
     """Address of a cluster of two CPUs with token authentication, and the file of its token."""
-    folder = Path(tempfile.mkdtemp(prefix="rc-", dir="/tmp"))
+    for attempt in range(_STARTS):
+        with contextlib.ExitStack() as afterwards:
+            folder = Path(tempfile.mkdtemp(prefix="rc-", dir="/tmp"))
+            afterwards.callback(shutil.rmtree, folder, ignore_errors=True)
+            port = _free_port()
+            head = _start_head(folder, port)
+            afterwards.callback(_end, head)
+            if _is_ready(head, folder):
+                yield f"127.0.0.1:{port}", folder / "token"
+                return
+            # On a machine that is busy Ray's own time limit for a node may be too short.
+            assert attempt < _STARTS - 1, (folder / "head.log").read_text()
+
+
+def _start_head(folder: Path, port: int) -> subprocess.Popen[bytes]:
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
-    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "HOME": str(folder)}
-    port = _free_port()
-    command = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2"]
+    command = ["start", "--head", "--block", f"--port={port}", "--num-cpus=2", f"--temp-dir={folder}"]
     quiet = ["--include-dashboard=false", "--disable-usage-stats", f"--ray-client-server-port={_free_port()}"]
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "from ray.scripts.scripts import main; main()",
-            *command,
-            *quiet,
-            f"--temp-dir={folder}",
-        ],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield f"127.0.0.1:{port}", token
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for member in psutil.Process(process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    member.kill()
-        process.kill()
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+    with (folder / "head.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", _START, *command, *quiet],
+            env=os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "HOME": str(folder)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _is_ready(head: subprocess.Popen[bytes], folder: Path) -> bool:
+    """Whether the head has started; it says so, since its port is open before."""
+    deadline = time.monotonic() + 120
+    while head.poll() is None and time.monotonic() < deadline:
+        if "Ray runtime started" in (folder / "head.log").read_text():
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def _end(head: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for member in psutil.Process(head.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+    head.kill()
+    head.wait()
 
 
 def _join(address: str, tmp_path: Path, **environment: str) -> object:
@@ -122,7 +142,7 @@ def test_a_cluster_is_joined_with_its_token_and_its_free_cpus_are_used(
     settings = {"HOUSING_RESOURCE_WAIT_SECONDS": "6", "HOUSING_RAY_CONNECT_SECONDS": "150"}
     found = _join(address, tmp_path, RAY_AUTH_TOKEN_PATH=str(token), **settings)
     assert isinstance(found, list), found
-    one, two, texts, after = found
+    one, two, texts, after, place, waiting, done, left, at_last = found
     assert one == [1]
     assert two == (
         "the final fit needs 2 CPUs of the Ray cluster, 1 of 2 were free within 6 s: end what uses them, or wait "
@@ -130,6 +150,13 @@ def test_a_cluster_is_joined_with_its_token_and_its_free_cpus_are_used(
     )
     assert texts[0].startswith("the final fit needs 2 CPUs of the Ray cluster, 1 of 2 are free; waiting for 0 of")
     assert after == [2]
+    # CPUs that were free, and are not any more when they are asked for.
+    assert place == (
+        "the Ray cluster had no room for the final fit within 6 s: end what uses it, or wait longer by "
+        "HOUSING_RESOURCE_WAIT_SECONDS"
+    )
+    assert waiting[0] == "the final fit waits for CPUs of the Ray cluster: 1 of 2 are free"
+    assert (done, left, at_last) == (7, 0, [2])
 
 
 def test_a_cluster_that_wants_a_token_says_so(cluster: tuple[str, Path], tmp_path: Path) -> None:

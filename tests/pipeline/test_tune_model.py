@@ -217,7 +217,33 @@ def test_an_interrupted_search_goes_on(tune: Callable[..., StepResult], tmp_path
     trials = _json(result.outputs["report"], "trials.json")
     assert [t["trial"] for t in trials] == list(range(1, 7))
     assert all(record in trials for record in kept)
+    assert result.details["trials_resumed"] == len(kept)
     assert len({json.dumps(t["parameters"]) for t in trials}) == 6
+
+
+@pytest.mark.usefixtures("runner_of_trials")
+def test_an_interrupted_run_makes_the_model_of_one_that_was_not(
+    tune: Callable[..., StepResult], tmp_path: Path
+) -> None:
+    def interrupt(texts: list[str]) -> None:
+        if len(_done(texts)) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    # The fifth trial is proposed by what was learned from those before.
+    settings = {"num_trials": 6, "max_concurrent_trials": 1, "num_boost_round": 60, "scheduler": "none"}
+    undisturbed = tune(**settings, checkpoint_uri=str(tmp_path / "one"))
+    trials = _json(undisturbed.outputs["report"], "trials.json")
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        tune(Messages(interrupt), **settings, checkpoint_uri=str(tmp_path / "two"))
+    _wait_for_free_cpus()
+    resumed = tune(**settings, checkpoint_uri=str(tmp_path / "two"))
+    again = _json(resumed.outputs["report"], "trials.json")
+    assert [t["parameters"] for t in again] == [t["parameters"] for t in trials]
+    assert [t["rmse"] for t in again] == [t["rmse"] for t in trials]
+    assert resumed.outputs["model"].digest == undisturbed.outputs["model"].digest
+    assert resumed.details["trials_resumed"] >= 4
+    assert resumed.details["search_repeatable"] is undisturbed.details["search_repeatable"] is True
 
 
 def test_trials_of_another_search_are_not_taken_over(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from step_scripts.boosting import useful_threads
 from step_scripts.cluster_resources import cpus_per_worker
 from step_scripts.parameters import PRESETS, TuneModelParams
-from step_scripts.search import first_trial, searcher
+from step_scripts.search_algorithm import first_trial, searcher
 from step_scripts.trial_records import TUNED, TrialRecord, fingerprint
 from tests.split_files import TABLE
 
@@ -62,16 +62,67 @@ def test_proposals_stay_within_the_ranges(ranges: dict[str, tuple[Any, Any]], al
         search.on_trial_complete(str(number), {"rmse": 1.0 + abs(proposed["eta"] - 0.3)})
 
 
+def _rmse(parameters: dict[str, Any]) -> float:
+    return 10 + abs(parameters["eta"] - 0.11) + parameters["max_depth"] / 7
+
+
+def _search(
+    params: TuneModelParams, concurrent: int, ends: list[int], done: list[TrialRecord], up_to: int
+) -> dict[int, dict[str, Any]]:
+    """All proposals by number, of a search with `done` that goes on until `up_to` trials are, which are added to it.
+
+    `ends` says which of the trials that run ends next.
+    """
+    search = searcher(params, list(done), concurrent)
+    proposed = {record.trial: record.parameters for record in done}
+    free = iter(sorted(set(range(1, (params.num_trials or 0) + 1)) - set(proposed)))
+    running: list[int] = []
+    while len(done) < up_to:
+        while len(running) < concurrent and (number := next(free, None)) is not None:
+            proposal = search.suggest(f"id-{number}")
+            assert proposal is not None
+            proposed[number] = proposal
+            running.append(number)
+        number = running.pop(ends[len(done)] % len(running))
+        search.on_trial_complete(f"id-{number}", {"rmse": _rmse(proposed[number])})
+        done.append(_record(number, proposed[number], _rmse(proposed[number])))
+    return proposed
+
+
+@settings(max_examples=40)
+@given(
+    algorithm=st.sampled_from(["optuna", "random"]),
+    concurrent=st.integers(1, 4),
+    ends=st.lists(st.integers(0, 3), min_size=14, max_size=14),
+    interruptions=st.lists(st.integers(0, 13), max_size=3).map(sorted),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_a_search_that_goes_on_proposes_what_it_would_have_proposed(
+    algorithm: str, concurrent: int, ends: list[int], interruptions: list[int], seed: int
+) -> None:
+    params = TuneModelParams.model_validate(
+        {"table": TABLE, "num_trials": 14, "search_algorithm": algorithm, "seed": seed}
+    )
+    undisturbed = _search(params, concurrent, ends, [], 14)
+    done: list[TrialRecord] = []
+    for up_to in interruptions:
+        _search(params, concurrent, ends, done, up_to)
+    assert _search(params, concurrent, ends, done, 14) == undisturbed
+    assert len({str(parameters) for parameters in undisturbed.values()}) == 14
+
+
 @pytest.mark.parametrize("algorithm", ["optuna", "random"])
 @pytest.mark.parametrize("preset", list(PRESETS))
-def test_a_resumed_search_proposes_other_trials(algorithm: str, preset: str) -> None:
+def test_where_a_search_cannot_be_repeated_other_trials_follow(algorithm: str, preset: str) -> None:
+    """The trials are those of another seed, as after a failure or with other numbers of trials at a time."""
     params = TuneModelParams.model_validate({"table": TABLE, "preset": preset, "search_algorithm": algorithm})
-    search, done = searcher(params, []), []
+    search, done = searcher(params.model_copy(update={"seed": 5}), []), []
     for number in range(3):
         proposed = search.suggest(str(number))
         assert proposed is not None
         done.append(_record(number + 1, proposed, 10.0 + number))
     resumed = searcher(params, done)
+    assert not resumed.replayed
     again = [resumed.suggest(str(number)) for number in range(3)]
     assert not [p for p in again if p in [r.parameters for r in done]]
 
