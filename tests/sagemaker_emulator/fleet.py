@@ -156,7 +156,7 @@ class Fleet:
                 command = ["sleep", "3600"] if fault.mode == "ping" else ["sh", "-c", "echo made to fail; exit 1"]
             host.set_names({"model-container": host.address})
             sink = services.logs.stream(self._region, self.log_group, stream)
-            host.start(command, services.environment(image, self._region, host.name, given), image.workdir, sink)
+            host.start(command, services.environment(image, self._region, host, given), image.workdir, sink)
         except BaseException:
             host.close()
             raise

@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.sagemaker_emulator.common import Params
 from tests.sagemaker_emulator.faults import Faults
 from tests.sagemaker_emulator.host_pool import HostPool
+from tests.sagemaker_emulator.hosts import Host
 from tests.sagemaker_emulator.leftovers import State
 from tests.sagemaker_emulator.logs import LogShipper
 from tests.sagemaker_emulator.settings import Image, Settings
@@ -59,14 +60,20 @@ class Services:
         """Store the tags given at a resource's creation."""
         self.tags[resource] = {tag["Key"]: tag["Value"] for tag in tags or []}
 
-    def environment(self, image: Image, region: str, hostname: str, given: Mapping[str, str]) -> dict[str, str]:
-        """Environment of a container: what docker and the platform set, the image's, then the request's."""
+    def environment(
+        self, image: Image, region: str, host: Host, given: Mapping[str, str], keep: bool = False
+    ) -> dict[str, str]:
+        """Environment variables of a container: what docker and the platform set, the image's, then the request's.
+
+        An image that installs packages gets its copy here. `keep`: the next ones start with what it has installed.
+        """
         # The interpreter's directory is not resolved: in a virtual environment it is a link that must stay one.
-        path = [str(Path(image.python).parent), *os.defpath.split(os.pathsep), "/usr/local/bin", "/usr/sbin", "/sbin"]
+        folder = self.pool.environments.give(image.python, host, keep) if image.installs else Path(image.python).parent
+        path = [str(folder), *os.defpath.split(os.pathsep), "/usr/local/bin", "/usr/sbin", "/sbin"]
         return {
             "PATH": os.pathsep.join(dict.fromkeys(path)),
             "HOME": "/root",
-            "HOSTNAME": hostname,
+            "HOSTNAME": host.name,
             "AWS_REGION": region,
             "AWS_ENDPOINT_URL": self.job_endpoint_url,
             "AWS_ACCESS_KEY_ID": "testing",
