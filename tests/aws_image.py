@@ -39,7 +39,7 @@ CONTENT = (
     "xgboost==3.2.0",
 )
 # pip builds the endpoint's archive in an environment of its own, with these.
-_BUILD = ("setuptools>=83,<84", "wheel")
+_BUILD = ("setuptools", "wheel")
 _SERVER = Path(__file__).parent / "sagemaker_emulator" / "xgboost_server.py"
 _LONGEST = 1800.0  # seconds; a gigabyte is fetched
 
@@ -52,8 +52,8 @@ def aws_image(python: str) -> tuple[Image, Path]:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "housing-assets", "aws-xgboost-image")
     environment = root / _digest(_version(python), *CONTENT)
     interpreter = environment / "bin" / "python3"
-    pins = {"jobs": requirements(), "endpoint": serving_requirements(), "build": "".join(f"{p}\n" for p in _BUILD)}
-    wheels = root / f"wheels-{_digest(environment.name, *pins.values())}"
+    pins = requirements() + serving_requirements()
+    wheels = root / f"wheels-{_digest(environment.name, pins, *_BUILD)}"
     with file_lock(root / "lock", _LONGEST, "the environment of AWS's image is made"):
         if not (environment / ".complete").exists():
             print(f"making the environment of AWS's image, once: {environment}", flush=True)
@@ -74,21 +74,16 @@ def aws_image(python: str) -> tuple[Image, Path]:
     return image, wheels
 
 
-def _fetch(python: Path, pins: dict[str, str], wheels: Path) -> None:
+def _fetch(python: Path, pins: str, wheels: Path) -> None:
     with tempfile.TemporaryDirectory(dir=wheels.parent) as temporary:
-        folder = Path(temporary)
-        chosen: set[str] = set()
-        # Each by itself, as they are installed: what the image holds already is left out, and may differ between them.
-        for name, content in pins.items():
-            file, report = folder / f"{name}.txt", folder / f"{name}.json"
-            file.write_text(content)
-            force = ["--ignore-installed", "--no-deps"] if name == "build" else []
-            _call(str(python), "-m", "pip", "install", "--quiet", "--dry-run", *force,
-                  "--report", str(report), "-r", str(file))  # fmt: skip
-            found = [item["metadata"] for item in json.loads(report.read_text())["install"]]
-            chosen |= {f"{item['name']}=={item['version']}" for item in found}
-        _call(str(python), "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder / "all"), *sorted(chosen))
-        (folder / "all").rename(wheels)
+        file, report, folder = (Path(temporary, name) for name in ("requirements.txt", "report.json", "wheels"))
+        file.write_text(pins)
+        # What the image holds already is left out.
+        _call(str(python), "-m", "pip", "install", "--quiet", "--dry-run", "--report", str(report), "-r", str(file))
+        found = [item["metadata"] for item in json.loads(report.read_text())["install"]]
+        chosen = sorted(f"{item['name']}=={item['version']}" for item in found)
+        _call(str(python), "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), *chosen, *_BUILD)
+        folder.rename(wheels)
 
 
 def _version(python: str) -> str:

@@ -25,7 +25,8 @@ def fetch(uri: str, folder: Path) -> None:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "sourcedir.tar.gz"
-    boto3.resource("s3", region_name=os.environ["SAGEMAKER_REGION"]).Bucket(bucket).download_file(key, str(file))
+    s3: Any = boto3.client("s3", region_name=os.environ["SAGEMAKER_REGION"])
+    s3.download_file(bucket, key, str(file))
     with tarfile.open(file) as opened:
         opened.extractall(folder, filter="data")
     file.unlink()
