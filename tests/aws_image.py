@@ -82,7 +82,8 @@ def _fetch(python: Path, pins: str, wheels: Path) -> None:
         _call(str(python), "-m", "pip", "install", "--quiet", "--dry-run", "--report", str(report), "-r", str(file))
         found = [item["metadata"] for item in json.loads(report.read_text())["install"]]
         chosen = sorted(f"{item['name']}=={item['version']}" for item in found)
-        _call(str(python), "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), *chosen, *_BUILD)
+        _call(str(python), "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), *chosen)
+        _call(str(python), "-m", "pip", "wheel", "--quiet", "-w", str(folder), *_BUILD)
         folder.rename(wheels)
 
 
