@@ -79,6 +79,7 @@ def main() -> None:
             """What the command line would say."""
             self.cfg.set("bind", f"0.0.0.0:{os.environ.get('SAGEMAKER_BIND_TO_PORT', '8080')}")
             self.cfg.set("workers", 1)
+            self.cfg.set("control_socket_disable", True)  # it would lie in the home directory
 
         def load(self) -> Any:
             """In the worker, as the image does it."""
