@@ -181,9 +181,9 @@ def _rehearse(folder: Path, options: argparse.Namespace) -> int:
             aws_access_key_id="testing", aws_secret_access_key="testing",
         )  # fmt: skip
         s3.create_bucket(Bucket="rehearsal")
-        wheels_uri = "s3://rehearsal/wheels/" if wheels else None
+        wheels_uri = "s3://rehearsal/housing/wheels/" if wheels else None
         for wheel in wheels.iterdir() if wheels else ():
-            s3.upload_file(str(wheel), "rehearsal", f"wheels/{wheel.name}")
+            s3.upload_file(str(wheel), "rehearsal", f"housing/wheels/{wheel.name}")
         environment = platform_environment(folder, emulator, "rehearsal", options.hosts, wheels_uri)
         environment |= {"DAGSTER_HOME": str(folder / "dagster"), "HOUSING_SAMPLE_ROWS": str(options.rows)}
         if source:
