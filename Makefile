@@ -10,8 +10,11 @@ BIN := $(VENV)/bin
 export DAGSTER_HOME ?= $(CURDIR)/.dagster
 export HOUSING_ROOT ?= $(CURDIR)/data
 UI_PORT ?= 3000
-# Hosts of each job of `make rehearse`.
+# Hosts of each job of `make rehearse`; its image: `own`, as the Dockerfile makes it, or `aws`: none is configured; the
+# Python that stands for AWS's image, which has 3.12.
 HOSTS ?= 2
+IMAGE ?= own
+IMAGE_PYTHON ?= $(BIN)/python
 # Of pytest, each with a Ray session of its own. Most tests wait for processes that they have started.
 TEST_PROCESSES ?= 2
 # A file with run configuration: make run CONFIG=my_config.yaml
@@ -34,6 +37,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Knows the addresses of AWS's images.
+$(VENV)/.installed-sagemaker: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sagemaker]'
 	@touch $@
 
 .PHONY: install
@@ -93,8 +101,9 @@ test: system-packages lint  ## Run ruff, pyright and all tests
 	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 .PHONY: rehearse
-rehearse: system-packages $(VENV)/.installed-dev  ## Materialize the whole graph on the emulated SageMaker (HOSTS=2)
-	@$(BIN)/python -m tests.rehearse --hosts $(HOSTS)
+rehearse: system-packages $(VENV)/.installed-dev $(if $(filter aws,$(IMAGE)),$(VENV)/.installed-sagemaker)
+rehearse:  ## Materialize the whole graph on the emulated SageMaker (HOSTS=2 IMAGE=own, or aws)
+	@$(BIN)/python -m tests.rehearse --hosts $(HOSTS) --image $(IMAGE) --image-python $(IMAGE_PYTHON)
 
 .PHONY: bench
 bench: $(VENV)/.installed-dev  ## Run the benchmarks (see benchmarks/README.md)

@@ -11,7 +11,7 @@ import re
 import sys
 
 import dagster as dg
-from dagster._utils.error import SerializableErrorInfo  # has no public name
+from dagster_shared.error import SerializableErrorInfo  # Dagster itself does not export it
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _CHECK_FAILED = "dagster._core.errors.DagsterAssetCheckFailedError"

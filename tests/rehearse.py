@@ -1,5 +1,8 @@
 """The whole graph on the emulated SageMaker: `make rehearse`, or `python -m tests.rehearse --hosts 3`.
 
+`--image own`: jobs and endpoints run an image of the project's own, made from the shipped Dockerfile. `--image aws`:
+no image is configured; they run what stands for AWS's XGBoost image, which holds neither the project nor most packages.
+
 Starts the emulator, deploys the roles and the bucket of the CloudFormation template, materializes every asset as
 SageMaker jobs over several emulated hosts with no more permissions than these roles have, shows which nodes did the
 work, asks the endpoint for a prediction, ends the emulator, and looks whether anything is left behind.
@@ -22,6 +25,7 @@ import dagster as dg
 import yaml
 
 from tests.aws_account import TEMPLATE, Account, administrator, deploy
+from tests.aws_image import PATTERN, aws_image
 from tests.sagemaker_emulator import Image, SageMakerEmulator
 from tests.sagemaker_emulator.leftovers import LINK_PREFIX, OWNER_VARIABLE, PREFIX
 from tests.sagemaker_emulator.testing import ROLE
@@ -44,17 +48,24 @@ SHOWN = (
 
 
 def platform_environment(
-    folder: Path, emulator: SageMakerEmulator, bucket: str, hosts: int, account: Account | None = None
+    folder: Path,
+    emulator: SageMakerEmulator,
+    bucket: str,
+    hosts: int,
+    account: Account | None = None,
+    wheels_uri: str | None = None,
 ) -> dict[str, str]:
     """Variables with which the platform runs on the emulator, with small jobs on `hosts` hosts each.
 
-    With `account`, what the CloudFormation template has made, it has the permissions of the documented policies.
+    With `account`, what the CloudFormation template has made, it has the permissions of the documented policies. The
+    image is the project's own, or none is configured and jobs install from `wheels_uri`.
     """
     small = {"HOUSING_NODE_CPUS": "1", "HOUSING_OBJECT_STORE_BYTES": str(100 << 20)}
     sections = {
         "compute": {
             "poll_seconds": 0.3,
             "job": {"environment": small, "max_run_seconds": 1800},
+            "wheels_uri": wheels_uri,
         },
         "feature_store": {"poll_seconds": 0.2},
         "endpoint_host": {"poll_seconds": 0.2},
@@ -65,7 +76,7 @@ def platform_environment(
         "HOUSING_DEPLOYMENT": "sagemaker",
         "HOUSING_ROOT": f"s3://{bucket}/housing",
         "HOUSING_ROLE_ARN": account.jobs_role if account else ROLE,
-        "HOUSING_IMAGE": PLATFORM_IMAGE,
+        "HOUSING_IMAGE": "" if wheels_uri else PLATFORM_IMAGE,
         "HOUSING_INSTANCE_COUNT": str(hosts),
         "HOUSING_PRICE_PER_HOUR": "0.23",
         "HOUSING_SAGEMAKER_CONFIG": str(file),
@@ -148,25 +159,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.rehearse", description=__doc__)
     parser.add_argument("--hosts", type=int, default=2, help="hosts a job")
     parser.add_argument("--rows", type=int, default=2000, help="rows of generated data")
+    parser.add_argument("--image", choices=("own", "aws"), default="own", help="image of jobs and endpoint")
+    parser.add_argument("--image-python", default=sys.executable, help="Python of AWS's image, which has 3.12")
     parser.add_argument("--source", type=Path, help="CSV file to use instead of generated data")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="housing-rehearsal-") as temporary:
         folder = Path(temporary)
-        status = _rehearse(folder, options.hosts, options.rows, options.source)
+        status = _rehearse(folder, options)
     left = traces(os.getpid())
     print("left behind: " + ("; ".join(left) if left else "nothing"))
     return status or int(bool(left))
 
 
-def _rehearse(folder: Path, hosts: int, rows: int, source: Path | None) -> int:
+def _rehearse(folder: Path, options: argparse.Namespace) -> int:
+    images, wheels, source = PLATFORM_IMAGES, None, options.source
+    if options.image == "aws":
+        image, wheels = aws_image(options.image_python)
+        images = {PATTERN: image}
     with SageMakerEmulator(
-        images=PLATFORM_IMAGES, stop_grace=10, serve_stop_grace=5, sync_interval=0.5, endpoint_wait_scale=0.01
+        images=images, stop_grace=10, serve_stop_grace=5, sync_interval=0.5, endpoint_wait_scale=0.01
     ) as emulator, dagster_home(folder / "dagster") as instance:  # fmt: skip
         print(f"emulator at {emulator.endpoint_url}, hosts as {emulator.host_kind}", flush=True)
         account, s3 = deploy(emulator, "rehearsal"), administrator(emulator, "s3")
         print(f"stack of {TEMPLATE.relative_to(ROOT)} deployed; the run has the permissions of its roles", flush=True)
-        environment = platform_environment(folder, emulator, "rehearsal", hosts, account)
-        environment |= {"DAGSTER_HOME": str(folder / "dagster"), "HOUSING_SAMPLE_ROWS": str(rows)}
+        wheels_uri = "s3://rehearsal/housing/wheels/" if wheels else None
+        for wheel in wheels.iterdir() if wheels else ():
+            s3.upload_file(str(wheel), "rehearsal", f"housing/wheels/{wheel.name}")
+        environment = platform_environment(folder, emulator, "rehearsal", options.hosts, account, wheels_uri)
+        environment |= {"DAGSTER_HOME": str(folder / "dagster"), "HOUSING_SAMPLE_ROWS": str(options.rows)}
         if source:
             s3.upload_file(str(source), "rehearsal", f"sales/{source.name}")
             environment["HOUSING_RAW_CSV"] = f"s3://rehearsal/sales/{source.name}"

@@ -45,15 +45,19 @@ def serving_container(image: str | None, region: str, code_root: str, environmen
     return {"Image": found, "Environment": {**script, **environment}}
 
 
+def serving_requirements() -> str:
+    """One `name==version` a line, with the versions installed here: what AWS's server installs before it serves."""
+    return "".join(f"{name}=={importlib.metadata.version(name)}\n" for name in _REQUIRED)
+
+
 def serving_code() -> bytes:
     """The archive for AWS's image: the module that its server imports, `step_scripts`, and pinned requirements."""
     files = {f"step_scripts/{path.name}": path.read_bytes() for path in _STEP_SCRIPTS.glob("*.py")}
-    pins = "".join(f"{name}=={importlib.metadata.version(name)}\n" for name in _REQUIRED)
     return archive(
         {
             **files,
             PROGRAM: (_STEP_SCRIPTS / PROGRAM).read_bytes(),
             "setup.py": _SETUP,
-            "requirements.txt": pins.encode(),
+            "requirements.txt": serving_requirements().encode(),
         }
     )

@@ -127,7 +127,9 @@ class RayJob:
         """Start the program on hosts, all by default."""
         services = self.aws.emulator.services
         for name in names or self.names:
-            variables = services.environment(Image(), "us-east-1", name, {**self._environment, **environment})
+            variables = services.environment(
+                Image(), "us-east-1", None, self.hosts[name], {**self._environment, **environment}
+            )
             self.hosts[name].start(["bash", "-c", _START], variables, str(PROJECT), self.output[name].append)
 
     def await_output(self, name: str, text: str, timeout: float = 240) -> None:

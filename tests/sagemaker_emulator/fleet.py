@@ -162,7 +162,7 @@ class Fleet:
                 command = ["sleep", "3600"] if fault.mode == "ping" else ["sh", "-c", "echo made to fail; exit 1"]
             host.set_names({"model-container": host.address})
             sink = services.log(self._region, role, self.log_group, stream)
-            variables = services.environment(image, self._region, role, host.name, given)
+            variables = services.environment(image, self._region, role, host, given)
             host.start(command, variables, image.workdir, sink)
         except BaseException:
             host.close()

@@ -5,7 +5,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.sagemaker_emulator.hosts import Host, HostError, LoopbackHost, NamespaceHost, Place
+from tests.sagemaker_emulator.environments import Environments
+from tests.sagemaker_emulator.hosts import IMAGE_ENVIRONMENT, Host, HostError, LoopbackHost, NamespaceHost, Place
 from tests.sagemaker_emulator.launcher import Launcher
 from tests.sagemaker_emulator.leftovers import State, kill_owned
 from tests.sagemaker_emulator.network import Bridge
@@ -22,12 +23,14 @@ class HostPool:
         self.reason = abilities.reason
         self.bridge = Bridge(state) if abilities.namespaces else None
         self.expose = _below_tmp(expose, state.root)
+        self.environments = Environments(state.root / "environments")
         self._launcher = Launcher()
         self._lock = threading.Lock()
         self._loopback = 1
         (state.root / "hosts").mkdir()
         if abilities.namespaces and not abilities.overlay:
             state.ensure_mount_point(Path("/opt/ml"))
+            state.ensure_mount_point(Path(IMAGE_ENVIRONMENT))
 
     @property
     def kind(self) -> str:

@@ -21,6 +21,9 @@ from tests.sagemaker_emulator.network import Bridge
 _INIT = Path(__file__).with_name("host_init.py")
 _PRIVATE_DIRECTORIES = ("ml", "tmp", "etc", "scratch", "merged")
 
+# Where a host with isolated mounts sees its own copy of the image's virtual environment.
+IMAGE_ENVIRONMENT = "/opt/venv"
+
 LineSink = Callable[[str], None]
 
 
@@ -51,6 +54,7 @@ class Host(ABC):
         self.exit_code: int | None = None
         self.killed = False
         self.on_exit: Callable[[], None] = lambda: None
+        self.on_close: Callable[[], None] = lambda: None  # before the directory is deleted
         self._process: subprocess.Popen[bytes] | None = None
         self._exited = threading.Event()
         for part in _PRIVATE_DIRECTORIES:
@@ -72,6 +76,10 @@ class Host(ABC):
             if path == volume or path.startswith(volume.rstrip("/") + "/"):
                 return place / path[len(volume) :].lstrip("/")
         raise HostError(f"{path} is neither below /opt/ml nor a volume of {self.name}")
+
+    def show_environment(self, copy: Path) -> str:
+        """Where a virtual environment that is a copy of this host's own is inside the host."""
+        return str(copy)
 
     @abstractmethod
     def set_names(self, names: Mapping[str, str]) -> None:
@@ -115,6 +123,7 @@ class Host(ABC):
         if not self.wait(10):
             kill_owned(self.marker)
             self.wait(10)
+        self.on_close()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _follow(self, process: subprocess.Popen[bytes], sink: LineSink) -> None:
@@ -142,6 +151,10 @@ class NamespaceHost(Host):
         self._overlay = overlay
         self._expose = expose
         self._init_pid: int | None = None
+
+    def show_environment(self, copy: Path) -> str:
+        self._volumes[IMAGE_ENVIRONMENT] = copy
+        return IMAGE_ENVIRONMENT
 
     def set_names(self, names: Mapping[str, str]) -> None:
         lines = ["127.0.0.1 localhost", "::1 localhost", *(f"{a} {n}" for n, a in names.items())]

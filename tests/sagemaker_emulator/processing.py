@@ -80,7 +80,7 @@ class ProcessingJob(Job):
         limit = self.request.get("StoppingCondition", {}).get("MaxRuntimeInSeconds", _DAY)
         cluster.start(
             command,
-            lambda host: self.services.environment(image, self.region, self.role, host.name, given),
+            lambda host: self.services.environment(image, self.region, self.role, host, given, keep=True),
             image.workdir,
             self.log_sink,
         )

@@ -10,6 +10,7 @@ from tests.sagemaker_emulator.authorization import Authorization
 from tests.sagemaker_emulator.common import Params
 from tests.sagemaker_emulator.faults import Faults
 from tests.sagemaker_emulator.host_pool import HostPool
+from tests.sagemaker_emulator.hosts import Host
 from tests.sagemaker_emulator.iam_policies import Access
 from tests.sagemaker_emulator.iam_requests import image_accesses, log_accesses
 from tests.sagemaker_emulator.leftovers import State
@@ -88,15 +89,25 @@ class Services:
         self.tags[resource] = {tag["Key"]: tag["Value"] for tag in tags or []}
 
     def environment(
-        self, image: Image, region: str, role: str | None, hostname: str, given: Mapping[str, str]
+        self,
+        image: Image,
+        region: str,
+        role: str | None,
+        host: Host,
+        given: Mapping[str, str],
+        keep: bool = False,
     ) -> dict[str, str]:
-        """Environment of a container: what docker and the platform set, the image's, then the request's."""
+        """Environment variables of a container: what docker and the platform set, the image's, then the request's.
+
+        An image that installs packages gets its copy here. `keep`: the next ones start with what it has installed.
+        """
         # The interpreter's directory is not resolved: in a virtual environment it is a link that must stay one.
-        path = [str(Path(image.python).parent), *os.defpath.split(os.pathsep), "/usr/local/bin", "/usr/sbin", "/sbin"]
+        folder = self.pool.environments.give(image.python, host, keep) if image.installs else Path(image.python).parent
+        path = [str(folder), *os.defpath.split(os.pathsep), "/usr/local/bin", "/usr/sbin", "/sbin"]
         return {
             "PATH": os.pathsep.join(dict.fromkeys(path)),
             "HOME": "/root",
-            "HOSTNAME": hostname,
+            "HOSTNAME": host.name,
             "AWS_REGION": region,
             "AWS_ENDPOINT_URL": self.job_endpoint_url,
             "AWS_ACCESS_KEY_ID": self.authorization.access_key(role, "SageMaker"),

@@ -17,6 +17,9 @@ class Image:
     `python` comes first on PATH inside the job, so `python3` and everything installed beside it resolve to that
     environment. `entrypoint` is the image's ENTRYPOINT; `train` or `serve` is appended to it. `workdir` is its
     WORKDIR. `startup_timeout` is for endpoints, instead of the emulator's own.
+
+    `installs`: containers install packages. Each has a copy of its own of the virtual environment that `python` is in;
+    a job that comes after one that succeeded has what that one installed. Such jobs have the same requirements.
     """
 
     python: str = sys.executable
@@ -24,6 +27,7 @@ class Image:
     workdir: str = "/"
     environment: Mapping[str, str] = field(default_factory=dict)
     startup_timeout: float | None = None
+    installs: bool = False
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class TrainingJob(Job):
         self.transition("Training")
         cluster.start(
             command,
-            lambda host: self.services.environment(image, self.region, self.role, host.name, given),
+            lambda host: self.services.environment(image, self.region, self.role, host, given, keep=True),
             image.workdir,
             lambda host: self.log_sink(host, self._read_metrics),
         )
