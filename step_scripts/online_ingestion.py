@@ -12,6 +12,7 @@ from step_scripts.ingestion_plan import WriteItem
 from step_scripts.online_progress import PiecePlace, progress_reported
 from step_scripts.online_store import OnlineOutcome, OnlineTarget, write_online
 from step_scripts.table import TableSpec
+from step_scripts.wording import counted
 
 MISSING_RECORDS = "missing_record_ids.csv"
 _SHOWN = 10  # ids in a message
@@ -40,7 +41,7 @@ def bring_online(
     with progress_reported(log, folder, expected, target.patience_seconds):
         for _, outcome in run(write_online, calls):
             outcomes.append(outcome)
-            log.info(f"{sum(o.written for o in outcomes):,} of {expected:,} records are in the online store")
+            log.info(f"{sum(o.written for o in outcomes):,} of {counted(expected, 'record')} in the online store")
     written, missing = sum(o.written for o in outcomes), sum(o.missing for o in outcomes)
     if written == expected and not missing:
         return
@@ -55,7 +56,7 @@ def bring_online(
     unknown = f" (nothing is known of {unread:,} of these: they cannot be read now)" if unread else ""
     listed = f". {MISSING_RECORDS} lists them all" if keep else ""
     raise StepError(
-        f"{problem}. Online: {written:,} of {expected:,} records are as this ingestion has them, {missing:,} are not"
+        f"{problem}. Online: {written:,} of {counted(expected, 'record')} as this ingestion has them, {missing:,} are not"
         f"{unknown}{named}{listed}. Offline: none of them; {offline}. Nothing was committed. Remedy: ingest again when "
         "the online store answers, which writes what is missing, or with fewer calls in flight",
         details={

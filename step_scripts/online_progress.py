@@ -15,6 +15,7 @@ from typing import Any
 
 from step_scripts import storage
 from step_scripts.contract import Reporter
+from step_scripts.wording import counted
 
 _TOLD_EVERY = 5.0  # seconds, by a piece
 _REPORTED_EVERY = 15.0  # seconds, to people
@@ -89,7 +90,7 @@ def progress_reported(log: Reporter, folder: str, expected: int, patience_second
         while not end.wait(_REPORTED_EVERY):
             states = list(_states(folder))
             done = sum(state["written"] for state in states)
-            text = f"online store: at least {done:,} of {expected:,} records written"
+            text = f"online store: at least {done:,} of {counted(expected, 'record')} written"
             waiting = max(states, key=lambda state: state["waited"], default=None)
             if waiting is not None and waiting["reason"]:
                 log.warning(
