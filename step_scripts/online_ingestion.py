@@ -56,7 +56,7 @@ def bring_online(
     unknown = f" (nothing is known of {unread:,} of these: they cannot be read now)" if unread else ""
     listed = f". {MISSING_RECORDS} lists them all" if keep else ""
     raise StepError(
-        f"{problem}. Online: {written:,} of {counted(expected, 'record')} as this ingestion has them, {missing:,} are not"
+        f"{problem}. Online: {written:,} of {counted(expected, 'record')} as this ingestion has them, {missing:,} not"
         f"{unknown}{named}{listed}. Offline: none of them; {offline}. Nothing was committed. Remedy: ingest again when "
         "the online store answers, which writes what is missing, or with fewer calls in flight",
         details={
