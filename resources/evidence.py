@@ -24,6 +24,7 @@ _TIME = "%Y%m%dT%H%M%S%fZ"
 _FILE = re.compile(r"(?P<inputs>[0-9a-f]{16})\.(?P<time>\d{8}T\d{12}Z)\.[\w-]+\.json")
 _SUBJECT_LENGTH = 32
 _READS = 5  # an evaluation that is superseded between listing and reading is gone; its successor is there
+_EMPTY_LOOKS = 4  # before nothing is taken for nothing
 
 
 class EvidenceUnreadable(ValueError):
@@ -102,9 +103,12 @@ class EvidenceStore(dg.ConfigurableResource):
         Raises `EvidenceUnreadable`.
         """
         folder = self._folder(judged, check)
-        for _ in range(_READS):
+        for attempt in range(_READS):
             names = [n for n in self._names(folder) if of_subject or n.startswith(judged.digest)]
             if not names:
+                # A listing may miss both a file that is being replaced and its successor: one look is not enough.
+                if attempt + 1 < _EMPTY_LOOKS and storage.exists(folder):
+                    continue
                 return None
             uri = storage.join(folder, max(names, key=_time_of))
             with contextlib.suppress(FileNotFoundError):

@@ -18,6 +18,7 @@ from step_scripts.xgboost_native import TrainingCallback, xgb
 
 _HISTORY = "history"
 _ROWS_PER_THREAD = 20_000
+_SEGMENTS, _SMALLEST_SEGMENT = 10, 25  # rounds of the smallest
 _SEED_STEP = 0x5851F42D  # odd, so that its multiples below 2**31 differ
 
 
@@ -55,7 +56,10 @@ def quantile_matrices(train: Matrix, validation: Matrix, threads: int) -> tuple[
 
 
 class TrialBoosting:
-    """Boosts one trial, some rounds at a time, and keeps the best validation RMSE; the model itself is not wanted."""
+    """Boosts one trial, some rounds at a time, and keeps the best validation RMSE; the model itself is not wanted.
+
+    In the segments of a fit of as many rounds, so that the final fit repeats the best trial.
+    """
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class TrialBoosting:
     ) -> None:
         self._train, self._validation = train, validation
         self._limit, self._patience = num_boost_round, early_stopping_rounds
+        self._interval, self._seed = segment_rounds(num_boost_round), parameters["seed"]
         # Updating the booster in place keeps its predictions; `xgboost.train` would make them again in every step.
         self._booster = xgb.Booster(parameters, [train, validation])
         self.rounds, self.best_rounds, self.best_rmse = 0, 0, math.inf
@@ -84,6 +89,8 @@ class TrialBoosting:
                 return "early_stopping"
             if self.rounds >= self._limit:
                 return "all_rounds"
+            if self.rounds % self._interval == 0:
+                begin_segment(self._booster, self._seed, self.rounds // self._interval)
         return None
 
 
@@ -99,6 +106,11 @@ class History:
     def best_rounds(self) -> int:
         """Number of rounds with the smallest validation RMSE; the first such. 0 before the first round."""
         return int(np.argmin(self.validation)) + 1 if self.validation else 0
+
+
+def segment_rounds(num_boost_round: int) -> int:
+    """Rounds of a segment of a fit of at most `num_boost_round` rounds."""
+    return max(_SMALLEST_SEGMENT, num_boost_round // _SEGMENTS)
 
 
 def segment_seed(seed: int, segment: int) -> int:
@@ -158,7 +170,7 @@ class SegmentedBoosting(TrainingCallback):
             self._note(model)
             if self._save is not None and xgb.collective.get_rank() == 0:
                 self._save(model)
-            self._begin_segment(model, rounds // self._interval)
+            begin_segment(model, self._seed, rounds // self._interval)
         return False
 
     def after_training(self, model: Any) -> Any:
@@ -169,16 +181,17 @@ class SegmentedBoosting(TrainingCallback):
     def _note(self, model: Any) -> None:
         model.set_attr(**{_HISTORY: json.dumps(self.history.__dict__)})
 
-    def _begin_segment(self, model: xgb.Booster, segment: int) -> None:
-        """Make XGBoost draw its random numbers as a new booster would.
 
-        A new seed alone is not enough: what samples the columns belongs to the updater, which XGBoost makes anew when
-        another one was asked for in between. A new booster would have to predict all rows with all trees, which costs
-        more than half as much as the boosting.
-        """
-        model.set_param({"tree_method": "approx"})
-        model.save_config()  # XGBoost takes new parameters up when it needs them
-        model.set_param({"tree_method": "hist", "seed": segment_seed(self._seed, segment)})
+def begin_segment(model: xgb.Booster, seed: int, segment: int) -> None:
+    """Make XGBoost draw its random numbers as a new booster would.
+
+    A new seed alone is not enough: what samples the columns belongs to the updater, which XGBoost makes anew when
+    another one was asked for in between. A new booster would have to predict all rows with all trees, which costs
+    more than half as much as the boosting.
+    """
+    model.set_param({"tree_method": "approx"})
+    model.save_config()  # XGBoost takes new parameters up when it needs them
+    model.set_param({"tree_method": "hist", "seed": segment_seed(seed, segment)})
 
 
 def segment_parameters(parameters: dict[str, Any], rounds: int, interval: int) -> dict[str, Any]:

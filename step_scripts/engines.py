@@ -22,6 +22,7 @@ from step_scripts.boosting import (
     openmp_threads,
     quantile_matrices,
     segment_parameters,
+    segment_rounds,
     useful_threads,
 )
 from step_scripts.cluster_resources import (
@@ -44,7 +45,6 @@ _log = logging.getLogger(__name__)
 # checkpoint and raises `WorkersLost`; imported only when asked for.
 ENGINES = {"ray_train": "step_scripts.engine_ray_train", "xgboost_ray": "step_scripts.engine_xgboost_ray"}
 WHAT = "the final fit"
-_CHECKPOINTS = 10
 _ATTEMPTS = 3
 _NODE_LOSS_SECONDS = 120.0
 
@@ -73,7 +73,7 @@ class FitRequest:
     @property
     def checkpoint_rounds(self) -> int:
         """Rounds of a segment, after which there is a checkpoint and random numbers begin anew."""
-        return max(25, self.num_boost_round // _CHECKPOINTS)
+        return segment_rounds(self.num_boost_round)
 
     @property
     def checkpoints(self) -> FitCheckpoints | None:

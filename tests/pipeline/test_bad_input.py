@@ -209,7 +209,7 @@ REJECTED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "negative price": (
         _with_cell(6, 0, "-60901"),
         {},
-        ["1 of 20 rows", "5.000%", "PRICE is outside 0 <= value <= 1000000000", "'-60901' in line 8", "column_ranges"],
+        ["1 of 20 rows", "(5%)", "PRICE is outside 0 <= value <= 1000000000", "'-60901' in line 8", "column_ranges"],
     ),
     "text for a number": (_with_cell(1, 1, "unknown"), {}, ["YEAR_BUILT is not a whole number", "'unknown' in line 3"]),
     "fraction for a whole number": (
@@ -251,7 +251,7 @@ REJECTED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "all rows": (
         table_text([f"-{row}" for row in sales(3)]),
         {"max_rejected_fraction": 1.0},
-        ["3 of 3 rows", "100.000%"],
+        ["3 of 3 rows", "(100%)"],
     ),
 }
 

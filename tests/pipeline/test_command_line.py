@@ -75,11 +75,17 @@ def test_metadata_shows_plots_tables_and_figures(materialized: Platform) -> None
 
 
 def test_an_unchanged_run_trains_nothing_and_starts_no_ray(materialized: Platform) -> None:
-    before = materialized.reference("tuned_model"), materialized.reference("registered_model")
+    def made() -> tuple[Any, Any]:
+        """Model and version; without the look at the feature group, which is another one in every run."""
+        model = materialized.reference("tuned_model")
+        model["train"].pop("snapshot")
+        return model, materialized.reference("registered_model")
+
+    before = made()
     done = materialized.materialize(config={"evaluation_report": {"rmse_threshold": 1e6}})
     assert done.returncode == 0, done.stdout
     assert [materialized.metadata(step)["reused"] for step in STEPS] == [True] * len(STEPS)
-    assert (materialized.reference("tuned_model"), materialized.reference("registered_model")) == before
+    assert made() == before
     assert done.stdout.count("reused the result") == 4
     assert "start Ray" not in done.stdout
 
@@ -93,7 +99,7 @@ def test_a_failed_gate_blocks_its_run_and_all_later_ones(materialized: Platform)
     alone = materialized.materialize("registered_model")
     assert alone.returncode != 0
     reason = r"refused by the quality gate: %s does not start: check rmse_threshold of evaluation_report failed for "
-    figures = r"model \w+, evaluation \w+, threshold 1: RMSE [\d,.]+, threshold 1\.0 \(run "
+    figures = r"model \w+, evaluation \w+, threshold 1: RMSE [\d,.]+, threshold 1 \(run "
     assert re.search(reason % "registered_model" + figures, alone.stdout), alone.stdout
     served = materialized.materialize("endpoint")
     assert served.returncode != 0
@@ -153,7 +159,7 @@ def test_a_model_that_waits_for_approval_is_not_served_until_it_is_approved(mate
     assert httpx.get(httpx.URL(endpoint["url"]).join("/ping")).json()["model_digest"] == serving
 
 
-@pytest.mark.parametrize("when", ['Started execution of step "raw_csv"', "trial"])
+@pytest.mark.parametrize("when", ["raw_csv - [pipes] external process successfully opened", "trial"])
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
 def test_a_terminated_run_is_canceled_within_ten_seconds(
     tmp_path: Path, when: str, signal_number: signal.Signals

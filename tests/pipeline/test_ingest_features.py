@@ -145,7 +145,7 @@ def test_a_lost_row_fails_the_step_and_commits_nothing(ray_session: RaySession, 
     ingest(ray_session, tmp_path, dataset)
     store = OfflineStore(str(tmp_path / "store"))
     next(Path(store.folder("sales").data_uri).rglob("hour=13/*.parquet")).unlink()
-    with pytest.raises(StepError, match=f"1 records of the dataset cannot be read: {record_id(1)}") as caught:
+    with pytest.raises(StepError, match=f"1 record of the dataset cannot be read: {record_id(1)}") as caught:
         ingest(ray_session, tmp_path, dataset)
     assert caught.value.details["records_missing"] == 1
     assert len(store.commits("sales")) == 1

@@ -244,7 +244,7 @@ def test_smoke_test_rules() -> None:
     assert result.largest_difference == 0.5
     with pytest.raises(SmokeTestFailed, match=r"2 of 2 predictions differ .* 0\.0 instead of 1000000\.0 for 1"):
         test.run(lambda _: [0.0, float("nan")])
-    with pytest.raises(SmokeTestFailed, match="1 predictions for 2 rows"):
+    with pytest.raises(SmokeTestFailed, match="1 prediction for 2 rows"):
         test.run(lambda _: [1.0])
     with pytest.raises(ValueError, match="2 expected predictions for 4 lines"):
         SmokeTest(body="1\n2\n3\n4", expected=(1, 2))

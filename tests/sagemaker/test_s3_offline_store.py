@@ -176,7 +176,7 @@ def test_lost_files_are_named(store: OfflineStore, aws: Aws, tmp_path: Path) -> 
     assert store.find_ingestion("sales", dataset.digest, mirror=True) is None
     with pytest.raises(StepError, match="1 of 2 files"):
         store.scan("sales")
-    with pytest.raises(StepError, match=f"1 records of the dataset cannot be read: {record_id(1)}"):
+    with pytest.raises(StepError, match=f"1 record of the dataset cannot be read: {record_id(1)}"):
         ingest_rows(store, dataset)
 
 

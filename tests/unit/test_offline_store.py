@@ -567,7 +567,7 @@ def test_a_lost_file_is_found_by_readers_and_by_the_next_ingestion(store: Offlin
     ):
         with pytest.raises(StepError, match=f"1 of 2 files.*{lost.name}"):
             attempt()
-    with pytest.raises(StepError, match=f"1 records of the dataset cannot be read: {record_id(1)}"):
+    with pytest.raises(StepError, match=f"1 record of the dataset cannot be read: {record_id(1)}"):
         ingest_rows(store, dataset)
 
 
