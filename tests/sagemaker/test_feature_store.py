@@ -310,7 +310,7 @@ def test_an_outage_of_the_online_store_says_what_is_where(
     text = str(failure.value)
     assert "accepted no request for 1 s (25 entries were not processed)" in text
     assert "Online: 100 of 250 records as this ingestion has them, 150 not: " in text
-    assert f"are not: {', '.join(sorted(missing)[:10])} and others. missing_record_ids.csv lists them all" in text
+    assert f"150 not: {', '.join(sorted(missing)[:10])} and others. missing_record_ids.csv lists them all" in text
     assert "Offline: none of them; the offline store is as before: its latest commit is still 1" in text
     assert failure.value.keep == {"missing_record_ids.csv": listed}
     assert (failure.value.details["records_online"], failure.value.details["records_missing_online"]) == (100, 150)

@@ -60,7 +60,7 @@ def test_references_go_from_asset_to_asset_through_s3(root: str) -> None:
 
 def test_landed_files_are_found_by_day_on_s3(root: str) -> None:
     for name in ("2026-11-20/a.csv", "2026-11-20/b.csv", "2026-11-21/c.csv", "2026-11-20/notes.txt"):
-        storage.write_bytes(storage.join(root, name), b"x")
+        storage.write_bytes(storage.join(root, name), b"x\n")
     listing = list_landing(root)
     assert listing is not None
     files = listing.files
