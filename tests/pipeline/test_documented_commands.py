@@ -29,6 +29,7 @@ ELSEWHERE = ("docs/sagemaker.md",)
 
 INSTALLS = "would change the environment that runs the tests; test_documentation.py looks the extras up, CI installs"
 NEEDS_POSTGRES = "needs a PostgreSQL server; test_postgres.py runs on one, test_deployment_files.py loads the files"
+NEEDS_CLUSTER = "needs a Ray cluster; test_clusters.py joins one"
 NOT_RUN = {
     "make test": "runs all tests, this one among them",
     "make rehearse": "minutes; tests/sagemaker/test_platform.py runs the same graph on the same emulator",
@@ -41,6 +42,8 @@ NOT_RUN = {
     "CAPABILITY_NAMED_IAM --parameter-overrides BucketName=my-bucket": (
         "needs AWS's command line; tests/sagemaker/test_account.py deploys the template with boto3"
     ),
+    "export RAY_ADDRESS=10.0.0.5:6379": NEEDS_CLUSTER,
+    "export RAY_AUTH_TOKEN_PATH=$HOME/.ray/cluster_token": NEEDS_CLUSTER,
     "pip install -c constraints.txt '.[sagemaker,postgres]'": INSTALLS,
     "export DAGSTER_HOME=/srv/dagster": NEEDS_POSTGRES,
     "export DAGSTER_PG_HOST=... DAGSTER_PG_PORT=5432 DAGSTER_PG_DB=dagster DAGSTER_PG_USER=... "
@@ -57,6 +60,8 @@ NOT_RUN = {
 MENTIONED = {
     "python -m step_scripts.runner request.json": "tests/unit/test_runner.py",
     "export HOUSING_CONFIG=my_config.yaml": "tests/unit/test_launch_defaults.py",
+    "export HOUSING_RAW_CSV=/path/to/sales.csv": "HOUSING_RAW_CSV=/path/to/sales.csv make run",
+    "python -m housing_assets.summary": "make run",
     "python -m housing_assets.reference": "tests/unit/test_documentation.py calls it",
     "make run CONFIG=file.yaml": "make run CONFIG=my_config.yaml",
     "dagster asset materialize ... --config file.yaml": "make run CONFIG=my_config.yaml",
