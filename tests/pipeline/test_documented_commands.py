@@ -17,6 +17,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from housing_assets.check_history import finished_checks
 from housing_assets.sample_data import write_sample
 from resources.model_registry.base import ModelVersion
 from resources.model_registry.local import LocalModelRegistry
@@ -77,7 +78,6 @@ SAID = {
     "-j deploy_endpoint -c deploy.yaml": "Endpoint housing serves housing/",
     "-j rollback_endpoint": "Endpoint housing serves housing/",
     "reject_model -c second_thoughts.yaml": "is Rejected: complaints from the north (ann)",
-    "-j watch_endpoint": "Asset check 'endpoint_health' on 'endpoint' passed",
     "housing_assets.lineage": "data file",
     "-j teardown": "would remove endpoint housing",
     "-c teardown.yaml": "removed endpoint housing",
@@ -201,6 +201,10 @@ def test_what_they_did(reader: Reader) -> None:
         assert set(DAYS) <= instance.get_materialized_partitions(dg.AssetKey("feature_group"))
         started = {state.instigator_name for state in instance.all_instigator_state() if state.is_running}
         assert started == {"failed_runs", "weekly_retraining"}
+        # A watch that finds nothing wrong prints nothing.
+        assert any(command.endswith("-j watch_endpoint") for command in reader.outputs)
+        [(health, _)] = finished_checks(instance, dg.AssetCheckKey("endpoint", "endpoint_health"), limit=1)
+        assert health.passed
         failed = [run.job_name for run in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE]))]
         assert failed == []
 
