@@ -203,7 +203,7 @@ def test_what_they_did(reader: Reader) -> None:
         assert started == {"failed_runs", "weekly_retraining"}
         # A watch that finds nothing wrong prints nothing.
         assert any(command.endswith("-j watch_endpoint") for command in reader.outputs)
-        [(health, _)] = finished_checks(instance, dg.AssetCheckKey("endpoint", "endpoint_health"), limit=1)
+        [(health, _)] = finished_checks(instance, dg.AssetCheckKey(dg.AssetKey("endpoint"), "endpoint_health"), limit=1)
         assert health.passed
         failed = [run.job_name for run in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE]))]
         assert failed == []
