@@ -33,6 +33,8 @@ NEEDS_POSTGRES = "needs a PostgreSQL server; test_postgres.py runs on one, test_
 NEEDS_CLUSTER = "needs a Ray cluster; test_clusters.py joins one"
 NOT_RUN = {
     "make test": "runs all tests, this one among them",
+    "make rehearse IMAGE=aws": "fetches a gigabyte; test_code_package.py and test_inference.py look at what jobs and "
+    "endpoints without an image of the project get",
     "make rehearse": "minutes; tests/sagemaker/test_platform.py runs the same graph on the same emulator",
     ".venv/bin/python -m pip install -c constraints.txt -e '.[mlflow]'": INSTALLS,
     ".venv/bin/python -m pip install -c constraints.txt -e '.[sagemaker]'": INSTALLS,

@@ -205,7 +205,7 @@ def test_everything_goes_but_what_is_not_ours(
         assert not done
         [left] = [r.data for r in metadata["left"].records]
         assert (left["kind"], left["name"]) == ("model_package_group", name)
-        assert f"group {name} has 1 versions" in left["why"]
+        assert f"group {name} has 1 version" in left["why"]
         assert aws.sagemaker.describe_model_package(ModelPackageName=foreign)
         aws.sagemaker.delete_model_package(ModelPackageName=foreign)
 

@@ -74,7 +74,7 @@ def run(text: str, table: TableSpec, *, chunk_bytes: int, **given: Any) -> Outco
         try:
             return _outcome(validate_source.run(context, params), table)
         except StepError as error:
-            return Outcome([], [], {}, str(error).replace(source.uri, "FILE"))
+            return Outcome([], [], {}, str(error).replace(source.uri, "FILE").replace(str(folder), "FOLDER"))
     finally:
         shutil.rmtree(folder)
 
