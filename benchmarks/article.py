@@ -131,7 +131,7 @@ def train(folder: str, parameters: str, model: str) -> None:
     import ray
     from xgboost_ray import RayDMatrix, RayFileType
 
-    from step_scripts.engine_xgboost_ray import _adapted
+    from step_scripts.training.engine_xgboost_ray import _adapted
 
     ray.init(include_dashboard=False, logging_level=logging.ERROR)
     files = {name: sorted(map(str, Path(folder, name).iterdir())) for name in ("train", "validation")}

@@ -47,8 +47,8 @@ def emulated_service(online: bool, delay: float) -> Iterator[dict[str, Any]]:
 def by_step(rows_file: str, online: bool, delay: float) -> dict[str, Any]:
     """Step `ingest_features`."""
     from housing_assets.schema import HOUSING_TABLE
-    from step_scripts.contract import Artifact, file_info
     from step_scripts.parameters import IngestFeaturesParams
+    from step_scripts.runner.contract import Artifact, file_info
 
     figures: dict[str, float] = {}
     folder = str(Path(rows_file).parent)
@@ -68,7 +68,7 @@ def row_by_row(rows_file: str, online: bool, delay: float) -> dict[str, Any]:
     import ray
 
     from housing_assets.schema import HOUSING_TABLE
-    from step_scripts.feature_values import encoded_records
+    from step_scripts.feature_store.feature_values import encoded_records
 
     class Writer:
         def __init__(self) -> None:
@@ -120,8 +120,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _write_rows(sample: Path, rows_file: str) -> None:
     """The file as step `validate_source` would write it."""
     from housing_assets.schema import HOUSING_TABLE
-    from step_scripts.column_types import polars_schema
-    from step_scripts.record_ids import record_ids
+    from step_scripts.table.column_types import polars_schema
+    from step_scripts.table.record_ids import record_ids
 
     frame = pl.read_csv(sample).cast(dict(polars_schema(HOUSING_TABLE).items()))
     moment = pl.datetime(2024, 1, 1, time_unit="us", time_zone="UTC").alias("event_time")

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from housing_assets.sample_data import write_sample
-from step_scripts.contract import Artifact, StepParams, StepRequest, StepResult, file_info, write_json
+from step_scripts.runner.contract import Artifact, StepParams, StepRequest, StepResult, file_info, write_json
 
 # At the beginning Ray starts more workers than it needs at once.
 _SECONDS_TO_SETTLE = 1.0
@@ -38,7 +38,7 @@ def warm_ray(*modules: str) -> Iterator[Any]:
     """
     import ray
 
-    from step_scripts.ray_session import RaySession, RaySettings
+    from step_scripts.runner.ray_session import RaySession, RaySettings
 
     session = RaySession(RaySettings())
     session.ensure()
@@ -63,7 +63,7 @@ def run_step(
     session: Any, step: str, params: StepParams, inputs: Mapping[str, Artifact], folder: str | Path
 ) -> StepResult:
     """Run one step through the platform's runner; outputs go below `folder`."""
-    from step_scripts.runner import run_step as run
+    from step_scripts.runner.execution import run_step as run
 
     request = StepRequest(
         step=step,

@@ -24,8 +24,8 @@ from benchmarks.steps import read_inputs, write_splits
 def on_hosts(folder: str, rounds: int, hosts: int) -> dict[str, Any]:
     """The platform's engine `ray_train` on so many hosts of one core each."""
     from housing_assets.schema import HOUSING_TABLE
-    from step_scripts.engines import FitRequest, fit
-    from step_scripts.training_data import read_splits
+    from step_scripts.training.engines import FitRequest, fit
+    from step_scripts.training.training_data import read_splits
 
     _, train, validation = read_splits(read_inputs(folder), HOUSING_TABLE)
     with _hosts(hosts):
@@ -52,13 +52,13 @@ def on_hosts(folder: str, rounds: int, hosts: int) -> dict[str, Any]:
 def _hosts(count: int) -> Iterator[None]:
     """A Ray cluster of so many nodes with one CPU, each bound to a core; the driver has the first host's.
 
-    The nodes run what those of a job do (`step_scripts.cluster_roles`).
+    The nodes run what those of a job do (`step_scripts.cluster.roles`).
     """
     import ray
     from ray.cluster_utils import Cluster
 
-    from step_scripts.environment import environment_set
-    from step_scripts.ray_session import worker_environment
+    from step_scripts.runner.environment import environment_set
+    from step_scripts.runner.ray_session import worker_environment
 
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < count:

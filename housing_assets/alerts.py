@@ -10,7 +10,7 @@ import dagster as dg
 from housing_assets.check_history import finished_checks
 from resources.notifier import Notifier
 from resources.optional_services import attempt
-from step_scripts.wording import number
+from step_scripts.runner.wording import number
 
 # Metadata of a failed check: the severity that people know of. Of another failure: it has told them, once, itself.
 TOLD = "people_were_told"

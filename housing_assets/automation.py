@@ -22,7 +22,7 @@ from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVers
 from resources.notifier import Notifier
 from resources.optional_services import attempt
 from resources.sources import Listing, list_landing
-from step_scripts.wording import counted
+from step_scripts.runner.wording import counted
 
 _SHOWN = 20  # names in a message
 _SETTINGS = load_automation()

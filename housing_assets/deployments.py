@@ -33,7 +33,7 @@ from resources.io_manager import ReferenceIOManager
 from resources.model_registry.local import LocalModelRegistry
 from resources.notifier import EmailNotifier, LogNotifier, Notifier, SlackNotifier, SnsNotifier
 from resources.sources import expanded
-from step_scripts import storage
+from step_scripts.runner import storage
 
 DEPLOYMENTS = ("local", "sagemaker")
 # What a file named by HOUSING_SAGEMAKER_CONFIG may configure, field by field.

@@ -26,7 +26,7 @@ from resources.evidence import Evidence, EvidenceStore, EvidenceUnreadable, Judg
 from resources.feature_store.base import OfflineSnapshot
 from resources.model_registry.base import GateEvidence, ModelVersion
 from resources.references import EvaluationRef, ModelRef, SnapshotRef, SourceRef, SplitRef
-from step_scripts import storage
+from step_scripts.runner import storage
 
 GATE_CHECK = "rmse_threshold"
 # In the metadata of a blocking check's result: what it judged, and where the evidence is.

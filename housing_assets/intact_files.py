@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from step_scripts.contract import Artifact, DamagedArtifactError, check_files
+from step_scripts.runner.contract import Artifact, DamagedArtifactError, check_files
 
 
 def require_intact(**artifacts: Artifact | None) -> None:

@@ -20,8 +20,8 @@ from resources.endpoints.base import EndpointHost, EndpointStatus
 from resources.evidence import Judged
 from resources.model_registry.base import ModelRegistry, ModelVersion
 from resources.references import EvaluationRef, ModelRef, SplitRef
-from step_scripts.code_version import module_version, step_version
-from step_scripts.wording import counted, number
+from step_scripts.runner.code_version import module_version, step_version
+from step_scripts.runner.wording import counted, number
 
 COLUMNS = ("stage", "what", "where", "digest", "run", "code_version", "when")
 FILES_SHOWN = 100

@@ -10,9 +10,9 @@ from typing import Any
 import dagster as dg
 
 from resources.compute.base import table
-from step_scripts.contract import Artifact, StepResult
-from step_scripts.table import TableSpec
-from step_scripts.wording import rounded
+from step_scripts.runner.contract import Artifact, StepResult
+from step_scripts.runner.wording import rounded
+from step_scripts.table.spec import TableSpec
 
 # Figures that add up over a run, and the metadata that says which piece of work each is of.
 _COSTS = {

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import dagster as dg
 
-from step_scripts.table import TableSpec
-from step_scripts.wording import counted
+from step_scripts.runner.wording import counted
+from step_scripts.table.spec import TableSpec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -27,8 +27,8 @@ from resources.evidence import EvidenceStore
 from resources.inventory import RESULT_FILE, OwnedItem, remove_file
 from resources.model_registry.base import ModelVersion
 from resources.reference_files import reference_files
-from step_scripts import storage
-from step_scripts.wording import counted, megabytes, rounded
+from step_scripts.runner import storage
+from step_scripts.runner.wording import counted, megabytes, rounded
 
 _FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 _RUNS_AT_ONCE = 200

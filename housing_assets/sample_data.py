@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from step_scripts.private_files import private_folder
+from step_scripts.runner.private_files import private_folder
 
 if TYPE_CHECKING:
     import numpy as np

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from resources.endpoints.base import SmokeTest
-from step_scripts.contract import Artifact
+from step_scripts.runner.contract import Artifact
 
 # Served and offline predictions come from the same float32 model; only the text form of a number may differ.
 RELATIVE_TOLERANCE = 1e-5
@@ -13,8 +13,8 @@ def smoke_test_from(model: Artifact, rows: Artifact, count: int) -> SmokeTest:
     """The first `count` rows of `rows` as CSV of raw features, with the predictions of `model` made here."""
     import polars as pl
 
-    from step_scripts import storage
-    from step_scripts.model_artifact import load_model
+    from step_scripts.model.artifact import load_model
+    from step_scripts.runner import storage
 
     trained = load_model(model.uri, threads=1)
     frames: list[pl.DataFrame] = []

@@ -17,8 +17,8 @@ from resources.endpoints.base import EndpointStatus
 from resources.model_registry.base import ModelVersion
 from resources.reference_files import event_log_name, latest_file, read_reference
 from resources.references import EvaluationRef, ModelRef
-from step_scripts import storage
-from step_scripts.wording import number, percent
+from step_scripts.runner import storage
+from step_scripts.runner.wording import number, percent
 
 
 def summary(root: Path, instance: dg.DagsterInstance) -> str:
@@ -87,7 +87,7 @@ def curl_line(url: str, model: Path) -> str:
     """A command that asks the endpoint for one prediction: the mean row of the training split."""
     import json
 
-    from step_scripts.table import TableSpec
+    from step_scripts.table.spec import TableSpec
 
     table = TableSpec.model_validate_json((model / "table.json").read_bytes())
     mean = json.loads((model / "scaler.json").read_bytes())["mean"]

@@ -20,11 +20,11 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from step_scripts.contract import StepError
-from step_scripts.loaded_code import own_places
 from step_scripts.parameters import Slice, check_slices
-from step_scripts.private_files import private_folder
-from step_scripts.table import ColumnRange, TableSpec
+from step_scripts.runner.contract import StepError
+from step_scripts.runner.loaded_code import own_places
+from step_scripts.runner.private_files import private_folder
+from step_scripts.table.spec import ColumnRange, TableSpec
 
 SCHEMA = Path(__file__).with_name("schema.py")
 _PROJECT = SCHEMA.parents[1]

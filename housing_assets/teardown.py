@@ -19,9 +19,9 @@ from housing_assets.deployments import SourceLocation
 from resources.compute.base import table
 from resources.inventory import KINDS, ItemKind, OwnedItem, remove_empty, remove_file
 from resources.reference_files import asset_folder, reference_files
-from step_scripts import storage
-from step_scripts.contract import StepError
-from step_scripts.wording import counted, megabytes
+from step_scripts.runner import storage
+from step_scripts.runner.contract import StepError
+from step_scripts.runner.wording import counted, megabytes
 
 RESOURCES = ("endpoint_host", "model_registry", "compute", "feature_store", "evidence")
 _SAMPLE = re.compile(r"house_sales_\d+\.csv")

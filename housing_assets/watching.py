@@ -22,7 +22,7 @@ from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVers
 from resources.optional_services import attempt
 
 if TYPE_CHECKING:
-    from step_scripts.captured_requests import CapturedRows
+    from step_scripts.serving.captured_requests import CapturedRows
 
 HEALTH_CHECK, DRIFT_CHECK = "endpoint_health", "prediction_drift"
 REMEDIES = {
@@ -156,7 +156,7 @@ def _parts(reference: str) -> tuple[str, int]:
 
 def _probe(name: str, version: ModelVersion, endpoint_host: EndpointHost) -> Probe:
     """Ask for a typical row some times. Raises `EndpointNotFound`, `InvocationFailed`."""
-    from step_scripts.model_artifact import load_model
+    from step_scripts.model.artifact import load_model
 
     model = load_model(version.artifact.uri, threads=1)
     row = typical_row(version)
@@ -175,9 +175,9 @@ def typical_row(version: ModelVersion) -> Any:
 
     import polars as pl
 
-    from step_scripts import storage
-    from step_scripts.distributions import quantile
-    from step_scripts.table import TableSpec
+    from step_scripts.runner import storage
+    from step_scripts.table.distributions import quantile
+    from step_scripts.table.spec import TableSpec
 
     table = TableSpec.model_validate_json(storage.read_bytes(version.artifact.file_uri("table.json")))
     known = _distributions(version)
@@ -192,7 +192,7 @@ def typical_row(version: ModelVersion) -> Any:
 
 def _distributions(version: ModelVersion) -> dict[str, Any]:
     """Distributions in the training split, by column."""
-    from step_scripts import storage
+    from step_scripts.runner import storage
 
     return json.loads(storage.read_bytes(version.artifact.file_uri("statistics.json"))).get("distributions", {})
 
@@ -200,8 +200,8 @@ def _distributions(version: ModelVersion) -> dict[str, Any]:
 def drift(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry) -> dg.AssetCheckResult:
     """Passed if captured features and predictions are distributed as the served model's training data, or if there is
     too little to tell."""
-    from step_scripts import storage
-    from step_scripts.table import TableSpec
+    from step_scripts.runner import storage
+    from step_scripts.table.spec import TableSpec
 
     status = endpoint_host.describe(name)
     if status is None:
@@ -243,7 +243,7 @@ def drift(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry)
 
 def _stability(known: Mapping[str, Any], rows: "CapturedRows", table: Any) -> dict[str, float]:
     """Population stability index of each feature; of the predictions, against the target."""
-    from step_scripts.distributions import distribution_of, psi
+    from step_scripts.table.distributions import distribution_of, psi
 
     current = {name: rows.features[:, index] for index, name in enumerate(table.features)}
     found = {

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from housing_assets.deployments import root_of
-from step_scripts import storage
+from step_scripts.runner import storage
 
 
 class UnusableRoot(Exception):

@@ -17,8 +17,8 @@ import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from resources.inventory import NotOwned, OwnedItem, remove_empty, remove_file
-from step_scripts import storage
-from step_scripts.wording import counted, number
+from step_scripts.runner import storage
+from step_scripts.runner.wording import counted, number
 
 _TIME = "%Y%m%dT%H%M%S%fZ"
 _FILE = re.compile(r"(?P<inputs>[0-9a-f]{16})\.(?P<time>\d{8}T\d{12}Z)\.[\w-]+\.json")

@@ -14,9 +14,9 @@ import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field
 
 from resources.optional_services import attempt
-from step_scripts import storage
-from step_scripts.contract import Artifact
-from step_scripts.environment import environment_defaults
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact
+from step_scripts.runner.environment import environment_defaults
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]  # optional

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from step_scripts.locking import try_lock
-from step_scripts.private_files import private_folder
+from step_scripts.runner.locking import try_lock
+from step_scripts.runner.private_files import private_folder
 
 
 @contextmanager

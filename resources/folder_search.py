@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from step_scripts import storage
-from step_scripts.file_state import FileState, file_state, local_state
 from step_scripts.parameters import SourceFile
+from step_scripts.runner import storage
+from step_scripts.runner.file_state import FileState, file_state, local_state
 
 _ANY_DEPTH = re.compile("")  # what `**` stands for, in a list of patterns of one segment each
 _CALENDAR = (-62_135_596_800.0, 253_402_300_799.0)  # the years 1 to 9999, in seconds since 1970
@@ -93,7 +93,7 @@ def _leads_to_match(parts: Sequence[str], segments: Sequence[re.Pattern[str]]) -
 def _search_s3(folder: str, segments: Sequence[re.Pattern[str]], found: Found) -> None:
     from botocore.exceptions import BotoCoreError, ClientError
 
-    from step_scripts.s3_objects import list_objects
+    from step_scripts.runner.s3_objects import list_objects
 
     try:
         for item in list_objects(folder, deep=len(segments) > 1):

@@ -10,8 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from step_scripts import storage
-from step_scripts.wording import counted, megabytes
+from step_scripts.runner import storage
+from step_scripts.runner.wording import counted, megabytes
 
 ItemKind = Literal[
     "endpoint", "endpoint_config", "model", "model_package", "model_package_group", "job", "feature_group", "files"
@@ -102,7 +102,7 @@ def remove_discarded(folder: str, item: OwnedItem) -> None:
 def remove_tree(uri: str) -> None:
     """Remove everything below `uri`, on S3 with folder markers. Nothing happens if there is nothing."""
     if storage.is_remote(uri):
-        from step_scripts.s3_objects import delete_prefix
+        from step_scripts.runner.s3_objects import delete_prefix
 
         delete_prefix(uri)
         return
@@ -116,7 +116,7 @@ def remove_tree(uri: str) -> None:
 def remove_file(uri: str) -> None:
     """Remove one file. Nothing happens if there is none."""
     if storage.is_remote(uri):
-        from step_scripts.s3_objects import delete_objects
+        from step_scripts.runner.s3_objects import delete_objects
 
         folder, _, name = uri.rpartition("/")
         delete_objects(folder, [name])

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import dagster as dg
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from step_scripts import storage
+from step_scripts.runner import storage
 
 # Metadata of a materialization: the URI of its reference file, and those of the files that its step has read.
 REFERENCE, READ = "reference", "references_read"

@@ -7,8 +7,8 @@ from datetime import datetime
 from pydantic import BaseModel, ConfigDict
 
 from resources.evidence import Judged
-from step_scripts.contract import Artifact
-from step_scripts.table import TableSpec
+from step_scripts.runner.contract import Artifact
+from step_scripts.table.spec import TableSpec
 
 
 class Reference(BaseModel):

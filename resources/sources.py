@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resources.folder_search import Found, SetAside, matching, shown
-from step_scripts import storage
-from step_scripts.contract import StepError
 from step_scripts.parameters import SourceFile
+from step_scripts.runner import storage
+from step_scripts.runner.contract import StepError
 
 _TAIL_BYTES = 1024
 _WILDCARD = re.compile(r"[*?\[]")

@@ -14,17 +14,25 @@ from typing import Any
 
 import numpy as np
 
-from step_scripts import storage
-from step_scripts.baselines import co_moments_of_piece, least_squares
-from step_scripts.contract import Artifact, StepContext, StepDefinition, StepError, StepOutcome, file_info, write_json
-from step_scripts.error_slices import Grouping, groupings, merge_samples, sample_of_piece
-from step_scripts.error_sums import ErrorSums, standard_deviations
-from step_scripts.evaluation_tasks import EvaluationPlan, PieceErrors, errors_of_piece, merge_errors
-from step_scripts.model_artifact import TrainedModel, load_model
-from step_scripts.moments import CoMoments
+from step_scripts.evaluation.baselines import co_moments_of_piece, least_squares
+from step_scripts.evaluation.error_slices import Grouping, groupings, merge_samples, sample_of_piece
+from step_scripts.evaluation.error_sums import ErrorSums, standard_deviations
+from step_scripts.evaluation.evaluation_tasks import EvaluationPlan, PieceErrors, errors_of_piece, merge_errors
+from step_scripts.model.artifact import TrainedModel, load_model
 from step_scripts.parameters import EvaluateModelParams, check_slices
-from step_scripts.ray_tasks import Piece, Progress, completed_tasks, pieces_of
-from step_scripts.wording import rounded
+from step_scripts.runner import storage
+from step_scripts.runner.contract import (
+    Artifact,
+    StepContext,
+    StepDefinition,
+    StepError,
+    StepOutcome,
+    file_info,
+    write_json,
+)
+from step_scripts.runner.ray_tasks import Piece, Progress, completed_tasks, pieces_of
+from step_scripts.runner.wording import rounded
+from step_scripts.table.moments import CoMoments
 
 MOST_EXACT_ROWS = 5_000_000
 _PERCENTS = (1, 5, 25, 50, 75, 95, 99)

@@ -1,7 +1,7 @@
 """The model in AWS's XGBoost image, whose own server calls these functions.
 
 That server (the SageMaker containers library) imports this module as `inference`, calls `model_fn` once a process and
-`transform_fn` for every request. Answers and errors are those of `step_scripts.serving_app`.
+`transform_fn` for every request. Answers and errors are those of `step_scripts.serving.app`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import json
 import os
 from typing import Any
 
-from step_scripts.served_model import ServedModel, load_served_model, model_in_folder
-from step_scripts.serving_io import JSON, RequestError, encode, request_media, response_media
+from step_scripts.serving.media import JSON, RequestError, encode, request_media, response_media
+from step_scripts.serving.served_model import ServedModel, load_served_model, model_in_folder
 
 
 def model_fn(model_dir: str) -> ServedModel:

@@ -14,17 +14,17 @@ from typing import Annotated, Literal
 import ray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from step_scripts import storage
-from step_scripts.actor_pool import ActorPool
-from step_scripts.contract import StepContext, StepDefinition, StepError, StepOutcome
-from step_scripts.feature_ingestion import IngestionResult, ParallelRun, ingest
-from step_scripts.group_folder import LOCK_SECONDS, GroupFolder
-from step_scripts.offline_store import OfflineStore
-from step_scripts.online_ingestion import MISSING_RECORDS
-from step_scripts.online_store import OnlineTarget
+from step_scripts.feature_store.feature_ingestion import IngestionResult, ParallelRun, ingest
+from step_scripts.feature_store.group_folder import LOCK_SECONDS, GroupFolder
+from step_scripts.feature_store.offline_store import OfflineStore
+from step_scripts.feature_store.online_ingestion import MISSING_RECORDS
+from step_scripts.feature_store.online_store import OnlineTarget
 from step_scripts.parameters import IngestFeaturesParams
-from step_scripts.ray_tasks import completed_tasks
-from step_scripts.wording import counted
+from step_scripts.runner import storage
+from step_scripts.runner.actor_pool import ActorPool
+from step_scripts.runner.contract import StepContext, StepDefinition, StepError, StepOutcome
+from step_scripts.runner.ray_tasks import completed_tasks
+from step_scripts.runner.wording import counted
 
 
 class LocalTarget(BaseModel):

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from step_scripts.contract import StepError, StepParams
-from step_scripts.table import NUMERIC_DTYPES, TableSpec
+from step_scripts.runner.contract import StepError, StepParams
+from step_scripts.table.spec import NUMERIC_DTYPES, TableSpec
 
 
 class StepSettings(BaseModel):
@@ -29,7 +29,8 @@ class SourceFile(StepParams):
     bytes: int = Field(ge=0)
     modified: float = Field(description="Modification time, seconds since 1970, UTC.")
     change: str = Field(
-        default="", description="Differs whenever the content was written (`step_scripts.file_state`). Empty: unknown."
+        default="",
+        description="Differs whenever the content was written (`step_scripts.runner.file_state`). Empty: unknown.",
     )
 
 

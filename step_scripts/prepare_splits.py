@@ -15,16 +15,32 @@ from typing import Any
 import numpy as np
 import ray
 
-from step_scripts import storage
-from step_scripts.contract import Artifact, StepContext, StepDefinition, StepError, StepOutcome, file_info, write_json
-from step_scripts.distributions import MOST_VALUES, TableSketch, quantile
-from step_scripts.moments import Moments
+from step_scripts.data.split_tasks import (
+    SPLITS,
+    TIMES,
+    SplitPlan,
+    SplitReport,
+    scatter_piece,
+    split_bucket,
+    split_piece,
+)
 from step_scripts.parameters import PrepareSplitsParams
-from step_scripts.ray_tasks import Piece, Progress, completed_tasks, pieces_of
-from step_scripts.row_set_digest import RowSetDigest
-from step_scripts.split_tasks import SPLITS, TIMES, SplitPlan, SplitReport, scatter_piece, split_bucket, split_piece
-from step_scripts.table import TableSpec
-from step_scripts.wording import counted, rounded
+from step_scripts.runner import storage
+from step_scripts.runner.contract import (
+    Artifact,
+    StepContext,
+    StepDefinition,
+    StepError,
+    StepOutcome,
+    file_info,
+    write_json,
+)
+from step_scripts.runner.ray_tasks import Piece, Progress, completed_tasks, pieces_of
+from step_scripts.runner.wording import counted, rounded
+from step_scripts.table.distributions import MOST_VALUES, TableSketch, quantile
+from step_scripts.table.moments import Moments
+from step_scripts.table.row_set_digest import RowSetDigest
+from step_scripts.table.spec import TableSpec
 
 _MOST_BUCKETS = 512
 _SMALLEST_DIVIDED_PIECE = 1000

@@ -29,8 +29,11 @@ import psutil
 import uvicorn
 import uvloop
 
-from step_scripts.contract import DamagedArtifactError
-from step_scripts.deployment import (
+from step_scripts.runner.contract import DamagedArtifactError
+from step_scripts.runner.locking import NoLocks, try_lock
+from step_scripts.serving.app import InferenceApp
+from step_scripts.serving.capture import RequestCapture
+from step_scripts.serving.deployment import (
     CAPTURE_FOLDER,
     DEPLOYMENT_FILE,
     LOCK_FILE,
@@ -41,11 +44,8 @@ from step_scripts.deployment import (
     ReloadRecord,
     ServerRecord,
 )
-from step_scripts.locking import NoLocks, try_lock
-from step_scripts.served_model import load_served_model, model_in_folder
-from step_scripts.serving_app import InferenceApp
-from step_scripts.serving_capture import RequestCapture
-from step_scripts.serving_protocol import RequestProtocol
+from step_scripts.serving.protocol import RequestProtocol
+from step_scripts.serving.served_model import load_served_model, model_in_folder
 
 _GRACE_SECONDS = 25  # SageMaker kills a container 30 s after SIGTERM
 _KEEP_ALIVE_SECONDS = 75

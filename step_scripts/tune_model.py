@@ -1,7 +1,7 @@
 """Step `tune_model`: a hyperparameter search on Ray Tune, then the final fit, by the engine that was chosen.
 
 Inputs: `train` and `validation` (Parquet files of raw rows), `statistics` (`scaler.json`, `statistics.json`).
-Outputs: `model` (see `step_scripts.model_artifact`) and `report`:
+Outputs: `model` (see `step_scripts.model.artifact`) and `report`:
 `trials.json` (a list of `TrialRecord`), `learning_curve.json` (RMSE of both splits by round of the final fit) and
 `importance.json` (gain, weight and cover of each feature).
 """
@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from step_scripts import storage
-from step_scripts.boosting import History, xgboost_parameters
-from step_scripts.contract import Artifact, StepContext, StepDefinition, StepOutcome, file_info, write_json
-from step_scripts.engines import FitRequest, FitResult, fit
-from step_scripts.model_artifact import save_model
+from step_scripts.model.artifact import save_model
+from step_scripts.model.xgboost_native import xgb
 from step_scripts.parameters import TuneModelParams
-from step_scripts.search import SearchResult, run_search
-from step_scripts.training_data import read_splits
-from step_scripts.trial_records import TrialRecord, TrialStore, fingerprint
-from step_scripts.wording import counted, number
-from step_scripts.xgboost_native import xgb
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact, StepContext, StepDefinition, StepOutcome, file_info, write_json
+from step_scripts.runner.wording import counted, number
+from step_scripts.training.boosting import History, xgboost_parameters
+from step_scripts.training.engines import FitRequest, FitResult, fit
+from step_scripts.training.search import SearchResult, run_search
+from step_scripts.training.training_data import read_splits
+from step_scripts.training.trial_records import TrialRecord, TrialStore, fingerprint
 
 _CURVE_POINTS = 500
 _SHOWN_POINTS = 100

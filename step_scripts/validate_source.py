@@ -13,20 +13,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import ray
 
-from step_scripts import storage
-from step_scripts.content_digest import content_digest
-from step_scripts.contract import Artifact, StepContext, StepDefinition, StepError, StepOutcome, file_info
-from step_scripts.csv_chunks import Chunk, plan_chunks, safe_cuts
-from step_scripts.csv_header import CsvFile, read_header
-from step_scripts.duplicate_rows import bucket_count, find_duplicates, rewrite_part
-from step_scripts.file_state import file_state, lasting
+from step_scripts.data.content_digest import content_digest
+from step_scripts.data.csv_chunks import Chunk, plan_chunks, safe_cuts
+from step_scripts.data.csv_header import CsvFile, read_header
+from step_scripts.data.duplicate_rows import bucket_count, find_duplicates, rewrite_part
+from step_scripts.data.rejected_rows import LineNumbers, as_details, reasons, rejected_table, rejection_message
+from step_scripts.data.source_checks import by_file, check_counts, check_rows
+from step_scripts.data.source_parts import merged_statistics, rows_digest
+from step_scripts.data.validate_chunk import ChunkReport, ChunkTask, ids_uri, validate_chunk
 from step_scripts.parameters import SourceFile, ValidateSourceParams
-from step_scripts.ray_tasks import completed_tasks
-from step_scripts.rejected_rows import LineNumbers, as_details, reasons, rejected_table, rejection_message
-from step_scripts.source_checks import by_file, check_counts, check_rows
-from step_scripts.source_parts import merged_statistics, rows_digest
-from step_scripts.validate_chunk import ChunkReport, ChunkTask, ids_uri, validate_chunk
-from step_scripts.wording import are, counted
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact, StepContext, StepDefinition, StepError, StepOutcome, file_info
+from step_scripts.runner.file_state import file_state, lasting
+from step_scripts.runner.ray_tasks import completed_tasks
+from step_scripts.runner.wording import are, counted
 
 _SMALLEST_SHARE = 4 << 20  # of a file that is divided only to occupy all CPUs; bytes
 _HEADER_THREADS = 16

@@ -14,9 +14,17 @@ from typing import Literal
 
 import ray
 
-from step_scripts import storage
-from step_scripts.contract import Artifact, StepContext, StepDefinition, StepError, StepOutcome, StepParams, file_info
-from step_scripts.interruption import on_interruption
+from step_scripts.runner import storage
+from step_scripts.runner.contract import (
+    Artifact,
+    StepContext,
+    StepDefinition,
+    StepError,
+    StepOutcome,
+    StepParams,
+    file_info,
+)
+from step_scripts.runner.interruption import on_interruption
 
 
 class ClusterProbeParams(StepParams):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from step_scripts.ray_session import RaySession, RaySettings
+from step_scripts.runner.ray_session import RaySession, RaySettings
 
 # Tests, and the processes that they start, see the defaults and no account, whatever is set where they run.
 for _name in [n for n in os.environ if n.startswith(("HOUSING_", "DAGSTER_", "AWS_")) or n == "RAY_ADDRESS"]:

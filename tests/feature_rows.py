@@ -10,11 +10,11 @@ from typing import Any
 
 import polars as pl
 
-from step_scripts.column_types import polars_schema
-from step_scripts.contract import Artifact, file_info
-from step_scripts.feature_ingestion import IngestionResult, ingest, run_here
-from step_scripts.offline_store import OfflineStore
-from step_scripts.table import ColumnSpec, TableSpec
+from step_scripts.feature_store.feature_ingestion import IngestionResult, ingest, run_here
+from step_scripts.feature_store.offline_store import OfflineStore
+from step_scripts.runner.contract import Artifact, file_info
+from step_scripts.table.column_types import polars_schema
+from step_scripts.table.spec import ColumnSpec, TableSpec
 
 NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
 TABLE = TableSpec(

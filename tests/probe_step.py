@@ -10,8 +10,16 @@ from typing import Literal
 
 import ray
 
-from step_scripts import storage
-from step_scripts.contract import Artifact, StepContext, StepDefinition, StepError, StepOutcome, StepParams, file_info
+from step_scripts.runner import storage
+from step_scripts.runner.contract import (
+    Artifact,
+    StepContext,
+    StepDefinition,
+    StepError,
+    StepOutcome,
+    StepParams,
+    file_info,
+)
 
 
 class ProbeParams(StepParams):

@@ -21,8 +21,8 @@ from resources.endpoints.base import EndpointHost
 from resources.inventory import OwnedItem
 from resources.model_registry.base import ApprovalStatus, ModelRegistry, ModelVersion
 from resources.reference_files import StoredReference
-from step_scripts import storage
-from step_scripts.contract import Artifact
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact
 from tests.job_outcome import outcome
 from tests.registry_contract import artifact
 from tests.serving_models import gate, small_model, smoke_test

@@ -15,8 +15,8 @@ from resources.model_registry.base import (
     ModelVersionNotFound,
     RegistryDamaged,
 )
-from step_scripts import storage
-from step_scripts.contract import Artifact, DamagedArtifactError, file_info
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact, DamagedArtifactError, file_info
 from tests.serving_models import gate
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import polars as pl
 
 from housing_assets.schema import HOUSING_TABLE
-from step_scripts.contract import StepRequest, StepResult
 from step_scripts.parameters import SourceFile, ValidateSourceParams
-from step_scripts.ray_session import RaySession
-from step_scripts.runner import run_step
-from step_scripts.table import TableSpec
+from step_scripts.runner.contract import StepRequest, StepResult
+from step_scripts.runner.execution import run_step
+from step_scripts.runner.ray_session import RaySession
+from step_scripts.table.spec import TableSpec
 
 HEADER = ",".join(HOUSING_TABLE.column_names)
 MODIFIED = 1_700_000_000.25

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from step_scripts.contract import Artifact, file_info, write_json
-from step_scripts.model_artifact import Scaler
-from step_scripts.table import ColumnSpec, TableSpec
-from step_scripts.training_data import TrainingSplit
+from step_scripts.model.artifact import Scaler
+from step_scripts.runner.contract import Artifact, file_info, write_json
+from step_scripts.table.spec import ColumnSpec, TableSpec
+from step_scripts.training.training_data import TrainingSplit
 
 TABLE = TableSpec(
     name="sales",

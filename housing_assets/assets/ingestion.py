@@ -19,8 +19,6 @@ from resources.evidence import EvidenceStore
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
 from resources.references import DataFile, DatasetRef, SourceRef
 from resources.sources import Listing, list_landing, list_source
-from step_scripts.code_version import step_version
-from step_scripts.contract import StepError
 from step_scripts.parameters import (
     IngestFeaturesParams,
     IngestFeaturesSettings,
@@ -28,8 +26,10 @@ from step_scripts.parameters import (
     ValidateSourceParams,
     ValidateSourceSettings,
 )
-from step_scripts.table import ColumnRange
-from step_scripts.wording import counted
+from step_scripts.runner.code_version import step_version
+from step_scripts.runner.contract import StepError
+from step_scripts.runner.wording import counted
+from step_scripts.table.spec import ColumnRange
 
 _SHOWN, _FILES_SHOWN = 20, 200  # names in a message, rows of a table
 

@@ -15,9 +15,9 @@ from resources.evidence import EvidenceStore
 from resources.experiments import ExperimentTracker, TrackedSearch
 from resources.model_registry.base import ModelRegistry, ModelVersion, champion_of
 from resources.references import EvaluationRef, ModelRef, SplitRef
-from step_scripts.code_version import module_version, step_version
-from step_scripts.contract import Artifact
 from step_scripts.parameters import EvaluateModelParams, TuneModelParams
+from step_scripts.runner.code_version import module_version, step_version
+from step_scripts.runner.contract import Artifact
 
 
 @dg.asset(group_name="model", kinds={"xgboost", "ray"}, code_version=step_version("tune_model"), pool=RAY_POOL)

@@ -13,7 +13,7 @@ from resources.evidence import EvidenceStore
 from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound
 from resources.optional_services import extra
 from resources.references import SplitRef
-from step_scripts.code_version import module_version
+from step_scripts.runner.code_version import module_version
 
 
 @dg.asset(group_name="serving", kinds={"xgboost"}, code_version=module_version("serve_model"))

@@ -13,8 +13,8 @@ from resources.compute.base import ComputeBackend, as_metadata
 from resources.evidence import EvidenceStore
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
 from resources.references import SplitRef
-from step_scripts.code_version import step_version
 from step_scripts.parameters import PrepareSplitsParams, PrepareSplitsSettings
+from step_scripts.runner.code_version import step_version
 
 SPLITS = ("train", "validation", "test")
 _PURPOSE = {

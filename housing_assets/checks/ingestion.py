@@ -7,7 +7,7 @@ from housing_assets.checks.blocking import blocking_check
 from housing_assets.gate import judged_group, judged_source
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
 from resources.references import SourceRef
-from step_scripts.wording import counted
+from step_scripts.runner.wording import counted
 
 PANDERA_ROWS = 10_000
 COMPARED_IDS = 2_000_000
@@ -23,7 +23,7 @@ def schema(raw_csv: SourceRef) -> dg.AssetCheckResult:
 
     Looks at the files written, not at what the step said of them: footers of all of them, pandera on the first rows.
     """
-    from step_scripts.parquet_checks import schema_violations
+    from step_scripts.data.parquet_checks import schema_violations
 
     violations, figures = schema_violations(raw_csv.rows.file_uris(".parquet"), raw_csv.table, sample_rows=PANDERA_ROWS)
     accepted = raw_csv.rows_total - raw_csv.rows_rejected
@@ -52,7 +52,7 @@ def reconciliation(
     feature_group: OfflineSnapshot, raw_csv: SourceRef, feature_store: FeatureStore
 ) -> dg.AssetCheckResult:
     """Every row that went in can be read from the feature store. Compares record ids, not counts alone."""
-    from step_scripts.parquet_checks import sampled_record_ids
+    from step_scripts.data.parquet_checks import sampled_record_ids
 
     rows_in, readable = raw_csv.rows.rows or 0, feature_group.artifact.rows or 0
     total = max(rows_in, readable)

@@ -6,7 +6,7 @@ from housing_assets.advisory import advisory_check
 from housing_assets.checks.blocking import blocking_check
 from housing_assets.gate import GATE_CHECK, judged_evaluation
 from resources.references import EvaluationRef
-from step_scripts.wording import number
+from step_scripts.runner.wording import number
 
 
 @blocking_check(

@@ -16,7 +16,7 @@ from resources.evidence import Judged
 from resources.model_registry.base import ModelRegistry
 from resources.notifier import Notifier
 from resources.references import SplitRef
-from step_scripts.wording import counted
+from step_scripts.runner.wording import counted
 
 ROWS = 100
 

@@ -12,7 +12,7 @@ from housing_assets.stability import stability_result
 from resources.evidence import Judged
 from resources.model_registry.base import ModelRegistry
 from resources.references import SplitRef
-from step_scripts.wording import rounded
+from step_scripts.runner.wording import rounded
 
 COMPARED_IDS = 2_000_000
 # Fractions of n hashed records scatter binomially: four standard deviations are exceeded once in 16,000 times.
@@ -30,7 +30,7 @@ def no_leakage(train_split: SplitRef, validation_split: SplitRef, test_split: Sp
     """No record is in two splits."""
     import polars as pl
 
-    from step_scripts.parquet_checks import sampled_record_ids
+    from step_scripts.data.parquet_checks import sampled_record_ids
 
     splits = {"train": train_split, "validation": validation_split, "test": test_split}
     total = sum(split.rows.rows or 0 for split in splits.values())
@@ -88,8 +88,8 @@ def feature_drift(train_split: SplitRef, model_registry: ModelRegistry) -> dg.As
     """The training data is distributed as that of the latest approved model (population stability index)."""
     import json
 
-    from step_scripts import storage
-    from step_scripts.distributions import psi
+    from step_scripts.runner import storage
+    from step_scripts.table.distributions import psi
 
     champion = model_registry.latest(model_registry.default_group, "Approved")
     if champion is None or train_split.statistics is None:

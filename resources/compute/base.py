@@ -12,11 +12,11 @@ import dagster as dg
 from pydantic import Field
 
 from resources.inventory import OwnedItem
-from step_scripts.code_check import require_unchanged
-from step_scripts.code_version import library_versions, step_sources, version_of
-from step_scripts.contract import Artifact, StepError, StepParams, StepRequest, StepResult
-from step_scripts.runner import find_result
-from step_scripts.wording import rounded
+from step_scripts.runner.code_check import require_unchanged
+from step_scripts.runner.code_version import library_versions, step_sources, version_of
+from step_scripts.runner.contract import Artifact, StepError, StepParams, StepRequest, StepResult
+from step_scripts.runner.execution import find_result
+from step_scripts.runner.wording import rounded
 
 
 class ComputeBackend(dg.ConfigurableResource, ABC):

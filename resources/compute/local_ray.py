@@ -1,8 +1,9 @@
 """Steps on Ray on this machine, or on a cluster given by its address.
 
-The Ray driver is a process of its own: it serves all steps of a run in one Ray session, a crash of it does not take
-the run's process along, and a termination does not wait for Ray, because the run's main thread only waits for a socket.
-Between the two stands a keeper (`step_scripts.keeper`), which ends all of Ray's processes however driver or run ended.
+The Ray driver is a process of its own: it serves all steps of a run in one Ray session, a crash of it does not take the
+run's process along, and a termination does not wait for Ray, because the run's main thread only waits for a socket.
+Between the two stands a keeper (`step_scripts.runner.keeper`), which ends all of Ray's processes however driver or run
+ended.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from pydantic import Field, PrivateAttr
 from resources.compute.base import ComputeBackend, failure_of
 from resources.inventory import NotOwned, OwnedItem, remove_empty, remove_step_results, step_results
 from resources.pipes_session import pipes_session
-from step_scripts import storage
-from step_scripts.contract import StepRequest, StepResult
-from step_scripts.ray_session import RaySettings
-from step_scripts.ray_watch import how_ended_by
-from step_scripts.session_folder import (
+from step_scripts.runner import storage
+from step_scripts.runner.contract import StepRequest, StepResult
+from step_scripts.runner.ray_session import RaySettings
+from step_scripts.runner.ray_watch import how_ended_by
+from step_scripts.runner.session_folder import (
     FOLDER_VARIABLE,
     SessionFolder,
     end_processes,
@@ -217,7 +218,14 @@ class LocalRay(ComputeBackend):
             environment["PYTHONOPTIMIZE"] = "1"  # Ray cannot start without docstrings
         patience = 0.0 if self.address is None else _TERMINATION_SECONDS - 1.0
         facts = {"artifacts": self.artifact_root, "run_id": run_id}
-        keeper = [sys.executable, "-m", "step_scripts.keeper", str(theirs.fileno()), str(folder.lock), str(patience)]
+        keeper = [
+            sys.executable,
+            "-m",
+            "step_scripts.runner.keeper",
+            str(theirs.fileno()),
+            str(folder.lock),
+            str(patience),
+        ]
         try:
             with theirs, folder.recording(facts) as record:
                 process = subprocess.Popen(

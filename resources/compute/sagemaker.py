@@ -35,10 +35,10 @@ from resources.sagemaker.native_tuning import NativeTuning
 from resources.sagemaker.pipes_client import PipesSageMakerClient
 from resources.sagemaker.request_validation import check_request
 from resources.sagemaker.tuning_requests import NativeTuningConfig
-from step_scripts import storage
-from step_scripts.cluster_failure import failure_from
-from step_scripts.contract import StepRequest, StepResult
+from step_scripts.cluster.failure import failure_from
 from step_scripts.parameters import TuneModelSettings
+from step_scripts.runner import storage
+from step_scripts.runner.contract import StepRequest, StepResult
 
 _LONGEST_NAME = "x" * 63
 STEPS = ("validate_source", "ingest_features", "prepare_splits", "tune_model", "evaluate_model")
@@ -220,7 +220,7 @@ class SageMakerCompute(ComputeBackend):
 
     def inventory(self) -> Sequence[OwnedItem]:
         """See `ComputeBackend.inventory`. Jobs in progress; files of jobs, code and checkpoints below `job_root`."""
-        from step_scripts.s3_objects import list_folders
+        from step_scripts.runner.s3_objects import list_folders
 
         folders = [name for name in sorted(list_folders(self.job_root)) if self._is_job_folder(name)]
         files = [item for name in folders for item in files_at(f"{self.job_root}/{name}", f"files of job {name}")]

@@ -16,12 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from resources.endpoints.captured_files import CapturedFile
 from resources.inventory import OwnedItem
 from resources.model_registry.base import ModelVersion
-from step_scripts.deployment import CaptureCounts
-from step_scripts.table import TableSpec
-from step_scripts.wording import counted
+from step_scripts.runner.wording import counted
+from step_scripts.serving.deployment import CaptureCounts
+from step_scripts.table.spec import TableSpec
 
 if TYPE_CHECKING:
-    from step_scripts.captured_requests import CapturedRows
+    from step_scripts.serving.captured_requests import CapturedRows
 
 # The inference id of this project's own test requests: they are not part of the traffic that is watched.
 PROBE_ID = "housing-assets-probe"

@@ -10,8 +10,8 @@ from itertools import groupby
 from pydantic import BaseModel, ConfigDict
 
 from resources.inventory import NotOwned, OwnedItem, remove_empty
-from step_scripts import storage
-from step_scripts.wording import counted, megabytes
+from step_scripts.runner import storage
+from step_scripts.runner.wording import counted, megabytes
 
 # What SageMaker and the local server write below an endpoint's folder; anything else there is not ours.
 _FILE = re.compile(r"(?P<variant>[^/]+)/\d{4}/\d\d/\d\d/\d\d/[^/]+\.jsonl")
@@ -71,7 +71,7 @@ def remove_captured(files: Sequence[CapturedFile], root: str) -> None:
             raise NotOwned(f"{folder} is not below {root}; it is left alone")
         paths = [file.path for file in files if file.folder == folder]
         if storage.is_remote(folder):
-            from step_scripts.s3_objects import delete_objects
+            from step_scripts.runner.s3_objects import delete_objects
 
             delete_objects(folder, paths)
             continue

@@ -17,7 +17,7 @@ from resources.endpoints.server_process import (
     start_detached,
     wait_until_serving,
 )
-from step_scripts.deployment import (
+from step_scripts.serving.deployment import (
     DEPLOYMENT_FILE,
     RELOAD_FILE,
     SERVER_FILE,

@@ -1,7 +1,7 @@
 """Endpoints on this machine: one serving process each, which outlives the run that deployed it.
 
-`<root>/<name>` is the endpoint's state folder (see `step_scripts.deployment`); `<root>/.<name>.lock` is locked while a
-deployment is in progress. `python -m resources.endpoints.local stop|status --root ROOT` for people.
+`<root>/<name>` is the endpoint's state folder (see `step_scripts.serving.deployment`); `<root>/.<name>.lock` is locked
+while a deployment is in progress. `python -m resources.endpoints.local stop|status --root ROOT` for people.
 """
 
 from __future__ import annotations
@@ -52,9 +52,11 @@ from resources.endpoints.server_process import (
 from resources.file_lock import file_lock
 from resources.inventory import NotOwned, OwnedItem, discarded_items, remove_discarded
 from resources.model_registry.base import ModelVersion
-from step_scripts import storage
-from step_scripts.contract import DamagedArtifactError, check_files
-from step_scripts.deployment import (
+from step_scripts.runner import storage
+from step_scripts.runner.contract import DamagedArtifactError, check_files
+from step_scripts.runner.private_files import private_folder
+from step_scripts.runner.wording import counted
+from step_scripts.serving.deployment import (
     CAPTURE_FOLDER,
     DEPLOYMENT_FILE,
     CaptureCounts,
@@ -62,12 +64,10 @@ from step_scripts.deployment import (
     DeploymentRecord,
     ServerRecord,
 )
-from step_scripts.private_files import private_folder
-from step_scripts.table import TableSpec
-from step_scripts.wording import counted
+from step_scripts.table.spec import TableSpec
 
 if TYPE_CHECKING:
-    from step_scripts.captured_requests import CapturedRows
+    from step_scripts.serving.captured_requests import CapturedRows
 
 PREFERRED_PORT = 8080
 _NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
@@ -153,7 +153,7 @@ class LocalEndpointHost(EndpointHost):
 
     def captured(self, name: str, table: TableSpec, since: datetime, limit: int) -> CapturedRows | None:
         """See `EndpointHost.captured`."""
-        from step_scripts.captured_requests import read_captured
+        from step_scripts.serving.captured_requests import read_captured
 
         folder = self._folder(name)
         record = read_deployment(folder)

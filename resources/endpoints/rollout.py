@@ -33,7 +33,7 @@ from resources.endpoints.endpoint_requests import (
 from resources.model_registry.base import ModelVersion
 from resources.sagemaker.ownership import already_exists, is_ours, owned
 from resources.sagemaker.request_validation import check_request
-from step_scripts.wording import counted
+from step_scripts.runner.wording import counted
 
 _FAILURES = (EndpointDeploymentFailed, SmokeTestFailed, InvocationFailed)
 

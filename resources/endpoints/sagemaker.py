@@ -55,11 +55,11 @@ from resources.sagemaker.aws_calls import AwsCaller, aws_client, error_message
 from resources.sagemaker.model_packages import ModelPackages
 from resources.sagemaker.ownership import is_ours, root_tags
 from resources.sagemaker.request_validation import check_request
-from step_scripts import storage
-from step_scripts.table import TableSpec
+from step_scripts.runner import storage
+from step_scripts.table.spec import TableSpec
 
 if TYPE_CHECKING:
-    from step_scripts.captured_requests import CapturedRows
+    from step_scripts.serving.captured_requests import CapturedRows
 
 _NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 _KNOWN_SECONDS = 60.0  # how long an endpoint that was found to be this project's is taken for that
@@ -208,7 +208,7 @@ class SageMakerEndpointHost(EndpointHost):
 
     def captured(self, name: str, table: TableSpec, since: datetime, limit: int) -> CapturedRows | None:
         """See `EndpointHost.captured`. SageMaker writes requests with a delay of minutes."""
-        from step_scripts.captured_requests import read_captured
+        from step_scripts.serving.captured_requests import read_captured
 
         found = self._parts().find_ours(name)
         capture = found.description.get("DataCaptureConfig", {}) if found else {}
@@ -219,7 +219,7 @@ class SageMakerEndpointHost(EndpointHost):
 
     def captured_files(self) -> Sequence[CapturedFile]:
         """See `EndpointHost.captured_files`. What is captured to another `uri` is its owner's business."""
-        from step_scripts.s3_objects import list_folders
+        from step_scripts.runner.s3_objects import list_folders
 
         root = f"{self.root.rstrip('/')}/{CAPTURED}"
         return [file for name in list_folders(root) for file in captured_below(f"{root}/{name}", name)]

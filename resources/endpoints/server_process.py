@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 
-from step_scripts.deployment import DEPLOYMENT_FILE, LOG_FILE, SERVER_FILE, ServerRecord
-from step_scripts.private_files import open_private
+from step_scripts.runner.private_files import open_private
+from step_scripts.serving.deployment import DEPLOYMENT_FILE, LOG_FILE, SERVER_FILE, ServerRecord
 
 START_LOG_FILE = "start.log"
 _PROJECT = Path(__file__).parents[2]

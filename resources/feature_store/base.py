@@ -12,13 +12,13 @@ from pydantic import Field
 
 from resources.inventory import OwnedItem
 from resources.references import DatasetRef, Reference, SnapshotRef
-from step_scripts import storage
-from step_scripts.contract import Artifact
-from step_scripts.table import TableSpec
-from step_scripts.wording import counted, megabytes
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact
+from step_scripts.runner.wording import counted, megabytes
+from step_scripts.table.spec import TableSpec
 
 if TYPE_CHECKING:
-    from step_scripts.offline_store import OfflineStore, Snapshot
+    from step_scripts.feature_store.offline_store import OfflineStore, Snapshot
 
 
 class OfflineSnapshot(Reference):
@@ -52,8 +52,8 @@ class OfflineSnapshot(Reference):
 class FeatureStore(dg.ConfigurableResource, ABC):
     """Keeps feature groups. Rows enter by step `ingest_features`, which is given what `ensure_group` returns.
 
-    Methods raise `step_scripts.contract.StepError` for what the user can put right: a group that is not there, another
-    schema, missing files.
+    Methods raise `step_scripts.runner.contract.StepError` for what the user can put right: a group that is not there,
+    another schema, missing files.
     """
 
     name_suffix: str = Field(default="", description="End of the names of groups that nobody named.")

@@ -10,7 +10,7 @@ from typing import Any
 
 from resources.sagemaker.aws_calls import AwsCaller, error_code, error_message
 from resources.sagemaker.ownership import already_exists, is_absent
-from step_scripts.contract import StepError
+from step_scripts.runner.contract import StepError
 
 _ADDED_AT_ONCE = 100  # UpdateFeatureGroup's limit
 _UPDATE_ATTEMPTS = 10  # other runs may add the same features

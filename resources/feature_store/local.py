@@ -10,14 +10,14 @@ from pydantic import Field
 
 from resources.feature_store.base import FeatureStore, OfflineSnapshot, group_item
 from resources.inventory import NotOwned, OwnedItem, discarded_items, remove_discarded
-from step_scripts.table import TableSpec
+from step_scripts.table.spec import TableSpec
 
 if TYPE_CHECKING:
-    from step_scripts.offline_store import OfflineStore
+    from step_scripts.feature_store.offline_store import OfflineStore
 
 
 class LocalFeatureStore(FeatureStore):
-    """Groups below one folder, in SageMaker's offline layout. See `step_scripts.offline_store`."""
+    """Groups below one folder, in SageMaker's offline layout. See `step_scripts.feature_store.offline_store`."""
 
     root: str = Field(description="Folder of the feature groups; made if it is not there.")
     mirror: bool = Field(
@@ -70,6 +70,6 @@ class LocalFeatureStore(FeatureStore):
             store.delete_group(item.name)
 
     def _store(self) -> OfflineStore:
-        from step_scripts.offline_store import OfflineStore
+        from step_scripts.feature_store.offline_store import OfflineStore
 
         return OfflineStore(self.root)

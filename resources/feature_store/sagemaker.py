@@ -15,12 +15,12 @@ from resources.inventory import NotOwned, OwnedItem
 from resources.sagemaker.aws_calls import AwsCaller, aws_client
 from resources.sagemaker.ownership import belongs_to, is_absent, owned, pages, root_tags, tags_of
 from resources.sagemaker.request_validation import InvalidJobRequest, check_request
-from step_scripts import storage
-from step_scripts.contract import StepError
-from step_scripts.table import TableSpec
+from step_scripts.runner import storage
+from step_scripts.runner.contract import StepError
+from step_scripts.table.spec import TableSpec
 
 if TYPE_CHECKING:
-    from step_scripts.offline_store import OfflineStore
+    from step_scripts.feature_store.offline_store import OfflineStore
 
 _RECORD_ID, _EVENT_TIME = "record_id", "event_time"
 _CREATIONS = 3  # a group may be deleted by others while it is being made
@@ -78,7 +78,7 @@ class SageMakerFeatureStore(FeatureStore):
         Returns the step's `target`. Raises `StepError`, naming the columns, for another schema, and for a group that
         is not below `root`, cannot be created, or takes too long.
         """
-        from step_scripts.feature_values import feature_types
+        from step_scripts.feature_store.feature_values import feature_types
 
         types = feature_types(table)
         self._store().check_table(name, table)
@@ -131,8 +131,8 @@ class SageMakerFeatureStore(FeatureStore):
         """The latest state of one record, from the online store if there is one; None if unknown or deleted."""
         from botocore.exceptions import ClientError
 
-        from step_scripts.feature_values import decoded_record
-        from step_scripts.online_calls import features_of
+        from step_scripts.feature_store.feature_values import decoded_record
+        from step_scripts.feature_store.online_calls import features_of
 
         if not self.online_store:
             return self._store().get_record(name, record_id)
@@ -219,7 +219,7 @@ class SageMakerFeatureStore(FeatureStore):
         return place.rstrip("/") == storage.join(self.root, name)
 
     def _store(self) -> OfflineStore:
-        from step_scripts.offline_store import OfflineStore
+        from step_scripts.feature_store.offline_store import OfflineStore
 
         return OfflineStore(self.root)
 

@@ -11,7 +11,7 @@ import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from resources.inventory import OwnedItem
-from step_scripts.contract import Artifact
+from step_scripts.runner.contract import Artifact
 
 ApprovalStatus = Literal["PendingManualApproval", "Approved", "Rejected"]
 
@@ -132,7 +132,7 @@ class ModelRegistry(dg.ConfigurableResource, ABC):
 
         A model that is there already (same artifact digest and same evaluation digest) is not registered twice: the
         existing version is returned, with the status it has. Raises `GateNotPassed` if `status` is Approved without a
-        passed gate, `step_scripts.contract.DamagedArtifactError` if a file does not match the artifact.
+        passed gate, `step_scripts.runner.contract.DamagedArtifactError` if a file does not match the artifact.
         """
 
     @abstractmethod

@@ -30,9 +30,9 @@ from resources.model_registry.base import (
     StatusChange,
     require_gate,
 )
-from step_scripts import storage
-from step_scripts.contract import Artifact, DamagedArtifactError, check_files
-from step_scripts.deployment import verify_file
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact, DamagedArtifactError, check_files
+from step_scripts.serving.deployment import verify_file
 
 _GROUP = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 

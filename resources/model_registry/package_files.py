@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationEr
 
 from resources.model_registry.base import GateEvidence, RegistryDamaged, StatusChange
 from resources.sagemaker.code_package import archive
-from step_scripts import storage
-from step_scripts.contract import Artifact, DamagedArtifactError, FileInfo
-from step_scripts.deployment import verify_content
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact, DamagedArtifactError, FileInfo
+from step_scripts.serving.deployment import verify_content
 
 ARCHIVE = "model.tar.gz"
 METRICS = "metrics.json"

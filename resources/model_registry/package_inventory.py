@@ -12,8 +12,8 @@ from resources.model_registry.base import RegistryDamaged
 from resources.model_registry.package_record import FACTS
 from resources.sagemaker.model_packages import ModelPackages
 from resources.sagemaker.ownership import belongs_to, pages, tags_of
-from step_scripts import storage
-from step_scripts.wording import counted
+from step_scripts.runner import storage
+from step_scripts.runner.wording import counted
 
 _MODEL = re.compile(r"[0-9a-f]{32}")  # folders of models, see `package_files`
 _CODE = "code"
@@ -29,7 +29,7 @@ class PackageInventory:
 
     def items(self) -> Iterator[OwnedItem]:
         """Versions, groups, files. Groups of others are left out, but not the versions that were put there."""
-        from step_scripts.s3_objects import list_folders
+        from step_scripts.runner.s3_objects import list_folders
 
         root, client, call = self.root.rstrip("/"), self.packages.client, self.packages.call
         folders = set(list_folders(root))
@@ -81,7 +81,7 @@ class PackageInventory:
         self.packages.delete_group(name)
 
     def _remove_files(self, uri: str) -> None:
-        from step_scripts.s3_objects import list_folders
+        from step_scripts.runner.s3_objects import list_folders
 
         group = uri.removeprefix(self.root.rstrip("/") + "/")
         if any(self._versions(group)):

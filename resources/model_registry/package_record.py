@@ -9,7 +9,7 @@ from resources.model_registry import package_files as files
 from resources.model_registry.base import GateEvidence, ModelVersion, StatusChange
 from resources.sagemaker.job_tags import sanitised
 from resources.sagemaker.model_packages import one_line
-from step_scripts.contract import Artifact
+from step_scripts.runner.contract import Artifact
 
 # Properties of a package: the files that count, with their SHA-256.
 FACTS, FACTS_DIGEST = "facts_uri", "facts_sha256"

@@ -49,9 +49,9 @@ from resources.sagemaker.model_packages import GROUP, ModelPackages, package_req
 from resources.sagemaker.ownership import remove_prefix, root_tags
 from resources.sagemaker.request_validation import check_request
 from resources.sagemaker.serving_container import DIGEST_VARIABLE, serving_container
-from step_scripts import storage
-from step_scripts.contract import Artifact, DamagedArtifactError, check_files
-from step_scripts.deployment import verify_file
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact, DamagedArtifactError, check_files
+from step_scripts.serving.deployment import verify_file
 
 _ROOT = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_.=+@-]+)*")
 _ROOT_LENGTH = 128  # a property's value has at most 256 characters, and must hold the URI of a file below the root

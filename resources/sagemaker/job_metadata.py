@@ -9,7 +9,7 @@ from typing import Any
 import dagster as dg
 
 from resources.sagemaker.job_kinds import TRAINING, JobKind
-from step_scripts.wording import rounded
+from step_scripts.runner.wording import rounded
 
 StatusChange = tuple[str, datetime]  # a status, and when it was first seen
 

@@ -16,10 +16,10 @@ from resources.sagemaker.job_requests import JobConfig
 from resources.sagemaker.pipes_client import Context, PipesSageMakerClient
 from resources.sagemaker.tuning_client import TuningJobs, TuningResult, tuning_failure
 from resources.sagemaker.tuning_requests import NativeTuningConfig, tuning_request
-from step_scripts.contract import StepRequest
 from step_scripts.parameters import TuneModelParams, TuneModelSettings
-from step_scripts.trial_records import OBJECTIVE, TRIAL_MODULE, TUNED, TrialRecord, TrialStore, fingerprint
-from step_scripts.wording import counted
+from step_scripts.runner.contract import StepRequest
+from step_scripts.runner.wording import counted
+from step_scripts.training.trial_records import OBJECTIVE, TRIAL_MODULE, TUNED, TrialRecord, TrialStore, fingerprint
 
 
 class NativeTuning:

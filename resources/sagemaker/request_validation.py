@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from step_scripts.wording import counted
+from step_scripts.runner.wording import counted
 
 # The model's patterns are Java's. Unicode classes that Python lacks are replaced by the nearest it has, which hold a
 # little more: what passes here may still be refused by the service, but nothing valid is refused here.

@@ -15,7 +15,7 @@ from typing import Any
 
 from resources.sagemaker.code_package import archive
 from resources.sagemaker.image import job_image
-from step_scripts import storage
+from step_scripts.runner import storage
 
 PROGRAM = "inference.py"
 # The container's name and its model's digest, which the server shows, and checks before it serves.
@@ -23,9 +23,9 @@ VERSION_VARIABLE, DIGEST_VARIABLE = "HOUSING_MODEL_VERSION", "HOUSING_MODEL_DIGE
 # What serving imports and AWS's image lacks, or has in another version. XGBoost and NumPy stay the image's.
 _REQUIRED = ("polars", "pyarrow", "pydantic")
 _STEP_SCRIPTS = Path(__file__).parents[2] / "step_scripts"
-_SETUP = b"""from setuptools import setup
+_SETUP = b"""from setuptools import find_packages, setup
 
-setup(name="housing-serving", version="1", py_modules=["inference"], packages=["step_scripts"])
+setup(name="housing-serving", version="1", py_modules=["inference"], packages=find_packages())
 """
 
 
@@ -52,7 +52,9 @@ def serving_requirements() -> str:
 
 def serving_code() -> bytes:
     """The archive for AWS's image: the module that its server imports, `step_scripts`, and pinned requirements."""
-    files = {f"step_scripts/{path.name}": path.read_bytes() for path in _STEP_SCRIPTS.glob("*.py")}
+    files = {
+        path.relative_to(_STEP_SCRIPTS.parent).as_posix(): path.read_bytes() for path in _STEP_SCRIPTS.rglob("*.py")
+    }
     return archive(
         {
             **files,

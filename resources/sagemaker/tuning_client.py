@@ -22,7 +22,7 @@ from resources.sagemaker.job_tags import WORK_TAG, asset_names, run_tags, tag_li
 from resources.sagemaker.ownership import creation_tags
 from resources.sagemaker.pipes_client import Context, PipesSageMakerClient
 from resources.sagemaker.request_validation import check_request
-from step_scripts.wording import counted, number
+from step_scripts.runner.wording import counted, number
 
 _LONGEST = "x" * 32
 URI_VARIABLE = "HOUSING_JOB_URI"

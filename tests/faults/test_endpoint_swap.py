@@ -21,8 +21,8 @@ from resources.endpoints.base import EndpointDeploymentFailed, EndpointStatus
 from resources.endpoints.local import LocalEndpointHost
 from resources.model_registry.base import ModelVersion
 from resources.model_registry.local import LocalModelRegistry
-from step_scripts.contract import Artifact
-from step_scripts.deployment import DEPLOYMENT_FILE, LOG_FILE, RELOAD_FILE, DeploymentRecord, ReloadRecord
+from step_scripts.runner.contract import Artifact
+from step_scripts.serving.deployment import DEPLOYMENT_FILE, LOG_FILE, RELOAD_FILE, DeploymentRecord, ReloadRecord
 from tests.serving_models import registered, request, small_model, smoke_test
 
 ROOT = Path(__file__).parents[2]
@@ -234,7 +234,7 @@ from tests.faults.test_endpoint_swap import LOG
 from tests.serving_models import smoke_test
 from resources.endpoints.local import LocalEndpointHost
 from resources.model_registry.local import LocalModelRegistry
-from step_scripts.contract import Artifact
+from step_scripts.runner.contract import Artifact
 version = LocalModelRegistry(root=sys.argv[1]).get("housing", int(sys.argv[3]))
 status = LocalEndpointHost(root=sys.argv[2]).deploy("housing", version, smoke_test(version.artifact), LOG)
 print(status.pid, status.version)

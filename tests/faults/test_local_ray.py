@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from resources.compute.local_ray import LocalRay, _Worker
-from step_scripts.session_folder import recorded_sessions, remove_abandoned
+from step_scripts.runner.session_folder import recorded_sessions, remove_abandoned
 from tests.probe_step import ProbeParams
 
 PROBE = "tests.probe_step"

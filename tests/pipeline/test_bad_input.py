@@ -15,9 +15,9 @@ import pytest
 
 from resources.sources import find_source_files
 from step_scripts import validate_source
-from step_scripts.contract import StepError
-from step_scripts.ray_session import RaySession
-from step_scripts.storage import read_bytes
+from step_scripts.runner.contract import StepError
+from step_scripts.runner.ray_session import RaySession
+from step_scripts.runner.storage import read_bytes
 from tests.source_steps import HEADER, CollectingReporter, sale, sales, table_text, validate, write_source
 
 GOOD = table_text(sales(5))

@@ -18,15 +18,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from step_scripts.contract import StepError
-from step_scripts.ray_join import join_cluster
+from step_scripts.runner.contract import StepError
+from step_scripts.runner.ray_join import join_cluster
 
 _START = "from ray.scripts.scripts import main; main()"
 _STARTS = 3
 _JOIN = """
 import json, sys
-from step_scripts.contract import StepError
-from step_scripts.ray_session import RaySession, RaySettings
+from step_scripts.runner.contract import StepError
+from step_scripts.runner.ray_session import RaySession, RaySettings
 session = RaySession(RaySettings(address=sys.argv[1], ship_code=False))
 try:
     session.ensure()
@@ -35,7 +35,7 @@ except StepError as error:
     sys.exit()
 import ray
 from step_scripts import cluster_resources
-from step_scripts.cluster_resources import free_cpus, reserved
+from step_scripts.runner.cluster_resources import free_cpus, reserved
 cluster_resources._MESSAGE_SECONDS = 2.0
 class Log:
     texts = []

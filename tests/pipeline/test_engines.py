@@ -16,10 +16,10 @@ import pytest
 import ray
 import xgboost as xgb
 
-from step_scripts.boosting import SegmentedBoosting, xgboost_parameters
-from step_scripts.contract import StepError
-from step_scripts.engines import ENGINES, FitRequest, FitResult, boost, fit
-from step_scripts.ray_session import RaySession
+from step_scripts.runner.contract import StepError
+from step_scripts.runner.ray_session import RaySession
+from step_scripts.training.boosting import SegmentedBoosting, xgboost_parameters
+from step_scripts.training.engines import ENGINES, FitRequest, FitResult, boost, fit
 from tests.split_files import sales, splits_of, write_inputs
 
 PATIENCE = 5

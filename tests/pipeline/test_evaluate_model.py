@@ -12,13 +12,14 @@ import polars as pl
 import pytest
 import xgboost as xgb
 
-from step_scripts import evaluate_model, storage
-from step_scripts.contract import Artifact, StepError, StepRequest, StepResult, file_info
-from step_scripts.model_artifact import Scaler, load_model, save_model
+from step_scripts import evaluate_model
+from step_scripts.model.artifact import Scaler, load_model, save_model
 from step_scripts.parameters import EvaluateModelParams, Slice
-from step_scripts.ray_session import RaySession
-from step_scripts.runner import run_step
-from step_scripts.table import ColumnSpec, TableSpec
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepResult, file_info
+from step_scripts.runner.execution import run_step
+from step_scripts.runner.ray_session import RaySession
+from step_scripts.table.spec import ColumnSpec, TableSpec
 
 TABLE = TableSpec(
     name="flats",

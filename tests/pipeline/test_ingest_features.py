@@ -15,12 +15,12 @@ import polars as pl
 import psutil
 import pytest
 
-from step_scripts.actor_pool import ActorPool
-from step_scripts.contract import Artifact, StepError, StepRequest, StepResult
-from step_scripts.feature_ingestion import run_here
-from step_scripts.offline_store import OfflineStore
-from step_scripts.ray_session import RaySession
-from step_scripts.runner import run_step
+from step_scripts.feature_store.feature_ingestion import run_here
+from step_scripts.feature_store.offline_store import OfflineStore
+from step_scripts.runner.actor_pool import ActorPool
+from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepResult
+from step_scripts.runner.execution import run_step
+from step_scripts.runner.ray_session import RaySession
 from tests.fatal_calls import always_fatal, once_fatal
 from tests.feature_rows import (
     NOON,

@@ -27,9 +27,9 @@ from resources.endpoints.server_process import find_server, ping
 from resources.file_lock import file_lock
 from resources.model_registry.base import ModelVersion
 from resources.model_registry.local import LocalModelRegistry
-from step_scripts.contract import Artifact
-from step_scripts.deployment import DEPLOYMENT_FILE, SERVER_FILE, ServerRecord
-from step_scripts.model_artifact import load_model
+from step_scripts.model.artifact import load_model
+from step_scripts.runner.contract import Artifact
+from step_scripts.serving.deployment import DEPLOYMENT_FILE, SERVER_FILE, ServerRecord
 from tests.serving_models import house_rows, registered, small_model, smoke_test
 
 ROOT = Path(__file__).parents[2]

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_scripts import ray_tasks, storage
-from step_scripts.contract import Artifact, StepError, StepRequest, StepResult, file_info
 from step_scripts.parameters import PrepareSplitsParams
-from step_scripts.ray_session import RaySession
-from step_scripts.record_ids import split_fraction
-from step_scripts.runner import run_step
-from step_scripts.table import ColumnSpec, TableSpec
+from step_scripts.runner import ray_tasks, storage
+from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepResult, file_info
+from step_scripts.runner.execution import run_step
+from step_scripts.runner.ray_session import RaySession
+from step_scripts.table.record_ids import split_fraction
+from step_scripts.table.spec import ColumnSpec, TableSpec
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 TABLE = TableSpec(

@@ -19,13 +19,13 @@ import pytest
 import ray
 import xgboost as xgb
 
-from step_scripts import search
-from step_scripts.contract import Artifact, StepError, StepRequest, StepResult
-from step_scripts.model_artifact import load_model
-from step_scripts.ray_session import RaySession
-from step_scripts.runner import run_step
-from step_scripts.short_trials import are_short
-from step_scripts.trial_records import TrialRecord, TrialStore
+from step_scripts.model.artifact import load_model
+from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepResult
+from step_scripts.runner.execution import run_step
+from step_scripts.runner.ray_session import RaySession
+from step_scripts.training import search
+from step_scripts.training.short_trials import are_short
+from step_scripts.training.trial_records import TrialRecord, TrialStore
 from tests.split_files import TABLE, sales, scaler_of, write_inputs, write_split
 
 FAST = {"num_boost_round": 40, "early_stopping_rounds": 10, "num_trials": 3, "eta_min": 0.1, "eta_max": 0.3}

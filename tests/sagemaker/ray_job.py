@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from step_scripts.contract import StepRequest, StepResult
+from step_scripts.runner.contract import StepRequest, StepResult
 from tests.sagemaker_emulator.cluster import plan_hosts, resource_config
 from tests.sagemaker_emulator.hosts import Host
 from tests.sagemaker_emulator.settings import Image

@@ -22,7 +22,7 @@ from resources.inventory import NotOwned
 from resources.references import DatasetRef
 from resources.sagemaker.job_tags import RUN_TAG
 from resources.sagemaker.ownership import CREATED_BY, CREATED_BY_TAG, creation_tags
-from step_scripts.offline_store import OfflineStore
+from step_scripts.feature_store.offline_store import OfflineStore
 from tests.aws_account import act_as, deploy
 from tests.feature_rows import TABLE, ingest_rows, row, write_rows
 from tests.job_outcome import outcome

@@ -37,10 +37,10 @@ from resources.model_registry.base import ModelVersion
 from resources.model_registry.sagemaker import SageMakerModelRegistry
 from resources.sagemaker.ownership import CREATED_BY, CREATED_BY_TAG
 from resources.sagemaker.request_validation import InvalidJobRequest
-from step_scripts import storage
-from step_scripts.captured_requests import CapturedRows
-from step_scripts.contract import Artifact
-from step_scripts.model_artifact import load_model
+from step_scripts.model.artifact import load_model
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact
+from step_scripts.serving.captured_requests import CapturedRows
 from tests.sagemaker_emulator import SageMakerEmulator
 from tests.sagemaker_emulator.testing import ROLE, Aws
 from tests.serving_models import gate, house_rows, small_model, smoke_test

@@ -21,13 +21,14 @@ from pydantic import ValidationError
 from resources.feature_store.base import OfflineSnapshot
 from resources.feature_store.sagemaker import SageMakerFeatureStore
 from resources.sagemaker.request_validation import InvalidJobRequest
-from step_scripts import online_store, storage
-from step_scripts.contract import StepError, StepRequest
-from step_scripts.feature_ingestion import IngestionResult
-from step_scripts.feature_values import decoded_record, decoded_time, encoded_records, encoded_time
-from step_scripts.offline_store import OfflineStore
-from step_scripts.online_store import OnlineTarget
-from step_scripts.table import ColumnSpec, TableSpec
+from step_scripts.feature_store import online_store
+from step_scripts.feature_store.feature_ingestion import IngestionResult
+from step_scripts.feature_store.feature_values import decoded_record, decoded_time, encoded_records, encoded_time
+from step_scripts.feature_store.offline_store import OfflineStore
+from step_scripts.feature_store.online_store import OnlineTarget
+from step_scripts.runner import storage
+from step_scripts.runner.contract import StepError, StepRequest
+from step_scripts.table.spec import ColumnSpec, TableSpec
 from tests.feature_rows import (
     NOON,
     TABLE,
@@ -349,9 +350,9 @@ def test_values_survive_the_way_through_text() -> None:
 
 STEPS = """
 import json, sys
-from step_scripts.contract import StepRequest
-from step_scripts.ray_session import RaySession, RaySettings
-from step_scripts.runner import PrintReporter, run_step
+from step_scripts.runner.contract import StepRequest
+from step_scripts.runner.ray_session import RaySession, RaySettings
+from step_scripts.runner.execution import PrintReporter, run_step
 
 session = RaySession(RaySettings(num_cpus=2, object_store_memory=256 << 20))
 try:

@@ -15,7 +15,7 @@ from resources.model_registry.base import ModelVersionNotFound, RegistryDamaged
 from resources.model_registry.sagemaker import SageMakerModelRegistry
 from resources.sagemaker.ownership import CREATED_BY, CREATED_BY_TAG
 from resources.sagemaker.request_validation import InvalidJobRequest
-from step_scripts import storage
+from step_scripts.runner import storage
 from tests.registry_contract import RegistryContract, artifact, register
 from tests.sagemaker_emulator import SageMakerEmulator
 from tests.sagemaker_emulator.testing import Aws

@@ -18,8 +18,8 @@ from resources.compute.sagemaker import SageMakerCompute, StepJob
 from resources.sagemaker.job_requests import InstanceGroup, JobConfig
 from resources.sagemaker.request_validation import InvalidJobRequest
 from resources.sagemaker.tuning_requests import NativeTuningConfig
-from step_scripts.contract import Artifact
-from step_scripts.model_artifact import load_model
+from step_scripts.model.artifact import load_model
+from step_scripts.runner.contract import Artifact
 from tests.aws_account import act_as, deploy
 from tests.sagemaker.pipes_jobs import ROLE
 from tests.sagemaker.tuning_runs import NATIVE, TuningRun, inputs_on_s3, kept_trials

@@ -13,9 +13,9 @@ import polars as pl
 import pytest
 
 from housing_assets.sample_data import write_sample
-from step_scripts import storage
-from step_scripts.contract import Artifact
-from step_scripts.model_artifact import load_model
+from step_scripts.model.artifact import load_model
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact
 from tests.aws_account import deploy
 from tests.platform_cli import Platform
 from tests.rehearse import platform_environment

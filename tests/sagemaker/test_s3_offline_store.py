@@ -13,11 +13,11 @@ from typing import Any
 import polars as pl
 import pytest
 
-from step_scripts import ingestion_plan, s3_group_folder
-from step_scripts.contract import StepError
-from step_scripts.feature_ingestion import run_here
-from step_scripts.offline_store import OfflineStore
-from step_scripts.s3_objects import put_if_absent
+from step_scripts.feature_store import ingestion_plan, s3_group_folder
+from step_scripts.feature_store.feature_ingestion import run_here
+from step_scripts.feature_store.offline_store import OfflineStore
+from step_scripts.runner.contract import StepError
+from step_scripts.runner.s3_objects import put_if_absent
 from tests.feature_rows import TABLE, ingest_rows, record_id, records, row, write_rows
 from tests.sagemaker_emulator import SageMakerEmulator
 from tests.sagemaker_emulator.testing import Aws
@@ -44,8 +44,8 @@ from tests.unit.test_offline_store import (  # noqa: F401
 HOOKED = """
 import os, signal, sys
 from pathlib import Path
-from step_scripts.feature_ingestion import run_here
-from step_scripts.offline_store import OfflineStore
+from step_scripts.feature_store.feature_ingestion import run_here
+from step_scripts.feature_store.offline_store import OfflineStore
 from tests.feature_rows import ingest_rows, row, write_rows
 
 def run(function, calls):

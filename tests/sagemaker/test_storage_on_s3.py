@@ -12,9 +12,9 @@ from housing_assets.landing import LandingCursor, day_of, files_by_day, files_of
 from resources.io_manager import ReferenceIOManager
 from resources.references import SplitRef
 from resources.sources import find_source_files, list_landing
-from step_scripts import storage
-from step_scripts.contract import Artifact
-from step_scripts.file_state import file_state
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact
+from step_scripts.runner.file_state import file_state
 from tests.unit.test_storage import (
     test_a_failed_write_keeps_the_old_content as test_a_failed_write_keeps_the_old_content,
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import xgboost as xgb
 
-from step_scripts.boosting import SegmentedBoosting, finished, quantile_matrices, xgboost_parameters
+from step_scripts.training.boosting import SegmentedBoosting, finished, quantile_matrices, xgboost_parameters
 from tests.sagemaker.tuning_runs import TRAIN, TuningRun, inputs_on_s3, kept_trials
 from tests.sagemaker_emulator.probe import abilities
 from tests.split_files import splits_of

@@ -16,8 +16,8 @@ import dagster as dg
 from resources.compute.sagemaker import SageMakerCompute
 from resources.sagemaker.job_requests import JobConfig
 from resources.sagemaker.tuning_requests import NativeTuningConfig
-from step_scripts.contract import Artifact, StepResult
 from step_scripts.parameters import TuneModelParams
+from step_scripts.runner.contract import Artifact, StepResult
 from tests.sagemaker.pipes_jobs import ROLE
 from tests.split_files import TABLE, sales, write_inputs
 

@@ -14,7 +14,7 @@ from housing_assets.definitions import defs
 from housing_assets.stability import stability_result
 from resources.model_registry.local import LocalModelRegistry
 from resources.references import SplitRef
-from step_scripts.contract import Artifact, file_info, write_json
+from step_scripts.runner.contract import Artifact, file_info, write_json
 from tests.registry_contract import register
 
 MODULES: tuple[ModuleType, ...] = (ingestion, model, serving, splits)

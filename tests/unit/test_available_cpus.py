@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from step_scripts.ray_session import _cpu_quotas, available_cpus
+from step_scripts.runner.ray_session import _cpu_quotas, available_cpus
 
 
 def test_one_cpu_by_affinity_is_one() -> None:
     first = min(os.sched_getaffinity(0))
-    script = f"import os; os.sched_setaffinity(0, [{first}])\nfrom step_scripts.ray_session import available_cpus\n"
+    script = (
+        f"import os; os.sched_setaffinity(0, [{first}])\nfrom step_scripts.runner.ray_session import available_cpus\n"
+    )
     done = subprocess.run([sys.executable, "-c", script + "print(available_cpus())"], capture_output=True, check=True)
     assert done.stdout.strip() == b"1"
     assert 1 <= available_cpus() <= len(os.sched_getaffinity(0))
@@ -43,6 +45,6 @@ def test_quotas_of_control_groups(tmp_path: Path, cgroup: str, files: dict[str, 
 
 
 def test_python_without_docstrings_is_refused_with_the_remedy() -> None:
-    script = "from step_scripts.ray_session import *; RaySession(RaySettings()).ensure()"
+    script = "from step_scripts.runner.ray_session import *; RaySession(RaySettings()).ensure()"
     done = subprocess.run([sys.executable, "-OO", "-c", script], capture_output=True, text=True, check=False)
     assert "unset PYTHONOPTIMIZE=2, or leave out -OO" in done.stderr

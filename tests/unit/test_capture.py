@@ -25,12 +25,12 @@ from resources.endpoints.base import PROBE_ID
 from resources.endpoints.local import LocalDataCapture, LocalEndpointHost
 from resources.endpoints.server_process import find_server
 from resources.model_registry.local import LocalModelRegistry
-from step_scripts import serving_capture
-from step_scripts.captured_requests import CapturedRows, read_captured
-from step_scripts.deployment import CaptureSettings
-from step_scripts.serving_app import InferenceApp
-from step_scripts.serving_capture import Exchange, RequestCapture, captured_line
-from step_scripts.serving_io import CSV, JSON, JSON_LINES, encode
+from step_scripts.serving import capture as serving_capture
+from step_scripts.serving.app import InferenceApp
+from step_scripts.serving.capture import Exchange, RequestCapture, captured_line
+from step_scripts.serving.captured_requests import CapturedRows, read_captured
+from step_scripts.serving.deployment import CaptureSettings
+from step_scripts.serving.media import CSV, JSON, JSON_LINES, encode
 from tests.serving_models import house_rows, registered, request, small_model, smoke_test
 
 LOG = logging.getLogger("test")

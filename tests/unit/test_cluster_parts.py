@@ -13,10 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from step_scripts.cluster_failure import LONGEST, ClusterError, failure_from, failure_of, failure_text, write_failure
-from step_scripts.cluster_limits import ClusterLimits, limits_from, pauses
-from step_scripts.contract import StepError
-from step_scripts.interruption import interrupt, on_interruption
+from step_scripts.cluster.failure import LONGEST, ClusterError, failure_from, failure_of, failure_text, write_failure
+from step_scripts.cluster.limits import ClusterLimits, limits_from, pauses
+from step_scripts.runner.contract import StepError
+from step_scripts.runner.interruption import interrupt, on_interruption
 
 _json = st.dictionaries(st.text(max_size=20), st.one_of(st.integers(), st.text(max_size=200)), max_size=10)
 
@@ -104,8 +104,8 @@ _SUPERVISOR = """
     import os, signal, sys
     from pathlib import Path
     import psutil
-    from step_scripts.child_processes import ChildProcesses
-    from step_scripts.interruption import Alarm
+    from step_scripts.cluster.child_processes import ChildProcesses
+    from step_scripts.runner.interruption import Alarm
 
     signal.alarm(90)  # ends a test that hangs
     alarm = Alarm()

@@ -14,7 +14,7 @@ from pathlib import Path
 from resources.compute.sagemaker import STEPS
 from resources.sagemaker.code_package import ARCHIVE, REQUIRED, code_package
 from resources.sagemaker.serving_container import serving_code, serving_requirements
-from step_scripts.code_version import _sources, step_sources
+from step_scripts.runner.code_version import _sources, step_sources
 from tests.aws_image import CONTENT
 
 PROJECT = ("step_scripts", "housing_assets")

@@ -16,13 +16,13 @@ import ray
 
 from housing_assets.sample_data import write_sample
 from housing_assets.schema import HOUSING_TABLE
-from step_scripts import code_check, code_version, loaded_code
-from step_scripts.code_check import CodeCheck, require_unchanged
-from step_scripts.code_version import library_versions, module_version, step_sources, step_version, version_of
-from step_scripts.contract import Artifact, StepError, StepRequest, StepResult
-from step_scripts.loaded_code import own_places
-from step_scripts.ray_session import NodeReport, RaySession, RaySettings
-from step_scripts.runner import find_result, run_step
+from step_scripts.runner import code_check, code_version, loaded_code
+from step_scripts.runner.code_check import CodeCheck, require_unchanged
+from step_scripts.runner.code_version import library_versions, module_version, step_sources, step_version, version_of
+from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepResult
+from step_scripts.runner.execution import find_result, run_step
+from step_scripts.runner.loaded_code import own_places
+from step_scripts.runner.ray_session import NodeReport, RaySession, RaySettings
 from tests.source_steps import CollectingReporter, source_file
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +119,7 @@ def test_what_runs_a_step_is_part_of_its_version() -> None:
         names = {"runner", "worker", "cluster_driver", "ray_session", "storage", "loaded_code"}
         assert {f"step_scripts.{name}" for name in names} < step_sources(step).keys()
     assert "step_scripts.tune_trial" in step_sources("tune_model"), "SageMaker's tuning jobs run it"
-    assert "step_scripts.csv_chunks" not in step_sources("tune_model"), "else nothing could be reused"
+    assert "step_scripts.data.csv_chunks" not in step_sources("tune_model"), "else nothing could be reused"
     assert step_version("tune_model") != step_version("evaluate_model")
     for name in ("nothing", "shop.nothing"):
         with pytest.raises(FileNotFoundError, match=f"no module .*{name}"):
@@ -128,14 +128,14 @@ def test_what_runs_a_step_is_part_of_its_version() -> None:
 
 DRIVER = """
 import json, sys
-import step_scripts.worker
-from step_scripts.contract import StepRequest
-from step_scripts.ray_session import RaySession, RaySettings
-from step_scripts.runner import PrintReporter, run_step
+import step_scripts.runner.worker
+from step_scripts.runner.contract import StepRequest
+from step_scripts.runner.ray_session import RaySession, RaySettings
+from step_scripts.runner.execution import PrintReporter, run_step
 request = StepRequest.model_validate_json(sys.stdin.read())
 if request.params.get("engine") == "xgboost_ray":
-    import step_scripts.search
-    step_scripts.search.are_short = lambda *size: False
+    import step_scripts.training.search
+    step_scripts.training.search.are_short = lambda *size: False
 session = RaySession(RaySettings(address=sys.argv[1], ship_code=False))
 result = run_step(request, PrintReporter(), session)
 print(json.dumps([result.model_dump(mode="json"), [name for name in sys.modules if name.startswith("step_scripts")]]))
@@ -182,7 +182,11 @@ def test_every_file_that_a_step_loads_while_it_runs_changes_its_version(
     run("tune_model", training, engine="xgboost_ray", **short)
     run("evaluate_model", {"model": model, "train": splits["train"], "test": splits["test"]})
 
-    engines = {"step_scripts.engine_ray_train", "step_scripts.engine_xgboost_ray", "step_scripts.search_trial"}
+    engines = {
+        "step_scripts.training.engine_ray_train",
+        "step_scripts.training.engine_xgboost_ray",
+        "step_scripts.training.search_trial",
+    }
     assert engines < loaded["tune_model"]
     for step, modules in loaded.items():
         assert modules <= step_sources(step).keys()
@@ -190,8 +194,8 @@ def test_every_file_that_a_step_loads_while_it_runs_changes_its_version(
     copy = shutil.copytree(ROOT / "step_scripts", tmp_path / "step_scripts")
     monkeypatch.setattr(code_version, "own_places", lambda package: (copy,) if package == "step_scripts" else ())
     for module in sorted(set().union(*loaded.values())):
-        name = module.rpartition("step_scripts.")[2]
-        file = copy / ("__init__.py" if name == "step_scripts" else f"{name}.py")
+        place = copy.parent.joinpath(*module[module.index("step_scripts") :].split("."))
+        file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
         text = file.read_text()
         file.write_text(text + "# changed\n")
         forget()
@@ -210,7 +214,7 @@ import sys
 from pathlib import Path
 import ray
 from step_scripts import storage
-from step_scripts.contract import Artifact, StepDefinition, StepOutcome, StepParams, file_info
+from step_scripts.runner.contract import Artifact, StepDefinition, StepOutcome, StepParams, file_info
 class Params(StepParams):
     where: str
     swap: bool = False
@@ -314,8 +318,10 @@ def test_nodes_of_a_cluster_are_asked_for_their_code_and_libraries(
     assert len(report.sources.keys() & sources.keys()) > 30
     asked = StepRequest(step="tune_model", params={}, output_root="x", code_version="1", sources=dict(sources))
     CodeCheck(asked, joined).require()
-    joined._reports = {"10.0.0.1": NodeReport({**report.sources, "step_scripts.engines": "0"}, report.libraries)}
-    with pytest.raises(StepError, match=r"step_scripts\.engines would be"):
+    joined._reports = {
+        "10.0.0.1": NodeReport({**report.sources, "step_scripts.training.engines": "0"}, report.libraries)
+    }
+    with pytest.raises(StepError, match=r"step_scripts\.training\.engines would be"):
         CodeCheck(asked, joined).require()
     asked = asked.model_copy(update={"environment": {"xgboost": "0.1"}})
     joined._reports = {"10.0.0.1": NodeReport({}, {"xgboost": "0.1"}), "10.0.0.2": report}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_scripts.csv_chunks import has_odd_quotes
-from step_scripts.csv_lines import count_byte
+from step_scripts.data.csv_chunks import has_odd_quotes
+from step_scripts.data.csv_lines import count_byte
 
 
 @given(st.binary(max_size=50), st.integers(0, 20_000), st.sampled_from(b'\n,"'))

@@ -17,11 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_scripts import csv_chunks, csv_header, csv_lines, validate_source
-from step_scripts.contract import StepContext, StepError, StepOutcome, StepRequest
-from step_scripts.csv_lines import count_lines, count_records, line_ends, with_newlines
+from step_scripts import validate_source
+from step_scripts.data import csv_chunks, csv_header, csv_lines
+from step_scripts.data.csv_lines import count_lines, count_records, line_ends, with_newlines
 from step_scripts.parameters import ValidateSourceParams
-from step_scripts.table import ColumnSpec, TableSpec
+from step_scripts.runner.contract import StepContext, StepError, StepOutcome, StepRequest
+from step_scripts.table.spec import ColumnSpec, TableSpec
 from tests.source_steps import CollectingReporter, write_source
 
 NUMBERS = TableSpec(

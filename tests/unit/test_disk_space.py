@@ -16,12 +16,13 @@ import polars as pl
 import pytest
 from ray.exceptions import RayTaskError
 
-from step_scripts import runner, storage
-from step_scripts.contract import StepDefinition, StepError, StepParams, StepRequest
-from step_scripts.disk_space import explain_full_disk
-from step_scripts.ray_session import RaySession, RaySettings
-from step_scripts.runner import PrintReporter, run_step
-from step_scripts.scratch_arrays import save_lanes
+from step_scripts.feature_store.scratch_arrays import save_lanes
+from step_scripts.runner import execution as runner
+from step_scripts.runner import storage
+from step_scripts.runner.contract import StepDefinition, StepError, StepParams, StepRequest
+from step_scripts.runner.disk_space import explain_full_disk
+from step_scripts.runner.execution import PrintReporter, run_step
+from step_scripts.runner.ray_session import RaySession, RaySettings
 
 
 @contextlib.contextmanager

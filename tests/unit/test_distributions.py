@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_scripts.distributions import (
+from step_scripts.table.distributions import (
     SAMPLE_ROWS,
     TableSketch,
     distribution_of,

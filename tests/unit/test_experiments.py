@@ -15,7 +15,7 @@ from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
 
 from housing_assets.deployments import load_resources
 from resources.experiments import MlflowTracking, NoTracking, TrackedSearch
-from step_scripts.contract import Artifact, file_info
+from step_scripts.runner.contract import Artifact, file_info
 
 TRIALS = [
     {

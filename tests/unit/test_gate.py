@@ -39,7 +39,7 @@ from resources.feature_store.base import OfflineSnapshot
 from resources.inventory import NotOwned
 from resources.model_registry.base import ModelVersion, StatusChange
 from resources.references import DatasetRef, EvaluationRef, ModelRef, SnapshotRef, SourceRef, SplitRef
-from step_scripts.contract import Artifact, file_info
+from step_scripts.runner.contract import Artifact, file_info
 from tests.feature_rows import TABLE
 from tests.serving_models import gate as gate_evidence
 from tests.vouching import LINEAGE, record

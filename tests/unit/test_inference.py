@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from resources.sagemaker.serving_container import serving_code, serving_container
-from step_scripts.contract import Artifact, DamagedArtifactError
 from step_scripts.inference import model_fn, transform_fn
-from step_scripts.model_artifact import load_model
-from step_scripts.served_model import ServedModel
+from step_scripts.model.artifact import load_model
+from step_scripts.runner.contract import Artifact, DamagedArtifactError
+from step_scripts.serving.served_model import ServedModel
 from tests.serving_models import house_rows, small_model
 
 # As the image's server does it: a module imported by name, `model_fn` once, `transform_fn` as the view of a request.

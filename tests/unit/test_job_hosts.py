@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_scripts.job_hosts import (
+from step_scripts.cluster.job_hosts import (
     ADDRESSES_VARIABLE,
     HostsError,
     JobHosts,

@@ -15,13 +15,13 @@ from typing import Any
 import psutil
 import pytest
 
-from step_scripts.session_folder import make_folder, processes_of, recorded_process, recorded_sessions
+from step_scripts.runner.session_folder import make_folder, processes_of, recorded_process, recorded_sessions
 
 ROOT = Path(__file__).parents[2]
 # A driver whose processes leave its session and its family, and do not listen to SIGTERM: more than Ray's do.
 DRIVER = """
 import os, signal, sys, time, types
-worker = types.ModuleType("step_scripts.worker")
+worker = types.ModuleType("step_scripts.runner.worker")
 def main(descriptor):
     os.write(descriptor, b"driver %d\\n" % os.getpid())
     for number in range(4):
@@ -35,9 +35,9 @@ def main(descriptor):
             os._exit(0)
     time.sleep(600)
 worker.main = main
-sys.modules["step_scripts.worker"] = worker
+sys.modules["step_scripts.runner.worker"] = worker
 import step_scripts
-step_scripts.worker = worker
+step_scripts.runner.worker = worker
 from step_scripts import keeper
 keeper.main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
 """
@@ -83,7 +83,7 @@ def test_whoever_looks_while_a_session_is_started_waits_for_its_first_process(
     folder = make_folder("housing-", str(tmp_path))
     script = (
         "import sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
-        "from step_scripts.session_folder import recorded_sessions\n"
+        "from step_scripts.runner.session_folder import recorded_sessions\n"
         "print(flush=True)\n"
         "print([r['pid'] for f, r in recorded_sessions() if f.parent.as_posix() == sys.argv[1]], flush=True)\n"
     )

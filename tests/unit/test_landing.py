@@ -27,8 +27,8 @@ from housing_assets.landing import (
 )
 from resources.folder_search import Found
 from resources.sources import Listing, list_landing
-from step_scripts.file_state import FileState
 from step_scripts.parameters import SourceFile
+from step_scripts.runner.file_state import FileState
 
 NOW = 1_790_000_000.0  # 2026-09-21, 14:13 UTC
 TODAY = date(2026, 9, 21)

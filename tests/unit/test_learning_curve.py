@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_scripts.boosting import History
+from step_scripts.training.boosting import History
 from step_scripts.tune_model import learning_curve
 
 

@@ -14,8 +14,8 @@ from resources.endpoints.base import EndpointStatus
 from resources.feature_store.local import LocalFeatureStore
 from resources.model_registry.local import LocalModelRegistry
 from resources.references import DataFile, DatasetRef, EvaluationRef, ModelRef, SnapshotRef, SourceRef, SplitRef
-from step_scripts.contract import Artifact, StepResult
-from step_scripts.offline_store import OfflineStore
+from step_scripts.feature_store.offline_store import OfflineStore
+from step_scripts.runner.contract import Artifact, StepResult
 from tests.feature_rows import TABLE, ingest_rows, row, write_rows
 from tests.registry_contract import artifact, register
 

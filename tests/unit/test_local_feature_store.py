@@ -11,9 +11,9 @@ import pytest
 
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
 from resources.feature_store.local import LocalFeatureStore
-from step_scripts.contract import StepError
-from step_scripts.offline_store import OfflineStore
+from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.parameters import IngestFeaturesParams
+from step_scripts.runner.contract import StepError
 from tests.feature_rows import NOON, TABLE, ingest_rows, record_id, row, write_rows
 
 

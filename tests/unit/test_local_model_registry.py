@@ -13,7 +13,7 @@ import pytest
 from resources.file_lock import file_lock
 from resources.model_registry.base import RegistryDamaged
 from resources.model_registry.local import LocalModelRegistry
-from step_scripts.contract import DamagedArtifactError
+from step_scripts.runner.contract import DamagedArtifactError
 from tests.registry_contract import RegistryContract, artifact, register
 
 ROOT = Path(__file__).parents[2]
@@ -90,11 +90,11 @@ def test_a_held_lock_has_a_deadline(tmp_path: Path) -> None:
 
 REGISTER = """
 import sys
-from step_scripts.contract import DamagedArtifactError
+from step_scripts.runner.contract import DamagedArtifactError
 from tests.registry_contract import RegistryContract, artifact, register
 from tests.serving_models import gate
 from resources.model_registry.local import LocalModelRegistry
-from step_scripts.contract import Artifact
+from step_scripts.runner.contract import Artifact
 registry = LocalModelRegistry(root=sys.argv[1])
 model = Artifact.model_validate_json(sys.argv[2])
 for n in range(5):

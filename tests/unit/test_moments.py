@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_scripts.baselines import least_squares
-from step_scripts.error_sums import ErrorSums, standard_deviations
-from step_scripts.moments import CoMoments, Moments
-from step_scripts.row_set_digest import RowSetDigest
+from step_scripts.evaluation.baselines import least_squares
+from step_scripts.evaluation.error_sums import ErrorSums, standard_deviations
+from step_scripts.table.moments import CoMoments, Moments
+from step_scripts.table.row_set_digest import RowSetDigest
 
 
 def pieces_of(values: np.ndarray, cuts: list[int]) -> list[np.ndarray]:

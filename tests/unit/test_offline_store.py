@@ -21,16 +21,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_scripts import feature_ingestion, ingestion_plan, storage
-from step_scripts.contract import StepError
-from step_scripts.event_hash import content_hashes, event_hashes, lane_sums, text_hashes, text_prefixes
-from step_scripts.feature_files import stored_columns
-from step_scripts.feature_ingestion import run_here
-from step_scripts.group_folder import Commit, digest_of
-from step_scripts.ingestion_plan import write_groups
-from step_scripts.local_group_folder import LocalGroupFolder
-from step_scripts.offline_store import OfflineStore
-from step_scripts.table import ColumnSpec, TableSpec
+from step_scripts.feature_store import feature_ingestion, ingestion_plan
+from step_scripts.feature_store.feature_files import stored_columns
+from step_scripts.feature_store.feature_ingestion import run_here
+from step_scripts.feature_store.group_folder import Commit, digest_of
+from step_scripts.feature_store.ingestion_plan import write_groups
+from step_scripts.feature_store.local_group_folder import LocalGroupFolder
+from step_scripts.feature_store.offline_store import OfflineStore
+from step_scripts.runner import storage
+from step_scripts.runner.contract import StepError
+from step_scripts.table.event_hash import content_hashes, event_hashes, lane_sums, text_hashes, text_prefixes
+from step_scripts.table.spec import ColumnSpec, TableSpec
 from tests.feature_rows import (
     NOON,
     TABLE,
@@ -455,8 +456,8 @@ def test_a_failure_before_the_commit_changes_and_leaves_nothing(store: OfflineSt
 KILLED = """
 import os, sys, signal
 from pathlib import Path
-from step_scripts.feature_ingestion import run_here
-from step_scripts.offline_store import OfflineStore
+from step_scripts.feature_store.feature_ingestion import run_here
+from step_scripts.feature_store.offline_store import OfflineStore
 from tests.feature_rows import ingest_rows, row, write_rows
 
 def run(function, calls):

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from step_scripts import online_progress
-from step_scripts.contract import StepError
-from step_scripts.online_calls import Patience, write_records
-from step_scripts.online_progress import PiecePlace, PieceReport, progress_reported
+from step_scripts.feature_store import online_progress
+from step_scripts.feature_store.online_calls import Patience, write_records
+from step_scripts.feature_store.online_progress import PiecePlace, PieceReport, progress_reported
+from step_scripts.runner.contract import StepError
 from tests.feature_rows import Log
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from housing_assets import plots
-from step_scripts.table import ColumnSpec, TableSpec
+from step_scripts.table.spec import ColumnSpec, TableSpec
 
 TABLE = TableSpec(
     name="t",

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from resources.file_lock import file_lock
-from step_scripts import storage
-from step_scripts.deployment import CaptureSettings
-from step_scripts.private_files import open_private, private_folder, write_private
-from step_scripts.ray_session import RaySession
-from step_scripts.serving_capture import Exchange, RequestCapture
+from step_scripts.runner import storage
+from step_scripts.runner.private_files import open_private, private_folder, write_private
+from step_scripts.runner.ray_session import RaySession
+from step_scripts.serving.capture import Exchange, RequestCapture
+from step_scripts.serving.deployment import CaptureSettings
 
 CLIENT = """
 import os, sys

@@ -12,7 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_scripts.record_ids import distinct_lanes, ids_of_lanes, lanes_of_ids, record_ids, record_lanes, split_fraction
+from step_scripts.table.record_ids import (
+    distinct_lanes,
+    ids_of_lanes,
+    lanes_of_ids,
+    record_ids,
+    record_lanes,
+    split_fraction,
+)
 
 TYPES: dict[str, Any] = {
     "price": pl.Float64,

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from housing_assets.schema import HOUSING_TABLE
-from step_scripts.feature_parser import FeatureParser
-from step_scripts.polars_csv import read_csv
-from step_scripts.serving_io import CSV, JSON, JSON_LINES, MAX_REPORTED_PROBLEMS, RequestError
+from step_scripts.serving.feature_parser import FeatureParser
+from step_scripts.serving.media import CSV, JSON, JSON_LINES, MAX_REPORTED_PROBLEMS, RequestError
+from step_scripts.table.polars_csv import read_csv
 
 BYTES = 6_291_456 // 4
 ROW = "1990,2000.5,3,2.5,0.5,2,1,0"

@@ -28,7 +28,7 @@ from resources.feature_store.local import LocalFeatureStore
 from resources.inventory import NotOwned
 from resources.model_registry.local import LocalModelRegistry
 from resources.reference_files import REFERENCE, StoredReference
-from step_scripts.offline_store import OfflineStore
+from step_scripts.feature_store.offline_store import OfflineStore
 from tests.feature_rows import TABLE, ingest_rows, row, write_rows
 from tests.job_outcome import outcome
 from tests.pruning_contract import PruningContract, launch_prune, names, register

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from step_scripts import contract, storage
-from step_scripts.code_version import step_version
-from step_scripts.contract import (
+from step_scripts.runner import contract, storage
+from step_scripts.runner.code_version import step_version
+from step_scripts.runner.contract import (
     Artifact,
     DamagedArtifactError,
     FileInfo,
@@ -21,8 +21,8 @@ from step_scripts.contract import (
     check_files,
     file_info,
 )
-from step_scripts.ray_session import RaySession
-from step_scripts.runner import PrintReporter, find_result, run_step
+from step_scripts.runner.execution import PrintReporter, find_result, run_step
+from step_scripts.runner.ray_session import RaySession
 from tests.source_steps import CollectingReporter
 
 PROBE = "tests.probe_step"

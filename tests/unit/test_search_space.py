@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from step_scripts.boosting import useful_threads
-from step_scripts.cluster_resources import cpus_per_worker
 from step_scripts.parameters import PRESETS, TuneModelParams
-from step_scripts.search_algorithm import first_trial, searcher
-from step_scripts.trial_records import TUNED, TrialRecord, fingerprint
+from step_scripts.runner.cluster_resources import cpus_per_worker
+from step_scripts.training.boosting import useful_threads
+from step_scripts.training.search_algorithm import first_trial, searcher
+from step_scripts.training.trial_records import TUNED, TrialRecord, fingerprint
 from tests.split_files import TABLE
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import uvicorn
 
-from step_scripts import serve_model, serving_protocol
-from step_scripts.deployment import DeploymentRecord
-from step_scripts.serving_protocol import RequestProtocol
+from step_scripts import serve_model
+from step_scripts.serving import protocol as serving_protocol
+from step_scripts.serving.deployment import DeploymentRecord
+from step_scripts.serving.protocol import RequestProtocol
 from tests.serving_models import small_model
 
 OFFER = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"

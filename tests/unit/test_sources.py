@@ -9,7 +9,7 @@ import pytest
 
 from housing_assets.deployments import load_resources
 from resources.sources import find_source_files, list_source
-from step_scripts.contract import StepError
+from step_scripts.runner.contract import StepError
 
 
 @pytest.fixture

@@ -35,7 +35,12 @@ IMPORTED = "raise RuntimeError('scikit-learn was imported')\n"
 
 @pytest.mark.parametrize(
     "modules",
-    [STEPS, ["step_scripts.trial_task"], ["step_scripts.engine_ray_train"], ["step_scripts.served_model"]],
+    [
+        STEPS,
+        ["step_scripts.training.trial_task"],
+        ["step_scripts.training.engine_ray_train"],
+        ["step_scripts.serving.served_model"],
+    ],
     ids=["all", "trials", "final fit", "server"],
 )
 def test_scikit_learn_is_installed_and_no_step_imports_it(modules: list[str], tmp_path: Path) -> None:
@@ -49,11 +54,11 @@ def test_xgboost_alone_would_import_scikit_learn(tmp_path: Path) -> None:
 
 
 def test_scikit_learn_can_be_imported_after_a_step(tmp_path: Path) -> None:
-    script = "import step_scripts.xgboost_native; import sklearn"
+    script = "import step_scripts.model.xgboost_native; import sklearn"
     assert "scikit-learn was imported" in _python(script, tmp_path, IMPORTED)
 
 
 def test_scikit_learn_that_was_imported_before_is_kept(tmp_path: Path) -> None:
     # XGBoost then finds this package incomplete, and goes on without it.
-    script = "import sklearn; import step_scripts.xgboost_native; import sklearn; print(sklearn.name)"
+    script = "import sklearn; import step_scripts.model.xgboost_native; import sklearn; print(sklearn.name)"
     assert _python(script, tmp_path, "name = 'mine'\n") == "mine\n"

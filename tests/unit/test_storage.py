@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from step_scripts import storage
+from step_scripts.runner import storage
 
 
 @pytest.fixture

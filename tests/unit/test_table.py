@@ -11,8 +11,8 @@ import pytest
 from pandera.errors import SchemaErrors
 
 from housing_assets.schema import HOUSING_TABLE, HouseSale
-from step_scripts.table import ColumnRange, ColumnSpec, DType, TableSpec
-from step_scripts.validation import pandera_schema, polars_schema, table_from_pandera
+from step_scripts.table.spec import ColumnRange, ColumnSpec, DType, TableSpec
+from step_scripts.table.validation import pandera_schema, polars_schema, table_from_pandera
 
 ROW = {
     "PRICE": 1.0, "YEAR_BUILT": 1872, "SQUARE_FEET": 334.0, "NUM_BEDROOMS": 0, "NUM_BATHROOMS": 3.5,

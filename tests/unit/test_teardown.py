@@ -29,7 +29,7 @@ from resources.feature_store.local import LocalFeatureStore
 from resources.inventory import NotOwned, OwnedItem
 from resources.model_registry.local import LocalModelRegistry
 from resources.notifier import Notifier
-from step_scripts.offline_store import OfflineStore
+from step_scripts.feature_store.offline_store import OfflineStore
 from tests.feature_rows import TABLE, ingest_rows, row, write_rows
 from tests.job_outcome import outcome
 from tests.serving_models import registered, small_model, smoke_test

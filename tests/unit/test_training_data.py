@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_scripts.contract import StepError
-from step_scripts.training_data import TrainingSplit
+from step_scripts.runner.contract import StepError
+from step_scripts.training.training_data import TrainingSplit
 from tests.split_files import TABLE, sales, scaler_of, write_split
 
 

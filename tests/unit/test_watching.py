@@ -30,12 +30,12 @@ from resources.evidence import EvidenceStore
 from resources.model_registry.base import ModelVersion
 from resources.model_registry.local import LocalModelRegistry
 from resources.notifier import Notifier
-from step_scripts.captured_requests import read_captured
-from step_scripts.contract import Artifact
-from step_scripts.deployment import DEPLOYMENT_FILE, DeploymentRecord
-from step_scripts.distributions import distribution_of
-from step_scripts.feature_parser import FeatureParser
-from step_scripts.model_artifact import load_model
+from step_scripts.model.artifact import load_model
+from step_scripts.runner.contract import Artifact
+from step_scripts.serving.captured_requests import read_captured
+from step_scripts.serving.deployment import DEPLOYMENT_FILE, DeploymentRecord
+from step_scripts.serving.feature_parser import FeatureParser
+from step_scripts.table.distributions import distribution_of
 from tests.serving_models import house_rows, registered, small_model, smoke_test
 
 LOG = logging.getLogger("test")

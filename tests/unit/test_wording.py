@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from resources.compute.base import as_metadata
 from resources.sagemaker.job_kinds import PROCESSING, TRAINING
+from step_scripts.data.rejected_rows import Reason, rejection_message
 from step_scripts.parameters import ValidateSourceParams
-from step_scripts.rejected_rows import Reason, rejection_message
-from step_scripts.table import ColumnSpec, TableSpec
-from step_scripts.wording import are, counted, megabytes, number, percent, rounded
+from step_scripts.runner.wording import are, counted, megabytes, number, percent, rounded
+from step_scripts.table.spec import ColumnSpec, TableSpec
 
 ROOT = Path(__file__).parents[2]
 TABLE = TableSpec(

@@ -1,0 +1,249 @@
+"""The first line of a CSV file: is it such a table at all, and which field holds which column?"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import re
+
+from step_scripts.runner import storage
+from step_scripts.data.content_digest import block_sum
+from step_scripts.runner.contract import StepError, StepParams
+from step_scripts.data.csv_lines import count_lines, line_end, with_newlines
+from step_scripts.parameters import SourceFile, ValidateSourceParams
+from step_scripts.table.spec import TableSpec
+
+UTF8_BOM = b"\xef\xbb\xbf"
+_FIRST_READ = 1 << 16
+_DELIMITERS = {";": "';'", "\t": "a tab", "|": "'|'", ",": "','"}
+_SIGNATURES = (
+    (b"PAR1", "a Parquet file", "export it as CSV"),
+    (b"\x1f\x8b", "gzip-compressed", "unpack it with gunzip"),
+    (b"BZh", "bzip2-compressed", "unpack it with bunzip2"),
+    (b"\xfd7zXZ\x00", "xz-compressed", "unpack it with unxz"),
+    (b"\x28\xb5\x2f\xfd", "Zstandard-compressed", "unpack it with unzstd"),
+    (b"\xd0\xcf\x11\xe0", "an old Excel workbook", "export the sheet as CSV"),
+    (b"%PDF", "a PDF document", "export the table as CSV"),
+    (b"SQLite format 3", "an SQLite database", "export the table as CSV"),
+    (b"\xff\xfe\x00\x00", "encoded in UTF-32", "convert it to UTF-8: iconv -f UTF-32 -t UTF-8"),
+    (
+        b"\xff\xfe",
+        "encoded in UTF-16 (byte order mark at byte 0, line 1)",
+        "convert it to UTF-8: iconv -f UTF-16 -t UTF-8",
+    ),
+    (
+        b"\xfe\xff",
+        "encoded in UTF-16 (byte order mark at byte 0, line 1)",
+        "convert it to UTF-8: iconv -f UTF-16 -t UTF-8",
+    ),
+)
+
+
+class CsvFile(StepParams):
+    """A source file whose header was read. Rows start at byte `data_start`, after `header_lines` lines.
+
+    `positions` holds, for each column of the table, the index of its field; a row has `fields` fields. `head_sum`: of
+    the blocks that begin before the rows (`content_digest`).
+    """
+
+    uri: str
+    bytes: int
+    modified: float
+    data_start: int
+    header_lines: int
+    fields: int
+    positions: tuple[int, ...]
+    extra_columns: tuple[str, ...] = ()
+    head_sum: int = 0
+
+
+def read_header(file: SourceFile, params: ValidateSourceParams) -> CsvFile:
+    """Read and check the header. Raises `StepError` naming file, line, column and remedy for what is no such table."""
+    head = _read_head(file, params.max_line_bytes)
+    _check_content(file.uri, head)
+    complete = len(head) == file.bytes
+    head = with_newlines(head)
+    start = len(UTF8_BOM) if head.startswith(UTF8_BOM) else 0
+    first = _first_line(file, head, start, params.max_line_bytes)
+    end = _record_end(file.uri, head, first, complete=complete)
+    header_lines = count_lines(head[:end])
+    line = count_lines(head[:first]) + 1
+    try:
+        text = head[first:end].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise StepError(f"{file.uri}, line {line}: {encoding_fault(head, first + error.start)}") from error
+    try:
+        names, *beyond = csv.reader(io.StringIO(text, newline=""), delimiter=params.delimiter)
+    except csv.Error as error:
+        raise StepError(f"{file.uri}, line {line}: the header is not readable as CSV ({error})") from error
+    if beyond or any(_holds_rows(name, params.delimiter, len(names)) for name in names):
+        raise StepError(
+            f"{file.uri}, lines {line} to {header_lines}: a quoted column name holds rows of the table. "
+            "Remove the quote character that is out of place"
+        )
+    positions = _positions(f"{file.uri}, line {line}", names, params)
+    if not head[end:].strip() and complete:
+        raise StepError(f"{file.uri} has a header (line {line}) and no rows: export it again with its rows")
+    extra = [_shown(name, i) for i, name in enumerate(names) if i not in positions]
+    return CsvFile(
+        uri=file.uri,
+        bytes=file.bytes,
+        modified=file.modified,
+        data_start=end,
+        header_lines=header_lines,
+        fields=len(names),
+        positions=tuple(positions),
+        extra_columns=tuple(extra),
+        head_sum=block_sum(head, 0, 0, end),
+    )
+
+
+def _holds_rows(name: str, delimiter: str, fields: int) -> bool:
+    """Whether this is no column name, but what stands between two stray quote characters."""
+    return any(line.count(delimiter) >= max(1, fields - 1) for line in name.splitlines()[1:])
+
+
+def encoding_fault(data: bytes, position: int, offset: int = 0) -> str:
+    """What is wrong with the byte at `position` of `data`, which stands at `offset` in its file."""
+    return (
+        f"byte 0x{data[position]:02X} at offset {offset + position:,} is not UTF-8. "
+        "Convert the file, for example from Latin-1: iconv -f ISO-8859-1 -t UTF-8"
+    )
+
+
+def nul_fault(position: int) -> str:
+    """What a byte 0 at `position` of the file means."""
+    return (
+        f"byte 0x00 at offset {position:,}: the file is binary, damaged or encoded in UTF-16. "
+        "Export it again as CSV in UTF-8"
+    )
+
+
+def long_line_fault(limit: int) -> str:
+    """What a line without an end means."""
+    return (
+        f"longer than max_line_bytes ({limit:,}): no line end where one is due. "
+        "Correct the file, or raise max_line_bytes if its lines are really that long"
+    )
+
+
+def _read_head(file: SourceFile, max_line_bytes: int) -> bytes:
+    try:
+        with storage.open_input(file.uri) as source:
+            head = source.read(_FIRST_READ)
+            if len(head) == _FIRST_READ and line_end(head.lstrip(), 0, complete=True) < 0:
+                head += source.read(max_line_bytes)
+            if head.endswith(b"\r"):
+                head += source.read(1)
+            size = source.seek(0, io.SEEK_END)
+    except FileNotFoundError as error:
+        raise StepError(f"{file.uri} does not exist any more: restore it, or correct the source") from error
+    except OSError as error:
+        raise StepError(f"{file.uri} cannot be read: {error}") from error
+    if size != file.bytes:
+        raise StepError(
+            f"{file.uri} has {size:,} bytes; it had {file.bytes:,} when it was found. "
+            "Wait until it is completely written, then start again"
+        )
+    return head
+
+
+def _check_content(uri: str, head: bytes) -> None:
+    if not head:
+        raise StepError(f"{uri} is empty (0 bytes): export it again, with a header line and rows")
+    if head.startswith(b"PK\x03\x04"):
+        kind = "an Excel workbook" if b"[Content_Types].xml" in head or b"xl/" in head else "a ZIP archive"
+        remedy = "export the sheet as CSV" if kind == "an Excel workbook" else "unpack it with unzip"
+        raise StepError(f"{uri} is {kind}, not a CSV file: {remedy}")
+    for signature, kind, remedy in _SIGNATURES:
+        if head.startswith(signature):
+            raise StepError(f"{uri} is {kind}, not a CSV file in UTF-8: {remedy}")
+    start = head.lstrip(UTF8_BOM + b" \t\r\n")[:200].lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise StepError(f"{uri} is an HTML or XML page, not a CSV file: was a download answered by an error page?")
+    if start.startswith((b"{", b'["', b"[{", b"[[", b"[\n")):
+        raise StepError(f"{uri} is JSON, not a CSV file: export the table as CSV")
+    if (position := head.find(b"\0")) >= 0:
+        raise StepError(f"{uri}, line {head.count(10, 0, position) + 1}: {nul_fault(position)}")
+    if not head.strip(UTF8_BOM + b" \t\r\n"):
+        raise StepError(f"{uri} holds nothing but blanks: export it again, with a header line and rows")
+
+
+def _first_line(file: SourceFile, head: bytes, start: int, max_line_bytes: int) -> int:
+    """Offset of the first line that is not blank."""
+    first = len(head) - len(head[start:].lstrip(b" \t\r\n"))
+    first = head.rfind(b"\n", start, first) + 1 or start
+    end = head.find(b"\n", first)
+    line = head.count(b"\n", 0, first) + 1
+    if (end if end >= 0 else len(head)) - first > max_line_bytes:
+        raise StepError(f"{file.uri}, line {line} is {long_line_fault(max_line_bytes)}")
+    return first
+
+
+def _record_end(uri: str, head: bytes, first: int, *, complete: bool) -> int:
+    """Offset after the header, which may hold quoted line ends."""
+    end = first
+    while True:
+        newline = head.find(b"\n", end)
+        end = newline + 1 if newline >= 0 else len(head)
+        if head.count(b'"', first, end) % 2 == 0 and (newline >= 0 or complete):
+            return end
+        if newline < 0:
+            line = head.count(b"\n", 0, first) + 1
+            raise StepError(f"{uri}, line {line}: a quoted column name is not closed. Add the closing quote")
+
+
+def _positions(where: str, names: list[str], params: ValidateSourceParams) -> list[int]:
+    table = params.table
+    normalized = [name.strip().casefold() for name in names]
+    found = {c: [i for i, n in enumerate(normalized) if n == c.strip().casefold()] for c in table.column_names}
+    for name, positions in found.items():
+        if len(positions) > 1:
+            fields = ", ".join(f"field {i + 1} ({names[i]!r})" for i in positions)
+            raise StepError(f"{where}: column {name} is there {len(positions)} times: {fields}. Remove or rename one")
+    missing = [name for name, positions in found.items() if not positions]
+    if missing:
+        raise StepError(_missing_columns(where, names, missing, params))
+    return [positions[0] for positions in found.values()]
+
+
+def _missing_columns(where: str, names: list[str], missing: list[str], params: ValidateSourceParams) -> str:
+    table, line = params.table, params.delimiter.join(names)
+    here = len(table.column_names) - len(missing)
+    for delimiter, shown in _DELIMITERS.items():
+        if delimiter != params.delimiter and _known(line.split(delimiter), table) > max(here, 1):
+            setting = "\\t" if delimiter == "\t" else delimiter
+            expected = _DELIMITERS.get(params.delimiter, params.delimiter)
+            return (
+                f"{where}: fields are separated by {shown}, not by {expected}. "
+                f'Set delimiter to "{setting}", or export the file with the configured one'
+            )
+    if all(re.fullmatch(r"\s*[-+]?[\d.]+(e[-+]?\d+)?\s*", name, re.IGNORECASE) for name in names):
+        return f"{where} holds data, not column names. Add a first line: {params.delimiter.join(table.column_names)}"
+    spare = [name.strip() for name in names if name.strip().casefold() not in _folded(table)]
+    hints = []
+    for column in missing:
+        close = difflib.get_close_matches(column.casefold(), [n.casefold() for n in spare], n=1, cutoff=0.6)
+        if close:
+            actual = next(n for n in spare if n.casefold() == close[0])
+            hints.append(f"is {actual!r} meant to be {column}?")
+    header = ", ".join(repr(name[:60]) for name in names[:30])
+    plural = "columns" if len(missing) > 1 else "column"
+    return (
+        f"{where}: {plural} {', '.join(missing)} missing; the header has {header}. "
+        + (" ".join(hints) + " " if hints else "")
+        + "Add or rename the column, or adapt the schema"
+    )
+
+
+def _folded(table: TableSpec) -> set[str]:
+    return {name.casefold() for name in table.column_names}
+
+
+def _known(names: list[str], table: TableSpec) -> int:
+    return len({n.strip().strip('"').casefold() for n in names} & _folded(table))
+
+
+def _shown(name: str, index: int) -> str:
+    return name.strip() or f"(no name, field {index + 1})"

@@ -1,0 +1,135 @@
+"""Where events are read from: pieces of a dataset's files and of a feature group's."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact, StepError
+from step_scripts.runner.wording import counted
+from step_scripts.table.column_types import polars_schema
+from step_scripts.table.spec import TableSpec
+
+TIMESTAMP = pl.Datetime("us", "UTC")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows `offset` to `offset + rows` of some Parquet files, one after the other: small files whole, or a slice.
+
+    Of the dataset; or of the group, then `commits` holds, of each file, the number of the commit and of its rows.
+    """
+
+    index: int
+    uris: tuple[str, ...]
+    offset: int
+    rows: int
+    commits: tuple[tuple[int, int], ...] | None = None
+
+
+def dataset_sources(dataset: Artifact, most_rows: int) -> list[Source]:
+    """The Parquet files of a dataset, divided and grouped into pieces of up to `most_rows` rows."""
+    files = [(storage.join(dataset.uri, f.path), f.rows) for f in dataset.files if f.path.endswith(".parquet")]
+    counted = [(uri, rows if rows is not None else _rows_of(uri)) for uri, rows in files]
+    pieces: list[tuple[tuple[str, ...], int, int]] = []
+    for group in _grouped(counted, most_rows):
+        rows = sum(count for _, count in group)
+        uris = tuple(uri for uri, _ in group)
+        pieces += [(uris, at, min(most_rows, rows - at)) for at in range(0, rows, most_rows)]
+    return [Source(index, uris, at, rows) for index, (uris, at, rows) in enumerate(pieces)]
+
+
+def stored_sources(first_index: int, files: Sequence[tuple[int, str, int]], most_rows: int) -> list[Source]:
+    """Stored files, given as (commit, path, rows), grouped into pieces of up to `most_rows` rows, or of one file."""
+    number = {path: commit for commit, path, _ in files}
+    groups = _grouped([(path, rows) for _, path, rows in files], most_rows)
+    return [
+        Source(
+            first_index + n,
+            tuple(path for path, _ in group),
+            0,
+            sum(rows for _, rows in group),
+            tuple((number[path], rows) for path, rows in group),
+        )
+        for n, group in enumerate(groups)
+    ]
+
+
+def read_source(
+    source: Source, columns: Sequence[str], table: TableSpec, rows: np.ndarray | None = None
+) -> pl.DataFrame:
+    """Columns of `source`, all its rows or those given. Columns that stored files lack are null.
+
+    Raises `StepError` if a file cannot be read, lacks a column, or has one of another type.
+    """
+    types: dict[str, Any] = {"record_id": pl.String(), "event_time": TIMESTAMP} | polars_schema(table)
+    if source.commits is not None:
+        types |= {"write_time": TIMESTAMP, "api_invocation_time": TIMESTAMP, "is_deleted": pl.Boolean()}
+    try:
+        events = pl.scan_parquet(
+            [_file(uri) for uri in source.uris],  # pyright: ignore[reportArgumentType]
+            schema=types,
+            missing_columns="raise" if source.commits is None else "insert",
+            extra_columns="ignore",
+            hive_partitioning=False,
+            glob=False,
+        )
+        result = events.slice(source.offset, source.rows).select(columns).collect()
+    except (FileNotFoundError, pl.exceptions.PolarsError) as error:
+        raise StepError(_explained(source, types, error)) from error
+    if result.height != source.rows:
+        raise StepError(f"{source.uris[0]} and those after it have fewer rows than they should. Make them again")
+    return result if rows is None or len(rows) == source.rows else result[rows]
+
+
+def check_complete(ids: pl.DataFrame, source: Source) -> None:
+    """Raise `StepError` if a row has no record id or no event time."""
+    for name in ("record_id", "event_time"):
+        if empty := ids[name].null_count():
+            raise StepError(
+                f"{source.uris[0]}: {empty:,} of {counted(source.rows, 'row')} without {name}. Make its asset again"
+            )
+
+
+def _grouped(files: Sequence[tuple[str, int]], most_rows: int) -> Iterator[list[tuple[str, int]]]:
+    group: list[tuple[str, int]] = []
+    held = 0
+    for uri, rows in files:
+        if group and held + rows > most_rows:
+            yield group
+            group, held = [], 0
+        group.append((uri, rows))
+        held += rows
+    if group:
+        yield group
+
+
+def _file(uri: str) -> Any:
+    return io.BytesIO(storage.read_bytes(uri)) if storage.is_remote(uri) else storage.local_path(uri)
+
+
+def _explained(source: Source, types: dict[str, Any], error: Exception) -> str:
+    """Which file is to blame, and what is wrong with it."""
+    remedy = "Make its asset again" if source.commits is None else "Restore it from a backup, or delete the group"
+    for uri in source.uris:
+        try:
+            schema = pl.read_parquet_schema(_file(uri))
+        except (FileNotFoundError, pl.exceptions.PolarsError) as reason:
+            return f"{uri} cannot be read ({reason}). {remedy}"
+        if source.commits is None and (missing := [name for name in types if name not in schema]):
+            return f"{uri} lacks the columns {missing}; it has {list(schema)}. {remedy}"
+        if wrong := [f"{n} is {schema[n]}, not {types[n]}" for n in types if n in schema and schema[n] != types[n]]:
+            return f"{uri}: column {'; '.join(wrong)}. {remedy}"
+    return f"{source.uris[0]} cannot be read ({error}). {remedy}"
+
+
+def _rows_of(uri: str) -> int:
+    with storage.open_input(uri) as file:
+        return pq.ParquetFile(file).metadata.num_rows

@@ -1,0 +1,151 @@
+"""What the Ray cluster has, and how to divide it among workers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+import ray._private.state
+import ray._private.worker
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from step_scripts.runner.contract import Reporter, StepError
+from step_scripts.runner.ports import is_open
+
+WAIT_VARIABLE = "HOUSING_RESOURCE_WAIT_SECONDS"
+_DEFAULT_WAIT_SECONDS = 1800.0
+_SETTLE_SECONDS = 5.0  # CPUs of actors that have just been ended are free a little later
+_MESSAGE_SECONDS = 15.0
+
+
+@contextlib.contextmanager
+def scratch_folder(prefix: str) -> Iterator[str]:
+    """A folder for the block, inside the folder of the Ray session, with which it goes if the process is killed."""
+    node = ray._private.worker._global_node
+    parent = node.get_session_dir_path() if node is not None else None
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+def node_cpus() -> list[int]:
+    """CPUs of each node that is alive and has any, most first."""
+    counts = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return sorted((c for c in counts if c > 0), reverse=True) or [1]
+
+
+def wait_seconds() -> float:
+    """How long to wait for resources that others use, `HOUSING_RESOURCE_WAIT_SECONDS`."""
+    return float(os.environ.get(WAIT_VARIABLE) or _DEFAULT_WAIT_SECONDS)
+
+
+def free_cpus(what: str, needed: int, log: Reporter | None) -> list[int]:
+    """CPUs of each node that nobody uses, most first, as soon as `needed` of them are free for `what`.
+
+    In a session of our own those are all: what is in use is ours and about to end. Raises `StepError` if too few are
+    free within `wait_seconds`.
+    """
+    node = ray._private.worker._global_node
+    if node is not None and node.head:
+        return node_cpus()
+    start = time.monotonic()
+    limit, next_message = wait_seconds(), 0.0
+    while True:
+        waited = time.monotonic() - start
+        total, free = sum(node_cpus()), _unused()
+        if sum(free) >= needed and (sum(free) >= total or waited >= _SETTLE_SECONDS):
+            return free
+        state = f"{what} needs {needed} {'CPU' if needed == 1 else 'CPUs'} of the Ray cluster, {sum(free)} of {total}"
+        if waited >= max(limit, _SETTLE_SECONDS):
+            raise StepError(
+                f"{state} were free within {limit:g} s: end what uses them, or wait longer by {WAIT_VARIABLE}"
+            )
+        if waited >= next_message and sum(free) < needed:
+            next_message = waited + _MESSAGE_SECONDS
+            if log is not None:
+                log.info(f"{state} are free; waiting for {waited:.0f} of at most {limit:g} s")
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def reserved(what: str, cpus: int, log: Reporter | None) -> Iterator[dict[str, Any]]:
+    """Options for a task that is to have that many CPUs of one node, which are its own as soon as the block begins.
+
+    Raises `StepError` if they are not free within `wait_seconds`. In a session of our own nobody else could use them.
+    """
+    node = ray._private.worker._global_node
+    if node is not None and node.head:
+        yield {"num_cpus": cpus}
+        return
+    group = placement_group([{"CPU": cpus}])
+    try:
+        with waiting_is_told(what, log):
+            if not group.wait(wait_seconds()):
+                raise no_room(what)
+        yield {"num_cpus": cpus, "scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
+    finally:
+        remove_placement_group(group)
+
+
+def no_room(what: str) -> StepError:
+    """For what has waited as long as it may."""
+    return StepError(
+        f"the Ray cluster had no room for {what} within {wait_seconds():g} s: end what uses it, or wait longer by "
+        f"{WAIT_VARIABLE}"
+    )
+
+
+@contextlib.contextmanager
+def waiting_is_told(what: str, log: Reporter | None) -> Iterator[None]:
+    """Tell `log` in the block now and then if a placement group that is asked for in it waits for CPUs."""
+    known = set(placement_group_table())
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(_MESSAGE_SECONDS):
+            asked = [group for name, group in placement_group_table().items() if name not in known]
+            if log is not None and any(group["state"] == "PENDING" for group in asked):
+                log.info(f"{what} waits for CPUs of the Ray cluster: {sum(_unused())} of {sum(node_cpus())} are free")
+
+    thread = threading.Thread(target=look, name="tell-waiting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _unused() -> list[int]:
+    nodes = ray._private.state.available_resources_per_node()
+    return sorted((int(resources.get("CPU", 0)) for resources in nodes.values()), reverse=True) or [0]
+
+
+def cpus_per_worker(num_workers: int, nodes: list[int]) -> int:
+    """The most CPUs that each of `num_workers` can have at once, on nodes with so many CPUs; 0 if they do not fit."""
+    for cpus in range(nodes[0], 0, -1):
+        if sum(node // cpus for node in nodes) >= num_workers:
+            return cpus
+    return 0
+
+
+def await_lost_nodes(seconds: float) -> None:
+    """Wait until Ray knows of every node that cannot be reached any more that it is gone, for at most `seconds`.
+
+    Ray takes its time to be sure; until then it would wait for workers on such a node.
+    """
+    deadline = time.monotonic() + seconds
+    suspects = {n["NodeID"] for n in ray.nodes() if n["Alive"] and not _answers(n)}
+    while suspects and time.monotonic() < deadline:
+        time.sleep(0.5)
+        suspects &= {n["NodeID"] for n in ray.nodes() if n["Alive"] and not _answers(n)}
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    return is_open(node["NodeManagerAddress"], node["NodeManagerPort"], 2.0)

@@ -1,0 +1,236 @@
+"""Runs one step: reuses a valid manifest, or executes the step and commits its outputs.
+
+By hand: `python -m step_scripts.runner request.json`, where the file holds a `StepRequest`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from step_scripts.runner import storage
+from step_scripts.runner.code_check import CodeCheck
+from step_scripts.runner.code_version import library_versions
+from step_scripts.runner.contract import (
+    DamagedArtifactError,
+    Reporter,
+    StepContext,
+    StepDefinition,
+    StepError,
+    StepOutcome,
+    StepRequest,
+    StepResult,
+    check_files,
+)
+from step_scripts.runner.disk_space import explain_full_disk
+from step_scripts.runner.ray_session import RaySession, RaySettings
+
+
+def load_step(name: str) -> StepDefinition:
+    """The definition in `step_scripts.<name>`, or, for a dotted name, in that module.
+
+    Raises `StepError` for a name that is no step.
+    """
+    module = name if "." in name else f"step_scripts.{name}"
+    try:
+        return importlib.import_module(module).STEP
+    except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name != module:
+            raise
+        raise StepError(f"there is no step {module}") from error
+
+
+def find_result(request: StepRequest, unusable: Callable[[str], None] | None = None) -> StepResult | None:
+    """The result of an earlier run of the same request, if it is complete and not older than `request.not_before`.
+
+    `unusable` is called with the reason if there is such a result and it has to be made again: a file of it is missing
+    or not as it was written (see `contract.check_files`), or its code version does not cover all that took part.
+    """
+    try:
+        manifest = StepResult.model_validate_json(storage.read_bytes(request.manifest_uri))
+    except FileNotFoundError:
+        return None
+    except ValidationError:  # written by another version of this module: as good as absent
+        return None
+    if manifest.request_digest != request.digest:
+        return None
+    if request.not_before is not None and manifest.created_at < request.not_before:
+        return None
+    reason = ""
+    try:
+        for output in manifest.outputs.values():
+            check_files(output, "local")
+    except DamagedArtifactError as error:
+        reason = str(error)
+    if manifest.unversioned:
+        reason = f"its code version does not cover {', '.join(manifest.unversioned)}"
+    if reason:
+        if unusable is not None:
+            unusable(f"the earlier result of {request.step} is not reused but made again: {reason}")
+        return None
+    return manifest.model_copy(update={"reused": True})
+
+
+def run_step(
+    request: StepRequest, reporter: Reporter, session: RaySession, *, attempt: str | None = None, waited: float = 0.0
+) -> StepResult:
+    """Run `request`, or answer it from its manifest.
+
+    Raises `StepError` for bad input or parameters. On any failure the attempt's files are removed, other than those
+    that the error says to keep, which then stand below `<output_uri>/failed/`. `attempt` names the folder of the files,
+    for a caller that cleans up after a killed process. `waited` is how long the request waited for Ray, seconds.
+    """
+    attempt = attempt or uuid.uuid4().hex[:12]
+    context = StepContext(request, storage.join(request.output_uri, attempt), reporter)
+    if (found := find_result(request, reporter.warning)) is not None:
+        _forget_checkpoints(context)
+        return found
+    code = CodeCheck(request, session)
+    start = time.perf_counter() - waited
+    step = load_step(request.step)
+    if missing := [name for name in step.inputs if name not in request.inputs]:
+        raise StepError(f"step {request.step} needs the inputs {missing}")
+    try:
+        params = step.params.model_validate(request.params)
+    except ValidationError as error:
+        raise StepError(f"parameters of step {request.step}: {_readable(error)}") from error
+    code.require()
+    context.confirm = code.require
+    _check_inputs(request)
+    try:
+        if step.uses_ray:
+            with context.phase("start Ray"):
+                session.ensure()
+            if session.settings.address:
+                code.require()  # of its nodes
+            context.seconds["start Ray"] += waited
+        outcome = step.run(context, params)
+        code.require()
+        if absent := [name for name in step.outputs if name not in outcome.outputs]:
+            raise RuntimeError(f"step {request.step} returned without its outputs {absent}")
+        context.seconds["total"] = time.perf_counter() - start
+        result = _commit(request, context, outcome, session, code.unversioned())
+    except BaseException as error:
+        local = [] if storage.is_remote(request.output_root) else [storage.local_path(request.output_root)]
+        full = explain_full_disk(error, [*local, tempfile.gettempdir()])
+        if isinstance(error, StepError):
+            _keep(request, error)
+        storage.delete(context.attempt_uri)
+        if full is not None:
+            raise StepError(full) from error
+        raise
+    _forget_checkpoints(context)
+    return result
+
+
+def _forget_checkpoints(context: StepContext) -> None:
+    """Remove what was kept for later attempts: the work is done. One that runs at the same time keeps its own."""
+    for uri in (context.checkpoint_uri, context.attempt_checkpoint_uri):
+        if uri is not None:
+            try:
+                storage.delete(uri)
+            except OSError as error:
+                context.log.warning(f"checkpoints remain at {uri}: {error}")
+
+
+def _check_inputs(request: StepRequest) -> None:
+    for name, artifact in request.inputs.items():
+        try:
+            check_files(artifact)
+        except DamagedArtifactError as error:
+            raise StepError(
+                f"input {name} of step {request.step} is damaged: {error}. Materialize the asset that made it again: "
+                "what is damaged is made anew"
+            ) from error
+
+
+def _commit(
+    request: StepRequest, context: StepContext, outcome: StepOutcome, session: RaySession, unversioned: list[str]
+) -> StepResult:
+    if unversioned:
+        context.log.warning(
+            f"step {request.step} has loaded {', '.join(unversioned)}, which its code version does not cover: the "
+            "result will not be reused. Import the module, or name it in a string, where it is used"
+        )
+    written = context.attempt_uri.rstrip("/") + "/"
+    for output in outcome.outputs.values():
+        if output.uri.startswith(written):  # what lies elsewhere was committed by whoever keeps it
+            folder = output.uri.removeprefix(request.output_root.rstrip("/") + "/")
+            storage.sync(request.output_root, [f"{folder.rstrip('/')}/{file.path}" for file in output.files])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = StepResult(
+        step=request.step,
+        request_digest=request.digest,
+        code_version=request.code_version,
+        run_id=request.run_id,
+        created_at=datetime.now(UTC),
+        params=request.params,
+        inputs=request.inputs,
+        outputs=outcome.outputs,
+        metrics=outcome.metrics,
+        details=outcome.details,
+        seconds={name: round(seconds, 4) for name, seconds in context.seconds.items()},
+        peak_memory_bytes=peak * (1 if sys.platform == "darwin" else 1024),
+        cpus=session.cpus(),
+        nodes=session.nodes(),
+        versions={**library_versions(), "python": sys.version.split()[0]},
+        unversioned=unversioned,
+    )
+    # In the order of the fields, which is what people see: also where the result is read again.
+    storage.write_bytes(request.manifest_uri, json.dumps(result.model_dump(mode="json"), indent=2).encode())
+    return result
+
+
+def _keep(request: StepRequest, error: StepError) -> None:
+    for name, uri in error.keep.items():
+        kept = request.kept_uri(name)
+        with storage.open_input(uri) as source, storage.open_output(kept) as target:
+            shutil.copyfileobj(source, target)
+        error.details[name] = kept
+
+
+def _readable(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc'])) or 'value'}: {e['msg']} (got {e['input']!r})" for e in error.errors()
+    )
+
+
+class PrintReporter:
+    """Prints messages on standard error."""
+
+    def info(self, message: str) -> None:
+        """Print `message`."""
+        print(message, file=sys.stderr, flush=True)
+
+    def warning(self, message: str) -> None:
+        """Print `message`, marked as a warning."""
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the request in the file named by the only argument; print the manifest. Returns the exit status."""
+    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
+        print(__doc__, file=sys.stderr)
+        return 2
+    request = StepRequest.model_validate_json(Path(arguments[0]).read_bytes())
+    session = RaySession(RaySettings())
+    try:
+        result = run_step(request, PrintReporter(), session)
+    except StepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        session.stop()
+    print(json.dumps(result.model_dump(mode="json"), indent=2))
+    return 0

@@ -1,0 +1,130 @@
+"""What S3 can do and Arrow's file system cannot: conditional puts, times of change, deletion without folder markers."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from step_scripts.runner.contract import StepError
+
+_ATTEMPTS = 10  # of one request, with exponential backoff: about a minute of throttling
+_CONFLICTS = 20  # puts of the same key at the same moment
+_DELETED_AT_ONCE = 1000
+
+
+@dataclass(frozen=True)
+class S3Object:
+    """An object, by its path below the prefix that was listed."""
+
+    path: str
+    bytes: int
+    modified: datetime
+    etag: str
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Bucket and key of an s3:// URI."""
+    bucket, _, key = uri.partition("://")[2].partition("/")
+    return bucket, key
+
+
+def region() -> str | None:
+    """The region of this process. Boto3 does not read `AWS_REGION`, which is what SageMaker sets in its jobs."""
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+
+
+def service_client(
+    service: str, region_name: str | None = None, connections: int = 32, attempts: int = _ATTEMPTS
+) -> Any:
+    """A boto3 client that makes `attempts` attempts where it is throttled. It may be used by several threads."""
+    environment = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
+    return _client(service, region_name or region(), connections, attempts, environment)
+
+
+@functools.lru_cache(maxsize=16)
+def _client(
+    service: str, region_name: str | None, connections: int, attempts: int, environment: tuple[tuple[str, str], ...]
+) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": attempts},
+        connect_timeout=10,
+        read_timeout=60,
+        max_pool_connections=connections,
+    )
+    # A session of its own: boto3's default session must not be used by several threads at once.
+    session = boto3.Session(region_name=region_name)
+    return session.client(service, config=config)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def put_if_absent(uri: str, data: bytes) -> bool:
+    """Write an object unless there is one. False if another one is there. Of several writers, one gets True.
+
+    An object with the very same bytes counts as written by this call, whose answer may have been lost.
+    """
+    from botocore.exceptions import ClientError
+
+    bucket, key = split_uri(uri)
+    s3 = service_client("s3")
+    for _ in range(_CONFLICTS):
+        try:
+            s3.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+            return True
+        except ClientError as error:
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if status == 412:
+                return s3.get_object(Bucket=bucket, Key=key)["Body"].read() == data
+            if status != 409:  # another put of the key is under way: who was first is not decided yet
+                raise
+            time.sleep(random.uniform(0.05, 0.5))
+    raise StepError(f"{uri} could not be written: others write it at the same time, again and again. Try again later")
+
+
+def list_objects(uri: str, *, deep: bool = True) -> Iterator[S3Object]:
+    """All objects below a prefix, without folder markers; without those in folders below it unless `deep`."""
+    bucket, key = split_uri(uri)
+    prefix = key.rstrip("/") + "/" if key.rstrip("/") else ""
+    request = {"Bucket": bucket, "Prefix": prefix, **({} if deep else {"Delimiter": "/"})}
+    for page in service_client("s3").get_paginator("list_objects_v2").paginate(**request):
+        for item in page.get("Contents", []):
+            if not item["Key"].endswith("/"):
+                yield S3Object(item["Key"].removeprefix(prefix), item["Size"], item["LastModified"], item["ETag"])
+
+
+def delete_objects(uri: str, paths: Sequence[str]) -> None:
+    """Delete objects given by their paths below a prefix. Those that are not there do not matter."""
+    bucket, key = split_uri(uri)
+    for start in range(0, len(paths), _DELETED_AT_ONCE):
+        chosen = [{"Key": f"{key.rstrip('/')}/{path}"} for path in paths[start : start + _DELETED_AT_ONCE]]
+        answer = service_client("s3").delete_objects(Bucket=bucket, Delete={"Objects": chosen, "Quiet": True})
+        if errors := answer.get("Errors"):
+            first = errors[0]
+            raise StepError(
+                f"{len(errors)} objects below {uri} could not be deleted, the first is {first.get('Key')}: "
+                f"{first.get('Code')} {first.get('Message')}. Allow s3:DeleteObject for this prefix"
+            )
+
+
+def delete_prefix(uri: str) -> None:
+    """Delete everything below a prefix, folder markers included."""
+    bucket, key = split_uri(uri)
+    prefix = key.rstrip("/") + "/"
+    for page in service_client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        delete_objects(uri, [item["Key"].removeprefix(prefix) for item in page.get("Contents", [])])
+
+
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders directly below a prefix."""
+    bucket, key = split_uri(uri)
+    prefix = key.rstrip("/") + "/" if key.rstrip("/") else ""
+    pages = service_client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
+    found = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", [])]
+    return [name.removeprefix(prefix).rstrip("/") for name in found]

@@ -1,0 +1,249 @@
+"""Files behind URIs: a local path, or `s3://bucket/prefix`. The same calls serve both, through Arrow's file systems.
+
+Small objects are written atomically: a reader sees the old bytes or the new ones, never a part of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from step_scripts.runner.disk_space import file_named
+from step_scripts.runner.private_files import private_folder
+
+if TYPE_CHECKING:
+    from pyarrow import fs
+
+
+_DISCARDED = re.compile(r"\..+\.[0-9a-f]{32}\.deleted")
+# What Arrow takes credentials from, other than files and services that renew them.
+_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
+
+
+def is_remote(uri: str) -> bool:
+    """Whether `uri` names an object store and not a local path."""
+    return "://" in uri and not uri.startswith("file://")
+
+
+def local_path(uri: str) -> Path:
+    """The local path that `uri` names. Raises `ValueError` for a remote one."""
+    if is_remote(uri):
+        raise ValueError(f"{uri} is not a local path")
+    return Path(uri.removeprefix("file://"))
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` extended by `parts`, with single slashes between them."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """Arrow's file system for `uri`, and the path in it. `AWS_ENDPOINT_URL` redirects S3 to another server."""
+    from pyarrow import fs
+
+    if not is_remote(uri):
+        return fs.LocalFileSystem(), str(local_path(uri).absolute())
+    scheme, _, path = uri.partition("://")
+    if scheme not in ("s3", "s3a"):
+        raise ValueError(f"{uri}: only local paths and s3:// URIs are supported")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return _s3(endpoint, region, tuple(os.environ.get(name) for name in _CREDENTIALS)), path
+
+
+@functools.lru_cache(maxsize=8)
+def _s3(endpoint: str | None, region: str | None, credentials: tuple[str | None, ...]) -> fs.FileSystem:
+    """One file system for each place and account, so that connections are kept."""
+    from pyarrow import fs
+
+    return fs.S3FileSystem(
+        region=region,
+        endpoint_override=endpoint,
+        # Arrow's own limit for connecting, one second, is too short for a busy machine.
+        connect_timeout=10,
+        request_timeout=60,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=10),
+    )
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole content. Raises `FileNotFoundError`."""
+    filesystem_, path = filesystem(uri)
+    with filesystem_.open_input_file(path) as file:
+        return file.read()
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write `data` atomically: locally by renaming a temporary file, on S3 because a put is atomic."""
+    if is_remote(uri):
+        content = memoryview(data)  # whatever cannot be written must fail before: Arrow stores what it has got
+        filesystem_, path = filesystem(uri)
+        # Without `compression` Arrow compresses what goes into a file whose name ends with .gz.
+        with filesystem_.open_output_stream(path, compression=None) as stream:
+            stream.write(content)
+        return
+    target = local_path(uri)
+    private_folder(target.parent)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with file_named(target), temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        _sync(target.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def upload(file: Path, uri: str) -> None:
+    """Copy a local file to `uri` on S3, in pieces. If that fails, there is nothing at `uri`."""
+    filesystem_, path = filesystem(uri)
+    if not is_remote(uri):
+        raise ValueError(f"{uri} is a local path: write the file there")
+    try:
+        with file.open("rb") as source, filesystem_.open_output_stream(path, compression=None) as stream:
+            while chunk := source.read(8 << 20):
+                stream.write(chunk)
+    except BaseException:
+        delete(uri)  # Arrow stores what it has got
+        raise
+
+
+@contextmanager
+def open_input(uri: str) -> Iterator[IO[bytes]]:
+    """A seekable binary file open for reading. Raises `FileNotFoundError`."""
+    filesystem_, path = filesystem(uri)
+    with filesystem_.open_input_file(path) as file:
+        yield file  # pyright: ignore[reportReturnType]  # Arrow's NativeFile implements the file protocol
+
+
+@contextmanager
+def open_output(uri: str) -> Iterator[IO[bytes]]:
+    """A binary stream open for writing; parent folders are made. Not atomic: commit by a manifest."""
+    filesystem_, path = filesystem(uri)
+    if not is_remote(uri):
+        private_folder(Path(path).parent)
+    naming = contextlib.nullcontext() if is_remote(uri) else file_named(Path(path))
+    with naming, filesystem_.open_output_stream(path, compression=None) as stream:
+        yield stream  # pyright: ignore[reportReturnType]  # Arrow's NativeFile implements the file protocol
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or a non-empty prefix stands at `uri`."""
+    from pyarrow import fs
+
+    filesystem_, path = filesystem(uri)
+    return filesystem_.get_file_info(path).type != fs.FileType.NotFound
+
+
+def list_files(uri: str) -> list[str]:
+    """URIs of all files below `uri`, sorted; empty if there is nothing."""
+    from pyarrow import fs
+
+    filesystem_, path = filesystem(uri)
+    selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
+    prefix = uri.partition("://")[0] + "://" if is_remote(uri) else ""
+    return sorted(prefix + info.path for info in filesystem_.get_file_info(selector) if info.type == fs.FileType.File)
+
+
+def sizes(uri: str, paths: Sequence[str]) -> dict[str, int]:
+    """Sizes in bytes of the files at `paths` below `uri`; those that are missing are left out. On S3 one listing."""
+    if is_remote(uri):
+        wanted = set(paths)
+        return {path: size for path, size, _ in list_details(uri) if path in wanted} if wanted else {}
+    found = {}
+    for path in paths:
+        try:
+            found[path] = local_path(join(uri, path)).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+    return found
+
+
+def sync(uri: str, paths: Iterable[str]) -> None:
+    """See that local files at `paths` below `uri`, whoever has written them, and their folders survive a power cut.
+
+    Nothing has to be done on S3. Call it before the file that commits them is written.
+    """
+    if is_remote(uri):
+        return
+    root = local_path(uri).absolute()
+    files = [root / path for path in paths]
+    folders = {root, root.parent}
+    for file in files:
+        _sync(file)
+        folders.update(folder for folder in file.parents if folder.is_relative_to(root))
+    for folder in folders:
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def list_folders(uri: str) -> list[str]:
+    """URIs of the folders directly below `uri`, sorted; empty if there is nothing."""
+    from pyarrow import fs
+
+    filesystem_, path = filesystem(uri)
+    found = filesystem_.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    prefix = uri.partition("://")[0] + "://" if is_remote(uri) else ""
+    return sorted(prefix + info.path for info in found if info.type == fs.FileType.Directory)
+
+
+def list_details(uri: str) -> list[tuple[str, int, float]]:
+    """All files below `uri`: path relative to it, size in bytes, time of modification in seconds since 1970."""
+    from pyarrow import fs
+
+    filesystem_, path = filesystem(uri)
+    found = filesystem_.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    return sorted(
+        (info.path.removeprefix(path.rstrip("/") + "/"), info.size or 0, (info.mtime_ns or 0) / 1e9)
+        for info in found
+        if info.type == fs.FileType.File
+    )
+
+
+def delete(uri: str) -> None:
+    """Remove the file, or everything below the prefix. Nothing happens if there is nothing."""
+    from pyarrow import fs
+
+    filesystem_, path = filesystem(uri)
+    kind = filesystem_.get_file_info(path).type
+    if kind == fs.FileType.Directory:
+        filesystem_.delete_dir(path)
+    elif kind == fs.FileType.File:
+        filesystem_.delete_file(path)
+
+
+def discard_folder(folder: Path) -> None:
+    """Remove a local folder: it is gone from its place at once, however long the removal takes.
+
+    Raises `OSError` if something in it cannot be removed; `discarded_folders` then lists what is left. Nothing happens
+    if there is no such folder.
+    """
+    doomed = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.deleted")
+    try:
+        folder.rename(doomed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(doomed)
+
+
+def discarded_folders(parent: Path) -> list[Path]:
+    """What is left, directly in `parent`, of folders whose removal was interrupted or has failed."""
+    return sorted(p for p in parent.iterdir() if _DISCARDED.fullmatch(p.name)) if parent.is_dir() else []

@@ -1,0 +1,132 @@
+"""The driver process of a run: executes requests one after the other in one Ray session.
+
+Forked by `step_scripts.runner.keeper`, which also ends what this process leaves behind. The control descriptor is one
+end of a socket pair that carries JSON lines: in `{"request": …, "attempt": …, "pipes": {…}}`, out `{"result": …}` or
+`{"error": …}`. `{"prepare": true}` says that a request will follow; there is no answer. When the other end closes, or
+on SIGTERM, the process ends Ray and itself; also when Ray has lost a process that it cannot work without, after an
+error with `"ended": true`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultMessageWriter, PipesMappingParamsLoader
+
+from step_scripts.runner.contract import StepError, StepRequest
+from step_scripts.runner.execution import run_step
+from step_scripts.runner.ray_session import RaySession, RaySettings
+
+_SHUTDOWN_SECONDS = 3.0
+# What later steps import, in small portions: a request that comes in the meantime waits for the one under way.
+# Relative names: by full ones all of it would belong to the code of every step (`step_scripts.runner.code_version`).
+_LATER_IMPORTS = (
+    "..ingest_features",
+    "..prepare_splits",
+    "..model.xgboost_native",
+    "optuna",
+    "ray.tune",
+    "..tune_model",
+    "..evaluate_model",
+)
+
+
+class PipesReporter:
+    """Sends messages to Dagster."""
+
+    def __init__(self, pipes: PipesContext) -> None:
+        self._pipes = pipes
+
+    def info(self, message: str) -> None:
+        """Log `message` in the Dagster run."""
+        self._pipes.log.info(message)
+
+    def warning(self, message: str) -> None:
+        """Log `message` as a warning."""
+        self._pipes.log.warning(message)
+
+
+def answer(message: dict[str, Any], session: RaySession) -> dict[str, Any]:
+    """Run the request in `message`; its result or its error as plain data."""
+    request = StepRequest.model_validate(message["request"])
+    try:
+        with PipesContext(
+            params_loader=PipesMappingParamsLoader(message["pipes"]),
+            context_loader=PipesDefaultContextLoader(),
+            message_writer=PipesDefaultMessageWriter(),
+        ) as pipes:
+            reporter, waited = PipesReporter(pipes), message.get("waited", 0.0)
+            result = run_step(request, reporter, session, attempt=message["attempt"], waited=waited)
+    except StepError as error:
+        return {"error": {"kind": "input", "message": str(error), "details": error.details}}
+    except Exception as error:  # noqa: BLE001  # the process's boundary: becomes the other side's exception
+        summary = session.loss() or f"{type(error).__name__}: {error}"
+        return {"error": {"kind": "crash", "message": summary, "traceback": traceback.format_exc()}}
+    return {"result": result.model_dump(mode="json")}
+
+
+def _end(session: RaySession) -> None:
+    """End Ray if that takes no longer than `_SHUTDOWN_SECONDS`, then the process; Ray's own processes follow it."""
+    stopper = threading.Thread(target=session.stop, daemon=True)
+    stopper.start()
+    stopper.join(_SHUTDOWN_SECONDS)
+    os._exit(0)
+
+
+def _next_request(requests: queue.SimpleQueue[dict[str, Any]], imports: Iterator[str]) -> dict[str, Any]:
+    """The next request. While there is none, the time goes into what later steps will import."""
+    while requests.empty() and (module := next(imports, None)) is not None:
+        importlib.import_module(module, __package__)
+    return requests.get()
+
+
+def main(descriptor: int) -> None:
+    """Serve requests until the other end closes."""
+    channel = socket.socket(fileno=descriptor)
+    settings = RaySettings.model_validate_json(os.environ.get("HOUSING_RAY_SETTINGS", "{}"))
+
+    def lost(reason: str) -> None:
+        error = {"kind": "crash", "message": reason, "traceback": "see the run's output"}
+        with contextlib.suppress(OSError):
+            channel.sendall(json.dumps({"error": error, "ended": True}).encode() + b"\n")
+        os._exit(1)
+
+    session = RaySession(settings, on_loss=lost)
+    if folder := os.environ.get("HOUSING_RAY_FOLDER"):
+        session.temporary_folder = Path(folder)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=_end, args=(session,)).start())
+    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+
+    def listen() -> None:
+        with channel.makefile("r", encoding="utf-8") as lines, contextlib.suppress(OSError):
+            for line in lines:
+                requests.put({**json.loads(line), "received": time.monotonic()})
+        _end(session)
+
+    threading.Thread(target=listen, daemon=True).start()
+    imports, later = iter(()), iter(_LATER_IMPORTS)
+    ready = 0.0
+    while True:
+        request = _next_request(requests, imports)
+        if "prepare" in request:
+            # An error comes again with the request, and is reported then.
+            with contextlib.suppress(Exception):
+                session.ensure()
+            ready = time.monotonic()
+            continue
+        request["waited"] = max(0.0, ready - request["received"])
+        reply = answer(request, session)
+        channel.sendall(json.dumps(reply).encode() + b"\n")
+        imports = later

@@ -1,0 +1,87 @@
+"""A model artifact, loaded to answer requests: raw features in, predictions out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from step_scripts.model.artifact import FILES, load_model
+from step_scripts.model.xgboost_native import xgb
+from step_scripts.runner.contract import Artifact, DamagedArtifactError, check_files, file_info
+from step_scripts.serving.feature_parser import FeatureParser
+
+_ROWS_ON_ONE_THREAD = 256  # with fewer, waking other threads takes longer than the trees
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """Immutable once loaded, so that it can be replaced as a whole while requests are answered."""
+
+    endpoint_name: str
+    version: str
+    digest: str
+    deployment_id: str
+    parser: FeatureParser
+    mean: np.ndarray
+    scale: np.ndarray
+    small: xgb.Booster
+    large: xgb.Booster
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """Predictions, float32, of raw features (float64, shape (rows, features))."""
+        scaled = ((features - self.mean) / self.scale).astype(np.float32, order="C")
+        booster = self.small if len(scaled) < _ROWS_ON_ONE_THREAD else self.large
+        return booster.inplace_predict(scaled, validate_features=False)
+
+    def description(self) -> dict[str, Any]:
+        """What `/ping` says."""
+        return {
+            "status": "InService",
+            "endpoint_name": self.endpoint_name,
+            "version": self.version,
+            "model_digest": self.digest,
+            "deployment_id": self.deployment_id,
+        }
+
+
+def model_in_folder(folder: str, digest: str | None = None) -> Artifact:
+    """The artifact in a folder that has no record of its own, such as `/opt/ml/model`.
+
+    Raises `DamagedArtifactError` naming a file that is missing, or if `digest` is given and is not the artifact's.
+    """
+    try:
+        found = Artifact.of(folder, [file_info(f"{folder.rstrip('/')}/{name}", folder) for name in FILES])
+    except FileNotFoundError as error:
+        raise DamagedArtifactError(f"{folder} is no model artifact: {error}") from error
+    if digest and found.digest != digest:
+        raise DamagedArtifactError(f"{folder} holds model {found.digest}, not the deployed one, {digest}")
+    return found
+
+
+def load_served_model(artifact: Artifact, *, endpoint_name: str, version: str, deployment_id: str) -> ServedModel:
+    """Verify the artifact's files, load them, and predict once.
+
+    Raises `DamagedArtifactError` naming the file that is missing, altered or unreadable.
+    """
+    check_files(artifact, "all")
+    try:
+        small, large = load_model(artifact.uri, threads=1), load_model(artifact.uri)
+    except (xgb.core.XGBoostError, ValueError, KeyError, FileNotFoundError) as error:
+        summary = str(error).partition("\n")[0]
+        raise DamagedArtifactError(f"{artifact.uri} is no model artifact: {type(error).__name__}: {summary}") from error
+    model = ServedModel(
+        endpoint_name=endpoint_name,
+        version=version,
+        digest=artifact.digest,
+        deployment_id=deployment_id,
+        parser=FeatureParser(small.table),
+        mean=small.scaler.mean,
+        scale=small.scaler.scale,
+        small=small.booster,
+        large=large.booster,
+    )
+    for rows in (1, _ROWS_ON_ONE_THREAD):  # the first prediction of a booster prepares its trees
+        model.predict(np.tile(model.mean, (rows, 1)))
+    return model

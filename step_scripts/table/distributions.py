@@ -1,0 +1,213 @@
+"""Distributions of columns as small JSON objects, and two measures of how far two of them are apart.
+
+A distribution of at most 64 distinct values is exact:
+`{"kind": "counts", "rows": n, "missing": m, "values": [...], "counts": [...]}`. Any other is
+`{"kind": "quantiles", "rows": n, "missing": m, "points": [...]}` with 257 points: minimum, 1/256 … 255/256 quantiles,
+maximum. The quantiles are those of a sample of at most `SAMPLE_ROWS` rows, chosen by a hash of the record, so that they
+do not depend on how the rows are divided; minimum and maximum are exact. `missing` counts nulls and NaN, which are not
+part of `rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from step_scripts.table.moments import without_nan
+
+Distribution = dict[str, Any]
+
+SAMPLE_ROWS = 20_000
+MOST_VALUES = 64
+_POINTS = 257
+# Population stability index: up to this many distinct values, each is a bin of its own.
+_MOST_CATEGORIES = 20
+_PSEUDO_COUNT = 0.5
+
+
+@dataclass(frozen=True)
+class ColumnSketch:
+    """What is exact about one column: rows with a value and without, smallest, largest, counts of values if few."""
+
+    rows: int
+    missing: int
+    minimum: float
+    maximum: float
+    counts: dict[float, int] | None
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> ColumnSketch:
+        """Of a float64 array of shape (rows,)."""
+        present = without_nan(values)
+        missing = len(values) - len(present)
+        if not len(present):
+            return cls(0, missing, np.inf, -np.inf, {})
+        counts: dict[float, int] | None = None
+        if len(np.unique(present[:1000])) <= MOST_VALUES:  # spares counting what is continuous anyway
+            import polars as pl  # here, because asset checks use this module without it
+
+            counted = pl.Series("value", present).value_counts()  # numpy sorts
+            if counted.height <= MOST_VALUES:
+                # Adding zero makes -0.0 the same text as 0.0.
+                counts = dict(counted.select(pl.col("value") + 0.0, "count").sort("value").rows())
+        return cls(len(present), missing, float(present.min()), float(present.max()), counts)
+
+    def merge(self, other: ColumnSketch) -> ColumnSketch:
+        """Of the rows of both."""
+        counts = None
+        if self.counts is not None and other.counts is not None:
+            counts = dict(self.counts)
+            for value, occurrences in other.counts.items():
+                counts[value] = counts.get(value, 0) + occurrences
+            if len(counts) > MOST_VALUES:
+                counts = None
+        return ColumnSketch(
+            self.rows + other.rows,
+            self.missing + other.missing,
+            min(self.minimum, other.minimum),
+            max(self.maximum, other.maximum),
+            counts,
+        )
+
+
+@dataclass(frozen=True)
+class TableSketch:
+    """Sketches of several columns, and the `SAMPLE_ROWS` rows with the smallest hashes.
+
+    `hashes` has shape (sampled rows,) and holds numbers that are uniform and independent of the rows' values;
+    `sample` has shape (sampled rows, columns).
+    """
+
+    columns: tuple[ColumnSketch, ...]
+    hashes: np.ndarray
+    sample: np.ndarray
+
+    @classmethod
+    def empty(cls, columns: int) -> TableSketch:
+        """Of no rows."""
+        return cls.of(np.empty((0, columns)), np.empty(0))
+
+    @classmethod
+    def of(cls, values: np.ndarray, hashes: np.ndarray) -> TableSketch:
+        """Of float64 `values` of shape (rows, columns), with one hash a row."""
+        kept = smallest(hashes, SAMPLE_ROWS)
+        return cls(tuple(ColumnSketch.of(column) for column in values.T), hashes[kept], values[kept])
+
+    def merge(self, other: TableSketch) -> TableSketch:
+        """Of the rows of both."""
+        hashes = np.concatenate([self.hashes, other.hashes])
+        kept = smallest(hashes, SAMPLE_ROWS)
+        columns = tuple(a.merge(b) for a, b in zip(self.columns, other.columns, strict=True))
+        return TableSketch(columns, hashes[kept], np.concatenate([self.sample, other.sample])[kept])
+
+    def distributions(self, names: Sequence[str]) -> dict[str, Distribution]:
+        """One distribution a column, under the names given."""
+        return {
+            name: _distribution(column, self.sample[:, index])
+            for index, (name, column) in enumerate(zip(names, self.columns, strict=True))
+        }
+
+
+def smallest(hashes: np.ndarray, count: int) -> np.ndarray:
+    """Positions of the `count` smallest hashes (of all, if there are fewer)."""
+    if len(hashes) <= count:
+        return np.arange(len(hashes))
+    return np.argpartition(hashes, count - 1)[:count]
+
+
+def _distribution(column: ColumnSketch, sample: np.ndarray) -> Distribution:
+    common = {"rows": column.rows, "missing": column.missing}
+    if column.counts is not None:
+        ordered = sorted(column.counts.items())
+        return {"kind": "counts", **common, "values": [v for v, _ in ordered], "counts": [n for _, n in ordered]}
+    present = sample[~np.isnan(sample)]
+    points = np.quantile(present, np.linspace(0, 1, _POINTS)) if len(present) else np.empty(_POINTS)
+    points[0], points[-1] = column.minimum, column.maximum
+    return {"kind": "quantiles", **common, "points": points.tolist()}
+
+
+def distribution_of(values: np.ndarray) -> Distribution:
+    """The distribution of a float array of shape (rows,), its quantiles from all values."""
+    values = np.asarray(values, dtype=np.float64)
+    return _distribution(ColumnSketch.of(values), values)
+
+
+def quantile(distribution: Distribution, fraction: float) -> float:
+    """The value that `fraction` of the rows do not exceed; NaN without rows."""
+    if not distribution["rows"]:
+        return float("nan")
+    if distribution["kind"] == "counts":
+        reached = np.cumsum(distribution["counts"]) / distribution["rows"]
+        # The tolerance keeps a sum such as 0.1 + 0.2 from missing its own level.
+        return float(distribution["values"][min(int(np.searchsorted(reached, fraction - 1e-12)), len(reached) - 1)])
+    return float(np.interp(fraction, np.linspace(0, 1, _POINTS), distribution["points"]))
+
+
+def shares_up_to(distribution: Distribution, values: np.ndarray, *, inclusive: bool = True) -> np.ndarray:
+    """Share of the rows at or below each of `values` (below it, if not `inclusive`); linear between quantiles."""
+    side = "right" if inclusive else "left"
+    if distribution["kind"] == "counts":
+        reached = np.concatenate([[0.0], np.cumsum(distribution["counts"])]) / max(distribution["rows"], 1)
+        return reached[np.searchsorted(distribution["values"], values, side=side)]
+    points = np.asarray(distribution["points"])
+    above = np.searchsorted(points, values, side=side)
+    within = np.clip(above, 1, _POINTS - 1)
+    low, high = points[within - 1], points[within]
+    part = np.divide(values - low, high - low, out=np.zeros(len(low)), where=high > low)
+    shares = (within - 1 + part) / (_POINTS - 1)
+    return np.where(above == 0, 0.0, np.where(above == _POINTS, 1.0, shares))
+
+
+def psi(reference: Distribution, current: Distribution) -> float:
+    """Population stability index: the sum of (p − q) ln(p / q) over bins, p and q being the bins' shares.
+
+    Bins are the distinct values if both have at most 20 together, else the deciles of the reference; missing values are
+    one more bin. Half a row is added to each bin, so that an empty one does not make the index infinite. Customary
+    reading: below 0.1 stable, above 0.2 shifted. Raises `ValueError` if one has no rows at all.
+    """
+    before, now = _bin_counts(reference, current)
+    if not before.sum() or not now.sum():
+        raise ValueError("a distribution without rows cannot be compared")
+    p = (before + _PSEUDO_COUNT) / (before.sum() + _PSEUDO_COUNT * len(before))
+    q = (now + _PSEUDO_COUNT) / (now.sum() + _PSEUDO_COUNT * len(now))
+    return float(np.sum((p - q) * np.log(p / q)))
+
+
+def _bin_counts(reference: Distribution, current: Distribution) -> tuple[np.ndarray, np.ndarray]:
+    if reference["kind"] == current["kind"] == "counts":
+        categories = sorted({*reference["values"], *current["values"]})
+        if len(categories) <= _MOST_CATEGORIES:
+            counted = [dict(zip(d["values"], d["counts"], strict=True)) for d in (reference, current)]
+            before, now = (np.array([c.get(v, 0) for v in categories], dtype=np.float64) for c in counted)
+            return _with_missing(reference, before, current, now)
+    known = reference if reference["rows"] else current
+    edges = np.unique([quantile(known, i / 10) for i in range(1, 10)])
+    before, now = (np.diff(shares_up_to(d, edges), prepend=0.0, append=1.0) * d["rows"] for d in (reference, current))
+    return _with_missing(reference, before, current, now)
+
+
+def _with_missing(
+    reference: Distribution, before: np.ndarray, current: Distribution, now: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    if not (reference["missing"] or current["missing"]):
+        return before, now
+    return np.append(before, reference["missing"]), np.append(now, current["missing"])
+
+
+def ks(reference: Distribution, current: Distribution) -> float:
+    """Kolmogorov–Smirnov distance: the largest difference between the two cumulative distributions, 0 to 1.
+
+    Missing values do not count. Raises `ValueError` if one has no values.
+    """
+    if not reference["rows"] or not current["rows"]:
+        raise ValueError("a distribution without values cannot be compared")
+    jumps = [d["values"] if d["kind"] == "counts" else d["points"] for d in (reference, current)]
+    at = np.unique(np.concatenate([np.asarray(j, dtype=np.float64) for j in jumps]))
+    differences = [
+        np.abs(shares_up_to(reference, at, inclusive=inclusive) - shares_up_to(current, at, inclusive=inclusive))
+        for inclusive in (True, False)
+    ]
+    return float(np.max(differences))

@@ -1,0 +1,114 @@
+"""Records of trials, and where they are kept so that an interrupted search can go on. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from step_scripts.parameters import TuneModelParams
+from step_scripts.runner import storage
+from step_scripts.runner.wording import number
+
+TUNED: dict[str, type[int] | type[float]] = {
+    "max_depth": int,
+    "eta": float,
+    "min_child_weight": float,
+    "subsample": float,
+}
+"""What is tuned, and the type of its values."""
+OBJECTIVE = "validation:rmse"
+TRIAL_MODULE = "step_scripts.tune_trial"
+"""What a trial that is a job of its own runs: part of the code of `tune_model` by being named here."""
+METRICS = {
+    OBJECTIVE: r"validation:rmse=([0-9.eE+-]+);",
+    "trial:rounds": r"trial:rounds=([0-9]+);",
+    "trial:best_rounds": r"trial:best_rounds=([0-9]+);",
+}
+"""What a trial that is a job of its own prints, as regular expressions by the name of the metric."""
+
+
+class TrialRecord(BaseModel):
+    """One trial. `rmse` is the smallest on the validation split, reached after `best_rounds` of `rounds` rounds."""
+
+    model_config = ConfigDict(frozen=True)
+
+    trial: int
+    parameters: dict[str, float | int]
+    rmse: float | None
+    rounds: int
+    best_rounds: int
+    seconds: float
+    status: Literal["completed", "failed"]
+    stopped_by: Literal["early_stopping", "all_rounds", "scheduler", "error"]
+    error: str | None = None
+
+    def describe(self) -> str:
+        """The trial in one line."""
+        parameters = ", ".join(f"{name} {value:.4g}" for name, value in self.parameters.items())
+        if self.rmse is None:
+            return f"trial {self.trial} failed after {self.seconds:.1f} s ({parameters}): {self.error}"
+        return (
+            f"trial {self.trial}: RMSE {number(self.rmse)} at round {self.best_rounds} of {self.rounds}, "
+            f"{self.seconds:.1f} s ({parameters}), ended by {self.stopped_by.replace('_', ' ')}"
+        )
+
+
+class _KeptTrial(BaseModel):
+    fingerprint: str
+    record: TrialRecord
+    place: int = 0
+    """In the order in which trials ended: what a search proposes depends on it."""
+
+
+class TrialStore:
+    """Completed trials as one small JSON file each below `uri`. Those of another search (`fingerprint`) are ignored."""
+
+    def __init__(self, uri: str, fingerprint: str) -> None:
+        self._uri = storage.join(uri, "trials")
+        self._fingerprint = fingerprint
+        self._places = 0
+
+    def load(self) -> list[TrialRecord]:
+        """The kept trials, in the order in which they ended."""
+        found: list[_KeptTrial] = []
+        for uri in storage.list_files(self._uri):
+            if not uri.endswith(".json"):
+                continue
+            try:
+                kept = _KeptTrial.model_validate_json(storage.read_bytes(uri))
+            except ValidationError:  # of another version
+                continue
+            if kept.fingerprint == self._fingerprint:
+                found.append(kept)
+        self._places = max((kept.place for kept in found), default=0)
+        return [kept.record for kept in sorted(found, key=lambda k: (k.place, k.record.trial))]
+
+    def save(self, record: TrialRecord) -> None:
+        """Keep one completed trial, the latest to end, atomically."""
+        self._places += 1
+        kept = _KeptTrial(fingerprint=self._fingerprint, record=record, place=self._places)
+        name = f"{self._fingerprint[:8]}-{record.trial:05d}.json"
+        storage.write_bytes(storage.join(self._uri, name), kept.model_dump_json(indent=2).encode())
+
+
+def fingerprint(params: TuneModelParams, origins: Mapping[str, object]) -> str:
+    """Identifies a search: trials with the same one are comparable, whatever the number of trials.
+
+    `origins`: code, libraries and inputs, see `StepRequest.origins`.
+    """
+    ignored = {
+        "num_trials",
+        "max_concurrent_trials",
+        "engine",
+        "num_workers",
+        "preset",
+        "search_algorithm",
+        "scheduler",
+    }
+    content = {name: value for name, value in params.resolved().items() if name not in ignored}
+    text = json.dumps({"params": content, "origins": origins}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
