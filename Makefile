@@ -66,9 +66,10 @@ stop: $(VENV)/.installed  ## Stop the local endpoints, of all environments
 	  if [ -d "$$root" ]; then $(BIN)/python -m resources.endpoints.local stop --root "$$root"; fi; done
 
 .PHONY: lint
-lint: $(VENV)/.installed-dev  ## Run ruff and pyright
+lint: $(VENV)/.installed-dev  ## Run ruff, pyright and the rules on imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/pyright
 
 .PHONY: format

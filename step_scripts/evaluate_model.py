@@ -1,23 +1,24 @@
 """Step `evaluate_model`: errors of a model on the test split, beside those of simple baselines and of a champion.
 
 Output `report`: `evaluation.json` in the form of SageMaker's model quality reports (`regression_metrics.rmse.value` and
-so on), and `predictions.json` with a sample of actual and predicted values for plots. Files are read in parallel, piece
-by piece; what is kept in memory are sums, and at most about five million pairs of values.
+so on), and `predictions.json` with a sample of actual and predicted values for plots. Splits are read by Ray Data,
+block by block; what is kept in memory are sums, and at most about five million pairs of values.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
 import numpy as np
 
-from step_scripts.evaluation.baselines import co_moments_of_piece, least_squares
-from step_scripts.evaluation.error_slices import Grouping, groupings, merge_samples, sample_of_piece
+from step_scripts.evaluation.baselines import co_moments, least_squares
+from step_scripts.evaluation.error_slices import Grouping, groupings, merge_samples, sample_of
 from step_scripts.evaluation.error_sums import ErrorSums, standard_deviations
-from step_scripts.evaluation.evaluation_tasks import EvaluationPlan, PieceErrors, errors_of_piece, merge_errors
+from step_scripts.evaluation.errors_of_rows import EvaluationPlan, RowErrors, errors_of_rows, merge_errors
 from step_scripts.model.artifact import TrainedModel, load_model
 from step_scripts.parameters import EvaluateModelParams, check_slices
 from step_scripts.runner import storage
@@ -30,7 +31,7 @@ from step_scripts.runner.contract import (
     file_info,
     write_json,
 )
-from step_scripts.runner.ray_tasks import Piece, Progress, completed_tasks, pieces_of
+from step_scripts.runner.ray_data import ParquetBlocks, Progress, parquet_blocks
 from step_scripts.runner.wording import rounded
 from step_scripts.table.moments import CoMoments
 
@@ -51,12 +52,12 @@ def run(context: StepContext, params: EvaluateModelParams) -> StepOutcome:
         model = _model(context.inputs["model"], params)
         champion_uri, champion_remark = _champion(context, params)
         means = _means(context, params, model)
-        train, test = (_pieces(context, name, params) for name in ("train", "test"))
+        train, test = (_blocks(context, name, ["record_id", *table.column_names]) for name in ("train", "test"))
     with context.phase("fit linear baseline"):
         moments = _train_moments(context, params, train, means)
         linear = least_squares(moments, table.features)
     with context.phase("form slices"):
-        slices = _groupings(params, test)
+        slices = _groupings(context, params)
     plan = EvaluationPlan(
         table=table,
         models={"model": context.inputs["model"].uri} | ({"champion": champion_uri} if champion_uri else {}),
@@ -65,7 +66,7 @@ def run(context: StepContext, params: EvaluateModelParams) -> StepOutcome:
         target_mean=float(moments.mean[-1]),
         slices=tuple(slices),
         plotted_rows=params.plotted_rows,
-        sampled=min(1.0, MOST_EXACT_ROWS / max(1, sum(piece.rows for piece in test))),
+        sampled=min(1.0, MOST_EXACT_ROWS / max(1, test.rows)),
         salt=_SAMPLE_SALT,
     )
     with context.phase("evaluate"):
@@ -111,55 +112,44 @@ def _means(context: StepContext, params: EvaluateModelParams, model: TrainedMode
     return np.array([means.get(name, 0.0) for name in params.table.features], dtype=np.float64)
 
 
-def _pieces(context: StepContext, name: str, params: EvaluateModelParams) -> list[Piece]:
+def _blocks(context: StepContext, name: str, columns: Sequence[str]) -> ParquetBlocks:
     artifact = context.inputs[name]
-    pieces = pieces_of(artifact, len(params.table.columns) + 1)
-    if not sum(piece.rows for piece in pieces):
+    blocks = parquet_blocks(artifact, columns)
+    if not blocks.rows:
         raise StepError(f"the {name} split at {artifact.uri} holds no rows; make the splits again")
-    return pieces
+    return blocks
 
 
 def _train_moments(
-    context: StepContext, params: EvaluateModelParams, pieces: list[Piece], means: np.ndarray
+    context: StepContext, params: EvaluateModelParams, train: ParquetBlocks, means: np.ndarray
 ) -> CoMoments:
     features, target = params.table.features, params.table.target
-    calls = [(piece, features, target, means) for piece in pieces]
-    progress = Progress(context.log, "evaluate_model, linear baseline", sum(piece.rows for piece in pieces))
-    found: dict[int, CoMoments] = {}
-    for index, moments in completed_tasks(co_moments_of_piece, calls):
-        found[index] = moments
-        progress.add(pieces[index].rows)
-    merged = found[0]
-    for index in range(1, len(pieces)):  # in this order, so that rounding is the same in every run
-        merged = merged.merge(found[index])
+    progress = Progress(context.log, "evaluate_model, linear baseline", train.rows)
+    merged = reduce(CoMoments.merge, train.reports(co_moments, features, target, means, progress=progress))
     if not merged.count:
         raise StepError(f"no row of the train split has a value of {target}; make the splits again")
     return merged
 
 
-def _groupings(params: EvaluateModelParams, pieces: list[Piece]) -> list[Grouping]:
+def _groupings(context: StepContext, params: EvaluateModelParams) -> list[Grouping]:
     columns = list(dict.fromkeys(item.column for item in params.slices if item.bands is not None))
     samples: dict[str, np.ndarray] = {}
     if columns:
-        calls = [(piece, columns, _SAMPLE_SALT) for piece in pieces]
-        sample = reduce(merge_samples, (found for _, found in completed_tasks(sample_of_piece, calls)))
+        banded = _blocks(context, "test", ["record_id", *columns])
+        sample = reduce(merge_samples, banded.reports(sample_of, columns, _SAMPLE_SALT))
         samples = dict(zip(columns, sample.values.T, strict=True))
     return groupings(params.slices, params.table, samples)
 
 
-def _test_errors(context: StepContext, plan: EvaluationPlan, pieces: list[Piece]) -> PieceErrors:
-    progress = Progress(context.log, "evaluate_model", sum(piece.rows for piece in pieces))
-    found: dict[int, PieceErrors] = {}
-    for index, errors in completed_tasks(errors_of_piece, [(plan, piece) for piece in pieces]):
-        found[index] = errors
-        progress.add(pieces[index].rows)
-    merged = merge_errors([found[index] for index in range(len(pieces))], plan.plotted_rows)
+def _test_errors(context: StepContext, plan: EvaluationPlan, test: ParquetBlocks) -> RowErrors:
+    progress = Progress(context.log, "evaluate_model", test.rows)
+    merged = merge_errors(test.reports(errors_of_rows, plan, progress=progress), plan.plotted_rows)
     if not merged.sums["model"].rows:
         raise StepError(f"no row of the test split has a value of {plan.table.target}; make the splits again")
     return merged
 
 
-def _outcome(context: StepContext, plan: EvaluationPlan, errors: PieceErrors, champion_remark: str) -> StepOutcome:
+def _outcome(context: StepContext, plan: EvaluationPlan, errors: RowErrors, champion_remark: str) -> StepOutcome:
     sums = errors.sums["model"]
     figures = _figures(errors)
     deviations = standard_deviations(errors.sample[:, 0], errors.sample[:, 1], sums.rows)
@@ -228,7 +218,7 @@ def _outcome(context: StepContext, plan: EvaluationPlan, errors: PieceErrors, ch
     )
 
 
-def _figures(errors: PieceErrors) -> dict[str, float]:
+def _figures(errors: RowErrors) -> dict[str, float]:
     """The metrics of the model; NaN where one is not defined."""
     sums = errors.sums["model"]
     spread = float(errors.target.squares[0])
@@ -254,7 +244,7 @@ def _slice_figures(sums: ErrorSums) -> dict[str, Any]:
     return {"rows": sums.rows, **{name: None if math.isnan(value) else value for name, value in figures.items()}}
 
 
-def _comparison(errors: PieceErrors) -> list[dict[str, Any]]:
+def _comparison(errors: RowErrors) -> list[dict[str, Any]]:
     """One row a predictor, with its RMSE relative to that of the model."""
     own = errors.sums["model"].rmse
     names = {"model": "this model", "champion": "champion", "linear": "linear model", "mean": "mean of train"}

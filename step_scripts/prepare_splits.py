@@ -1,29 +1,21 @@
 """Step `prepare_splits`: every record of the feature store goes to train, validation or test by a hash of its id.
 
-One pass over the store, in parallel, without a shuffle: each task reads a piece, writes the piece's three parts, and
-returns partial statistics of its training rows. Only where the store may hold several events of one record are the
-rows exchanged first, by another hash of the id, so that one task sees all events of a record.
+One pass of Ray Data over the store, without a shuffle: each task reads a block, writes the block's three parts, and
+returns partial statistics of its training rows. Only where the store may hold several events of one record is it found
+out first which rows count (`step_scripts.data.latest_events`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-import ray
 
-from step_scripts.data.split_tasks import (
-    SPLITS,
-    TIMES,
-    SplitPlan,
-    SplitReport,
-    scatter_piece,
-    split_bucket,
-    split_piece,
-)
+from step_scripts.data.latest_events import TIMES, latest_events
+from step_scripts.data.splits import SPLITS, SplitPlan, SplitReport, split_rows
 from step_scripts.parameters import PrepareSplitsParams
 from step_scripts.runner import storage
 from step_scripts.runner.contract import (
@@ -35,15 +27,14 @@ from step_scripts.runner.contract import (
     file_info,
     write_json,
 )
-from step_scripts.runner.ray_tasks import Piece, Progress, completed_tasks, pieces_of
+from step_scripts.runner.ray_data import Progress, parquet_blocks
 from step_scripts.runner.wording import counted, rounded
 from step_scripts.table.distributions import MOST_VALUES, TableSketch, quantile
 from step_scripts.table.moments import Moments
 from step_scripts.table.row_set_digest import RowSetDigest
 from step_scripts.table.spec import TableSpec
 
-_MOST_BUCKETS = 512
-_SMALLEST_DIVIDED_PIECE = 1000
+_SMALLEST_DIVIDED_BLOCK = 1000
 
 
 def run(context: StepContext, params: PrepareSplitsParams) -> StepOutcome:
@@ -52,89 +43,58 @@ def run(context: StepContext, params: PrepareSplitsParams) -> StepOutcome:
     Raises `StepError` if a split would be empty, a file lacks a column, or `as_of` is no time.
     """
     table, features = params.table, context.inputs["features"]
+    nullable = [column.name for column in table.columns if column.nullable]
+    columns = dict.fromkeys(("record_id", "event_time", "is_deleted", *table.column_names))
     with context.phase("plan"):
-        pieces = pieces_of(features, len(table.columns) + len(TIMES) + 1)
+        blocks = parquet_blocks(
+            features, [name for name in columns if name not in nullable], optional=(*TIMES[1:], *nullable)
+        )
         plan = SplitPlan(
             table=table,
             uris={split: context.output_uri(split) for split in SPLITS},
             limits=(params.train_size, params.train_size + params.validation_size),
             salt=params.split_salt,
             as_of=_parsed_time(params.as_of),
-            parts=2 if len(pieces) == 1 and pieces[0].rows >= _SMALLEST_DIVIDED_PIECE else 1,
+            parts=2 if blocks.count == 1 and blocks.rows >= _SMALLEST_DIVIDED_BLOCK else 1,
+            places=blocks.files,
         )
-    work = _split_after_exchange if params.deduplicate else _split
-    totals = work(context, plan, pieces)
-    return _outcome(context, params, plan, totals)
+    scratch_uri = storage.join(context.attempt_uri, "scratch")
+    try:
+        if params.deduplicate:
+            with context.phase("exchange"):
+                events = blocks.select("record_id", "is_deleted", *TIMES)
+                plan = replace(plan, latest=latest_events(events, plan.as_of, scratch_uri, context.log))
+        with context.phase("split"):
+            progress = Progress(context.log, "prepare_splits", blocks.rows)
+            found: dict[int, SplitReport] = {}
+            sketch = TableSketch.empty(len(plan.statistics_columns))
+            for place, report in blocks.each(split_rows, plan, progress=progress):
+                sketch = sketch.merge(report.sketch)  # at once, so that only one is held
+                found[place] = replace(report, sketch=TableSketch.empty(0))
+    finally:
+        storage.delete(scratch_uri)
+    return _outcome(context, params, plan, [found[place] for place in sorted(found)], sketch)
 
 
-@dataclass
-class _Totals:
-    """Reports of all tasks. Samples are merged as they come, so that only one is held."""
-
-    sketch: TableSketch
-    reports: dict[int, SplitReport] = field(default_factory=dict)
-    rows_read: int = 0
-    rows_later: int = 0
-
-    def add(self, index: int, report: SplitReport) -> None:
-        """Add the report of call `index`."""
-        if report.sketch is not None:
-            self.sketch = self.sketch.merge(report.sketch)
-        self.reports[index] = replace(report, sketch=None)
-        self.rows_read += report.rows_read
-        self.rows_later += report.rows_later
-
-    def in_order(self) -> list[SplitReport]:
-        """The reports in the order of the calls, whichever task was the first to finish."""
-        return [self.reports[index] for index in sorted(self.reports)]
-
-    def counts(self) -> dict[str, int]:
-        """Rows read, and how many of them went nowhere, by reason."""
-        return {
-            "rows_read": self.rows_read,
-            "rows_later": self.rows_later,
-            "rows_superseded": sum(report.rows_superseded for report in self.reports.values()),
-            "rows_deleted": sum(report.rows_deleted for report in self.reports.values()),
-        }
+def _counts(plan: SplitPlan, reports: list[SplitReport]) -> dict[str, int]:
+    """Rows read, and how many of them went nowhere, by reason."""
+    found = plan.latest
+    return {
+        "rows_read": found.read if found else sum(report.rows_read for report in reports),
+        "rows_later": found.later if found else sum(report.rows_later for report in reports),
+        "rows_superseded": found.superseded if found else 0,
+        "rows_deleted": found.deleted if found else sum(report.rows_deleted for report in reports),
+    }
 
 
-def _split(context: StepContext, plan: SplitPlan, pieces: list[Piece]) -> _Totals:
-    totals = _Totals(TableSketch.empty(len(plan.statistics_columns)))
-    with context.phase("split"):
-        progress = Progress(context.log, "prepare_splits", sum(piece.rows for piece in pieces))
-        for index, report in completed_tasks(split_piece, [(plan, i, piece) for i, piece in enumerate(pieces)]):
-            totals.add(index, report)
-            progress.add(report.rows_read)
-    return totals
-
-
-def _split_after_exchange(context: StepContext, plan: SplitPlan, pieces: list[Piece]) -> _Totals:
-    """Bring all events of a record together, then split. What is exchanged lies in the object store, or is spilled."""
-    totals = _Totals(TableSketch.empty(len(plan.statistics_columns)))
-    total = sum(piece.rows for piece in pieces)
-    buckets = min(len(pieces), _MOST_BUCKETS)
-    scattered: list[list[Any]] = [[] for _ in pieces]
-    with context.phase("exchange"):
-        progress = Progress(context.log, "prepare_splits, bringing events of a record together", total)
-        calls = [(plan, piece, buckets) for piece in pieces]
-        for index, (counts, *tables) in completed_tasks(scatter_piece, calls, results_each=buckets + 1):
-            rows, later = ray.get(counts)
-            totals.rows_read += rows
-            totals.rows_later += later
-            scattered[index] = tables
-            progress.add(rows)
-    with context.phase("split"):
-        progress = Progress(context.log, "prepare_splits", total - totals.rows_later)
-        # Popped, so that Ray drops the rows of a bucket as soon as its task is done.
-        gathered = ((plan, bucket, *[tables.pop() for tables in scattered]) for bucket in reversed(range(buckets)))
-        for index, report in completed_tasks(split_bucket, gathered):
-            totals.add(buckets - 1 - index, report)
-            progress.add(report.rows_live + report.rows_superseded + report.rows_deleted)
-    return totals
-
-
-def _outcome(context: StepContext, params: PrepareSplitsParams, plan: SplitPlan, totals: _Totals) -> StepOutcome:
-    counts, reports = totals.counts(), totals.in_order()
+def _outcome(
+    context: StepContext,
+    params: PrepareSplitsParams,
+    plan: SplitPlan,
+    reports: list[SplitReport],
+    sketch: TableSketch,
+) -> StepOutcome:
+    counts = _counts(plan, reports)
     splits: dict[str, Artifact] = {}
     for split in SPLITS:
         digest = RowSetDigest()
@@ -146,7 +106,7 @@ def _outcome(context: StepContext, params: PrepareSplitsParams, plan: SplitPlan,
     _require_rows(params, rows, counts)
     with context.phase("statistics"):
         scaler = _scaler(plan, reports)
-        distributions = totals.sketch.distributions(plan.statistics_columns)
+        distributions = sketch.distributions(plan.statistics_columns)
         statistics = _write_statistics(context, plan, splits["train"], scaler, distributions)
     total = sum(rows.values())
     wanted = {"train": params.train_size, "validation": params.validation_size, "test": params.test_size}

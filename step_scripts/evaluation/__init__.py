@@ -1,5 +1,5 @@
 """Errors of predictions: of all rows, of slices, and of baselines that a model has to beat.
 
-Begin with `evaluation_tasks`. Imports `model`, `step_scripts.parameters`, `table` and `runner`; step `evaluate_model`
+Begin with `errors_of_rows`. Imports `model`, `step_scripts.parameters`, `table` and `runner`; step `evaluate_model`
 uses it.
 """

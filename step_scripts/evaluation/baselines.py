@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from step_scripts.runner.ray_tasks import Piece, read_part
 from step_scripts.table.moments import CoMoments
 
 # Correlations are known to about 1e-13 after accumulation; directions weaker than this are duplicates of others.
@@ -55,15 +54,10 @@ def filled_matrix(frame: pl.DataFrame, features: Sequence[str], means: np.ndarra
     return np.where(np.isnan(values), means, values)
 
 
-def co_moments_of_piece(piece: Piece, features: Sequence[str], target: str, means: np.ndarray) -> CoMoments:
-    """Co-moments of the features (nulls replaced by `means`) and, last, the target. Rows without a target are left out.
+def co_moments(frame: pl.DataFrame, features: Sequence[str], target: str, means: np.ndarray) -> CoMoments:
+    """Co-moments of the features (nulls replaced by `means`) and, last, the target.
 
-    Raises `StepError` if a file lacks a column.
+    Rows without a target are left out.
     """
-    moments = CoMoments.of(np.empty((0, len(features) + 1)))
-    for part in piece.parts:
-        frame = read_part(part, [*features, target]).cast({target: pl.Float64})
-        frame = frame.filter(pl.col(target).is_finite())
-        values = np.column_stack([filled_matrix(frame, features, means), frame[target].to_numpy()])
-        moments = moments.merge(CoMoments.of(values))
-    return moments
+    frame = frame.cast({target: pl.Float64}).filter(pl.col(target).is_finite())
+    return CoMoments.of(np.column_stack([filled_matrix(frame, features, means), frame[target].to_numpy()]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +12,6 @@ import polars as pl
 from step_scripts.evaluation.error_sums import ErrorSums
 from step_scripts.parameters import Slice
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.ray_tasks import Piece, read_part
 from step_scripts.table.distributions import smallest
 from step_scripts.table.record_ids import split_fraction
 from step_scripts.table.spec import TableSpec
@@ -86,14 +84,10 @@ class Sample(NamedTuple):
     values: np.ndarray
 
 
-def sample_of_piece(piece: Piece, columns: Sequence[str], salt: str) -> Sample:
-    """A sample of the rows of a piece. Raises `StepError` if a file lacks a column."""
-    parts = []
-    for part in piece.parts:
-        frame = read_part(part, ["record_id", *columns])
-        values = frame.select(pl.col(columns).cast(pl.Float64)).to_numpy()
-        parts.append(Sample(split_fraction(frame["record_id"], salt), values))
-    return reduce(merge_samples, parts, Sample(np.empty(0), np.empty((0, len(columns)))))
+def sample_of(frame: pl.DataFrame, columns: Sequence[str], salt: str) -> Sample:
+    """A sample of rows with `record_id` and `columns`."""
+    sample = Sample(split_fraction(frame["record_id"], salt), frame.select(pl.col(columns).cast(pl.Float64)).to_numpy())
+    return merge_samples(sample, Sample(np.empty(0), np.empty((0, len(columns)))))
 
 
 def merge_samples(first: Sample, second: Sample) -> Sample:

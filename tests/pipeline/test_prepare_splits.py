@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step_scripts.parameters import PrepareSplitsParams
-from step_scripts.runner import ray_tasks, storage
+from step_scripts.runner import ray_data, storage
 from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepResult, file_info
 from step_scripts.runner.execution import run_step
 from step_scripts.runner.ray_session import RaySession
@@ -253,7 +253,7 @@ def test_the_latest_event_of_each_record_counts(
 
     features = feature_files(folder / "in", [*pieces, others])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ray_tasks, "_SMALLEST_PIECE_ROWS", 50)  # several pieces, so that rows are exchanged
+        patch.setattr(ray_data, "_SMALLEST_BLOCK_ROWS", 50)  # several pieces, so that rows are exchanged
         result = split(ray_session, features, folder, deduplicate=True, as_of=limit.isoformat() if limit else None)
     assert max(file.path for name in SPLITS for file in result.outputs[name].files) > "part-00000.parquet"
     written = all_rows(result)

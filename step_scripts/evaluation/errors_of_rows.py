@@ -1,4 +1,4 @@
-"""The tasks of step `evaluate_model`: predictions for a piece of the test split, reduced to sums and samples."""
+"""Predictions for a block of the test split, reduced to sums and samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from step_scripts.evaluation.baselines import LinearModel, filled_matrix
 from step_scripts.evaluation.error_slices import MOST_GROUPS, Grouping, merge_groups, too_many_groups
 from step_scripts.evaluation.error_sums import ErrorSums
 from step_scripts.model.artifact import TrainedModel, load_model
-from step_scripts.runner.ray_tasks import Piece, read_part
 from step_scripts.table.distributions import smallest
 from step_scripts.table.moments import Moments
 from step_scripts.table.record_ids import split_fraction
@@ -42,7 +41,7 @@ class EvaluationPlan:
 
 
 @dataclass
-class PieceErrors:
+class RowErrors:
     """Errors on some rows of the test split.
 
     `sums` by predictor: `model`, `mean`, `linear`, perhaps `champion`. `groups`: for each slice, by group. `sample` and
@@ -58,12 +57,12 @@ class PieceErrors:
     rows_without_target: int = 0
 
 
-def merge_errors(parts: Sequence[PieceErrors], plotted_rows: int) -> PieceErrors:
+def merge_errors(parts: Sequence[RowErrors], plotted_rows: int) -> RowErrors:
     """Of the rows of all parts, of which there is at least one; of the plotted rows, `plotted_rows` are kept."""
     first = parts[0]
     hashes = np.concatenate([part.hashes for part in parts])
     kept = smallest(hashes, plotted_rows)
-    return PieceErrors(
+    return RowErrors(
         sums={name: reduce(ErrorSums.merge, [part.sums[name] for part in parts]) for name in first.sums},
         target=reduce(Moments.merge, [part.target for part in parts]),
         groups=[reduce(merge_groups, groups) for groups in zip(*(part.groups for part in parts), strict=True)],
@@ -80,15 +79,9 @@ def _loaded(uri: str) -> TrainedModel:
     return load_model(uri, threads=1)
 
 
-def errors_of_piece(plan: EvaluationPlan, piece: Piece) -> PieceErrors:
-    """Errors of all predictors on the rows of a piece.
-
-    Raises `StepError` if a file lacks a column, or a slice has too many groups.
-    """
-    columns = list(
-        dict.fromkeys(["record_id", *plan.table.features, plan.table.target, *(item.column for item in plan.slices)])
-    )
-    batches = (batch for part in piece.parts for batch in read_part(part, columns).iter_slices(_BATCH_ROWS))
+def errors_of_rows(rows: pl.DataFrame, plan: EvaluationPlan) -> RowErrors:
+    """Errors of all predictors on rows of the test split. Raises `StepError` if a slice has too many groups."""
+    batches = rows.iter_slices(_BATCH_ROWS)
     merged = merge_errors([_errors_of_batch(plan, batch) for batch in batches], plan.plotted_rows)
     for grouping, groups in zip(plan.slices, merged.groups, strict=True):
         if len(groups) > MOST_GROUPS:
@@ -96,7 +89,7 @@ def errors_of_piece(plan: EvaluationPlan, piece: Piece) -> PieceErrors:
     return merged
 
 
-def _errors_of_batch(plan: EvaluationPlan, batch: pl.DataFrame) -> PieceErrors:
+def _errors_of_batch(plan: EvaluationPlan, batch: pl.DataFrame) -> RowErrors:
     frame = batch.with_columns(pl.col(plan.table.target).cast(pl.Float64))
     frame = frame.filter(pl.col(plan.table.target).is_finite())
     actual = frame[plan.table.target].to_numpy()
@@ -106,7 +99,7 @@ def _errors_of_batch(plan: EvaluationPlan, batch: pl.DataFrame) -> PieceErrors:
     pairs = np.column_stack([actual, predictions["model"]])
     hashes = split_fraction(frame["record_id"], plan.salt)
     plotted = smallest(hashes, plan.plotted_rows)
-    return PieceErrors(
+    return RowErrors(
         sums={name: ErrorSums.of(actual, predicted) for name, predicted in predictions.items()},
         target=Moments.of(actual[:, None]),
         groups=[

@@ -1,0 +1,211 @@
+"""Ray Data, set up in one place: passes over the blocks of a dataset, each of which gives back one report a block.
+
+A pass is one fused operator: it reads a block, works on all of it, writes what it has to write under names that depend
+on the block alone, and returns a report. The driver goes through the reports while the pass is on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+from ray.data import DataContext, Dataset
+from ray.exceptions import OutOfMemoryError, WorkerCrashedError
+
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact, Reporter, StepError
+from step_scripts.runner.wording import counted
+
+BOUNDED = {"max_retries": 3}
+"""Ray options of all tasks: how often one is tried again whose process ended. Ray Data's default is for ever."""
+PATH = "path"
+"""The column that names each row's file."""
+# Bounds of a block: a task holds a few copies of it.
+_LARGEST_BLOCK_CELLS = 6_000_000
+_SMALLEST_BLOCK_ROWS = 25_000
+_BLOCKS_WANTED = 8
+_FOOTER_THREADS = 16
+# What Ray Data says of each execution, of progress bars that are off, and of errors that are raised here anyway.
+_QUIET = {
+    "ray.data": logging.WARNING,
+    "ray.data._internal.progress": logging.ERROR,
+    "ray.data._internal.execution.streaming_executor_state": logging.CRITICAL,
+}
+
+
+def configure() -> DataContext:
+    """Ray Data as this project uses it. Returns the context of this process; tasks get a copy.
+
+    Figures: `step_scripts` on 2 cores. Without these settings small data takes about three times as long.
+    """
+    context = DataContext.get_current()
+    context.use_datasource_v2 = False  # the new Parquet reader takes over a second longer to start
+    context.op_resource_reservation_enabled = False  # would keep a part of the CPUs idle for other operators
+    context.min_parallelism = context.read_op_min_num_blocks = 1  # would divide small data into 200 blocks
+    context.target_max_block_size = None  # whoever reads decides how large a block is
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True
+    for name, level in _QUIET.items():
+        logging.getLogger(name).setLevel(level)
+    # `max_retries` has no other place in the readers' arguments.
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+    return context
+
+
+class ParquetBlocks(NamedTuple):
+    """A dataset of an artifact's files, None without rows; the numbers of its rows and blocks; each file's place.
+
+    Column `PATH` names each row's file.
+    """
+
+    dataset: Dataset | None
+    rows: int
+    count: int
+    files: dict[str, int]
+
+    def select(self, *columns: str) -> ParquetBlocks:
+        """The same blocks, with those of these columns that they have."""
+        if self.dataset is None:
+            return self
+        present = self.dataset.columns() or []
+        return self._replace(dataset=self.dataset.select_columns([n for n in (*columns, PATH) if n in present]))
+
+    def each(
+        self, function: Callable[..., Any], *args: Any, progress: Progress | None = None
+    ) -> Iterator[tuple[int, Any]]:
+        """The place of each block's first file, and what `function(rows, *args)` returns for it, a Polars frame."""
+        if self.dataset is not None:
+            for path, rows, report in reports(self.dataset, _of_rows, function, args):
+                yield self.files[path], report
+                if progress is not None:
+                    progress.add(rows)
+
+    def reports(self, function: Callable[..., Any], *args: Any, progress: Progress | None = None) -> list[Any]:
+        """What `each` yields, in order of the files."""
+        found = dict(self.each(function, *args, progress=progress))
+        return [found[place] for place in sorted(found)]
+
+
+def parquet_blocks(artifact: Artifact, columns: Sequence[str], optional: Sequence[str] = ()) -> ParquetBlocks:
+    """The Parquet files of `artifact`, as blocks of whole files in order of path.
+
+    Blocks have `columns`, those `optional` ones that any of the files has, null for the others, and `PATH`. How many
+    blocks there are depends on rows and columns, not on the number of CPUs. Raises `StepError` for a file that cannot
+    be read or lacks one of `columns`.
+    """
+    configure()
+    uris = artifact.file_uris(".parquet")
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        footers = list(pool.map(lambda uri: _footer(uri, columns), uris))
+    wanted = [*columns, *optional]
+    filled = [(uri, rows, schema) for uri, (rows, schema) in zip(uris, footers, strict=True) if rows]
+    rows = sum(count for _, count, _ in filled)
+    if not filled:
+        return ParquetBlocks(None, 0, 0, {})
+    schema = pa.unify_schemas([schema for *_, schema in filled], promote_options="permissive")
+    schema = pa.schema([schema.field(name) for name in wanted if name in schema.names])
+    count = min(len(filled), _block_count(rows, len(schema)))
+    places = [storage.filesystem(uri) for uri, *_ in filled]
+    blocks = ray.data.read_parquet(
+        [path for _, path in places],
+        filesystem=places[0][0],
+        schema=schema,
+        columns=schema.names,
+        include_paths=True,
+        override_num_blocks=count,
+        ray_remote_args=BOUNDED,
+        file_extensions=None,
+        partitioning=None,
+    )
+    return ParquetBlocks(blocks, rows, count, {path: place for place, (_, path) in enumerate(places)})
+
+
+def _block_count(rows: int, columns: int) -> int:
+    largest = max(1, _LARGEST_BLOCK_CELLS // max(columns, 1))
+    return -(-rows // min(max(_SMALLEST_BLOCK_ROWS, -(-rows // _BLOCKS_WANTED)), largest))
+
+
+def _footer(uri: str, required: Sequence[str]) -> tuple[int, pa.Schema]:
+    """Rows and columns of a Parquet file that has all that are required."""
+    with storage.open_input(uri) as file:
+        try:
+            footer = pq.ParquetFile(file)
+        except pa.ArrowInvalid as error:
+            raise StepError(f"{uri} is not a readable Parquet file ({error}); make its asset again") from error
+        there = set(footer.schema_arrow.names)
+        if lacking := [name for name in required if name not in there]:
+            raise StepError(
+                f"{uri} lacks the columns {lacking}; it has {sorted(there)}. "
+                "It was written for another table: make its asset again, or correct the schema"
+            )
+        return footer.metadata.num_rows, footer.schema_arrow.remove_metadata()
+
+
+def reports(blocks: Dataset, function: Callable[..., Any], *args: Any, **options: Any) -> Iterator[Any]:
+    """What `function(table, *args)` returns for each block, an Arrow table, as they are finished.
+
+    `options` are those of `Dataset.map_batches`. A `StepError` of the function is raised as such. Whatever ends the
+    loop early, the tasks under way are ended by force and waited for: one that went on would write below a folder that
+    its step has removed. Raises `StepError` if the process of a task ends again and again.
+    """
+    configure()
+    whole = {"batch_format": "pyarrow", "batch_size": None, "zero_copy_batch": True}
+    call: Any = _report  # map_batches knows functions of one argument only
+    passing = blocks.map_batches(call, fn_args=(function, args), **whole, **BOUNDED, **options)
+    try:
+        for row in passing.iter_rows():
+            if isinstance(row["report"], StepError):
+                raise row["report"]
+            yield row["report"]
+    except (OutOfMemoryError, WorkerCrashedError) as error:
+        raise StepError(
+            f"the process of a Ray task ended {BOUNDED['max_retries'] + 1} times in {function.__name__}: "
+            f"{str(error).splitlines()[0]} "
+            "If memory is short, give the session fewer CPUs, so that fewer tasks run at once"
+        ) from error
+    finally:
+        _end_tasks(passing)
+
+
+def _report(block: pa.Table, function: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, list[Any]]:
+    try:
+        return {"report": [function(block, *args)]}
+    except StepError as error:  # as a result: Ray Data would add words of its own
+        return {"report": [error]}
+
+
+def _of_rows(block: pa.Table, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str, int, Any]:
+    return block[PATH][0].as_py(), block.num_rows, function(pl.from_arrow(block), *args)
+
+
+def _end_tasks(dataset: Dataset) -> None:
+    executor: Any = dataset._current_executor
+    if executor is not None:
+        executor.shutdown(force=True)
+        for operator in executor._topology:
+            operator._cancel_active_tasks(force=True)  # after an error they have only been asked to end
+
+
+class Progress:
+    """Reports how many of `total` rows are done, at most once a second, and when all are."""
+
+    def __init__(self, log: Reporter, what: str, total: int) -> None:
+        self._log, self._what, self._total = log, what, total
+        self._done = 0
+        self._start = self._reported = time.perf_counter()
+
+    def add(self, rows: int) -> None:
+        """Count `rows` more."""
+        self._done += rows
+        now = time.perf_counter()
+        if self._done >= self._total or now - self._reported >= 1.0:
+            self._reported = now
+            self._log.info(f"{self._what}: {self._done:,} of {counted(self._total, 'row')}, {now - self._start:.1f} s")
