@@ -1,8 +1,8 @@
 """Step `validate_source`: CSV files of any size to validated Parquet, with a table of the rows that were rejected.
 
-Headers are checked first, in the driver. Then the files are cut into pieces (`csv_chunks`), and Ray tasks
-(`validate_chunk`) write one part each; only small reports come back. What the step writes does not depend on how many
-pieces there were, other than the names of the parts.
+Headers are checked first, in the driver. Then ranges of the files are read as blocks of Ray Data (`csv_source`), and
+what is accepted of a block is written as one part (`accepted_rows`); only small reports come back. What the step writes
+does not depend on how many ranges there were, other than the names of the parts.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import ray
 
+from step_scripts.data.accepted_rows import ChunkReport, RowsPlan, ids_uri, write_rows
 from step_scripts.data.content_digest import content_digest
 from step_scripts.data.csv_chunks import Chunk, plan_chunks, safe_cuts
 from step_scripts.data.csv_header import CsvFile, read_header
+from step_scripts.data.csv_source import CsvRanges
 from step_scripts.data.duplicate_rows import bucket_count, find_duplicates, rewrite_part
 from step_scripts.data.rejected_rows import LineNumbers, as_details, reasons, rejected_table, rejection_message
 from step_scripts.data.source_checks import by_file, check_counts, check_rows
 from step_scripts.data.source_parts import merged_statistics, rows_digest
-from step_scripts.data.validate_chunk import ChunkReport, ChunkTask, ids_uri, validate_chunk
 from step_scripts.parameters import SourceFile, ValidateSourceParams
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, StepContext, StepDefinition, StepError, StepOutcome, file_info
 from step_scripts.runner.file_state import file_state, lasting
-from step_scripts.runner.ray_tasks import completed_tasks
+from step_scripts.runner.ray_data import each_call, source_reports
 from step_scripts.runner.wording import are, counted
 
 _SMALLEST_SHARE = 4 << 20  # of a file that is divided only to occupy all CPUs; bytes
@@ -134,10 +135,11 @@ def _validate(
     reports: dict[int, ChunkReport] = {}
     progress = _Progress(context, len(chunks))
 
-    def process(pieces: Sequence[Chunk]) -> None:
-        rows_uri = context.output_uri("rows")
-        calls = ((ChunkTask(chunk, params, rows_uri, scratch_uri, buckets),) for chunk in pieces)
-        for _, report in completed_tasks(validate_chunk, calls):
+    modified = {chunk.index: chunk.file.modified for chunk in chunks}
+    plan = RowsPlan(params, modified, context.output_uri("rows"), scratch_uri, buckets)
+
+    def process(ranges: Sequence[Chunk]) -> None:
+        for report in source_reports(CsvRanges(ranges, params), len(ranges), write_rows, plan):
             reports[report.index] = report
             progress.add(report)
             if report.fault:
@@ -189,7 +191,7 @@ def _cut_again(
         for pieces in pieces_of.values()
     ]
     cut, faults = list(chunks), {}
-    for index, (ends, fault) in completed_tasks(_safe_cuts, calls):
+    for index, (ends, fault) in each_call(_safe_cuts, calls):
         pieces = pieces_of[uris[index]]
         if fault is not None:
             faults[index] = (pieces[0].file, fault)
@@ -241,7 +243,7 @@ def _find_duplicates(
     calls = [(id_uris, parts, buckets, bucket, uris[bucket]) for bucket in range(buckets)]
     duplicates: dict[int, int] = {}
     written: list[str] = []
-    for bucket, found in completed_tasks(find_duplicates, calls):
+    for bucket, found in each_call(find_duplicates, calls):
         for part, count in found.items():
             duplicates[part] = duplicates.get(part, 0) + count
         if found:
@@ -263,7 +265,7 @@ def _rewrite(
     parts = sorted(duplicates)
     calls = [(duplicate_uris, part, context.output_uri("rows"), params.table, keep) for part in parts]
     by_index = {r.index: r for r in reports}
-    for index, part in completed_tasks(rewrite_part, calls):
+    for index, part in each_call(rewrite_part, calls):
         by_index[parts[index]].part = part
 
 

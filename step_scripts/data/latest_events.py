@@ -13,12 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
-import ray.data
 
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Reporter
-from step_scripts.runner.ray_data import BOUNDED, PATH, ParquetBlocks, Progress, reports
+from step_scripts.runner.ray_data import PATH, ParquetBlocks, Progress, each_call
 from step_scripts.table.record_ids import distinct_lanes, lanes_of_ids, split_fraction_of_lanes
 
 # In order of precedence: the latest event wins; of equal ones, the one that was written last.
@@ -39,8 +37,7 @@ class LatestEvents(NamedTuple):
 
     def of(self, rows: pl.DataFrame, place: int) -> pl.DataFrame:
         """The rows that count of the block whose first file has that place."""
-        uri = storage.join(self.uri, f"kept-{place:05d}")
-        found = [_read(storage.join(uri, name))["row"].to_numpy() for name in storage.list_files(uri)]
+        found = [_read(uri)["row"].to_numpy() for uri in storage.list_files(_kept_uri(self.uri, place))]
         kept = np.zeros(rows.height, dtype=bool)
         for positions in found:
             kept[positions] = True
@@ -56,13 +53,11 @@ def latest_events(blocks: ParquetBlocks, as_of: datetime | None, scratch_uri: st
     progress = Progress(log, "prepare_splits, bringing events of a record together", blocks.rows)
     arguments = (blocks.files, as_of, scratch_uri, buckets)
     scattered = blocks.reports(_scatter, *arguments, progress=progress)
-    places = [place for place, *_ in scattered]
-    numbers = ray.data.range(buckets, override_num_blocks=buckets)
-    chosen = list(reports(numbers, _choose, scratch_uri, places)) if places else []
+    chosen = [counts for _, counts in each_call(_choose, [(number, scratch_uri) for number in range(buckets)])]
     return LatestEvents(
         uri=scratch_uri,
         read=blocks.rows,
-        later=sum(later for _, later in scattered),
+        later=sum(scattered),
         superseded=sum(superseded for superseded, _ in chosen),
         deleted=sum(deleted for _, deleted in chosen),
     )
@@ -70,8 +65,8 @@ def latest_events(blocks: ParquetBlocks, as_of: datetime | None, scratch_uri: st
 
 def _scatter(
     rows: pl.DataFrame, files: dict[str, int], as_of: datetime | None, scratch_uri: str, buckets: int
-) -> tuple[int, int]:
-    """Write ids, times and positions of a block's events, a file a bucket. Returns its place, and how many are later."""
+) -> int:
+    """Write ids, times and positions of a block's events, a file a bucket. Returns how many are later than `as_of`."""
     place = files[rows[PATH][0]]
     times = [name for name in TIMES if name in rows.columns]
     lanes = lanes_of_ids(rows["record_id"])
@@ -85,15 +80,13 @@ def _scatter(
     current = events.filter(pl.col("event_time") <= as_of) if as_of is not None else events
     for (number,), group in current.partition_by("bucket", as_dict=True, include_key=False).items():
         _write(group, storage.join(_bucket_uri(scratch_uri, int(number)), f"{place:05d}.arrow"))
-    return place, events.height - current.height
+    return events.height - current.height
 
 
-def _choose(numbers: pa.Table, scratch_uri: str, places: Sequence[int]) -> tuple[int, int]:
+def _choose(number: int, scratch_uri: str) -> tuple[int, int]:
     """Write the positions of a bucket's rows that count. Returns how many events are superseded, how many deletions."""
-    [number] = numbers["id"].to_pylist()
-    uri = _bucket_uri(scratch_uri, number)
-    there = set(storage.list_files(uri))
-    frames = [_read(storage.join(uri, name)) for name in (f"{place:05d}.arrow" for place in places) if name in there]
+    # In the order of the blocks: of events with equal times the last one counts.
+    frames = [_read(uri) for uri in storage.list_files(_bucket_uri(scratch_uri, number))]
     if not frames:
         return 0, 0
     events = pl.concat(frames, how="diagonal")
@@ -103,12 +96,16 @@ def _choose(numbers: pa.Table, scratch_uri: str, places: Sequence[int]) -> tuple
     )
     live = latest.filter(~pl.col("is_deleted"))
     for (place,), group in live.select("place", "row").partition_by("place", as_dict=True, include_key=False).items():
-        _write(group, storage.join(scratch_uri, f"kept-{place:05d}", f"{number:05d}.arrow"))
+        _write(group, storage.join(_kept_uri(scratch_uri, place), f"{number:05d}.arrow"))
     return events.height - latest.height, latest.height - live.height
 
 
 def _bucket_uri(scratch_uri: str, number: int) -> str:
     return storage.join(scratch_uri, f"events-{number:05d}")
+
+
+def _kept_uri(scratch_uri: str, place: int) -> str:
+    return storage.join(scratch_uri, f"kept-{place:05d}")
 
 
 def _write(frame: pl.DataFrame, uri: str) -> None:

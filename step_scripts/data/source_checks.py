@@ -8,7 +8,7 @@ from itertools import groupby
 from step_scripts.runner.contract import StepError
 from step_scripts.data.csv_chunks import Chunk
 from step_scripts.data.rejected_rows import LineNumbers
-from step_scripts.data.validate_chunk import ChunkReport
+from step_scripts.data.accepted_rows import ChunkReport
 from step_scripts.runner.wording import counted
 
 

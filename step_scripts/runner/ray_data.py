@@ -9,15 +9,16 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 import ray.data
-from ray.data import DataContext, Dataset
+from ray.data import DataContext, Dataset, Datasource
 from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
 from step_scripts.runner import storage
@@ -173,6 +174,30 @@ def reports(blocks: Dataset, function: Callable[..., Any], *args: Any, **options
         ) from error
     finally:
         _end_tasks(passing)
+
+
+def source_reports(source: Datasource, count: int, function: Callable[..., Any], *args: Any) -> Iterator[Any]:
+    """See `reports`, for the `count` blocks of a source."""
+    configure()
+    blocks = ray.data.read_datasource(source, override_num_blocks=count, ray_remote_args=BOUNDED)
+    yield from reports(blocks, function, *args)
+
+
+def each_call(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+    """`function(*call)` for each call, for work that is told where its data lie; (index, result) as they are finished.
+
+    See `reports` for errors.
+    """
+    listed = list(calls)
+    if listed:
+        configure()
+        numbers = ray.data.range(len(listed), override_num_blocks=len(listed))
+        yield from reports(numbers, _call, function, ray.put(listed))
+
+
+def _call(numbers: pa.Table, function: Callable[..., Any], calls: ray.ObjectRef) -> tuple[int, Any]:
+    [index] = numbers["id"].to_pylist()
+    return index, function(*ray.get(calls)[index])
 
 
 def _report(block: pa.Table, function: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, list[Any]]:
