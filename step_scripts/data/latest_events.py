@@ -115,4 +115,4 @@ def _write(frame: pl.DataFrame, uri: str) -> None:
 
 
 def _read(uri: str) -> pl.DataFrame:
-    return pl.read_ipc(storage.read_bytes(uri), memory_map=False)
+    return pl.read_ipc(storage.read_bytes(uri))
