@@ -1,29 +1,27 @@
 """Step: ingest validated rows into a feature store.
 
-Ray tasks (or, where their number is configured, actors) compare the rows with what is stored, write what is new or
-changed, and read it back; where there is an online store, they bring it up to date; then one commit makes all visible.
-If a single row cannot be read back, nothing is committed and the step fails.
+Passes of Ray Data, by tasks (or, where their number is configured, actors), compare the rows with what is stored, write
+what is new or changed, and read it back; where there is an online store, they bring it up to date; then one commit
+makes all visible. If a single row cannot be read back, nothing is committed and the step fails.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Literal
 
 import ray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from step_scripts.feature_store.feature_ingestion import IngestionResult, ParallelRun, ingest
+from step_scripts.feature_store.feature_ingestion import IngestionResult, ingest
 from step_scripts.feature_store.group_folder import LOCK_SECONDS, GroupFolder
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.feature_store.online_ingestion import MISSING_RECORDS
 from step_scripts.feature_store.online_store import OnlineTarget
 from step_scripts.parameters import IngestFeaturesParams
 from step_scripts.runner import storage
-from step_scripts.runner.actor_pool import ActorPool
 from step_scripts.runner.contract import StepContext, StepDefinition, StepError, StepOutcome
-from step_scripts.runner.ray_tasks import completed_tasks
+from step_scripts.runner.ray_data import each_call
 from step_scripts.runner.wording import counted
 
 
@@ -76,36 +74,21 @@ def run(context: StepContext, params: IngestFeaturesParams) -> StepOutcome:
     online = None
     if isinstance(target, SageMakerTarget) and target.online:
         online = OnlineTarget(params.group, target.region_name, target.calls_in_flight, target.patience_seconds)
-    with _workers(params.num_actors) as (parallel_run, workers):
-        result = ingest(
-            folder,
-            params.table,
-            context.inputs["rows"],
-            parallel_run,
-            context.log,
-            mirror=target.mirror,
-            workers=workers,
-            lock_seconds=target.lock_seconds if isinstance(target, LocalTarget) else LOCK_SECONDS,
-            online=online,
-            missing_uri=storage.join(context.output_uri("features"), MISSING_RECORDS),
-            phase=context.phase,
-            confirm=context.confirm,
-        )
+    result = ingest(
+        folder,
+        params.table,
+        context.inputs["rows"],
+        partial(each_call, actors=params.num_actors),
+        context.log,
+        mirror=target.mirror,
+        workers=params.num_actors or max(1, int(ray.cluster_resources().get("CPU", 1))),
+        lock_seconds=target.lock_seconds if isinstance(target, LocalTarget) else LOCK_SECONDS,
+        online=online,
+        missing_uri=storage.join(context.output_uri("features"), MISSING_RECORDS),
+        phase=context.phase,
+        confirm=context.confirm,
+    )
     return _outcome(context, folder, result, online=online is not None)
-
-
-@contextlib.contextmanager
-def _workers(num_actors: int | None) -> Iterator[tuple[ParallelRun, int]]:
-    """What runs the pieces, and how many at once.
-
-    By default tasks: the worker processes that other steps have used are there already, while an actor is always a new
-    process, which costs a second or two.
-    """
-    if num_actors is None:
-        yield completed_tasks, max(1, int(ray.cluster_resources().get("CPU", 1)))
-        return
-    with ActorPool(num_actors) as pool:
-        yield pool.run, pool.size
 
 
 def _outcome(context: StepContext, folder: GroupFolder, result: IngestionResult, *, online: bool) -> StepOutcome:

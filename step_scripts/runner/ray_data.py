@@ -18,15 +18,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from ray.data import DataContext, Dataset, Datasource
-from ray.exceptions import OutOfMemoryError, WorkerCrashedError
+from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource
+from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
 
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, Reporter, StepError
 from step_scripts.runner.wording import counted
 
-BOUNDED = {"max_retries": 3}
-"""Ray options of all tasks: how often one is tried again whose process ended. Ray Data's default is for ever."""
+_RETRIES = 3  # of what a process did that has ended; Ray Data's default is for ever
+BOUNDED = {"max_retries": _RETRIES}
+"""Ray options of all tasks."""
+_BOUNDED_ACTORS = {"max_restarts": _RETRIES, "max_task_retries": _RETRIES}
 PATH = "path"
 """The column that names each row's file."""
 # Bounds of a block: a task holds a few copies of it.
@@ -150,30 +152,47 @@ def _footer(uri: str, required: Sequence[str]) -> tuple[int, pa.Schema]:
         return footer.metadata.num_rows, footer.schema_arrow.remove_metadata()
 
 
-def reports(blocks: Dataset, function: Callable[..., Any], *args: Any, **options: Any) -> Iterator[Any]:
+def reports(
+    blocks: Dataset, function: Callable[..., Any], *args: Any, compute: ActorPoolStrategy | None = None
+) -> Iterator[Any]:
     """What `function(table, *args)` returns for each block, an Arrow table, as they are finished.
 
-    `options` are those of `Dataset.map_batches`. A `StepError` of the function is raised as such. Whatever ends the
-    loop early, the tasks under way are ended by force and waited for: one that went on would write below a folder that
-    its step has removed. Raises `StepError` if the process of a task ends again and again.
+    A `StepError` of the function is raised as such. Whatever ends the loop early, the tasks under way are ended by
+    force and waited for: one that went on would write below a folder that its step has removed. Raises `StepError` if
+    the process of a task ends again and again.
     """
     configure()
-    whole = {"batch_format": "pyarrow", "batch_size": None, "zero_copy_batch": True}
-    call: Any = _report  # map_batches knows functions of one argument only
-    passing = blocks.map_batches(call, fn_args=(function, args), **whole, **BOUNDED, **options)
+    call: Any = _report if compute is None else _Reporting  # map_batches knows functions of one argument only
+    limits = BOUNDED if compute is None else _BOUNDED_ACTORS
+    passing = blocks.map_batches(
+        call,
+        fn_args=(function, args),
+        batch_format="pyarrow",
+        batch_size=None,
+        zero_copy_batch=True,
+        compute=compute,
+        **limits,
+    )
     try:
         for row in passing.iter_rows():
             if isinstance(row["report"], StepError):
                 raise row["report"]
             yield row["report"]
-    except (OutOfMemoryError, WorkerCrashedError) as error:
+    except (OutOfMemoryError, WorkerCrashedError, RayActorError) as error:
+        kind, fewer = ("task", "give the session fewer CPUs, so that fewer tasks run at once")
+        if compute is not None:
+            kind, fewer = "actor", "use fewer actors"
         raise StepError(
-            f"the process of a Ray task ended {BOUNDED['max_retries'] + 1} times in {function.__name__}: "
-            f"{str(error).splitlines()[0]} "
-            "If memory is short, give the session fewer CPUs, so that fewer tasks run at once"
+            f"the process of a Ray {kind} ended {_RETRIES + 1} times in {_named(function, args)}: "
+            f"{str(error).splitlines()[0]} If memory is short, {fewer}"
         ) from error
     finally:
         _end_tasks(passing)
+
+
+def _named(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
+    inner = args[0] if function in (_call, _of_rows) else function
+    return getattr(inner, "__name__", "call")
 
 
 def source_reports(source: Datasource, count: int, function: Callable[..., Any], *args: Any) -> Iterator[Any]:
@@ -183,20 +202,28 @@ def source_reports(source: Datasource, count: int, function: Callable[..., Any],
     yield from reports(blocks, function, *args)
 
 
-def each_call(function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+def each_call(
+    function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], *, actors: int | None = None
+) -> Iterator[tuple[int, Any]]:
     """`function(*call)` for each call, for work that is told where its data lie; (index, result) as they are finished.
 
-    See `reports` for errors.
+    In tasks, or in so many `actors`, at most one a CPU. See `reports` for errors.
     """
     listed = list(calls)
-    if listed:
-        configure()
-        numbers = ray.data.range(len(listed), override_num_blocks=len(listed))
-        yield from reports(numbers, _call, function, ray.put(listed))
+    if not listed:
+        return
+    configure()
+    numbers = ray.data.from_arrow([pa.table({"index": [index]}) for index in range(len(listed))])
+    arguments = (function, ray.put(listed))
+    if actors is None:
+        yield from reports(numbers, _call, *arguments)
+        return
+    size = min(actors, len(listed), max(1, int(ray.cluster_resources().get("CPU", 1))))
+    yield from reports(numbers, _call, *arguments, compute=ActorPoolStrategy(size=size))
 
 
 def _call(numbers: pa.Table, function: Callable[..., Any], calls: ray.ObjectRef) -> tuple[int, Any]:
-    [index] = numbers["id"].to_pylist()
+    [index] = numbers["index"].to_pylist()
     return index, function(*ray.get(calls)[index])
 
 
@@ -209,6 +236,13 @@ def _report(block: pa.Table, function: Callable[..., Any], args: tuple[Any, ...]
 
 def _of_rows(block: pa.Table, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str, int, Any]:
     return block[PATH][0].as_py(), block.num_rows, function(pl.from_arrow(block), *args)
+
+
+class _Reporting:
+    """`_report` in an actor."""
+
+    def __call__(self, block: pa.Table, function: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, list[Any]]:
+        return _report(block, function, args)
 
 
 def _end_tasks(dataset: Dataset) -> None:

@@ -17,9 +17,9 @@ import pytest
 
 from step_scripts.feature_store.feature_ingestion import run_here
 from step_scripts.feature_store.offline_store import OfflineStore
-from step_scripts.runner.actor_pool import ActorPool
 from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepResult
 from step_scripts.runner.execution import run_step
+from step_scripts.runner.ray_data import each_call
 from step_scripts.runner.ray_session import RaySession
 from tests.fatal_calls import always_fatal, once_fatal
 from tests.feature_rows import (
@@ -174,15 +174,14 @@ def test_problems_found_in_an_actor_reach_the_user(ray_session: RaySession, tmp_
 def test_work_of_a_dead_actor_is_done_again_once(ray_session: RaySession, tmp_path: Path) -> None:
     calls = [(str(tmp_path / ("marker" if n == 2 else "none")), n) for n in range(6)]
     (tmp_path / "none").touch()
-    with ActorPool(2) as pool:
-        results = list(pool.run(once_fatal, calls))
+    results = list(each_call(once_fatal, calls, actors=2))
     assert (tmp_path / "marker").exists()
     assert sorted(results) == [(n, n * n) for n in range(6)]
 
 
 def test_work_that_kills_every_actor_fails_with_a_remedy(ray_session: RaySession) -> None:
-    with ActorPool(1) as pool, pytest.raises(StepError, match=r"ended 4 times in always_fatal.*use fewer actors"):
-        list(pool.run(always_fatal, [()]))
+    with pytest.raises(StepError, match=r"ended 4 times in always_fatal.*use fewer actors"):
+        list(each_call(always_fatal, [()], actors=1))
 
 
 def test_a_killed_actor_loses_and_doubles_nothing(ray_session: RaySession, tmp_path: Path) -> None:

@@ -296,9 +296,9 @@ def test_a_short_trial_that_loses_its_process_again_is_in_the_table(tune: Callab
 
     def kill_twice() -> None:
         while len(killed) < 2 and not over.wait(0.05):
-            killed.update(process.pid for process in _workers("run_trial"))
             for process in _workers("run_trial"):
                 process.kill()
+                killed.add(process.pid)
 
     long = {"num_boost_round": 5000, "early_stopping_rounds": 5000}
     killer = threading.Thread(target=kill_twice)
