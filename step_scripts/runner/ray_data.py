@@ -7,6 +7,7 @@ on the block alone, and returns a report. The driver goes through the reports wh
 from __future__ import annotations
 
 import logging
+import pickle
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -121,7 +122,6 @@ def parquet_blocks(artifact: Artifact, columns: Sequence[str], optional: Sequenc
         [path for _, path in places],
         filesystem=places[0][0],
         schema=schema,
-        columns=schema.names,
         include_paths=True,
         override_num_blocks=count,
         ray_remote_args=BOUNDED,
@@ -173,11 +173,14 @@ def reports(
         compute=compute,
         **limits,
     )
+    # Held until the end: Ray Data ends tasks, without waiting for them, when nobody refers to the iterator any more.
+    batches = iter(passing.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     try:
-        for row in passing.iter_rows():
-            if isinstance(row["report"], StepError):
-                raise row["report"]
-            yield row["report"]
+        for found in batches:
+            report = pickle.loads(found["report"][0].as_py())  # noqa: S301  # written by a task of this session
+            if isinstance(report, StepError):
+                raise report
+            yield report
     except (OutOfMemoryError, WorkerCrashedError, RayActorError) as error:
         kind, fewer = ("task", "give the session fewer CPUs, so that fewer tasks run at once")
         if compute is not None:
@@ -227,11 +230,12 @@ def _call(numbers: pa.Table, function: Callable[..., Any], calls: ray.ObjectRef)
     return index, function(*ray.get(calls)[index])
 
 
-def _report(block: pa.Table, function: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, list[Any]]:
+def _report(block: pa.Table, function: Callable[..., Any], args: tuple[Any, ...]) -> pa.Table:
     try:
-        return {"report": [function(block, *args)]}
+        report = function(block, *args)
     except StepError as error:  # as a result: Ray Data would add words of its own
-        return {"report": [error]}
+        report = error
+    return pa.table({"report": [ray.cloudpickle.dumps(report)]})  # Ray Data would turn tuples into lists
 
 
 def _of_rows(block: pa.Table, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str, int, Any]:
@@ -241,7 +245,7 @@ def _of_rows(block: pa.Table, function: Callable[..., Any], args: tuple[Any, ...
 class _Reporting:
     """`_report` in an actor."""
 
-    def __call__(self, block: pa.Table, function: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, list[Any]]:
+    def __call__(self, block: pa.Table, function: Callable[..., Any], args: tuple[Any, ...]) -> pa.Table:
         return _report(block, function, args)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 import time
 from collections import Counter
@@ -194,7 +195,7 @@ def test_a_killed_actor_loses_and_doubles_nothing(ray_session: RaySession, tmp_p
         while not killed and not finished.is_set():
             for process in psutil.Process().children(recursive=True):
                 try:
-                    if " ".join(process.cmdline()).startswith("ray::_Worker.call"):
+                    if re.match(r"ray::MapWorker.*\.submit", " ".join(process.cmdline())):
                         process.kill()
                         killed.append(process.pid)
                         return

@@ -1,4 +1,4 @@
-"""How tables are cut into pieces, and how Ray tasks over them behave."""
+"""Passes of Ray Data: what is read, what comes back, and how they end."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from step_scripts.runner import ray_data
 from step_scripts.runner.contract import Artifact, FileInfo, StepError
+from step_scripts.runner.ray_data import Progress, each_call, parquet_blocks
 from step_scripts.runner.ray_session import RaySession, worker_environment
-from step_scripts.runner.ray_tasks import FilePart, Progress, completed_tasks, pieces_of, read_part
 
 
 def table(folder: Path, sizes: list[int], *, row_group_size: int = 100, counted: bool = True) -> Artifact:
@@ -28,33 +29,56 @@ def table(folder: Path, sizes: list[int], *, row_group_size: int = 100, counted:
     return Artifact.of(str(folder), infos)
 
 
-@pytest.mark.parametrize("counted", [True, False])
-@pytest.mark.parametrize("sizes", [[1000], [10] * 100, [0, 350, 0, 5, 5, 400], [30], []])
-def test_pieces_hold_every_row_once_in_order(tmp_path: Path, sizes: list[int], counted: bool) -> None:
-    pieces = pieces_of(table(tmp_path, sizes, counted=counted), columns=1, piece_rows=200)
-    frames = [read_part(part, ["n"]) for piece in pieces for part in piece.parts]
-    values = pl.concat(frames)["n"].to_list() if frames else []
-    assert values == list(range(sum(sizes)))
-    assert all(0 < piece.rows <= 200 for piece in pieces)
-    assert len(pieces) <= -(-sum(sizes) // 200) * 2
+@pytest.mark.parametrize(("files", "blocks"), [([1000], 1), ([10] * 100, 20), ([0, 350, 0, 5, 5, 400], 4), ([30], 1)])
+def test_blocks_hold_every_row_once_in_order(
+    ray_session: RaySession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[int], blocks: int
+) -> None:
+    def sizes(rows: pl.DataFrame) -> tuple[int, list[int]]:
+        return rows.height, rows["n"].to_list()
+
+    monkeypatch.setattr(ray_data, "_SMALLEST_BLOCK_ROWS", 50)
+    monkeypatch.setattr(ray_data, "_BLOCKS_WANTED", 1000)
+    found = parquet_blocks(table(tmp_path, files), ["n"])
+    assert (found.rows, found.count) == (sum(files), blocks)
+    assert [n for _, values in found.reports(sizes) for n in values] == list(range(sum(files)))
+    assert list(found.files.values()) == list(range(len([size for size in files if size])))
 
 
-def test_small_files_share_a_piece_and_large_ones_are_divided(tmp_path: Path) -> None:
-    many = pieces_of(table(tmp_path / "many", [10] * 100), columns=1, piece_rows=200)
-    assert [len(piece.parts) for piece in many] == [20] * 5
-    one = pieces_of(table(tmp_path / "one", [1000], row_group_size=250), columns=1, piece_rows=600)
-    assert [piece.parts[0].row_groups for piece in one] == [(0, 1), (2, 3)]
-    wide = pieces_of(table(tmp_path / "one", [1000], row_group_size=250), columns=24_000)
-    assert len(wide) == 4  # a row takes more memory
+def test_without_rows_there_is_nothing_to_do(ray_session: RaySession, tmp_path: Path) -> None:
+    for files in ([], [0, 0]):
+        found = parquet_blocks(table(tmp_path / str(len(files)), files), ["n"])
+        assert (found.rows, found.reports(len), found.select("n").reports(len)) == (0, [], [])
+
+
+def test_wide_rows_make_more_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ray_data._block_count(1_000, 9) == 1
+    assert ray_data._block_count(100_000, 9) == 4
+    assert ray_data._block_count(1_000_000, 9) == 8
+    assert ray_data._block_count(1_000_000, 600) == 100  # a row takes more memory
+
+
+def test_columns_that_some_files_lack_are_null(ray_session: RaySession, tmp_path: Path) -> None:
+    pl.DataFrame({"n": [1, 2]}, schema={"n": pl.Int32}).write_parquet(tmp_path / "0.parquet")
+    pl.DataFrame({"n": [3], "late": ["x"], "other": [1]}).write_parquet(tmp_path / "1.parquet")
+    artifact = Artifact.of(str(tmp_path), [FileInfo(path=f"{i}.parquet", bytes=1, sha256=str(i)) for i in (0, 1)])
+
+    def rows(frame: pl.DataFrame) -> list[dict[str, object]]:
+        return frame.drop("path").to_dicts()
+
+    [found] = parquet_blocks(artifact, ["n"], optional=["late", "nowhere"]).reports(rows)
+    assert found == [{"n": 1, "late": None}, {"n": 2, "late": None}, {"n": 3, "late": "x"}]
 
 
 def test_unreadable_and_foreign_files_are_named(tmp_path: Path) -> None:
+    def artifact(name: str) -> Artifact:
+        return Artifact.of(str(tmp_path), [FileInfo(path=name, bytes=1, sha256="x")])
+
     (tmp_path / "bad.parquet").write_bytes(b"a,b\n1,2\n")
     with pytest.raises(StepError, match=r"bad\.parquet is not a readable Parquet file"):
-        read_part(FilePart(str(tmp_path / "bad.parquet"), None, 1), ["a"])
+        parquet_blocks(artifact("bad.parquet"), ["a"])
     pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "foreign.parquet")
     with pytest.raises(StepError, match=r"foreign\.parquet lacks the columns \['b'\]; it has \['a'\]"):
-        read_part(FilePart(str(tmp_path / "foreign.parquet"), None, 1), ["a", "b"])
+        parquet_blocks(artifact("foreign.parquet"), ["a", "b"])
 
 
 # Tasks are defined inside the tests: workers cannot import test modules, so their code is sent along.
@@ -64,9 +88,9 @@ def test_results_come_with_their_index(ray_session: RaySession) -> None:
     def squared(number: int) -> int:
         return number * number
 
-    found = dict(completed_tasks(squared, [(i,) for i in range(20)]))
+    found = dict(each_call(squared, [(i,) for i in range(20)]))
     assert found == {i: i * i for i in range(20)}
-    assert dict(completed_tasks(squared, [])) == {}
+    assert dict(each_call(squared, [])) == {}
 
 
 def test_workers_have_their_settings(ray_session: RaySession) -> None:
@@ -77,7 +101,7 @@ def test_workers_have_their_settings(ray_session: RaySession) -> None:
         return {name: os.environ.get(name) for name in names}
 
     wanted = worker_environment()
-    [(_, found)] = completed_tasks(environment, [(list(wanted),)])
+    [(_, found)] = each_call(environment, [(list(wanted),)])
     allocator, wanted_allocator = found.pop("_RJEM_MALLOC_CONF"), wanted.pop("_RJEM_MALLOC_CONF")
     assert found == wanted
     assert allocator is not None
@@ -110,14 +134,24 @@ def test_what_the_user_has_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["_RJEM_MALLOC_CONF"] == f"{by_polars},dirty_decay_ms:77"
 
 
-def test_several_results_stay_in_the_object_store(ray_session: RaySession) -> None:
-    import ray
+def test_results_keep_their_types(ray_session: RaySession) -> None:
+    """Ray Data would turn tuples into lists and dictionaries into structures."""
+    results = {"a": (1, 2.5, None), "b": [(1,)], 3: {"x": Path("y")}}
+    assert list(each_call(lambda: results, [()])) == [(0, results)]
 
-    def parts(number: int) -> tuple[int, str, str]:
-        return number, "a" * number, "b" * number
 
-    answers = dict(completed_tasks(parts, [(1,), (2,)], results_each=3))
-    assert [ray.get(answers[i]) for i in (0, 1)] == [[1, "a", "b"], [2, "aa", "bb"]]
+def test_leaving_early_ends_the_tasks(ray_session: RaySession, tmp_path: Path) -> None:
+    def slow(number: int) -> int:
+        if number:
+            time.sleep(60)
+            (tmp_path / str(number)).touch()
+        return number
+
+    for index, _ in each_call(slow, [(i,) for i in range(6)]):
+        assert index == 0
+        break
+    assert dict(each_call(lambda: 5, [()])) == {0: 5}  # the CPUs are free again
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_input_error_of_a_task_ends_the_others(ray_session: RaySession, tmp_path: Path) -> None:
@@ -130,10 +164,10 @@ def test_an_input_error_of_a_task_ends_the_others(ray_session: RaySession, tmp_p
         return number
 
     with pytest.raises(StepError, match="three is refused") as caught:
-        list(completed_tasks(refuse_three, [(i,) for i in range(8)]))
+        list(each_call(refuse_three, [(i,) for i in range(8)]))
     assert caught.value.details == {"number": 3}
     # The CPUs are free again, and no task has gone on to its end.
-    assert dict(completed_tasks(lambda: 5, [()])) == {0: 5}
+    assert dict(each_call(lambda: 5, [()])) == {0: 5}
     assert not list(tmp_path.iterdir())
 
 
