@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from housing_assets.schema import HOUSING_TABLE
+from step_scripts import feature_parser
 from step_scripts.feature_parser import FeatureParser
 from step_scripts.polars_csv import read_csv
 from step_scripts.serving_io import CSV, JSON, JSON_LINES, MAX_REPORTED_PROBLEMS, RequestError
+from step_scripts.table import ColumnSpec, TableSpec
 
 BYTES = 6_291_456 // 4
 ROW = "1990,2000.5,3,2.5,0.5,2,1,0"
@@ -207,6 +209,41 @@ def test_csv_in_pieces_is_read_as_line_by_line(runs: list[tuple[str, int]]) -> N
         assert error.problems == len(wrong) or MAX_REPORTED_PROBLEMS <= error.problems < len(wrong)
     else:
         assert PARSER.parse(body.encode(), CSV).tolist() == outcomes
+
+
+SALES = TableSpec(
+    name="sales",
+    target="price",
+    key_columns=("place", "note"),
+    columns=(
+        *(ColumnSpec(name=name, dtype="float64", nullable=name == "age") for name in ("price", "size", "age")),
+        *(ColumnSpec(name=name, dtype="string", nullable=True) for name in ("place", "note")),
+    ),
+)
+SALE = st.sampled_from(
+    """x,3,1,y|x,,1,y|"x","","1",""|x,old,1,y|,,1,|"x,y",3,1|"x,,z",1,y|"x,y",,1|x,3,1|x,3,1,,||"",3,1,""|"x
+y",3,1,y|x,3,1,"y|x,3,"1"0,y|x,3,,|",",3,1,y|x"y,3,1,"z\"""".split("|")
+)
+
+
+@pytest.mark.parametrize("header", ["place,age,size,note", "age,place,note,size"])
+@given(lines=st.lists(SALE, min_size=1, max_size=5))
+@settings(max_examples=150, deadline=None)
+def test_many_rows_are_read_as_few(header: str, lines: list[str]) -> None:
+    """With texts and missing values: whether Polars reads the rows or Python does, and where the columns lie."""
+    if header.startswith("age"):
+        lines = [",".join([*(parts := line.split(","))[1:2], parts[0], *parts[3:], *parts[2:3]]) for line in lines]
+    body = "\n".join([header, *lines, *[",".join("7" * 4)] * 9]).encode()
+
+    def outcome(batch: int) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(feature_parser, "_BATCH", batch)
+            try:
+                return np.nan_to_num(FeatureParser(SALES).parse(body, CSV), nan=-1).tolist()
+            except RequestError as error:
+                return str(error), error.problems, error.rows
+
+    assert outcome(1) == outcome(len(body) + 1)
 
 
 ELEMENTS = st.sampled_from([f"[{ROW}]", f" [ {ROW} ] ", "[]", '{"DECK": 1}', "5", f"[{BAD}]", '"],["', "[1,"])
