@@ -174,6 +174,13 @@ class FeatureParser:
         data = b"0" + b",0" * (width - 1) + b"\n" + lines.removesuffix("\n").encode() + b"\n"
         characters = np.frombuffer(data, np.uint8)
         starts = np.append(0, np.flatnonzero(characters[:-1] == _LINE_END) + 1)
+        few = min(_DOUBTFUL, 1 + len(starts) // _STEP)
+        doubtful = np.zeros(len(starts), np.bool_)
+        commas = characters == _COMMA
+        if counted := np.count_nonzero(commas) != len(starts) * (width - 1):
+            doubtful = np.add.reduceat(commas, starts, dtype=np.int64) != width - 1
+            if np.count_nonzero(doubtful) > few:
+                return False
         quote = '"' if b'"' in data else None
         if quote is not None and (np.add.reduceat((characters == _QUOTE).view(np.uint8), starts) & 1).any():
             return False  # a record goes on in the next line
@@ -187,18 +194,21 @@ class FeatureParser:
         frame = frame.slice(1)
         nulls = frame.null_count().row(0)
         values = frame.select(str(place) for place in places).to_numpy(writable=True)
-        codes = np.zeros(values.shape, np.uint8)
-        doubtful = np.zeros(len(values), np.bool_)
-        # A line with too few fields has a null in the last column; with none of them, a surplus shows in the total.
-        commas = characters == _COMMA
-        if nulls[-1] or np.count_nonzero(commas) != len(starts) * (width - 1):
-            doubtful = np.add.reduceat(commas, starts, dtype=np.int64)[1:] != width - 1
+        codes = np.zeros(values.shape, np.uint8, order="F")
+        # A line with too few fields has a null in the last column; without such lines the total shows a surplus.
+        if nulls[-1] and not counted:
+            doubtful = np.add.reduceat(commas, starts, dtype=np.int64) != width - 1
+        doubtful = doubtful[1:]
         if any(nulls):
-            null = np.column_stack([column.is_null().to_numpy() for column in frame])
-            codes[null[:, places]] = _MISSING
-            # A number that is none is null as well, and what a comma within quotes leaves to be missed at the end.
-            if doubtful.any() or sum(nulls) != _empty_fields(characters, quotes=len(places) == width):
-                doubtful |= null[:, [*places, -1] if quote else places].any(axis=1)
+            missing = np.isnan(values)
+            codes[missing] = _MISSING
+            # So are "nan", a number that is none, and what a comma within quotes leaves to be missed at the end.
+            clear = np.count_nonzero(missing) == sum(nulls[place] for place in places)
+            clear = clear and sum(nulls) == _empty_fields(characters, quotes=len(places) == width)
+            if not clear or doubtful.any():
+                doubtful |= missing.any(axis=1)
+                if quote:
+                    doubtful |= frame.to_series(width - 1).is_null().to_numpy()
         self._check_values(values, codes)
         if codes.any():
             doubtful |= codes.any(axis=1)
@@ -206,9 +216,9 @@ class FeatureParser:
         if not len(rows):
             found.add(values)
             return True
-        if len(rows) > min(_DOUBTFUL, 1 + len(values) // _STEP):
+        if len(rows) > few:
             return False
-        begins = [*starts[1:], len(data)]
+        begins = np.append(starts[1:], len(data))
         try:
             records = [next(csv.reader([data[begins[row] : begins[row + 1]].decode()], strict=True)) for row in rows]
         except csv.Error:
