@@ -377,7 +377,7 @@ def _empty_fields(characters: np.ndarray, quotes: bool) -> int:
     if quotes:
         quote = characters == _QUOTE
         empty += np.count_nonzero(between[:-3] & quote[1:-2] & quote[2:-1] & between[3:])
-    return empty
+    return int(empty)
 
 
 def _bounds(column: ColumnSpec) -> tuple[float, float]:

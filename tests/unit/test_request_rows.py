@@ -109,7 +109,7 @@ def test_a_refused_body_costs_no_more_than_a_valid_one(name: str, valid_seconds:
     error = refusal(body, media)
     assert error.status == 400
     assert len(error.rows) <= MAX_REPORTED_PROBLEMS
-    # A valid body of CSV takes about 20 ms. Most of these take less, sparse errors in quoted fields twice as long; a
+    # A valid body of CSV takes about 20 ms, most of these less, none twice as much but for the noise of the clock; a
     # piece of short rows that is read to its end before it is asked for problems takes 100 ms.
     assert seconds(lambda: refusal(body, media)) < 3 * valid_seconds[media] + 0.02
     assert peak_bytes(lambda: refusal(body, media)) < 8 * BYTES + (8 << 20)
