@@ -28,10 +28,11 @@ from step_scripts.table.spec import ColumnSpec, TableSpec
 
 _QUICK_BYTES = 2048  # of a single CSV line that is tried without the CSV reader
 _BATCH = 4096  # characters from which on Polars is faster than the CSV reader
-# Characters of a CSV piece: the smallest at first, larger while few rows are not in order.
-_LARGEST, _SMALLEST, _STEP = 1 << 20, 1 << 14, 4
+# Characters of a CSV piece: larger and larger while few rows are not in order, smaller while many are not.
+_LARGEST, _FIRST, _SMALLEST, _STEP = 1 << 22, 1 << 18, 1 << 14, 4
 _DOUBTFUL = 1000  # rows that are looked at one by one, before it is asked whether there are problems enough
 _ROW, _ROW_PER_COLUMN = 1 << 16, 64  # characters that a row may have, at least
+_COMMA, _LINE_END, _QUOTE = b',\n"'
 _OK, _MISSING, _NOT_A_NUMBER, _NOT_FINITE, _NOT_WHOLE, _OUTSIDE = range(6)
 _WHOLE = ("int64", "bool")
 
@@ -131,7 +132,9 @@ class FeatureParser:
         return np.array([values])
 
     def _csv(self, text: str) -> np.ndarray:
-        text = text.rstrip("\r\n").replace("\r\n", "\n").replace("\r", "\n")
+        text = text.rstrip("\r\n")
+        if "\r" in text:
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
         records, found = CsvRecords(text, self._row_characters), _Found(self.features)
         names, header = self.features, False
         for first in records.read(1, count=1):
@@ -143,69 +146,82 @@ class FeatureParser:
         places = self._header_places(names)
         if not header:
             records = CsvRecords(text, self._row_characters)
-        size, again, wait = _SMALLEST, 0, _SMALLEST
+        size, again = _FIRST, dict[int, int]()  # from where pieces of a size that was tried in vain are tried again
         while not records.ended and not found.enough:
             lines = records.lines(size)
-            tried = records.position >= again and len(lines) >= _BATCH
+            tried = len(lines) >= _BATCH and records.position >= again.get(size, 0)
             if tried and self._batch_csv(lines, names, places, header, found):
                 records.skip(lines)
-                size, wait = min(size * _STEP, _LARGEST), _SMALLEST
-            elif size > _SMALLEST and len(lines) > _SMALLEST:
+                larger = size * _STEP
+                if larger <= _LARGEST and records.position >= again.get(larger, 0):
+                    size = larger
+                continue
+            if tried:
+                again[size] = records.position + _STEP * size
+            if size > _SMALLEST and len(lines) > _SMALLEST:
                 size //= _STEP
             else:
                 size = _SMALLEST
-                if tried:  # and in vain: not again for a while, and longer each time
-                    again, wait = records.position + wait, min(wait * _STEP, _LARGEST)
                 self._texts(records.read(size, count=_DOUBTFUL), names, places, header, found, spans=records.spans)
         return found.result(0 if records.ended else 1 + text.count("\n", records.position))
 
     def _batch_csv(self, lines: str, names: Sequence[str], places: Sequence[int], header: bool, found: _Found) -> bool:
         """Read many lines by Polars. False, and nothing is found, if some are no records, or many are not in order."""
-        schema: dict[str, Any] = {str(place): pl.String for place in range(len(names))}
+        width = len(names)
+        schema: dict[str, Any] = {str(place): pl.String for place in range(width)}
         schema |= {str(place): pl.Float64 for place in places}
-        # Polars says nothing of an empty surplus field in a last line without an end.
-        data = lines.removesuffix("\n").encode() + b"\n"
-        quoted = b'"' in data
-        starts, doubtful = _odd_lines(data, len(names) - 1)
+        # Polars refuses all if the first line is too long, and says nothing of an empty last line.
+        data = b"0" + b",0" * (width - 1) + b"\n" + lines.removesuffix("\n").encode() + b"\n"
+        characters = np.frombuffer(data, np.uint8)
+        starts = np.append(0, np.flatnonzero(characters[:-1] == _LINE_END) + 1)
         few = min(_DOUBTFUL, 1 + len(starts) // _STEP)
-        frame, strict = None, not doubtful.any()
-        if strict:
-            frame = _numbers(data, schema, quote_char='"' if quoted else None)
-            strict = frame is not None and frame.height == len(starts)
-        if not strict:
-            if quoted:
-                plain = _unquoted(data)
-                doubtful |= _odd_lines(plain, len(names) - 1, quotes=True)[1]
-            else:
-                plain = data
+        doubtful = np.zeros(len(starts), np.bool_)
+        commas = characters == _COMMA
+        if counted := np.count_nonzero(commas) != len(starts) * (width - 1):
+            doubtful = np.add.reduceat(commas, starts, dtype=np.int64) != width - 1
             if np.count_nonzero(doubtful) > few:
                 return False
-            # A number that is none becomes null; a first line tells Polars how many fields there are.
-            first = b"0" + b",0" * (len(names) - 1) + b"\n"
-            frame = _numbers(first + plain, schema, quote_char=None, ignore_errors=True, truncate_ragged_lines=True)
-            frame = frame.slice(1) if frame is not None else None
-        if frame is None or frame.height != len(starts):
+        quote = '"' if b'"' in data else None
+        if quote is not None and (np.add.reduceat((characters == _QUOTE).view(np.uint8), starts) & 1).any():
+            return False  # a record goes on in the next line
+        lenient = {"ignore_errors": True, "truncate_ragged_lines": True, "raise_if_empty": False}
+        try:
+            frame = read_csv(data, has_header=False, schema=schema, quote_char=quote, **lenient)
+        except pl.exceptions.PolarsError:
             return False
-        frame = frame.select(str(place) for place in places)
-        values = frame.to_numpy(writable=not strict)
-        codes = np.zeros(values.shape, np.uint8)
-        for place, count in enumerate(frame.null_count().row(0)):
-            if count:
-                null = frame.to_series(place).is_null().to_numpy()
-                codes[null, place] = _MISSING
-                doubtful = doubtful if strict else doubtful | null
+        if frame.height != len(starts):
+            return False
+        frame = frame.slice(1)
+        nulls = frame.null_count().row(0)
+        values = frame.select(str(place) for place in places).to_numpy(writable=True)
+        codes = np.zeros(values.shape, np.uint8, order="F")
+        # A line with too few fields has a null in the last column; without such lines the total shows a surplus.
+        if nulls[-1] and not counted:
+            doubtful = np.add.reduceat(commas, starts, dtype=np.int64) != width - 1
+        doubtful = doubtful[1:]
+        if any(nulls):
+            missing = np.isnan(values)
+            codes[missing] = _MISSING
+            # So are "nan", a number that is none, and what a comma within quotes leaves to be missed at the end.
+            clear = np.count_nonzero(missing) == sum(nulls[place] for place in places)
+            clear = clear and sum(nulls) == _empty_fields(characters, quotes=len(places) == width)
+            if not clear or doubtful.any():
+                doubtful |= missing.any(axis=1)
+                if quote:
+                    doubtful |= frame.to_series(width - 1).is_null().to_numpy()
         self._check_values(values, codes)
-        doubtful = doubtful | codes.any(axis=1)
+        if codes.any():
+            doubtful |= codes.any(axis=1)
         rows = np.flatnonzero(doubtful)
         if not len(rows):
             found.add(values)
             return True
         if len(rows) > few:
             return False
-        ends = [*starts[1:], len(data)]
+        begins = np.append(starts[1:], len(data))
         try:
-            records = [next(csv.reader([data[starts[row] : ends[row]].decode()], strict=True)) for row in rows]
-        except csv.Error:  # also a record that goes on in the next line
+            records = [next(csv.reader([data[begins[row] : begins[row + 1]].decode()], strict=True)) for row in rows]
+        except csv.Error:
             return False
         self._texts(records, names, places, header, found, (rows, values))
         return True
@@ -353,35 +369,15 @@ class FeatureParser:
         }[code]
 
 
-def _odd_lines(data: bytes, commas: int, quotes: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Where each line starts, and whether it has not so many commas, or if `quotes` any quotes."""
-    characters = np.frombuffer(data, np.uint8)
-    starts = np.concatenate(([0], np.flatnonzero(characters[:-1] == ord("\n")) + 1))
-    odd = np.add.reduceat(characters == ord(","), starts, dtype=np.int64) != commas
+def _empty_fields(characters: np.ndarray, quotes: bool) -> int:
+    """How many fields of several in a line are empty, also those of two `quotes`; no comma is within quotes."""
+    comma = characters == _COMMA
+    between = comma | (characters == _LINE_END)
+    empty = np.count_nonzero((comma[:-1] & between[1:]) | (between[:-1] & comma[1:]))
     if quotes:
-        odd |= np.logical_or.reduceat(characters == ord('"'), starts)
-    return starts, odd
-
-
-def _unquoted(data: bytes) -> bytes:
-    """Lines without the quotes around fields that need none."""
-    characters = np.frombuffer(data, np.uint8)
-    between = (characters == ord(",")) | (characters == ord("\n"))
-    fields = np.cumsum(between, dtype=np.int32)
-    quotes = np.flatnonzero(characters == ord('"'))
-    first, last = quotes[:-1], quotes[1:]
-    around = (between[first - 1] | (first == 0)) & between[last + 1] & (fields[first] == fields[last])
-    kept = np.ones(len(characters), bool)
-    kept[first[around]] = kept[last[around]] = False
-    return characters[kept].tobytes()
-
-
-def _numbers(data: bytes, schema: Mapping[str, Any], **options: Any) -> pl.DataFrame | None:
-    """What Polars reads, None if it cannot."""
-    try:
-        return read_csv(data, has_header=False, schema=schema, raise_if_empty=False, **options)
-    except pl.exceptions.PolarsError:
-        return None
+        quote = characters == _QUOTE
+        empty += np.count_nonzero(between[:-3] & quote[1:-2] & quote[2:-1] & between[3:])
+    return int(empty)
 
 
 def _bounds(column: ColumnSpec) -> tuple[float, float]:
