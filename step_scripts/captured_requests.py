@@ -19,6 +19,7 @@ from step_scripts import storage
 from step_scripts.feature_parser import FeatureParser
 from step_scripts.serving_io import CSV, JSON, RequestError, request_media
 from step_scripts.table import TableSpec
+from step_scripts.wording import counted
 
 _ERRORS = (RequestError, ValueError, KeyError, TypeError, AttributeError)  # of a line that is not what it should be
 
@@ -116,7 +117,7 @@ def _rows(data: dict[str, Any], parser: FeatureParser) -> tuple[np.ndarray, np.n
         values = [json.loads(line)["prediction"] for line in body.splitlines()]
     predictions = np.array(values, dtype=np.float64)
     if predictions.shape != (len(features),):
-        raise ValueError(f"{len(features)} rows, predictions of shape {predictions.shape}")
+        raise ValueError(f"{counted(len(features), 'row')}, predictions of shape {predictions.shape}")
     return features, predictions
 
 

@@ -25,6 +25,7 @@ from step_scripts.polars_csv import read_csv
 from step_scripts.request_rows import CsvRecords, json_line_pieces, json_pieces
 from step_scripts.serving_io import CSV, JSON, MAX_REPORTED_PROBLEMS, RequestError, decode_text, shown
 from step_scripts.table import ColumnSpec, TableSpec
+from step_scripts.wording import counted
 
 _QUICK_BYTES = 2048  # of a single CSV line that is tried without the CSV reader
 _BATCH = 4096  # characters from which on Polars is faster than the CSV reader
@@ -69,10 +70,9 @@ class _Found:
             return np.concatenate(self._values)
         reported = self._problems[:MAX_REPORTED_PROBLEMS]
         where = f"row {reported[0]['row']}" + (f", {reported[0]['column']}" if reported[0]["column"] else "")
-        bad = f"{self._bad_rows} of {self._rows}"
-        if more:
-            bad = f"at least {self._bad_rows} of about {self._rows + more}"
-        summary = f"{bad} rows cannot be used; first: {where}: {reported[0]['reason']}"
+        bad = f"at least {self._bad_rows} of about" if more else f"{self._bad_rows} of"
+        rows = counted(self._rows + more, "row")
+        summary = f"{bad} {rows} cannot be used; first: {where}: {reported[0]['reason']}"
         raise RequestError(400, summary, reported, self._total)
 
 
@@ -234,7 +234,7 @@ class FeatureParser:
             if len(record) == len(names):
                 ordered.append([record[place] for place in places])
             else:
-                malformed[index] = f"{len(record)} fields, expected {len(names)}{hint}"
+                malformed[index] = f"{counted(len(record), 'field')}, expected {len(names)}{hint}"
                 ordered.append([""] * len(places))
         self._checked(ordered, _from_text, malformed, found, among)
 
@@ -252,7 +252,7 @@ class FeatureParser:
                     malformed[index] = f"neither a list nor an object: {shown(row)}"
                 elif len(row) != len(self.features):
                     expected = f"expected {len(self.features)}: {', '.join(self.features)}"
-                    malformed[index] = f"{len(row)} values, {expected}"
+                    malformed[index] = f"{counted(len(row), 'value')}, {expected}"
                 else:
                     ordered[-1] = row
             except RequestError as error:

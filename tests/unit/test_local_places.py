@@ -115,7 +115,7 @@ def test_make_quotes_the_places(tmp_path: Path) -> None:
 
     subprocess.run([sys.executable, "-m", "housing_assets.local_places", "prepare"], env=variables, check=True)
     group_in(places["HOUSING_ROOT"])
-    assert "removed 1 of 1 things" in make("stop", "clean-data")
+    assert "removed 1 of 1 thing" in make("stop", "clean-data")
     assert theirs.exists()
     assert not Path(places["HOUSING_ROOT"]).exists()
     assert not Path(places["DAGSTER_HOME"]).exists()

@@ -21,11 +21,12 @@ ROOT = Path(__file__).parents[2]
 TABLE = TableSpec(
     name="t", columns=(ColumnSpec(name="X", dtype="float64"), ColumnSpec(name="Y", dtype="float64")), target="Y"
 )
-NOUNS = "rows|times|files|workers|trials|rounds|records|versions|lines|values"
-# Constants, what is said of more than one only, and what the server answers, whose modules travel with a model.
+NOUNS = "rows|times|files|workers|trials|rounds|records|versions|lines|values|fields"
+NOUNS += "|features|predictions|entries|errors|objects|things"
+# Constants, and what is said of more than one only.
 ALLOWED = {
     *("{_RESTARTS + 1} times", "{_RETRIES + 1} times", "{_COMMIT_ATTEMPTS} times", "{len(positions)} times"),
-    *("{m.lines:,} lines", "{bad} rows", "{len(row)} values", "{len(rows)} values", "{len(features)} rows"),
+    "{m.lines:,} lines",
 }
 
 
