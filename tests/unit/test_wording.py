@@ -69,6 +69,25 @@ def test_metadata_shows_six_significant_digits_at_every_depth() -> None:
     assert list(shown) == ["a", "t", "j"]
 
 
+def test_a_table_has_a_column_for_each_entry_of_a_dictionary() -> None:
+    """As the table of trials, of which one has failed."""
+    shown = as_metadata(
+        {
+            "trials": [
+                {"trial": 2, "parameters": {"eta": 0.1234567, "max_depth": 3, "trial": "x"}, "rmse": None, "on": ["a"]},
+                {"trial": 1, "parameters": {"eta": 0.2, "max_depth": 4, "trial": "y"}, "rmse": 2.0, "on": ["b"]},
+            ]
+        }
+    )["trials"]
+    kinds = {column.name: column.type for column in shown.schema.columns}
+    assert kinds == {
+        **{"trial": "int", "eta": "float", "max_depth": "int"},
+        **{"parameters.trial": "string", "rmse": "float", "on": "string"},
+    }
+    assert list(kinds) == ["trial", "eta", "max_depth", "parameters.trial", "rmse", "on"]
+    assert list(shown.records[0].data.values()) == [2, 0.123457, 3, "x", None, "['a']"]
+
+
 def test_no_message_has_a_count_with_a_plural_that_is_written_out() -> None:
     """`{n} rows` reads `1 rows`, one day: `counted` knows better. A number of a constant is as it is."""
     bare = re.compile(rf"\{{[^{{}}]*\}} (?:{NOUNS})\b|\w\(s\)")
