@@ -21,7 +21,7 @@ MARKER = ".housing-assets"
 _MARKED = b"Made by housing-assets. `make clean-data` removes what the project has written here.\n"
 # What Dagster writes into DAGSTER_HOME.
 _DAGSTER = ("history", "storage", "schedules", "logs", ".telemetry", ".nux", ".logs_queue", "dagster.yaml")
-_TEMPLATE = Path(__file__).parents[1] / "dagster.yaml"
+_TEMPLATE = Path(__file__).parents[1] / "deploy" / "dagster.yaml"
 
 
 class NotOurs(RuntimeError):

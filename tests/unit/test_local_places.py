@@ -39,7 +39,7 @@ def test_folders_that_were_made_go_with_all_that_is_in_them(tmp_path: Path) -> N
     variables = environment(tmp_path)
     assert main(["prepare"], variables) == 0
     home, root = Path(variables["DAGSTER_HOME"]), Path(variables["HOUSING_ROOT"])
-    assert (home / "dagster.yaml").read_bytes() == (PROJECT / "dagster.yaml").read_bytes()
+    assert (home / "dagster.yaml").read_bytes() == (PROJECT / "deploy" / "dagster.yaml").read_bytes()
     write(*(home / name for name in HISTORY[:3]))
     group_in(str(root))
     load_resources({**variables, "HOUSING_ENVIRONMENT": "staging"})["source_location"].resolve()
