@@ -81,9 +81,22 @@ def test_an_unchanged_run_trains_nothing_and_starts_no_ray(materialized: Platfor
         model["train"].pop("snapshot")
         return model, materialized.reference("registered_model")
 
+    def order(step: str, among: set[str]) -> dict[str, list[str]]:
+        """Metadata in the order in which they are shown, tables with their columns."""
+        metadata = materialized.metadata(step)
+        tables = {n: [c.name for c in v.schema.columns] for n, v in metadata.items() if hasattr(v, "schema")}
+        return {name: tables.get(name, []) for name in metadata if name in among}
+
     before = made()
+    names = {step: set(materialized.metadata(step)) for step in STEPS}
+    shown = {step: list(order(step, names[step]).items()) for step in STEPS}
     done = materialized.materialize(config={"evaluation_report": {"rmse_threshold": 1e6}})
     assert done.returncode == 0, done.stdout
+    for step in STEPS:
+        again = list(order(step, names[step]).items())
+        assert again == [entry for entry in shown[step] if entry[0] in dict(again)]
+        assert len(again) >= len(shown[step]) - 2, "all but a few that say how it was made"
+    assert dict(shown["tuned_model"])["trials"][:3] == ["trial", "max_depth", "eta"]
     assert [materialized.metadata(step)["reused"] for step in STEPS] == [True] * len(STEPS)
     assert made() == before
     assert done.stdout.count("reused the result") == 4
