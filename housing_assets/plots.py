@@ -197,7 +197,8 @@ def _dress(axes: Axes, title: str = "", subtitle: str = "") -> None:
 
 
 def _legend(axes: Axes, location: Literal["upper left", "upper right"]) -> None:
-    axes.legend(loc=location, fontsize=_TICK_SIZE, frameon=False, labelcolor=_INK)
+    legend = axes.legend(loc=location, fontsize=_TICK_SIZE, labelcolor=_INK, facecolor="white", edgecolor="none")
+    legend.get_frame().set_alpha(0.9)  # lines behind it would be read as a part of the words
 
 
 def _log_if_wide(axes: Axes, axis: str, values: Sequence[float]) -> None:
