@@ -231,7 +231,7 @@ def test_the_terminal_of_a_run_whose_step_fails_ends_with_the_reason(tmp_path: P
     reason = (
         "raw_csv failed: validate_source: 60 of 100 rows are rejected (60%); at most 0.5% may be "
         "(max_rejected_fraction). Reasons: YEAR_BUILT is not a whole number (60 times, first '?' in line 2 of "
-        f"{file}). Remedy: correct the rows, or widen the bounds with column_ranges. {rejected} lists them, up to "
+        f"{file}). Remedy: correct the rows. {rejected} lists them, up to "
         "100,000"
     )
     assert re.fullmatch(
