@@ -72,7 +72,7 @@ def platform(folder: Path, source: str) -> Iterator[dict[str, str]]:
 def new_platform(folder: Path, source: str) -> dict[str, str]:
     """The environment of a platform in `folder` that has not run yet."""
     (folder / "dagster").mkdir(parents=True)
-    (folder / "dagster" / "dagster.yaml").write_text((ROOT / "dagster.yaml").read_text())
+    (folder / "dagster" / "dagster.yaml").write_text((ROOT / "deploy" / "dagster.yaml").read_text())
     return environment_of(folder, source)
 
 

@@ -21,7 +21,7 @@ MARKER = ".housing-assets"
 _MARKED = b"Made by housing-assets. `make clean-data` removes what the project has written here.\n"
 # What Dagster writes into DAGSTER_HOME.
 _DAGSTER = ("history", "storage", "schedules", "logs", ".telemetry", ".nux", ".logs_queue", "dagster.yaml")
-_TEMPLATE = Path(__file__).parents[1] / "dagster.yaml"
+_TEMPLATE = Path(__file__).parents[1] / "deploy" / "dagster.yaml"
 
 
 class NotOurs(RuntimeError):
@@ -74,6 +74,7 @@ def _clean_root(environment: Mapping[str, str]) -> list[str]:
     from housing_assets.deployments import load_resources, root_of
     from housing_assets.teardown import asset_keys, look, owners_of, protected_places, remove_all
     from resources.inventory import KINDS
+    from step_scripts.runner.wording import counted
 
     root = Path(root_of(environment))
     if not root.is_dir():
@@ -82,7 +83,7 @@ def _clean_root(environment: Mapping[str, str]) -> list[str]:
     findings = look(owners_of(resources, asset_keys()), KINDS)
     protected = protected_places(resources.source_location)
     removed, failed, kept = remove_all(findings, protected, logging.getLogger(__name__))
-    print(f"removed {len(removed)} of {len(findings.items)} things below {root}")
+    print(f"removed {len(removed)} of {counted(len(findings.items), 'thing')} below {root}")
     for lock in (root / "endpoints").glob(".*.lock"):  # of endpoints that are gone; nobody deploys now
         lock.unlink()
     for folder in _folders(root):

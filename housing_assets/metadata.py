@@ -10,6 +10,7 @@ from typing import Any
 import dagster as dg
 
 from resources.compute.base import table
+from resources.optional_services import extra
 from step_scripts.runner.contract import Artifact, StepResult
 from step_scripts.runner.wording import rounded
 from step_scripts.table.spec import TableSpec
@@ -66,7 +67,8 @@ def plot_metadata(
     """Plots of a step's result as metadata, given functions that draw them as PNG.
 
     Where the result is reused and the asset's latest materialization shows the same one, its pictures are taken over:
-    drawing takes longer than all else in a run in which nothing has changed.
+    drawing takes longer than all else in a run in which nothing has changed. One that cannot be drawn is left out, with
+    a warning: what it would show is done.
     """
     from housing_assets.plots import to_markdown
 
@@ -80,7 +82,7 @@ def plot_metadata(
             drawn |= {name: shown[name] for name in plots if name in shown}
     for name, draw in plots.items():
         if name not in drawn:
-            drawn[name] = to_markdown(draw(), name.replace("_", " "))
+            drawn |= extra(name, lambda name=name, draw=draw: to_markdown(draw(), name.replace("_", " ")), context.log)
     return drawn
 
 

@@ -7,6 +7,7 @@ would keep figures in a global list and choose a display.
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -155,9 +156,10 @@ def trials_plot(trials: Sequence[Mapping[str, Any]]) -> bytes:
 
 def load_matplotlib() -> None:
     """Import what the plots need (0.7 s), so that a thread can do it while there is nothing to draw yet."""
-    import matplotlib.backends.backend_agg
-    import matplotlib.figure
-    import matplotlib.ticker  # noqa: F401
+    with contextlib.suppress(Exception):  # the reason comes again, as that of a plot that cannot be drawn
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure
+        import matplotlib.ticker  # noqa: F401
 
 
 def _figure(height: float) -> Figure:
@@ -195,7 +197,8 @@ def _dress(axes: Axes, title: str = "", subtitle: str = "") -> None:
 
 
 def _legend(axes: Axes, location: Literal["upper left", "upper right"]) -> None:
-    axes.legend(loc=location, fontsize=_TICK_SIZE, frameon=False, labelcolor=_INK)
+    legend = axes.legend(loc=location, fontsize=_TICK_SIZE, labelcolor=_INK, facecolor="white", edgecolor="none")
+    legend.get_frame().set_alpha(0.9)  # lines behind it would be read as a part of the words
 
 
 def _log_if_wide(axes: Axes, axis: str, values: Sequence[float]) -> None:

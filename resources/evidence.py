@@ -115,7 +115,9 @@ class EvidenceStore(dg.ConfigurableResource):
                 try:
                     return Evidence.model_validate_json(storage.read_bytes(uri))
                 except ValidationError as error:
-                    raise EvidenceUnreadable(f"{uri} cannot be read ({error.error_count()} errors)") from error
+                    raise EvidenceUnreadable(
+                        f"{uri} cannot be read ({counted(error.error_count(), 'error')})"
+                    ) from error
         raise EvidenceUnreadable(f"evidence in {folder} changes again and again while it is read")
 
     def folder_of(self, judged: Judged, check: str) -> str:

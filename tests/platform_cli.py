@@ -27,7 +27,7 @@ class Platform:
     def __post_init__(self) -> None:
         """Make Dagster's folder and its databases: two processes cannot make them at once."""
         (self.folder / "dagster").mkdir(exist_ok=True)
-        (self.folder / "dagster" / "dagster.yaml").write_text((ROOT / "dagster.yaml").read_text())
+        (self.folder / "dagster" / "dagster.yaml").write_text((ROOT / "deploy" / "dagster.yaml").read_text())
         with self.instance() as instance:
             instance.get_runs(limit=1)
             instance.all_asset_keys()

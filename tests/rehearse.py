@@ -108,7 +108,7 @@ def traces(owner: int) -> list[str]:
 def dagster_home(folder: Path) -> Iterator[dg.DagsterInstance]:
     """A Dagster instance in `folder`."""
     folder.mkdir(parents=True)
-    (folder / "dagster.yaml").write_text((ROOT / "dagster.yaml").read_text())
+    (folder / "dagster.yaml").write_text((ROOT / "deploy" / "dagster.yaml").read_text())
     with dg.DagsterInstance.from_config(str(folder)) as instance:
         yield instance
 

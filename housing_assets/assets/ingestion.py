@@ -176,17 +176,16 @@ def feature_group(
         target = feature_store.ensure_group(name, HOUSING_TABLE) | {"mirror": mirror}
     except StepError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
-    metadata = {"feature_group_name": name, "rows_in": raw_csv.rows.rows or 0}
     snapshot = feature_store.find_ingestion(name, raw_csv.rows.digest)
     if snapshot is not None:
         context.log.info(f"feature group {name} already holds dataset {raw_csv.rows.digest[:12]}: nothing to add")
-        metadata |= {"added": 0, "reused": True, "seconds": 0.0}
+        figures: dict[str, Any] = {"reused": True, "seconds": 0.0}
     else:
         params = IngestFeaturesParams(
             **settings_of(config, IngestFeaturesSettings), table=HOUSING_TABLE, group=name, target=target
         )
         result = compute.run(context, "ingest_features", params, {"rows": raw_csv.rows}, cacheable=False)
-        metadata |= {**result.metrics, **as_metadata(result.details), **run_metadata(result)}
+        figures = {**result.metrics, **as_metadata(result.details), **run_metadata(result)}
         snapshot = feature_store.offline(name, commit=result.details["commit"])
     feature_store.record_dataset(
         name,
@@ -202,8 +201,11 @@ def feature_group(
     )
     made = {"run_id": context.run.run_id, "dataset": raw_csv.rows.digest}
     snapshot = snapshot.model_copy(update=made)
-    metadata |= artifact_metadata(snapshot.artifact) | {"commit": snapshot.commit, "rows_live": snapshot.artifact.rows}
-    metadata["dagster/column_schema"] = column_schema(HOUSING_TABLE)
+    found = {"commit": snapshot.commit, "rows_live": snapshot.artifact.rows, **artifact_metadata(snapshot.artifact)}
+    found["dagster/column_schema"] = column_schema(HOUSING_TABLE)
+    # In one order, whether there was something to ingest or not.
+    order = {"feature_group_name": name, "rows_in": raw_csv.rows.rows or 0, "added": 0, **found}
+    metadata = {**order, **figures, **found}
     return dg.MaterializeResult(
         value=snapshot, metadata=as_metadata(metadata), data_version=dg.DataVersion(snapshot.artifact.digest)
     )

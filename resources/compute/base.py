@@ -133,9 +133,22 @@ def _rounded(value: Any) -> Any:
 
 
 def table(rows: list[dict[str, Any]]) -> dg.TableMetadataValue:
-    """Rows as a metadata table; values that are neither number, text nor boolean become text."""
-    records = [
-        dg.TableRecord({k: _rounded(v) if isinstance(v, str | int | float | bool) else str(v) for k, v in row.items()})
-        for row in rows
-    ]
-    return dg.MetadataValue.table(records, schema=None if records else dg.TableSchema(columns=[]))
+    """Rows as a metadata table. Of a dictionary in a row each entry has a column; lists and others are text."""
+    spread = [_spread(row) for row in rows]
+    names = list(dict.fromkeys(name for row in spread for name in row))
+    columns = []
+    for name in names:
+        first = next((row[name] for row in spread if row.get(name) is not None), None)
+        columns.append(dg.TableColumn(name, dg.TableMetadataValue.infer_column_type(first)))
+    records = [dg.TableRecord({name: row.get(name) for name in names}) for row in spread]
+    return dg.MetadataValue.table(records, schema=dg.TableSchema(columns))
+
+
+def _spread(row: Mapping[str, Any]) -> dict[str, Any]:
+    cells: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            cells |= {f"{name}.{key}" if key in row or key in cells else key: item for key, item in value.items()}
+        else:
+            cells[name] = value
+    return {k: _rounded(v) if isinstance(v, str | int | float | bool | None) else str(v) for k, v in cells.items()}

@@ -141,8 +141,8 @@ class SmokeTest(BaseModel):
         if wrong:
             row, is_, should = wrong[0]
             raise SmokeTestFailed(
-                f"smoke test: {len(wrong)} of {len(expected)} predictions differ from the offline ones; the first: "
-                f"{is_!r} instead of {should!r} for {row}"
+                f"smoke test: {len(wrong)} of {counted(len(expected), 'prediction')} differ from the offline ones; "
+                f"the first: {is_!r} instead of {should!r} for {row}"
             )
         return max((abs(is_ - should) for is_, should in zip(served, expected, strict=True)), default=0.0)
 

@@ -46,11 +46,12 @@ from resources.model_registry.package_record import (
 )
 from resources.sagemaker.aws_calls import AwsCaller, aws_client
 from resources.sagemaker.model_packages import GROUP, ModelPackages, package_request
-from resources.sagemaker.ownership import remove_prefix, root_tags
+from resources.sagemaker.ownership import root_tags
 from resources.sagemaker.request_validation import check_request
 from resources.sagemaker.serving_container import DIGEST_VARIABLE, serving_container
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, DamagedArtifactError, check_files
+from step_scripts.runner.s3_objects import delete_prefix
 from step_scripts.serving.deployment import verify_file
 
 _ROOT = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_.=+@-]+)*")
@@ -210,7 +211,7 @@ class SageMakerModelRegistry(ModelRegistry):
         uri, _ = named(described, FACTS, FACTS_DIGEST)
         self._packages.delete(described["ModelPackageArn"])
         if uri.startswith(storage.join(self.root, group) + "/"):
-            remove_prefix(aws_client("s3", self.region_name), self._packages.call, uri.rpartition("/")[0])
+            delete_prefix(uri.rpartition("/")[0])
 
     def delete_group(self, group: str) -> None:
         """Remove all versions of the group, and the group if this registry created it and nobody else uses it."""

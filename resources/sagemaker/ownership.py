@@ -75,23 +75,3 @@ def is_absent(error: BaseException) -> bool:
 def already_exists(error: BaseException) -> bool:
     """Whether the error says that the name is taken."""
     return error_code(error) == "ResourceInUse" or "already exist" in error_message(error).lower()
-
-
-def remove_prefix(client: Any, call: Callable[..., Any], uri: str) -> None:
-    """Delete all objects below an s3:// URI. Raises `RuntimeError` naming the first that S3 refuses to delete."""
-    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-    prefix = prefix.rstrip("/") + "/"
-    token: dict[str, str] = {}
-    while True:
-        page = call(client.list_objects_v2, Bucket=bucket, Prefix=prefix, **token)
-        if keys := [{"Key": item["Key"]} for item in page.get("Contents", [])]:
-            answer = call(client.delete_objects, Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
-            if errors := answer.get("Errors"):
-                first = errors[0]
-                raise RuntimeError(
-                    f"{len(errors)} objects below {uri} could not be deleted, the first is {first.get('Key')}: "
-                    f"{first.get('Code')} {first.get('Message')}. Allow s3:DeleteObject for this prefix"
-                )
-        if not page.get("IsTruncated"):
-            return
-        token = {"ContinuationToken": page["NextContinuationToken"]}

@@ -100,7 +100,7 @@ def _write_entries(store: Any, group: str, entries: list[dict[str, Any]], patien
                     f"{error['ErrorCode']}: {error['ErrorMessage'][:_SHOWN]}"
                 )
             left.append(error["Entry"])
-        return left, f"{len(left)} entries were not processed"
+        return left, f"{counted(len(left), 'entry', 'entries')} not processed"
 
     _repeat_until_done(write, entries, group, patience)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from step_scripts.runner import storage
+from step_scripts.runner.background import repeated
 from step_scripts.runner.contract import Reporter
 from step_scripts.runner.wording import counted
 
@@ -83,31 +84,25 @@ class PieceReport:
 @contextlib.contextmanager
 def progress_reported(log: Reporter, folder: str, expected: int, patience_seconds: float) -> Iterator[None]:
     """Within the block, log how far the pieces are, and for what they wait."""
-    end = threading.Event()
+    before = -1
 
     def report() -> None:
-        before = -1
-        while not end.wait(_REPORTED_EVERY):
-            states = list(_states(folder))
-            done = sum(state["written"] for state in states)
-            text = f"online store: at least {done:,} of {counted(expected, 'record')} written"
-            waiting = max(states, key=lambda state: state["waited"], default=None)
-            if waiting is not None and waiting["reason"]:
-                log.warning(
-                    f"{text}; it has accepted nothing for {waiting['waited']:.0f} s, which is waited out for up to "
-                    f"{patience_seconds:.0f} s: {waiting['reason']}"
-                )
-            elif done != before:
-                log.info(text)
-            before = done
+        nonlocal before
+        states = list(_states(folder))
+        done = sum(state["written"] for state in states)
+        text = f"online store: at least {done:,} of {counted(expected, 'record')} written"
+        waiting = max(states, key=lambda state: state["waited"], default=None)
+        if waiting is not None and waiting["reason"]:
+            log.warning(
+                f"{text}; it has accepted nothing for {waiting['waited']:.0f} s, which is waited out for up to "
+                f"{patience_seconds:.0f} s: {waiting['reason']}"
+            )
+        elif done != before:
+            log.info(text)
+        before = done
 
-    thread = threading.Thread(target=report, name="online-progress", daemon=True)
-    thread.start()
-    try:
+    with repeated(report, _REPORTED_EVERY, "online-progress"):
         yield
-    finally:
-        end.set()
-        thread.join()
 
 
 def _states(folder: str) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,7 @@ import polars as pl
 from step_scripts.model.xgboost_native import xgb
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, file_info, write_json
+from step_scripts.runner.wording import counted
 from step_scripts.table.spec import TableSpec
 
 FILES = (
@@ -109,5 +110,6 @@ def load_model(uri: str, *, threads: int | None = None) -> TrainedModel:
     table = TableSpec.model_validate_json(storage.read_bytes(storage.join(uri, "table.json")))
     scaler = Scaler.from_json(json.loads(storage.read_bytes(storage.join(uri, "scaler.json"))), table.features)
     if booster.num_features() != len(table.features):
-        raise ValueError(f"{uri}: the model has {booster.num_features()} features, the table {len(table.features)}")
+        features = counted(booster.num_features(), "feature")
+        raise ValueError(f"{uri}: the model has {features}, the table {len(table.features)}")
     return TrainedModel(booster, scaler, table)

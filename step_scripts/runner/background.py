@@ -1,9 +1,10 @@
-"""Long calls into Ray that can be interrupted."""
+"""Threads beside a step: long calls into Ray that can be interrupted, and what is told while something lasts."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -40,3 +41,21 @@ def run_in_thread(function: Callable[[], Result], on_interrupt: Callable[[], Non
     if errors:
         raise errors[0]
     return results[0]
+
+
+@contextlib.contextmanager
+def repeated(function: Callable[[], object], seconds: float, name: str) -> Iterator[None]:
+    """Call `function` every so many seconds, in a thread of that name, until the block ends."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(seconds):
+            function()
+
+    thread = threading.Thread(target=repeat, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

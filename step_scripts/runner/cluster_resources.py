@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +15,7 @@ import ray._private.worker
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from step_scripts.runner.background import repeated
 from step_scripts.runner.contract import Reporter, StepError
 from step_scripts.runner.ports import is_open
 
@@ -105,21 +105,14 @@ def no_room(what: str) -> StepError:
 def waiting_is_told(what: str, log: Reporter | None) -> Iterator[None]:
     """Tell `log` in the block now and then if a placement group that is asked for in it waits for CPUs."""
     known = set(placement_group_table())
-    over = threading.Event()
 
     def look() -> None:
-        while not over.wait(_MESSAGE_SECONDS):
-            asked = [group for name, group in placement_group_table().items() if name not in known]
-            if log is not None and any(group["state"] == "PENDING" for group in asked):
-                log.info(f"{what} waits for CPUs of the Ray cluster: {sum(_unused())} of {sum(node_cpus())} are free")
+        asked = [group for name, group in placement_group_table().items() if name not in known]
+        if log is not None and any(group["state"] == "PENDING" for group in asked):
+            log.info(f"{what} waits for CPUs of the Ray cluster: {sum(_unused())} of {sum(node_cpus())} are free")
 
-    thread = threading.Thread(target=look, name="tell-waiting", daemon=True)
-    thread.start()
-    try:
+    with repeated(look, _MESSAGE_SECONDS, "tell-waiting"):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def _unused() -> list[int]:

@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from step_scripts.runner.contract import StepError
+from step_scripts.runner.wording import counted
 
 _ATTEMPTS = 10  # of one request, with exponential backoff: about a minute of throttling
 _CONFLICTS = 20  # puts of the same key at the same moment
@@ -108,7 +109,7 @@ def delete_objects(uri: str, paths: Sequence[str]) -> None:
         if errors := answer.get("Errors"):
             first = errors[0]
             raise StepError(
-                f"{len(errors)} objects below {uri} could not be deleted, the first is {first.get('Key')}: "
+                f"{counted(len(errors), 'object')} below {uri} could not be deleted, the first is {first.get('Key')}: "
                 f"{first.get('Code')} {first.get('Message')}. Allow s3:DeleteObject for this prefix"
             )
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from step_scripts.runner import storage
+from step_scripts.runner.wording import counted
 from step_scripts.serving.feature_parser import FeatureParser
 from step_scripts.serving.media import CSV, JSON, RequestError, request_media
 from step_scripts.table.spec import TableSpec
@@ -116,7 +117,7 @@ def _rows(data: dict[str, Any], parser: FeatureParser) -> tuple[np.ndarray, np.n
         values = [json.loads(line)["prediction"] for line in body.splitlines()]
     predictions = np.array(values, dtype=np.float64)
     if predictions.shape != (len(features),):
-        raise ValueError(f"{len(features)} rows, predictions of shape {predictions.shape}")
+        raise ValueError(f"{counted(len(features), 'row')}, predictions of shape {predictions.shape}")
     return features, predictions
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from step_scripts.runner.wording import counted
 from step_scripts.serving.media import CSV, JSON, MAX_REPORTED_PROBLEMS, RequestError, decode_text, shown
 from step_scripts.serving.request_rows import CsvRecords, json_line_pieces, json_pieces
 from step_scripts.table.polars_csv import read_csv
@@ -70,10 +71,9 @@ class _Found:
             return np.concatenate(self._values)
         reported = self._problems[:MAX_REPORTED_PROBLEMS]
         where = f"row {reported[0]['row']}" + (f", {reported[0]['column']}" if reported[0]["column"] else "")
-        bad = f"{self._bad_rows} of {self._rows}"
-        if more:
-            bad = f"at least {self._bad_rows} of about {self._rows + more}"
-        summary = f"{bad} rows cannot be used; first: {where}: {reported[0]['reason']}"
+        bad = f"at least {self._bad_rows} of about" if more else f"{self._bad_rows} of"
+        rows = counted(self._rows + more, "row")
+        summary = f"{bad} {rows} cannot be used; first: {where}: {reported[0]['reason']}"
         raise RequestError(400, summary, reported, self._total)
 
 
@@ -250,7 +250,7 @@ class FeatureParser:
             if len(record) == len(names):
                 ordered.append([record[place] for place in places])
             else:
-                malformed[index] = f"{len(record)} fields, expected {len(names)}{hint}"
+                malformed[index] = f"{counted(len(record), 'field')}, expected {len(names)}{hint}"
                 ordered.append([""] * len(places))
         self._checked(ordered, _from_text, malformed, found, among)
 
@@ -268,7 +268,7 @@ class FeatureParser:
                     malformed[index] = f"neither a list nor an object: {shown(row)}"
                 elif len(row) != len(self.features):
                     expected = f"expected {len(self.features)}: {', '.join(self.features)}"
-                    malformed[index] = f"{len(row)} values, {expected}"
+                    malformed[index] = f"{counted(len(row), 'value')}, {expected}"
                 else:
                     ordered[-1] = row
             except RequestError as error:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 from json.scanner import make_scanner
 from typing import Any
 
+from step_scripts.runner.wording import counted
 from step_scripts.serving.media import RequestError, json_rows, load_json
 
 _SCAN: Callable[[str, int], tuple[Any, int]] = make_scanner(json.JSONDecoder())  # pyright: ignore[reportArgumentType]
@@ -144,7 +145,7 @@ def _elements(text: str, position: int, size: int) -> Generator[tuple[list[Any],
             raise RequestError(400, problem)
         if first and not any(isinstance(row, list | dict) for row in rows):
             if not ended:
-                raise RequestError(400, f"the body is one list of more than {len(rows)} values")
+                raise RequestError(400, f"the body is one list of more than {counted(len(rows), 'value')}")
             rows = [rows]
         first = False
         position += used

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +91,51 @@ def test_a_home_that_cannot_be_written_and_an_optimizing_python_do_no_harm(
     result, (made,) = materialize(tmp_path, "write", values=[3])
     assert result.success
     assert made.metrics == {"value": 3}
+
+
+# May read what this user may, the interpreter among others, and write nowhere but in the temporary folders.
+_STRANGER = 54321
+_AS_STRANGER = (
+    *("setpriv", f"--reuid={_STRANGER}", f"--regid={_STRANGER}", "--clear-groups"),
+    *("--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"),
+)
+
+
+def _may_be_a_stranger() -> bool:
+    if os.getuid() != 0 or shutil.which("setpriv") is None:
+        return False
+    return subprocess.run([*_AS_STRANGER, "true"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not _may_be_a_stranger(), reason="needs root, who may become somebody who may read everything")
+def test_a_user_without_a_name_whose_home_is_the_root_of_the_file_system_runs_steps(tmp_path: Path) -> None:
+    """As on OpenShift, which gives each container a number for a user."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    os.chown(folder, _STRANGER, _STRANGER)
+    code = f"""
+import os
+from pathlib import Path
+from tests.faults.test_local_ray import materialize
+assert not os.access("/", os.W_OK)
+import housing_assets.definitions
+result, (made,) = materialize(Path({str(folder)!r}), "write", values=[3])
+assert result.success and made.metrics == {{"value": 3}}
+"""
+    clean = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+    environment = clean | {"HOME": "/", "HOUSING_ROOT": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [*_AS_STRANGER, sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "marker").stat().st_uid == _STRANGER
 
 
 def test_a_driver_is_started_ahead_only_where_no_earlier_result_could_make_it_unnecessary(tmp_path: Path) -> None:

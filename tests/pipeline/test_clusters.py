@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -23,6 +24,7 @@ from step_scripts.runner.ray_join import join_cluster
 
 _START = "from ray.scripts.scripts import main; main()"
 _STARTS = 3
+ENGINES = ("ray_train", "xgboost_ray")
 _JOIN = """
 import json, sys
 from step_scripts.runner.contract import StepError
@@ -34,7 +36,7 @@ except StepError as error:
     print(json.dumps(str(error)))
     sys.exit()
 import ray
-from step_scripts import cluster_resources
+from step_scripts.runner import cluster_resources
 from step_scripts.runner.cluster_resources import free_cpus, reserved
 cluster_resources._MESSAGE_SECONDS = 2.0
 class Log:
@@ -62,6 +64,71 @@ with reserved("the final fit", 2, Log()) as options:
     done = ray.get(ray.remote(lambda: 7).options(**options).remote())
     left = sum(cluster_resources._unused())
 print(json.dumps([one, two, texts, after, place, waiting, done, left, free_cpus("the final fit", 2, Log())]))
+"""
+# Whatever looks finds two free CPUs, one or both of which another takes before they are asked for.
+_WAIT = """
+import json, os, sys, time
+from pathlib import Path
+from step_scripts.runner.contract import StepError
+from step_scripts.runner.ray_session import RaySession, RaySettings
+RaySession(RaySettings(address=sys.argv[1], ship_code=False)).ensure()
+import ray
+from step_scripts.runner import cluster_resources
+from step_scripts.training import engines, search, search_progress, short_trials
+from step_scripts.training.boosting import xgboost_parameters
+from step_scripts.parameters import TuneModelParams
+from tests.split_files import TABLE, sales, splits_of, write_inputs
+engines.free_cpus = search.free_cpus = lambda *_: [2]
+cluster_resources._MESSAGE_SECONDS = 0.5
+search_progress._SECONDS_BETWEEN_MESSAGES = short_trials._SECONDS_BETWEEN_MESSAGES = 0.5
+splits = splits_of(write_inputs(Path(sys.argv[2]), sales(600), sales(200, seed=1)), sales(600))
+class Log:
+    def __init__(self, react=None):
+        self.texts, self.react, self.last = [], react, 0.0
+    def info(self, text):
+        self.texts.append(text)
+        self.last = time.monotonic()
+        if self.react is not None:
+            self.react()
+            self.react = None
+    warning = info
+class Other:
+    def ready(self): pass
+def hold(cpus):
+    other = ray.remote(Other).options(num_cpus=cpus).remote()
+    ray.get(other.ready.remote())
+    return other
+def refused(work):
+    log = Log()
+    try:
+        work(log)
+    except StepError as error:
+        return str(error), sorted(set(log.texts))
+def trials(log):
+    params = TuneModelParams(table=TABLE, num_trials=1, num_boost_round=40, early_stopping_rounds=10, eta_min=0.1)
+    return search.run_search(params, *splits, None, log)
+found = {}
+other = hold(1)
+parameters = xgboost_parameters({"max_depth": 3, "eta": 0.5, "min_child_weight": 1.0, "subsample": 1.0}, seed=7)
+fit = engines.FitRequest(*splits, parameters, num_boost_round=40, early_stopping_rounds=10, num_workers=2)
+for name in engines.ENGINES:
+    found[name] = refused(lambda log: engines.fit(name, fit, log))
+ray.kill(other)
+for name, short in (("short trials", True), ("Ray Tune", False)):
+    search.are_short = lambda *size: short
+    other = hold(2)
+    found[name] = refused(trials)
+    os.environ["HOUSING_RESOURCE_WAIT_SECONDS"] = "150"
+    released = []
+    def release():
+        released.append(time.monotonic())
+        ray.kill(other)
+    start = time.monotonic()
+    log = Log(release)
+    [trial] = trials(log).records
+    found[name] += (released[0] - start, log.last - released[0], trial.seconds)  # the end of a trial is told
+    os.environ["HOUSING_RESOURCE_WAIT_SECONDS"] = "3"
+print(json.dumps(found))
 """
 
 
@@ -121,14 +188,15 @@ def _end(head: subprocess.Popen[bytes]) -> None:
     head.wait()
 
 
-def _join(address: str, tmp_path: Path, **environment: str) -> object:
+def _join(address: str, tmp_path: Path, script: str = _JOIN, **environment: str) -> Any:
+    """What `script` prints in its last line."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     done = subprocess.run(
-        [sys.executable, "-c", _JOIN, address],
+        [sys.executable, "-c", script, address, str(tmp_path)],
         env=clean | {"HOME": str(tmp_path)} | environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,  # the slowest takes 60 s on two cores that are free
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -159,6 +227,52 @@ def test_a_cluster_is_joined_with_its_token_and_its_free_cpus_are_used(
     told = [text for text in waiting if not text.startswith("the final fit needs 2 CPUs of the Ray cluster, 1 of 2")]
     assert set(told) == {"the final fit waits for CPUs of the Ray cluster: 1 of 2 are free"}
     assert (done, left, at_last) == (7, 0, [2])
+
+
+@pytest.fixture(scope="module")
+def waits(cluster: tuple[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """By who waits: the refusal, messages before it; of trials the seconds of a wait, since then, and of the trial."""
+    folder = tmp_path_factory.mktemp("waits")
+    return _join(
+        cluster[0],
+        folder,
+        _WAIT,
+        RAY_AUTH_TOKEN_PATH=str(cluster[1]),
+        HOUSING_RESOURCE_WAIT_SECONDS="3",
+        HOUSING_RAY_CONNECT_SECONDS="150",
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_fit_on_several_workers_tells_that_it_waits_and_gives_up_in_time(
+    waits: dict[str, list[Any]], engine: str
+) -> None:
+    refusal, messages = waits[engine]
+    assert refusal == (
+        "the Ray cluster had no room for the final fit within 3 s: end what uses it, or wait longer by "
+        "HOUSING_RESOURCE_WAIT_SECONDS"
+    )
+    assert "the final fit waits for CPUs of the Ray cluster: 1 of 2 are free" in messages
+
+
+@pytest.mark.parametrize(
+    ("trials", "message"),
+    [
+        ("short trials", "1 trial under way, or waiting for a CPU of the Ray cluster: 0 of 2 are free"),
+        ("Ray Tune", "the search waits for CPUs of the Ray cluster, at most 3 s"),
+    ],
+)
+def test_trials_tell_that_they_wait_give_up_in_time_and_their_time_begins_afterwards(
+    waits: dict[str, list[Any]], trials: str, message: str
+) -> None:
+    refusal, messages, waited, since, seconds = waits[trials]
+    assert refusal == (
+        "the Ray cluster had no room for the trials of the search within 3 s: end what uses it, or wait longer by "
+        "HOUSING_RESOURCE_WAIT_SECONDS"
+    )
+    assert message in messages
+    assert waited >= 0.5
+    assert seconds <= since
 
 
 def test_a_cluster_that_wants_a_token_says_so(cluster: tuple[str, Path], tmp_path: Path) -> None:

@@ -81,9 +81,22 @@ def test_an_unchanged_run_trains_nothing_and_starts_no_ray(materialized: Platfor
         model["train"].pop("snapshot")
         return model, materialized.reference("registered_model")
 
+    def order(step: str, among: set[str]) -> dict[str, list[str]]:
+        """Metadata in the order in which they are shown, tables with their columns."""
+        metadata = materialized.metadata(step)
+        tables = {n: [c.name for c in v.schema.columns] for n, v in metadata.items() if hasattr(v, "schema")}
+        return {name: tables.get(name, []) for name in metadata if name in among}
+
     before = made()
+    names = {step: set(materialized.metadata(step)) for step in STEPS}
+    shown = {step: list(order(step, names[step]).items()) for step in STEPS}
     done = materialized.materialize(config={"evaluation_report": {"rmse_threshold": 1e6}})
     assert done.returncode == 0, done.stdout
+    for step in STEPS:
+        again = list(order(step, names[step]).items())
+        assert again == [entry for entry in shown[step] if entry[0] in dict(again)]
+        assert len(again) > 8
+    assert dict(shown["tuned_model"])["trials"][:3] == ["trial", "max_depth", "eta"]
     assert [materialized.metadata(step)["reused"] for step in STEPS] == [True] * len(STEPS)
     assert made() == before
     assert done.stdout.count("reused the result") == 4
@@ -192,6 +205,41 @@ def test_a_terminated_run_is_canceled_within_ten_seconds(
 
     again = platform.materialize("raw_csv feature_group")
     assert again.returncode == 0, again.stdout
+
+
+def test_the_terminal_of_a_run_whose_step_fails_ends_with_the_reason(tmp_path: Path) -> None:
+    """Of `make run`, read from top to bottom: progress, the reason, and last of all what was made and the reason."""
+    file = tmp_path / "sales.csv"
+    header = "PRICE,YEAR_BUILT,SQUARE_FEET,NUM_BEDROOMS,NUM_BATHROOMS,LOT_ACRES,GARAGE_SPACES,FRONT_PORCH,DECK"
+    rows = [f"{300_000 + i},{'?' if i % 5 < 3 else 1990},1500.5,3,2.0,0.5,1,0,1" for i in range(100)]
+    file.write_text("\n".join([header, *rows, ""]))
+    places = {"DAGSTER_HOME": str(tmp_path / "dagster"), "HOUSING_ROOT": str(tmp_path / "data")}
+    done = subprocess.run(
+        ["make", f"BIN={Path(sys.executable).parent}", "run"],
+        cwd=ROOT,
+        env=os.environ | places | {"HOUSING_RAW_CSV": str(file)},
+        text=True,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    printed = re.sub(r"^\d\d:\d\d:\d\d  ", "", done.stdout, flags=re.MULTILINE)
+    printed = re.sub(r"^removed .* which a run that was killed had left behind\n", "", printed, flags=re.MULTILINE)
+    [rejected] = (tmp_path / "data").rglob("rejected_rows.csv")
+    reason = (
+        "raw_csv failed: validate_source: 60 of 100 rows are rejected (60%); at most 0.5% may be "
+        "(max_rejected_fraction). Reasons: YEAR_BUILT is not a whole number (60 times, first '?' in line 2 of "
+        f"{file}). Remedy: correct the rows. {rejected} lists them, up to "
+        "100,000"
+    )
+    assert re.fullmatch(
+        rf"raw_csv: 100 rows validated in [\d.]+ s, 1 of 1 piece\nerror: {re.escape(reason)}\n"
+        r"Error: Materialization failed\.\n\nRun \w{8} is FAILURE\.\nMade:   nothing\n"
+        rf"Error:  {re.escape(reason)}\nmake: \*\*\* \[Makefile:\d+: run\] Error 1\n",
+        printed,
+    ), printed
 
 
 def test_two_runs_at_once_both_succeed(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_the_life_of_an_endpoint(
     rows = house_rows(3)
     answer = host.invoke("housing", rows.write_csv().encode(), "text/csv", "application/json")
     assert json.loads(answer) == {"predictions": load_model(first.uri).predict(rows).tolist()}
-    with pytest.raises(InvocationFailed, match=r"answered 400: .*1 fields, expected 8") as caught:
+    with pytest.raises(InvocationFailed, match=r"answered 400: .*1 field, expected 8") as caught:
         host.invoke("housing", b"1", "text/csv")
     assert caught.value.status == 400
 

@@ -276,7 +276,7 @@ def test_throttling_and_unprocessed_entries_lose_nothing(group: Group, aws: Aws)
 def test_an_ingestion_that_fails_online_commits_nothing_and_a_repeat_heals_it(group: Group, aws: Aws) -> None:
     group.ingest([row(n) for n in range(3)])
     aws.faults.unprocessed_records(10_000)
-    with pytest.raises(StepError, match=r"accepted no request for 1 s \(40 entries were not processed\)|25 entries"):
+    with pytest.raises(StepError, match=r"accepted no request for 1 s \(40 entries not processed\)|25 entries"):
         group.ingest([row(n, 2.0, hours=1) for n in range(50)], online=OnlineTarget("sales", patience_seconds=1))
     aws.faults.clear()
     assert len(group.store.commits("sales")) == 1
@@ -309,7 +309,7 @@ def test_an_outage_of_the_online_store_says_what_is_where(
     assert header == "record_id"
     assert len(missing) == len(set(missing)) == 150
     text = str(failure.value)
-    assert "accepted no request for 1 s (25 entries were not processed)" in text
+    assert "accepted no request for 1 s (25 entries not processed)" in text
     assert "Online: 100 of 250 records as this ingestion has them, 150 not: " in text
     assert f"150 not: {', '.join(sorted(missing)[:10])} and others. missing_record_ids.csv lists them all" in text
     assert "Offline: none of them; the offline store is as before: its latest commit is still 1" in text

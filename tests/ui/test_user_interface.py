@@ -38,6 +38,13 @@ def test_everything_is_materialized_by_a_click(ui: UserInterface, browser: Brows
     browser.screenshot("checks")
 
 
+def test_the_terminal_shows_no_warning_of_dagster(ui: UserInterface) -> None:
+    """Of the file with Dagster's settings in the folder where it was started, and of what Dagster will replace."""
+    printed = (ui.platform.folder / "ui.log").read_text()
+    assert "Serving dagster-webserver" in printed
+    assert [line for line in printed.splitlines() if "dagster.yaml" in line or "Supersession" in line] == []
+
+
 PLOTS = {
     "tuned_model": ("learning_curve", "importance", "search"),
     "evaluation_report": ("predicted_against_actual", "residuals"),

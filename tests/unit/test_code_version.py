@@ -213,7 +213,7 @@ STEP = """
 import sys
 from pathlib import Path
 import ray
-from step_scripts import storage
+from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, StepDefinition, StepOutcome, StepParams, file_info
 class Params(StepParams):
     where: str

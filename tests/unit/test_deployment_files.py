@@ -40,7 +40,7 @@ def instance_config(file: Path, home: Path) -> dict[str, Any]:
     return dict(dagster_instance_config(str(home))[0])
 
 
-@pytest.mark.parametrize("file", [ROOT / "dagster.yaml", POSTGRES_FILE], ids=["one person", "team"])
+@pytest.mark.parametrize("file", [ROOT / "deploy" / "dagster.yaml", POSTGRES_FILE], ids=["one person", "team"])
 def test_an_instance_file_is_valid(file: Path, tmp_path: Path) -> None:
     config = instance_config(file, tmp_path)
     assert config["run_monitoring"]["enabled"]

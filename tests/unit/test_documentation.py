@@ -28,7 +28,7 @@ CONFIGS = {
     "prune_old": PruneConfig,
     "remove_everything": TeardownConfig,
 }
-INSTANCE = yaml.safe_load((ROOT / "dagster.yaml").read_text())
+INSTANCE = yaml.safe_load((ROOT / "deploy" / "dagster.yaml").read_text())
 AWS = {
     "HOUSING_DEPLOYMENT": "sagemaker",
     "HOUSING_ROOT": "s3://bucket/housing",

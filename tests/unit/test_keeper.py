@@ -36,9 +36,9 @@ def main(descriptor):
     time.sleep(600)
 worker.main = main
 sys.modules["step_scripts.runner.worker"] = worker
-import step_scripts
+import step_scripts.runner
 step_scripts.runner.worker = worker
-from step_scripts import keeper
+from step_scripts.runner import keeper
 keeper.main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
 """
 

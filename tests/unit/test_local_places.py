@@ -39,7 +39,7 @@ def test_folders_that_were_made_go_with_all_that_is_in_them(tmp_path: Path) -> N
     variables = environment(tmp_path)
     assert main(["prepare"], variables) == 0
     home, root = Path(variables["DAGSTER_HOME"]), Path(variables["HOUSING_ROOT"])
-    assert (home / "dagster.yaml").read_bytes() == (PROJECT / "dagster.yaml").read_bytes()
+    assert (home / "dagster.yaml").read_bytes() == (PROJECT / "deploy" / "dagster.yaml").read_bytes()
     write(*(home / name for name in HISTORY[:3]))
     group_in(str(root))
     load_resources({**variables, "HOUSING_ENVIRONMENT": "staging"})["source_location"].resolve()
@@ -115,7 +115,7 @@ def test_make_quotes_the_places(tmp_path: Path) -> None:
 
     subprocess.run([sys.executable, "-m", "housing_assets.local_places", "prepare"], env=variables, check=True)
     group_in(places["HOUSING_ROOT"])
-    assert "removed 1 of 1 things" in make("stop", "clean-data")
+    assert "removed 1 of 1 thing" in make("stop", "clean-data")
     assert theirs.exists()
     assert not Path(places["HOUSING_ROOT"]).exists()
     assert not Path(places["DAGSTER_HOME"]).exists()

@@ -62,7 +62,8 @@ def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
     home = tmp_path / "dagster"
     home.mkdir()
     pools = "concurrency:\n  pools: {default_limit: 1, granularity: op}\n  runs:\n"
-    (home / "dagster.yaml").write_text((ROOT / "dagster.yaml").read_text().replace("concurrency:\n  runs:\n", pools))
+    document = (ROOT / "deploy" / "dagster.yaml").read_text()
+    (home / "dagster.yaml").write_text(document.replace("concurrency:\n  runs:\n", pools))
     with dg.DagsterInstance.from_config(str(home)) as instance:
         yield instance
 

@@ -50,7 +50,7 @@ def test_progress_and_waiting_are_told(tmp_path: Path) -> None:
         store = Throttled(lambda: until_said(log, "125 of 500"))
         with pytest.raises(StepError, match="has accepted no request for 1 s"):
             write_records(store, "sales", [{"record_id": "a"}], Patience(1.0, second.waiting))
-        until_said(log, "which is waited out for up to 900 s: 1 entries were not processed")
+        until_said(log, "which is waited out for up to 900 s: 1 entry not processed")
         second.written(10)
         until_said(log, "at least 135 of 500 records written")
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
 
+import dagster as dg
 import numpy as np
 import pytest
 from PIL import Image
 
 from housing_assets import plots
+from housing_assets.metadata import plot_metadata, run_metadata
+from step_scripts.runner.contract import StepResult
 from step_scripts.table.spec import ColumnSpec, TableSpec
 
 TABLE = TableSpec(
@@ -75,6 +81,44 @@ def test_markdown_holds_the_picture() -> None:
     text = plots.to_markdown(b"\x89PNG", "learning curve").value
     assert text.startswith("![learning curve](data:image/png;base64,")
     assert base64.b64decode(text.rpartition(",")[2].rstrip(")")) == b"\x89PNG"
+
+
+@pytest.mark.parametrize("reason", [ValueError("no finite value"), ImportError("libpng.so is missing")])
+def test_a_plot_that_cannot_be_drawn_fails_nothing_and_is_drawn_when_it_can_be(
+    reason: Exception,
+) -> None:
+    """What it would show is done. A later run with the same result tries again, and takes over the others."""
+    drawn: list[str] = []
+    broken: list[Exception] = [reason]
+
+    def draw(name: str) -> bytes:
+        if name == "residuals" and broken:
+            raise broken.pop()
+        drawn.append(name)
+        return name.encode()
+
+    @dg.asset
+    def report(context):
+        reused = bool(context.instance.get_latest_materialization_event(context.asset_key))
+        result = StepResult(
+            step="s", request_digest="q", code_version="c", created_at=datetime.now(UTC), params={}, inputs={},
+            outputs={}, reused=reused,
+        )  # fmt: skip
+        pictures = {name: partial(draw, name) for name in ("residuals", "importance")}
+        metadata = plot_metadata(context, result, pictures)
+        return dg.MaterializeResult(metadata={**metadata, **run_metadata(result)})
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        shown, said = [], []
+        for _ in range(3):
+            done = dg.materialize([report], instance=instance)
+            assert done.success
+            [event] = done.asset_materializations_for_node("report")
+            shown.append({name for name in event.metadata if name in ("residuals", "importance")})
+            said += [entry.user_message for entry in instance.all_logs(done.run_id) if entry.level == logging.WARNING]
+    assert shown == [{"importance"}, {"residuals", "importance"}, {"residuals", "importance"}]
+    assert drawn == ["importance", "residuals"]
+    assert said == [f"residuals is left out of the metadata: {type(reason).__name__}: {reason}"]
 
 
 def test_no_global_state_is_touched() -> None:

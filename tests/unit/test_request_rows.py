@@ -117,7 +117,7 @@ def test_a_refused_body_costs_no_more_than_a_valid_one(name: str, valid_seconds:
 
 def test_rows_that_were_not_looked_at_are_counted_about() -> None:
     error = refusal(lines_of("1\n"), CSV)
-    assert f" of about {BYTES // 2} rows cannot be used; first: row 1: 1 fields" in str(error)
+    assert f" of about {BYTES // 2:,} rows cannot be used; first: row 1: 1 field," in str(error)
     assert str(error).startswith("at least ")
     assert len(error.rows) == MAX_REPORTED_PROBLEMS < error.problems
 
@@ -175,7 +175,7 @@ def test_stray_quotes_that_make_lines_one_field_are_named_with_their_lines(rows:
 
 
 def test_a_carriage_return_in_a_row_ends_it() -> None:
-    assert "row 1: 1 fields, expected 8" in str(refusal(ROW.replace(",", "\r,", 1), CSV))
+    assert "row 1: 1 field, expected 8" in str(refusal(ROW.replace(",", "\r,", 1), CSV))
 
 
 LINE = st.sampled_from(

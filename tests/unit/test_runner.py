@@ -56,7 +56,12 @@ def test_a_result_is_found_only_by_the_same_request(tmp_path: Path, ray_session:
     assert find_result(request(tmp_path, code_version="other")) is None
     a = Artifact(uri="x", digest="1")
     assert find_result(request(tmp_path, inputs={"in": a})) is None
-    assert run(asked, ray_session).reused
+    again = run(asked, ray_session)
+    assert again.reused
+    # To the order of names, which is that of metadata and of the columns of tables.
+    fresh = result.model_copy(update={"reused": True})
+    assert list(fresh.details) == ["ray_address", "driver"]
+    assert [found.model_dump_json(), again.model_dump_json()] == [fresh.model_dump_json()] * 2
 
 
 def test_an_old_manifest_or_a_lost_output_is_not_reused(tmp_path: Path, ray_session: RaySession) -> None:

@@ -21,11 +21,12 @@ ROOT = Path(__file__).parents[2]
 TABLE = TableSpec(
     name="t", columns=(ColumnSpec(name="X", dtype="float64"), ColumnSpec(name="Y", dtype="float64")), target="Y"
 )
-NOUNS = "rows|times|files|workers|trials|rounds|records|versions|lines|values"
-# Constants, what is said of more than one only, and what the server answers, whose modules travel with a model.
+NOUNS = "rows|times|files|workers|trials|rounds|records|versions|lines|values|fields"
+NOUNS += "|features|predictions|entries|errors|objects|things"
+# Constants, and what is said of more than one only.
 ALLOWED = {
     *("{_RESTARTS + 1} times", "{_RETRIES + 1} times", "{_COMMIT_ATTEMPTS} times", "{len(positions)} times"),
-    *("{m.lines:,} lines", "{bad} rows", "{len(row)} values", "{len(rows)} values", "{len(features)} rows"),
+    "{m.lines:,} lines",
 }
 
 
@@ -66,6 +67,25 @@ def test_metadata_shows_six_significant_digits_at_every_depth() -> None:
     assert shown["t"].records[0].data == {"b": 11989.9, "n": 12_345_678.0}
     assert shown["j"].value == {"c": [11989.9]}
     assert list(shown) == ["a", "t", "j"]
+
+
+def test_a_table_has_a_column_for_each_entry_of_a_dictionary() -> None:
+    """As the table of trials, of which one has failed."""
+    shown = as_metadata(
+        {
+            "trials": [
+                {"trial": 2, "parameters": {"eta": 0.1234567, "max_depth": 3, "trial": "x"}, "rmse": None, "on": ["a"]},
+                {"trial": 1, "parameters": {"eta": 0.2, "max_depth": 4, "trial": "y"}, "rmse": 2.0, "on": ["b"]},
+            ]
+        }
+    )["trials"]
+    kinds = {column.name: column.type for column in shown.schema.columns}
+    assert kinds == {
+        **{"trial": "int", "eta": "float", "max_depth": "int"},
+        **{"parameters.trial": "string", "rmse": "float", "on": "string"},
+    }
+    assert list(kinds) == ["trial", "eta", "max_depth", "parameters.trial", "rmse", "on"]
+    assert list(shown.records[0].data.values()) == [2, 0.123457, 3, "x", None, "['a']"]
 
 
 def test_no_message_has_a_count_with_a_plural_that_is_written_out() -> None:
