@@ -21,6 +21,7 @@ from step_scripts.data.csv_chunks import Chunk, Misfit, Records, has_odd_quotes,
 from step_scripts.data.csv_lines import blank_bytes, count_lines, count_records
 from step_scripts.data.csv_records import ChunkFault
 from step_scripts.parameters import ValidateSourceParams
+from step_scripts.runner.wording import counted
 from step_scripts.table.column_types import polars_schema
 
 FACTS, LINE, LINES, FAULTS = "_facts", "_line", "_lines", "_faults"
@@ -191,5 +192,5 @@ def _with_faults(records: Records, parsed: ParsedRows, fields: int) -> pl.DataFr
 
 def _misfit(misfit: Misfit, fields: int) -> dict[str, str]:
     count = f"has {misfit.fields} field{'s' if misfit.fields != 1 else ''}, the header {fields}"
-    takes = f"; it takes {misfit.lines:,} lines" if misfit.lines > 1 else ""
+    takes = f"; it takes {counted(misfit.lines, 'line')}" if misfit.lines > 1 else ""
     return {"column": "", "value": misfit.text, "reason": f"the row {count}{takes}", "problem": f"row {count}"}
