@@ -8,23 +8,23 @@ import dagster as dg
 # below are loaded, which was nearly half of their time, and again during the run.
 gc.freeze()
 
-from housing_assets import automation
-from housing_assets.approval import approve_model, reject_model
 from housing_assets.assets import ingestion, model, serving, splits
+from housing_assets.automation import sensors as automation
+from housing_assets.automation.approval import approve_model, reject_model
 from housing_assets.checks import ingestion as ingestion_checks
 from housing_assets.checks import model as model_checks
 from housing_assets.checks import serving as serving_checks
 from housing_assets.checks import splits as splits_checks
+from housing_assets.checks.watching import endpoint_watch, watch_endpoint
 from housing_assets.config import SLICES, RawCsvConfig
-from housing_assets.console import console_logger
 from housing_assets.deployments import load_resources
-from housing_assets.executor import in_process_executor
-from housing_assets.lineage import lineage
-from housing_assets.retention import nightly_prune, prune
-from housing_assets.sweeper import hourly_sweep, sweep
+from housing_assets.maintenance.retention import nightly_prune, prune
+from housing_assets.maintenance.sweeper import hourly_sweep, sweep
+from housing_assets.maintenance.teardown import teardown
+from housing_assets.reporting.console import console_logger
+from housing_assets.reporting.lineage import lineage
+from housing_assets.runs.executor import in_process_executor
 from housing_assets.table_verdict import check_table
-from housing_assets.teardown import teardown
-from housing_assets.watching import endpoint_watch, watch_endpoint
 
 OWNERS = ["team:ml-platform"]
 

@@ -26,13 +26,13 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from housing_assets.config_fields import suggestion, unknown_fields
 from resources.compute.local_ray import LocalRay
 from resources.endpoints.local import LocalDataCapture, LocalEndpointHost
-from resources.evidence import EvidenceStore
-from resources.experiments import ExperimentTracker, MlflowTracking, NoTracking
 from resources.feature_store.local import LocalFeatureStore
-from resources.io_manager import ReferenceIOManager
 from resources.model_registry.local import LocalModelRegistry
-from resources.notifier import EmailNotifier, LogNotifier, Notifier, SlackNotifier, SnsNotifier
-from resources.sources import expanded
+from resources.references.evidence import EvidenceStore
+from resources.references.io_manager import ReferenceIOManager
+from resources.services.experiments import ExperimentTracker, MlflowTracking, NoTracking
+from resources.services.notifier import EmailNotifier, LogNotifier, Notifier, SlackNotifier, SnsNotifier
+from resources.sources.listing import expanded
 from step_scripts.runner import storage
 
 DEPLOYMENTS = ("local", "sagemaker")

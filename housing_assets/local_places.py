@@ -72,7 +72,7 @@ def clean(home: Path, environment: Mapping[str, str]) -> list[str]:
 def _clean_root(environment: Mapping[str, str]) -> list[str]:
     """Everything that the inventories of one environment list. Returns what could not be removed."""
     from housing_assets.deployments import load_resources, root_of
-    from housing_assets.teardown import asset_keys, look, owners_of, protected_places, remove_all
+    from housing_assets.maintenance.teardown import asset_keys, look, owners_of, protected_places, remove_all
     from resources.inventory import KINDS
 
     root = Path(root_of(environment))

@@ -8,17 +8,17 @@ from typing import Any
 
 import dagster as dg
 
+from housing_assets.assets.landing import files_of_days
+from housing_assets.checks.gate import require_checks_passed
 from housing_assets.config import FeatureGroupConfig, RawCsvConfig, settings_of
 from housing_assets.deployments import SourceLocation, load_automation
-from housing_assets.executor import RAY_POOL
-from housing_assets.gate import require_checks_passed
-from housing_assets.landing import files_of_days
-from housing_assets.metadata import artifact_metadata, column_schema, run_metadata
+from housing_assets.reporting.metadata import artifact_metadata, column_schema, run_metadata
+from housing_assets.runs.executor import RAY_POOL
 from resources.compute.base import ComputeBackend, as_metadata
-from resources.evidence import EvidenceStore
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
-from resources.references import DataFile, DatasetRef, SourceRef
-from resources.sources import Listing, list_landing, list_source
+from resources.references.evidence import EvidenceStore
+from resources.references.types import DataFile, DatasetRef, SourceRef
+from resources.sources.listing import Listing, list_landing, list_source
 from step_scripts.parameters import (
     IngestFeaturesParams,
     IngestFeaturesSettings,

@@ -10,13 +10,13 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from housing_assets import automation
-from housing_assets.alerts import TOLD
+from housing_assets.automation import sensors as automation
+from housing_assets.checks.alerts import TOLD
 from housing_assets.definitions import defs
 from housing_assets.deployments import AutomationSettings, load_automation
 from resources.endpoints.local import LocalEndpointHost
 from resources.model_registry.local import LocalModelRegistry
-from resources.notifier import Notifier
+from resources.services.notifier import Notifier
 from tests.registry_contract import artifact, register
 
 

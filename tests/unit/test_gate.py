@@ -18,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import housing_assets.definitions
-from housing_assets import approval, gate
 from housing_assets.assets.ingestion import feature_group
 from housing_assets.assets.model import evaluation_report, registered_model, tuned_model
 from housing_assets.assets.serving import endpoint
 from housing_assets.assets.splits import splits
+from housing_assets.automation import approval
+from housing_assets.checks import gate
 from housing_assets.checks import splits as splits_checks
 from housing_assets.checks.blocking import blocking_check
 from housing_assets.config import (
@@ -34,11 +35,11 @@ from housing_assets.config import (
     TunedModelConfig,
 )
 from housing_assets.definitions import defs
-from resources.evidence import Evidence, EvidenceStore, EvidenceUnreadable, Judged
 from resources.feature_store.base import OfflineSnapshot
 from resources.inventory import NotOwned
 from resources.model_registry.base import ModelVersion, StatusChange
-from resources.references import DatasetRef, EvaluationRef, ModelRef, SnapshotRef, SourceRef, SplitRef
+from resources.references.evidence import Evidence, EvidenceStore, EvidenceUnreadable, Judged
+from resources.references.types import DatasetRef, EvaluationRef, ModelRef, SnapshotRef, SourceRef, SplitRef
 from step_scripts.runner.contract import Artifact, file_info
 from tests.feature_rows import TABLE
 from tests.serving_models import gate as gate_evidence

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from housing_assets import plots
+from housing_assets.reporting import plots
 from step_scripts.table.spec import ColumnSpec, TableSpec
 
 TABLE = TableSpec(
@@ -80,7 +80,7 @@ def test_markdown_holds_the_picture() -> None:
 def test_no_global_state_is_touched() -> None:
     code = """
 import sys
-from housing_assets.plots import importance_plot
+from housing_assets.reporting.plots import importance_plot
 assert "matplotlib" not in sys.modules
 importance_plot({"X": {"gain": 1.0, "weight": 2.0}})
 assert "matplotlib.pyplot" not in sys.modules

@@ -19,8 +19,8 @@ from typing import Any
 import dagster as dg
 from dagster._core.errors import DagsterExecutionInterruptedError  # has no public name
 
-from housing_assets.lost_runs import end_lost_runs, record_process
-from housing_assets.writable_root import check_root_is_writable
+from housing_assets.runs.lost_runs import end_lost_runs, record_process
+from housing_assets.runs.writable_root import check_root_is_writable
 
 # Concurrency pool of the assets that run on Ray; dagster.yaml says how many runs may have it at once.
 RAY_POOL = "ray"

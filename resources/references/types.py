@@ -6,7 +6,7 @@ from datetime import datetime
 
 from pydantic import BaseModel, ConfigDict
 
-from resources.evidence import Judged
+from resources.references.evidence import Judged
 from step_scripts.runner.contract import Artifact
 from step_scripts.table.spec import TableSpec
 

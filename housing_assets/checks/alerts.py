@@ -7,9 +7,9 @@ from typing import Any
 
 import dagster as dg
 
-from housing_assets.check_history import finished_checks
-from resources.notifier import Notifier
-from resources.optional_services import attempt
+from housing_assets.checks.history import finished_checks
+from resources.services.notifier import Notifier
+from resources.services.optional import attempt
 from step_scripts.runner.wording import number
 
 # Metadata of a failed check: the severity that people know of. Of another failure: it has told them, once, itself.

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from resources.sagemaker.aws_calls import error_code
-from resources.sagemaker.ownership import already_exists, is_absent, is_ours, owned, pages, tags_of
-from resources.sagemaker.request_validation import check_request
+from resources.aws.calls import error_code
+from resources.aws.ownership import already_exists, is_absent, is_ours, owned, pages, tags_of
+from resources.aws.request_validation import check_request
 
 CONTENT_TYPES = ("text/csv", "application/json", "application/jsonlines")
 GROUP = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")

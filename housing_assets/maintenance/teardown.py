@@ -18,7 +18,7 @@ from pydantic import Field
 from housing_assets.deployments import SourceLocation
 from resources.compute.base import table
 from resources.inventory import KINDS, ItemKind, OwnedItem, remove_empty, remove_file
-from resources.reference_files import asset_folder, reference_files
+from resources.references.files import asset_folder, reference_files
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.wording import counted, megabytes

@@ -12,13 +12,13 @@ from typing import Any
 import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field
 
-from housing_assets.alerts import TOLD
+from housing_assets.checks.alerts import TOLD
 from housing_assets.deployments import load_automation
-from housing_assets.teardown import BUSY, Owner, expected_errors, look
+from housing_assets.maintenance.teardown import BUSY, Owner, expected_errors, look
 from resources.compute.base import table
 from resources.inventory import OwnedItem
-from resources.notifier import Notifier
-from resources.optional_services import attempt
+from resources.services.notifier import Notifier
+from resources.services.optional import attempt
 
 _OWNERS = ("compute", "endpoint_host")
 _KINDS = ("job", "endpoint")

@@ -1,4 +1,5 @@
-"""Prints what the latest run made, or why it failed: `python -m housing_assets.summary`, the end of `make run`."""
+"""Prints what the latest run made, or why it failed: `python -m housing_assets.reporting.summary`, the end of `make
+run`."""
 
 from __future__ import annotations
 
@@ -10,13 +11,13 @@ from pathlib import Path
 import dagster as dg
 from dagster._core.errors import DagsterHomeNotSetError  # has no public name
 
-from housing_assets.console import failure_reason
+from housing_assets.checks.gate import REMEDIES
 from housing_assets.deployments import root_of
-from housing_assets.gate import REMEDIES
+from housing_assets.reporting.console import failure_reason
 from resources.endpoints.base import EndpointStatus
 from resources.model_registry.base import ModelVersion
-from resources.reference_files import event_log_name, latest_file, read_reference
-from resources.references import EvaluationRef, ModelRef
+from resources.references.files import event_log_name, latest_file, read_reference
+from resources.references.types import EvaluationRef, ModelRef
 from step_scripts.runner import storage
 from step_scripts.runner.wording import number, percent
 

@@ -9,7 +9,7 @@ import dagster as dg
 from dagster._core.execution.context.output import RUN_ID_PLACEHOLDER  # has no public name
 from pydantic import BaseModel, Field, PrivateAttr, TypeAdapter, ValidationError
 
-from resources.reference_files import (
+from resources.references.files import (
     READ,
     REFERENCE,
     StoredReference,
@@ -21,7 +21,7 @@ from resources.reference_files import (
 
 
 class ReferenceIOManager(dg.ConfigurableIOManager):
-    """Keeps every reference in a file of its own, see `resources.reference_files`.
+    """Keeps every reference in a file of its own, see `resources.references.files`.
 
     A step reads what its own run wrote, or the run that it continues; what neither has made is looked up as the latest
     materialization in the event log. So runs at the same time do not see each other's results. Only pydantic models

@@ -15,18 +15,18 @@ from typing import Any
 import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field
 
+from housing_assets.checks.watching import watch_endpoint
 from housing_assets.deployments import load_automation
-from housing_assets.model_retention import VersionsFound, find_versions
-from housing_assets.reference_retention import ReferencesFound, find_references, uris_in
-from housing_assets.sweeper import sweep
-from housing_assets.teardown import BUSY, asset_keys, expected_errors
-from housing_assets.watching import watch_endpoint
+from housing_assets.maintenance.model_retention import VersionsFound, find_versions
+from housing_assets.maintenance.reference_retention import ReferencesFound, find_references, uris_in
+from housing_assets.maintenance.sweeper import sweep
+from housing_assets.maintenance.teardown import BUSY, asset_keys, expected_errors
 from resources.compute.base import table
 from resources.endpoints.captured_files import CapturedFile, surplus
-from resources.evidence import EvidenceStore
 from resources.inventory import RESULT_FILE, OwnedItem, remove_file
 from resources.model_registry.base import ModelVersion
-from resources.reference_files import reference_files
+from resources.references.evidence import EvidenceStore
+from resources.references.files import reference_files
 from step_scripts.runner import storage
 from step_scripts.runner.wording import counted, megabytes, rounded
 

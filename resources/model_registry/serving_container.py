@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from resources.sagemaker.code_package import archive
-from resources.sagemaker.image import job_image
+from resources.aws.code_package import archive
+from resources.aws.image import job_image
 from step_scripts.runner import storage
 
 PROGRAM = "inference.py"

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from housing_assets.checks.stability import PSI_THRESHOLD, stability_result
 from housing_assets.config import EndpointConfig
 from housing_assets.deployments import load_automation
-from housing_assets.stability import PSI_THRESHOLD, stability_result
 from resources.endpoints.base import PROBE_ID, EndpointHost, EndpointNotFound, EndpointStatus, InvocationFailed
 from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound, RegistryDamaged
-from resources.optional_services import attempt
+from resources.services.optional import attempt
 
 if TYPE_CHECKING:
     from step_scripts.serving.captured_requests import CapturedRows

@@ -11,17 +11,17 @@ import dagster as dg
 from dagster._core.storage.tags import RUN_KEY_TAG  # has no public name
 from pydantic import BaseModel, ValidationError
 
-from housing_assets.alerts import TOLD
+from housing_assets.assets.landing import LandingCursor, files_by_day, run_key
+from housing_assets.checks.alerts import TOLD
+from housing_assets.checks.watching import watch_endpoint
 from housing_assets.deployments import load_automation
-from housing_assets.landing import LandingCursor, files_by_day, run_key
-from housing_assets.teardown import BUSY, expected_errors
-from housing_assets.watching import watch_endpoint
+from housing_assets.maintenance.teardown import BUSY, expected_errors
 from resources.endpoints.base import EndpointHost
-from resources.folder_search import SetAside
 from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound, RegistryDamaged
-from resources.notifier import Notifier
-from resources.optional_services import attempt
-from resources.sources import Listing, list_landing
+from resources.services.notifier import Notifier
+from resources.services.optional import attempt
+from resources.sources.folder_search import SetAside
+from resources.sources.listing import Listing, list_landing
 from step_scripts.runner.wording import counted
 
 _SHOWN = 20  # names in a message

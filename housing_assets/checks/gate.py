@@ -2,8 +2,8 @@
 
 A failed blocking check stops only the run that it is in, and an event log knows only what its own DAGSTER_HOME has
 seen. Every evaluation is therefore kept as evidence below the root, with the digests that it judged
-(`resources.evidence`), and the latest one for exactly the content at hand decides. No evidence is a refusal; so is an
-event log that says something else. An event log that knows nothing of it is no disagreement.
+(`resources.references.evidence`), and the latest one for exactly the content at hand decides. No evidence is a refusal;
+so is an event log that says something else. An event log that knows nothing of it is no disagreement.
 
 References carry what they stand on (`judged`), and so does the lineage of a registered version.
 """
@@ -21,11 +21,11 @@ from typing import Any, Literal
 import dagster as dg
 from pydantic import BaseModel
 
-from housing_assets.check_history import finished_checks
-from resources.evidence import Evidence, EvidenceStore, EvidenceUnreadable, Judged
+from housing_assets.checks.history import finished_checks
 from resources.feature_store.base import OfflineSnapshot
 from resources.model_registry.base import GateEvidence, ModelVersion
-from resources.references import EvaluationRef, ModelRef, SnapshotRef, SourceRef, SplitRef
+from resources.references.evidence import Evidence, EvidenceStore, EvidenceUnreadable, Judged
+from resources.references.types import EvaluationRef, ModelRef, SnapshotRef, SourceRef, SplitRef
 from step_scripts.runner import storage
 
 GATE_CHECK = "rmse_threshold"

@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 from pydantic import ValidationError
 
-from resources.reference_files import (
+from resources.references.files import (
     StoredReference,
     asset_folder,
     materializations,

@@ -1,7 +1,7 @@
 """Where an endpoint's model comes from: version, evaluation, parameters, splits, feature group, data files, code, runs.
 
-`python -m housing_assets.lineage [--endpoint NAME | --version GROUP/NUMBER]` prints it, job `lineage` shows it, and the
-asset `endpoint` has it as metadata. It is read from the model registry, which keeps it with every version.
+`python -m housing_assets.reporting.lineage [--endpoint NAME | --version GROUP/NUMBER]` prints it, job `lineage` shows
+it, and the asset `endpoint` has it as metadata. It is read from the model registry, which keeps it with every version.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from pydantic import Field, JsonValue
 from housing_assets.deployments import load_resources
 from resources.compute.base import table
 from resources.endpoints.base import EndpointHost, EndpointStatus
-from resources.evidence import Judged
 from resources.model_registry.base import ModelRegistry, ModelVersion
-from resources.references import EvaluationRef, ModelRef, SplitRef
+from resources.references.evidence import Judged
+from resources.references.types import EvaluationRef, ModelRef, SplitRef
 from step_scripts.runner.code_version import module_version, step_version
 from step_scripts.runner.wording import counted, number
 
@@ -34,7 +34,7 @@ def lineage_facts(
     """What the registry keeps with a version.
 
     `train`: where the model does not say what it was fitted on. The latest split may be another one by now. `judged`:
-    what blocking checks have judged, see `housing_assets.gate`.
+    what blocking checks have judged, see `housing_assets.checks.gate`.
     """
     train = model.train or train
     snapshot = train.snapshot
@@ -222,7 +222,7 @@ def lineage() -> None:
 def main(arguments: Sequence[str]) -> int:
     """Print the lineage. Returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m housing_assets.lineage", description="Where an endpoint's model comes from."
+        prog="python -m housing_assets.reporting.lineage", description="Where an endpoint's model comes from."
     )
     parser.add_argument("--endpoint", help="name of the endpoint; default: the deployment's")
     parser.add_argument("--version", help="a model version, <group>/<number>, instead of an endpoint's")

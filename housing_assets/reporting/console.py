@@ -102,6 +102,6 @@ class _ConsoleHandler(logging.StreamHandler):  # pyright: ignore[reportMissingTy
 @dg.logger(config_schema={}, description="Progress, warnings, failed checks and reasons of failures, a line each.")
 def console_logger(context: dg.InitLoggerContext) -> logging.Logger:
     """A logger that prints on standard error."""
-    logger = logging.Logger("housing_assets.console", level=logging.DEBUG)
+    logger = logging.Logger("housing_assets.reporting.console", level=logging.DEBUG)
     logger.addHandler(_ConsoleHandler(sys.stderr))
     return logger

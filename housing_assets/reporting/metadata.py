@@ -68,7 +68,7 @@ def plot_metadata(
     Where the result is reused and the asset's latest materialization shows the same one, its pictures are taken over:
     drawing takes longer than all else in a run in which nothing has changed.
     """
-    from housing_assets.plots import to_markdown
+    from housing_assets.reporting.plots import to_markdown
 
     version = hashlib.sha256(Path(__file__).with_name("plots.py").read_bytes()).hexdigest()[:12]
     drawn: dict[str, Any] = {"plots_version": version}

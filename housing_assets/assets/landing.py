@@ -17,8 +17,8 @@ from zoneinfo import ZoneInfo
 
 from pydantic import BaseModel, Field
 
-from resources.folder_search import SetAside
-from resources.sources import Listing, ends_within_a_line
+from resources.sources.folder_search import SetAside
+from resources.sources.listing import Listing, ends_within_a_line
 from step_scripts.parameters import SourceFile
 from step_scripts.runner import storage
 from step_scripts.runner.file_state import lasting

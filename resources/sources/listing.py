@@ -8,7 +8,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from resources.folder_search import Found, SetAside, matching, shown
+from resources.sources.folder_search import Found, SetAside, matching, shown
 from step_scripts.parameters import SourceFile
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from resources.sagemaker.aws_calls import error_code, error_message, is_missing
-from resources.sagemaker.job_tags import VALUE_LENGTH, sanitised, tag_list
+from resources.aws.calls import error_code, error_message, is_missing
+from resources.aws.tags import VALUE_LENGTH, sanitised, tag_list
 
 CREATED_BY_TAG = "housing-assets:created-by"
 CREATED_BY = "housing-assets"

@@ -3,14 +3,14 @@
 import dagster as dg
 from pydantic import Field
 
-from housing_assets.gate import require_checks_passed
-from resources.evidence import EvidenceStore
+from housing_assets.checks.gate import require_checks_passed
 from resources.model_registry.base import (
     ApprovalStatus,
     GateNotPassed,
     ModelRegistry,
     ModelVersionNotFound,
 )
+from resources.references.evidence import EvidenceStore
 from step_scripts.parameters import MODEL_GROUP
 
 

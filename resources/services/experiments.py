@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field
 
-from resources.optional_services import attempt
+from resources.services.optional import attempt
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact
 from step_scripts.runner.environment import environment_defaults

@@ -1,12 +1,13 @@
-"""The days that have files in the landing place: `python -m housing_assets.days`, the range of `make run`."""
+"""The days that have files in the landing place: `python -m housing_assets.automation.days`, the range of `make
+run`."""
 
 import sys
 import time
 
 from housing_assets.assets.ingestion import PARTITIONS
+from housing_assets.assets.landing import files_by_day
 from housing_assets.deployments import load_automation
-from housing_assets.landing import files_by_day
-from resources.sources import Listing, list_landing
+from resources.sources.listing import Listing, list_landing
 
 
 def range_with_files() -> str:
