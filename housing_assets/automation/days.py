@@ -4,9 +4,9 @@ run`."""
 import sys
 import time
 
-from housing_assets.assets.ingestion import PARTITIONS
 from housing_assets.assets.landing import files_by_day
-from housing_assets.deployments import load_automation
+from housing_assets.partitions import PARTITIONS
+from housing_assets.settings import load_automation
 from resources.sources.listing import Listing, list_landing
 
 

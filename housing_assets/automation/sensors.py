@@ -1,10 +1,10 @@
-"""What makes the platform run by itself: sensors, the schedule, and conditions under which assets follow their inputs.
+"""Sensors: files that arrive, versions that are approved, runs that fail.
 
-Everything here is stopped until somebody switches it on in the UI, so that a daemon on a laptop surprises nobody.
+All of them are stopped until somebody switches them on in the UI, so that a daemon on a laptop surprises nobody.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import dagster as dg
@@ -12,11 +12,13 @@ from dagster._core.storage.tags import RUN_KEY_TAG  # has no public name
 from pydantic import BaseModel, ValidationError
 
 from housing_assets.assets.landing import LandingCursor, files_by_day, run_key
+from housing_assets.automation.jobs import deploy_endpoint, ingest
 from housing_assets.checks.alerts import TOLD
 from housing_assets.checks.watching import watch_endpoint
-from housing_assets.deployments import load_automation
-from housing_assets.maintenance.teardown import BUSY, expected_errors
+from housing_assets.runs.statuses import BUSY
+from housing_assets.settings import load_automation
 from resources.endpoints.base import EndpointHost
+from resources.inventory import expected_errors
 from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound, RegistryDamaged
 from resources.services.notifier import Notifier
 from resources.services.optional import attempt
@@ -26,79 +28,11 @@ from step_scripts.runner.wording import counted
 
 _SHOWN = 20  # names in a message
 _SETTINGS = load_automation()
-_INGESTION = dg.AssetSelection.assets("raw_csv", "feature_group")
-_TRAINING = dg.AssetSelection.assets(
-    "train_split", "validation_split", "test_split", "tuned_model", "evaluation_report", "registered_model"
-)
-_ENDPOINT = dg.AssetSelection.assets("endpoint")  # a text would be parsed, by a parser that takes 0.05 s to import
-
-_CHECKED = dg.AutomationCondition.all_deps_blocking_checks_passed()
-_FOLLOWS = dg.AutomationCondition.eager() & _CHECKED
-_CONDITIONS: Mapping[str, dg.AutomationCondition] = {
-    # Days without files have no partition of the feature group: they are not something to wait for.
-    **dict.fromkeys(
-        ("train_split", "validation_split", "test_split"),
-        dg.AutomationCondition.eager().without(~dg.AutomationCondition.any_deps_missing()) & _CHECKED,
-    ),
-    # New data alone does not retrain: the schedule does, or a check that found the data shifted.
-    "tuned_model": (
-        dg.AutomationCondition.any_deps_match(
-            dg.AutomationCondition.any_checks_match(dg.AutomationCondition.check_failed())
-        )
-        .newly_true()
-        .since_last_handled()
-        & _CHECKED
-        & ~dg.AutomationCondition.any_deps_in_progress()
-        & ~dg.AutomationCondition.in_progress()
-    ).with_label("an input's check has failed"),
-    "evaluation_report": _FOLLOWS,
-    "registered_model": _FOLLOWS,
-}
-
-
-def automated(spec: dg.AssetSpec) -> dg.AssetSpec:
-    """`spec` with its automation condition and its freshness policy, if it has any."""
-    condition = _CONDITIONS.get(spec.key.to_user_string())
-    if condition is not None:
-        spec = spec.replace_attributes(automation_condition=condition)
-    if spec.key.to_user_string() in ("registered_model", "endpoint"):
-        stale = _SETTINGS.stale_after
-        spec = spec.replace_attributes(freshness_policy=dg.FreshnessPolicy.time_window(stale, warn_window=stale * 0.9))
-    return spec
-
 
 keep_up_to_date = dg.AutomationConditionSensorDefinition(
     "keep_up_to_date",
     target=dg.AssetSelection.all(),
     description="Lets assets follow their inputs where blocking checks passed; retrains when data has drifted.",
-)
-
-ingest = dg.define_asset_job(
-    "ingest", selection=_INGESTION, description="Validate files and add their rows to the feature store."
-)
-retrain = dg.define_asset_job(
-    "retrain",
-    selection=_TRAINING,
-    description="Splits, search, evaluation and registration, on what the feature store holds now.",
-)
-deploy_endpoint = dg.define_asset_job(
-    "deploy_endpoint",
-    selection=_ENDPOINT,
-    description="Serve an approved version: the latest registered, or `version`.",
-)
-rollback_endpoint = dg.define_asset_job(
-    "rollback_endpoint",
-    selection=_ENDPOINT,
-    config={"ops": {"endpoint": {"config": {"rollback": True}}}},
-    description="Serve again what the endpoint served before. It is tested like every other version.",
-)
-
-weekly_retraining = dg.ScheduleDefinition(
-    name="weekly_retraining",
-    job=retrain,
-    cron_schedule=_SETTINGS.retrain_cron,
-    execution_timezone=_SETTINGS.timezone,
-    description="Retrains on what the feature store holds (HOUSING_RETRAIN_CRON, HOUSING_TIMEZONE).",
 )
 
 
@@ -300,6 +234,4 @@ def _reasons(context: dg.RunFailureSensorContext) -> Iterator[str]:
         yield f"{event.step_key}: {(text or event.message or '').strip()}"
 
 
-jobs = [ingest, retrain, deploy_endpoint, rollback_endpoint]
-schedules = [weekly_retraining]
-sensors = [keep_up_to_date, landing_files, approved_models, failed_runs]
+SENSORS = [keep_up_to_date, landing_files, approved_models, failed_runs]

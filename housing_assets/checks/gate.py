@@ -22,6 +22,7 @@ import dagster as dg
 from pydantic import BaseModel
 
 from housing_assets.checks.history import finished_checks
+from housing_assets.code_location import whole
 from resources.feature_store.base import OfflineSnapshot
 from resources.model_registry.base import GateEvidence, ModelVersion
 from resources.references.evidence import Evidence, EvidenceStore, EvidenceUnreadable, Judged
@@ -158,9 +159,7 @@ def require_gate_passed(
 @functools.cache
 def blocking_checks_before(asset: str) -> tuple[dg.AssetCheckKey, ...]:
     """All blocking checks of assets that `asset` is made from, directly or not."""
-    from housing_assets.definitions import defs  # which imports this module
-
-    graph = defs.resolve_asset_graph()
+    graph = whole().resolve_asset_graph()
     before = graph.get_ancestor_asset_keys(dg.AssetKey(asset))
     return tuple(sorted(key for key in graph.asset_check_keys if key.asset_key in before and graph.get(key).blocking))
 

@@ -16,7 +16,7 @@ import dagster as dg
 
 from housing_assets.checks.stability import PSI_THRESHOLD, stability_result
 from housing_assets.config import EndpointConfig
-from housing_assets.deployments import load_automation
+from housing_assets.settings import load_automation
 from resources.endpoints.base import PROBE_ID, EndpointHost, EndpointNotFound, EndpointStatus, InvocationFailed
 from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound, RegistryDamaged
 from resources.services.optional import attempt

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from housing_assets.maintenance.teardown import expected_errors
 from resources.endpoints.base import EndpointHost
-from resources.inventory import OwnedItem
+from resources.inventory import OwnedItem, expected_errors
 from resources.model_registry.base import ModelRegistry, ModelVersion, champion_of
 
 

@@ -16,21 +16,22 @@ import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field
 
 from housing_assets.checks.watching import watch_endpoint
-from housing_assets.deployments import load_automation
+from housing_assets.code_location import asset_keys, whole
 from housing_assets.maintenance.model_retention import VersionsFound, find_versions
+from housing_assets.maintenance.owners import resource_owners
 from housing_assets.maintenance.reference_retention import ReferencesFound, find_references, uris_in
 from housing_assets.maintenance.sweeper import sweep
-from housing_assets.maintenance.teardown import BUSY, asset_keys, expected_errors
+from housing_assets.runs.statuses import BUSY, FINISHED
+from housing_assets.settings import load_automation
 from resources.compute.base import table
 from resources.endpoints.captured_files import CapturedFile, surplus
-from resources.inventory import RESULT_FILE, OwnedItem, remove_file
+from resources.inventory import RESULT_FILE, OwnedItem, expected_errors, remove_file
 from resources.model_registry.base import ModelVersion
 from resources.references.evidence import EvidenceStore
 from resources.references.files import reference_files
 from step_scripts.runner import storage
 from step_scripts.runner.wording import counted, megabytes, rounded
 
-_FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 _RUNS_AT_ONCE = 200
 _DISCARDING = ("feature_store", "model_registry", "endpoint_host")
 _FIGURES = {
@@ -180,9 +181,8 @@ def prune_old(context: dg.OpExecutionContext, config: PruneConfig) -> None:
         captured = resources.endpoint_host.captured_files()
         chosen = surplus(captured, now - timedelta(days=config.capture_days), config.capture_megabytes * 1e6)
         found += _of_captured(chosen, resources.endpoint_host.remove_captured)
-    for name in _DISCARDING:
-        owner = getattr(resources, name)
-        with _noted(name, problems):
+    for owner in resource_owners(resources, _DISCARDING):
+        with _noted(owner.name, problems):
             found += [_of_rest(item, owner.remove) for item in owner.inventory() if item.discarded]
     failed = _remove(found, context.log, dry_run=config.dry_run)
     gone = [removal for removal in found if removal.name not in failed]
@@ -313,7 +313,7 @@ def _old_runs(
     }
     kept, ours = latest | {*needed, own.run_id}, _own_runs(own)
     records = instance.get_run_records(
-        dg.RunsFilter(statuses=_FINISHED, created_before=before), limit=_RUNS_AT_ONCE, ascending=True
+        dg.RunsFilter(statuses=FINISHED, created_before=before), limit=_RUNS_AT_ONCE, ascending=True
     )
     return [r.dagster_run.run_id for r in records if r.dagster_run.run_id not in kept and ours(r.dagster_run)]
 
@@ -324,10 +324,8 @@ def _own_runs(own: dg.DagsterRun) -> Callable[[dg.DagsterRun], bool]:
     A run that the UI or the daemon has launched names its code location. One from the command line does not: then its
     job, and for a materialization its assets, must be ours.
     """
-    from housing_assets.definitions import defs  # which imports this module
-
     assets = set(asset_keys())
-    jobs = {job.name for job in defs.resolve_all_job_defs()}
+    jobs = {job.name for job in whole().resolve_all_job_defs()}
     here = _code_location(own)
 
     def is_ours(run: dg.DagsterRun) -> bool:

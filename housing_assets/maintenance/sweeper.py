@@ -13,10 +13,11 @@ import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field
 
 from housing_assets.checks.alerts import TOLD
-from housing_assets.deployments import load_automation
-from housing_assets.maintenance.teardown import BUSY, Owner, expected_errors, look
+from housing_assets.maintenance.owners import look, resource_owners
+from housing_assets.runs.statuses import BUSY
+from housing_assets.settings import load_automation
 from resources.compute.base import table
-from resources.inventory import OwnedItem
+from resources.inventory import OwnedItem, expected_errors
 from resources.services.notifier import Notifier
 from resources.services.optional import attempt
 
@@ -84,11 +85,7 @@ def untold(lines: Mapping[str, str], told: Mapping[str, Told], before: datetime)
 @dg.op(required_resource_keys={*_OWNERS, "io_manager", "notifier"})
 def sweep_abandoned(context: dg.OpExecutionContext, config: SweepConfig) -> None:
     """Report, and if configured stop, jobs and endpoints whose run is gone. Tell people of what they do not know."""
-    owners = [
-        Owner(name, getattr(context.resources, name).inventory, getattr(context.resources, name).remove)
-        for name in _OWNERS
-    ]
-    findings = look(owners, _KINDS)
+    findings = look(resource_owners(context.resources, _OWNERS), _KINDS)
     before = datetime.now(UTC) - timedelta(minutes=config.minutes)
     owner_of = {item.location: owner for owner, item in findings.items}
     rows: list[dict[str, Any]] = []

@@ -12,8 +12,8 @@ import dagster as dg
 from dagster._core.errors import DagsterHomeNotSetError  # has no public name
 
 from housing_assets.checks.gate import REMEDIES
-from housing_assets.deployments import root_of
 from housing_assets.reporting.console import failure_reason
+from housing_assets.settings import root_of
 from resources.endpoints.base import EndpointStatus
 from resources.model_registry.base import ModelVersion
 from resources.references.files import event_log_name, latest_file, read_reference

@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from housing_assets.deployments import root_of
+from housing_assets.settings import root_of
 from step_scripts.runner import storage
 
 

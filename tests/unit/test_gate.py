@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import housing_assets.definitions
+from housing_assets import code_location
 from housing_assets.assets.ingestion import feature_group
 from housing_assets.assets.model import evaluation_report, registered_model, tuned_model
 from housing_assets.assets.serving import endpoint
@@ -263,7 +263,7 @@ def test_an_event_log_that_says_something_else_is_a_disagreement(root: Root, sta
     assert root.store.root in text
 
 
-def test_a_new_blocking_check_is_not_passed_over(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_blocking_check_is_not_passed_over(root: Root) -> None:
     """Of an asset that is known, it counts at once; of another, nobody behind it starts."""
 
     @blocking_check(asset="train_split", judged=splits_checks._judged)
@@ -281,13 +281,13 @@ def test_a_new_blocking_check_is_not_passed_over(root: Root, monkeypatch: pytest
         (another, ("evaluation_report", "endpoint"), "does not say which tuned_model it was made from"),
     ):
         more = dg.Definitions.merge(defs, dg.Definitions(asset_checks=[check]))
-        monkeypatch.setattr(housing_assets.definitions, "defs", more)
+        code_location.hand_in(more)
         gate.blocking_checks_before.cache_clear()
         try:
             for start in starts:
                 refused(root, start, words)
         finally:
-            monkeypatch.undo()
+            code_location.hand_in(defs)
             gate.blocking_checks_before.cache_clear()
 
 

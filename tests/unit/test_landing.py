@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from housing_assets.assets.ingestion import ingestion_days
 from housing_assets.assets.landing import (
     REMEMBERED_FILES,
     WITHIN_A_LINE,
@@ -25,6 +24,7 @@ from housing_assets.assets.landing import (
     ready_files,
     run_key,
 )
+from housing_assets.partitions import ingestion_days
 from resources.sources.folder_search import Found
 from resources.sources.listing import Listing, list_landing
 from step_scripts.parameters import SourceFile

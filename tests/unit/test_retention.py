@@ -17,10 +17,11 @@ from dagster._core.remote_origin import (  # have no public names
 )
 
 from housing_assets.definitions import defs
-from housing_assets.deployments import load_automation, load_resources
+from housing_assets.deployments import load_resources
 from housing_assets.maintenance.retention import PruneConfig, _old_runs, prune, stored_results
 from housing_assets.maintenance.sweeper import sweep
 from housing_assets.maintenance.teardown import teardown
+from housing_assets.settings import load_automation
 from resources.endpoints.captured_files import CapturedFile, remove_captured, surplus
 from resources.endpoints.local import LocalEndpointHost
 from resources.feature_store.local import LocalFeatureStore
