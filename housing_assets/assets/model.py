@@ -158,7 +158,7 @@ def evaluation_report(
     return dg.MaterializeResult(value=value, metadata=as_metadata(metadata), data_version=dg.DataVersion(report.digest))
 
 
-@dg.asset(group_name="model", kinds={"xgboost"}, code_version=module_version("model_artifact"))
+@dg.asset(group_name="model", kinds={"xgboost"}, code_version=module_version("step_scripts.model.artifact"))
 def registered_model(
     context: dg.AssetExecutionContext,
     config: RegistrationConfig,
