@@ -15,6 +15,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+import housing_assets.definitions  # noqa: F401  # the jobs ask for all assets
 from housing_assets.deployments import load_resources
 from housing_assets.maintenance.retention import prune
 from resources.endpoints.base import EndpointHost

@@ -12,6 +12,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+import housing_assets.definitions  # noqa: F401  # the jobs ask for all assets
 from housing_assets.deployments import load_resources
 from housing_assets.maintenance.sweeper import sweep
 from housing_assets.maintenance.teardown import teardown

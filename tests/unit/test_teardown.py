@@ -17,6 +17,7 @@ import dagster as dg
 import psutil
 import pytest
 
+import housing_assets.definitions  # noqa: F401  # the jobs ask for all assets
 from housing_assets.checks.alerts import TOLD
 from housing_assets.checks.gate import judged_source
 from housing_assets.deployments import load_resources
