@@ -34,7 +34,7 @@ except StepError as error:
     print(json.dumps(str(error)))
     sys.exit()
 import ray
-from step_scripts import cluster_resources
+from step_scripts.runner import cluster_resources
 from step_scripts.runner.cluster_resources import free_cpus, reserved
 cluster_resources._MESSAGE_SECONDS = 2.0
 class Log:

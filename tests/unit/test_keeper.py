@@ -38,7 +38,7 @@ worker.main = main
 sys.modules["step_scripts.runner.worker"] = worker
 import step_scripts
 step_scripts.runner.worker = worker
-from step_scripts import keeper
+from step_scripts.runner import keeper
 keeper.main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
 """
 
