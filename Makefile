@@ -50,10 +50,10 @@ install: $(VENV)/.installed  ## Create .venv and install the platform
 .PHONY: run
 run: $(VENV)/.installed  ## Materialize the whole graph on local Ray
 	@$(BIN)/python -m housing_assets.local_places prepare
-	@start=$$(date +%s); $(if $(HOUSING_LANDING),days=$$($(BIN)/python -m housing_assets.days) &&) \
+	@start=$$(date +%s); $(if $(HOUSING_LANDING),days=$$($(BIN)/python -m housing_assets.automation.days) &&) \
 	  PYTHONWARNINGS=ignore $(BIN)/dagster asset materialize --select '*' -m housing_assets.definitions \
 	  $(if $(HOUSING_LANDING),--partition-range "$$days") --config console.yaml $(if $(CONFIG),--config "$(CONFIG)"); \
-	  status=$$?; $(BIN)/python -m housing_assets.summary $$start && exit $$status
+	  status=$$?; $(BIN)/python -m housing_assets.reporting.summary $$start && exit $$status
 
 .PHONY: ui
 ui: $(VENV)/.installed  ## Open the Dagster UI on http://127.0.0.1:3000 (UI_PORT=...)

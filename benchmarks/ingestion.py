@@ -23,7 +23,7 @@ def steps(source: str) -> dict[str, Any]:
     """The platform's three steps and its local feature store."""
     from housing_assets.schema import HOUSING_TABLE
     from resources.feature_store.local import LocalFeatureStore
-    from resources.sources import find_source_files
+    from resources.sources.listing import find_source_files
     from step_scripts.parameters import IngestFeaturesParams, PrepareSplitsParams, ValidateSourceParams
 
     figures: dict[str, float] = {}

@@ -15,7 +15,7 @@ import dagster as dg
 from pydantic import Field, ValidationError, field_validator
 
 from housing_assets.config_fields import suggestion, unknown_fields, with_defaults
-from housing_assets.deployments import load_launch_defaults
+from housing_assets.settings import load_launch_defaults
 from step_scripts.parameters import (
     DeployEndpointSettings,
     EvaluateModelSettings,

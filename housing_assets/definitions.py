@@ -8,23 +8,27 @@ import dagster as dg
 # below are loaded, which was nearly half of their time, and again during the run.
 gc.freeze()
 
-from housing_assets import automation
-from housing_assets.approval import approve_model, reject_model
 from housing_assets.assets import ingestion, model, serving, splits
+from housing_assets.automation.approval import approve_model, reject_model
+from housing_assets.automation.conditions import automated
+from housing_assets.automation.jobs import JOBS, weekly_retraining
+from housing_assets.automation.sensors import SENSORS
 from housing_assets.checks import ingestion as ingestion_checks
 from housing_assets.checks import model as model_checks
 from housing_assets.checks import serving as serving_checks
 from housing_assets.checks import splits as splits_checks
+from housing_assets.checks.watching import endpoint_watch, watch_endpoint
+from housing_assets.code_location import hand_in
 from housing_assets.config import SLICES, RawCsvConfig
-from housing_assets.console import console_logger
 from housing_assets.deployments import load_resources
-from housing_assets.executor import in_process_executor
-from housing_assets.lineage import lineage
-from housing_assets.retention import nightly_prune, prune
-from housing_assets.sweeper import hourly_sweep, sweep
+from housing_assets.maintenance.retention import nightly_prune, prune
+from housing_assets.maintenance.sweeper import hourly_sweep, sweep
+from housing_assets.maintenance.teardown import teardown
+from housing_assets.partitions import BACKFILL
+from housing_assets.reporting.console import console_logger
+from housing_assets.reporting.lineage import lineage
+from housing_assets.runs.executor import in_process_executor
 from housing_assets.table_verdict import check_table
-from housing_assets.teardown import teardown
-from housing_assets.watching import endpoint_watch, watch_endpoint
 
 OWNERS = ["team:ml-platform"]
 
@@ -32,8 +36,8 @@ check_table(SLICES, RawCsvConfig.model_fields["column_ranges"].get_default(call_
 
 # A range of days may be materialized together with what has no days: in one run, whose order is that of the graph.
 assets = [
-    asset.map_asset_specs(lambda spec: automation.automated(spec.replace_attributes(owners=OWNERS))).with_attributes(
-        backfill_policy=ingestion.BACKFILL
+    asset.map_asset_specs(lambda spec: automated(spec.replace_attributes(owners=OWNERS))).with_attributes(
+        backfill_policy=BACKFILL
     )
     for asset in dg.load_assets_from_modules([ingestion, splits, model, serving])
     if isinstance(asset, dg.AssetsDefinition)
@@ -48,11 +52,12 @@ refresh = dg.define_asset_job(
 defs = dg.Definitions(
     assets=assets,
     asset_checks=dg.load_asset_checks_from_modules([ingestion_checks, splits_checks, model_checks, serving_checks]),
-    jobs=[refresh, approve_model, reject_model, *automation.jobs, watch_endpoint, lineage, prune, sweep, teardown],
-    schedules=[*automation.schedules, endpoint_watch, hourly_sweep, nightly_prune],
-    sensors=automation.sensors,
+    jobs=[refresh, approve_model, reject_model, *JOBS, watch_endpoint, lineage, prune, sweep, teardown],
+    schedules=[weekly_retraining, endpoint_watch, hourly_sweep, nightly_prune],
+    sensors=SENSORS,
     resources=load_resources(),
     # The graph is a chain, and Ray is the parallelism: one process a run, and one Ray session in it.
     executor=in_process_executor,
     loggers={"console": console_logger},
 )
+hand_in(defs)

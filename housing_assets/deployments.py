@@ -1,4 +1,4 @@
-"""The one place that reads environment variables and decides which implementation every resource has.
+"""The one place that decides which implementation every resource has, from the environment (`housing_assets.settings`).
 
 `HOUSING_DEPLOYMENT=local` (default) runs everything on this machine, `HOUSING_DEPLOYMENT=sagemaker` runs steps as
 SageMaker jobs with data, feature store, registry and endpoint on AWS. Nothing here connects to anything.
@@ -6,53 +6,40 @@ SageMaker jobs with data, feature store, registry and endpoint on AWS. Nothing h
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 import tempfile
 from collections.abc import Mapping
-from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import dagster as dg
 from dagster._core.storage.tags import (  # have no public names
     ASSET_PARTITION_RANGE_END_TAG,
     ASSET_PARTITION_RANGE_START_TAG,
 )
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import Field
 
-from housing_assets.config_fields import suggestion, unknown_fields
+from housing_assets.sagemaker_config import load_sections
+from housing_assets.settings import (
+    DEPLOYMENTS,
+    Settings,
+    environment_of,
+    load_automation,
+    refuse_passwords,
+    root_of,
+)
 from resources.compute.local_ray import LocalRay
 from resources.endpoints.local import LocalDataCapture, LocalEndpointHost
-from resources.evidence import EvidenceStore
-from resources.experiments import ExperimentTracker, MlflowTracking, NoTracking
 from resources.feature_store.local import LocalFeatureStore
-from resources.io_manager import ReferenceIOManager
 from resources.model_registry.local import LocalModelRegistry
-from resources.notifier import EmailNotifier, LogNotifier, Notifier, SlackNotifier, SnsNotifier
-from resources.sources import expanded
+from resources.references.evidence import EvidenceStore
+from resources.references.io_manager import ReferenceIOManager
+from resources.services.experiments import ExperimentTracker, MlflowTracking, NoTracking
+from resources.services.notifier import EmailNotifier, LogNotifier, Notifier, SlackNotifier, SnsNotifier
+from resources.sources.listing import expanded
 from step_scripts.runner import storage
 
-DEPLOYMENTS = ("local", "sagemaker")
-# What a file named by HOUSING_SAGEMAKER_CONFIG may configure, field by field.
-SECTIONS = ("compute", "feature_store", "model_registry", "endpoint_host")
 _NAME = "housing"  # of endpoint, model group, experiment; and first part of the names of jobs
-_ENVIRONMENT = re.compile(r"[a-z0-9](-?[a-z0-9]){0,27}")
-_SECRETS = frozenset({"HOUSING_SLACK_WEBHOOK", "HOUSING_SMTP_USER", "HOUSING_SMTP_PASSWORD"})
-# Of a URL: user information in general, or with a password where user names are usual, or a parameter.
-_PASSWORD = re.compile(
-    r"^\s*(https?|ray|smtps?)://[^/?#]*@"
-    r"|://[^/?#@:]*:(?!\d+(?:/|$))[^@\s]*@"
-    r"|[?&;](password|passwd|pwd|token|secret)=",
-    re.IGNORECASE,
-)
-_PLACES = {
-    "HOUSING_MLFLOW_URI": "MLflow's client reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-    "MLFLOW_TRACKING_TOKEN; drivers of databases have files and variables of their own, such as PGPASSWORD."
-}
-_BRANCH_LENGTH = 13  # of the readable part of a branch's environment
 
 
 class SourceLocation(dg.ConfigurableResource):
@@ -89,7 +76,7 @@ class CheckedReferenceIOManager(ReferenceIOManager):
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         """Check the run's configuration."""
-        from housing_assets.config import check_run_config  # which takes defaults from this module
+        from housing_assets.config import check_run_config  # which reads the file of HOUSING_CONFIG
 
         if context.run is not None:
             check_run_config(dict(context.run.run_config))
@@ -106,216 +93,17 @@ def _check_days(tags: Mapping[str, str]) -> None:
         )
 
 
-class Settings:
-    """Typed reading of environment variables. Raises `ValueError` naming the variable for a value without sense."""
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self.environment = environment
-
-    def text(self, name: str) -> str | None:
-        """The value; `None` if it is not set, or empty."""
-        return self.environment.get(name, "").strip() or None
-
-    def required(self, name: str, what: str) -> str:
-        """The value. Raises `ValueError` saying what is missing."""
-        value = self.text(name)
-        if value is None:
-            raise ValueError(f"{name} is not set: {what}")
-        return value
-
-    def number(self, name: str, kind: type[int] | type[float]) -> Any:
-        """A number, or `None`."""
-        text = self.text(name)
-        if text is None:
-            return None
-        try:
-            return kind(text)
-        except ValueError as error:
-            raise ValueError(f"{name}={text!r} is not {'an integer' if kind is int else 'a number'}") from error
-
-    def switch(self, name: str, default: bool) -> bool:
-        """`on` or `off`."""
-        text = (self.text(name) or ("on" if default else "off")).lower()
-        if text not in ("on", "off"):
-            raise ValueError(f"{name}={text!r}: choose on or off")
-        return text == "on"
-
-    def words(self, name: str) -> list[str]:
-        """Values separated by commas."""
-        return [word.strip() for word in (self.text(name) or "").split(",") if word.strip()]
-
-    def given(self, **variables: tuple[str, Any]) -> dict[str, Any]:
-        """By field name: the values of those variables that are set, each (variable, kind)."""
-        readers = {str: self.text, list: self.words}
-        found = {
-            field: readers[kind](name) if kind in readers else self.number(name, kind)
-            for field, (name, kind) in variables.items()
-        }
-        return {field: value for field, value in found.items() if value not in (None, [])}
-
-
-class AutomationSettings(BaseModel):
-    """What makes the platform run by itself. Everything is off until it is switched on in the UI."""
-
-    landing: str | None = Field(default=None, description="Folder or s3:// prefix where new CSV files arrive.")
-    landing_start: date = Field(default=date(2025, 1, 1), description="First day of ingestion that can be backfilled.")
-    settle_seconds: float = Field(default=60.0, ge=0, description="A file is taken once it is unchanged for so long.")
-    retrain_cron: str = Field(default="0 3 * * 1", description="When to retrain: Mondays at three.")
-    timezone: str = Field(default="UTC", description="Time zone of the schedules and of the days of ingestion.")
-    freshness_days: float = Field(default=8.0, gt=0, description="A model or an endpoint older than this is stale.")
-    watch_cron: str = Field(default="*/15 * * * *", description="When the endpoint is looked at.")
-    drift_days: float = Field(default=7.0, gt=0, description="Captured requests of so many days are compared.")
-    drift_rows: int = Field(default=200, ge=1, description="With fewer captured rows, nothing is said about drift.")
-    repeat_hours: float = Field(default=24.0, gt=0, description="What is still abandoned after so long is told again.")
-    prune_cron: str = Field(default="37 2 * * *", description="When old things are removed.")
-    keep_versions: int = Field(default=10, ge=1, description="Newest versions of a model that stay.")
-    pending_days: float = Field(default=30.0, ge=0, description="Versions that wait for a decision stay for so long.")
-    capture_days: float = Field(default=30.0, gt=0, description="Captured requests older than this are removed.")
-    capture_megabytes: float = Field(default=10_000.0, gt=0, description="Bound of an endpoint's captured requests.")
-
-    @field_validator("landing")
-    @classmethod
-    def _home(cls, landing: str | None) -> str | None:
-        return landing and expanded(landing)
-
-    @field_validator("timezone")
-    @classmethod
-    def _known_zone(cls, timezone: str) -> str:
-        try:
-            ZoneInfo(timezone)
-        except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-            raise ValueError("there is no such time zone; names are those of the tz database: Europe/Berlin") from error
-        return timezone
-
-    @property
-    def stale_after(self) -> timedelta:
-        """`freshness_days` as a time span."""
-        return timedelta(days=self.freshness_days)
-
-
-def load_automation(environment: Mapping[str, str] | None = None) -> AutomationSettings:
-    """`HOUSING_LANDING` and the others. Raises `ValueError` naming the variable for a value that makes no sense."""
-    settings = Settings(os.environ if environment is None else environment)
-    variables = {field: f"HOUSING_{field.upper()}" for field in AutomationSettings.model_fields}
-    given = {field: value for field, name in variables.items() if (value := settings.text(name)) is not None}
-    try:
-        return AutomationSettings.model_validate(given)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        name = variables[str(problem["loc"][0])]
-        raise ValueError(f"{name}={problem['input']!r}: {problem['msg']}") from error
-
-
-def load_launch_defaults(environment: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
-    """By op: the fields that the file named by `HOUSING_CONFIG` sets for every launch, as it has them.
-
-    The file is run configuration, as `--config` takes it. Raises `ValueError` for another form; fields and values are
-    left to the caller.
-    """
-    settings = Settings(os.environ if environment is None else environment)
-    path = settings.text("HOUSING_CONFIG")
-    if path is None:
-        return {}
-    content = _yaml_file("HOUSING_CONFIG", path)
-    form = f"HOUSING_CONFIG={path!r} must be run configuration, as YAML: `ops: {{raw_csv: {{config: {{…}}}}}}`"
-    if others := sorted(map(str, set(content) - {"ops"})):
-        raise ValueError(f"{form}. It has {', '.join(others)}, which gives no defaults")
-    sections = {}
-    for op, section in _mapping(content.get("ops"), form).items():
-        section = _mapping(section, f"{form}. ops.{op} is not of this form")
-        if others := sorted(map(str, set(section) - {"config"})):
-            raise ValueError(f"{form}. ops.{op} has {', '.join(others)} beside or instead of config")
-        sections[str(op)] = _mapping(section.get("config"), f"{form}. ops.{op}.config is not of this form")
-    return sections
-
-
-def _mapping(value: Any, problem: str) -> dict[Any, Any]:
-    """`value`, a mapping; an empty one for nothing. Raises `ValueError` with `problem` for anything else."""
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(problem)
-    return value or {}
-
-
-def _yaml_file(variable: str, path: str) -> dict[Any, Any]:
-    """The mapping in the file that the variable names. Raises `ValueError` if it cannot be read, or holds another."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(expanded(path)).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{variable}={path!r} cannot be read: {error}") from error
-    return _mapping(content, f"{variable}={path!r} must hold sections with fields, as YAML")
-
-
 def load_resources(environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """All resources of the deployment that `HOUSING_DEPLOYMENT` names (default `local`).
 
     Raises `ValueError` naming the variable for a value that makes no sense.
     """
     settings = Settings(os.environ if environment is None else environment)
-    _refuse_passwords(settings.environment)
+    refuse_passwords(settings.environment)
     deployment = settings.text("HOUSING_DEPLOYMENT") or "local"
     if deployment not in DEPLOYMENTS:
         raise ValueError(f"HOUSING_DEPLOYMENT={deployment!r}: choose one of {', '.join(DEPLOYMENTS)}")
     return _sagemaker(settings) if deployment == "sagemaker" else _local(settings)
-
-
-def _refuse_passwords(environment: Mapping[str, str]) -> None:
-    """Raise `ValueError` for a URL with a password in it: it would stand in the UI, in logs and in Dagster's database.
-
-    Those that are secrets as a whole are read where they are used, and never part of the definitions.
-    """
-    for name, value in environment.items():
-        if not name.startswith(("HOUSING_", "RAY_ADDRESS", "AWS_ENDPOINT_URL")) or name in _SECRETS:
-            continue
-        if _PASSWORD.search(value):
-            raise ValueError(
-                f"{name} has a user name or a password in its URL, which would stand in the UI, in logs and in "
-                f"Dagster's database: take it out. {_PLACES.get(name, '')}".rstrip()
-            )
-
-
-def environment_of(environment: Mapping[str, str] | None = None) -> str | None:
-    """The environment that everything has places and names of its own in; `None` for the only one.
-
-    On a branch deployment of Dagster+ it is the branch's, whatever `HOUSING_ENVIRONMENT` says: a branch never touches
-    what production uses. Raises `ValueError` naming the variable for a name that does not fit into AWS's names.
-    """
-    settings = Settings(os.environ if environment is None else environment)
-    if settings.text("DAGSTER_CLOUD_IS_BRANCH_DEPLOYMENT") == "1":
-        branch = settings.required("DAGSTER_CLOUD_GIT_BRANCH", "Dagster+ sets it on branch deployments")
-        readable = re.sub(r"[^a-z0-9]+", "-", branch.lower())[:_BRANCH_LENGTH].strip("-")
-        digest = hashlib.sha256(branch.encode()).hexdigest()[:6]
-        return "-".join(part for part in ("branch", readable, digest) if part)
-    name = settings.text("HOUSING_ENVIRONMENT")
-    if name is not None and not _ENVIRONMENT.fullmatch(name):
-        raise ValueError(
-            f"HOUSING_ENVIRONMENT={name!r}: choose at most 28 lower-case letters, digits and single inner hyphens"
-        )
-    return name
-
-
-def root_of(environment: Mapping[str, str] | None = None) -> str:
-    """The folder or s3:// prefix below which this environment keeps everything."""
-    settings = Settings(os.environ if environment is None else environment)
-    if (settings.text("HOUSING_DEPLOYMENT") or "local") == "local":
-        place = settings.text("HOUSING_ROOT") or "data"
-        if "://" in place:
-            raise ValueError(
-                f"HOUSING_ROOT={place!r}: with HOUSING_DEPLOYMENT=local it must be a folder of this machine; for a "
-                "root on S3 set HOUSING_DEPLOYMENT=sagemaker"
-            )
-        if Path(place).exists() and not Path(place).is_dir():
-            raise ValueError(f"HOUSING_ROOT={place!r} is a file: name a folder")
-        root = str(Path(place).absolute())
-    else:
-        root = settings.required(
-            "HOUSING_ROOT", "the s3:// prefix below which everything is kept, for example s3://bucket/housing"
-        ).rstrip("/")
-        if not root.startswith("s3://"):
-            raise ValueError(f"HOUSING_ROOT={root!r}: with HOUSING_DEPLOYMENT=sagemaker it must be an s3:// prefix")
-    name = environment_of(settings.environment)
-    return storage.join(root, "environments", name) if name else root
 
 
 def _own(settings: Settings, name: str = _NAME) -> str:
@@ -431,7 +219,7 @@ def _sagemaker(settings: Settings) -> dict[str, Any]:
     root = root_of(settings.environment)
     role = settings.required("HOUSING_ROLE_ARN", "the ARN of the IAM role that SageMaker runs jobs and endpoints as")
     region = settings.given(region_name=("AWS_REGION", str)) or settings.given(region_name=("AWS_DEFAULT_REGION", str))
-    more = _sections(settings)
+    more = load_sections(settings)
     job = settings.given(
         instance_type=("HOUSING_INSTANCE_TYPE", str),
         instance_count=("HOUSING_INSTANCE_COUNT", int),
@@ -473,31 +261,3 @@ def _check_start_without_packages(endpoints: Mapping[str, Any]) -> None:
             f"endpoint_host.{offline[0]} needs a custom image (HOUSING_IMAGE, built from the Dockerfile): AWS's image "
             "installs this project's requirements when it starts, which such an endpoint cannot do"
         )
-
-
-def _sections(settings: Settings) -> dict[str, dict[str, Any]]:
-    """What the file named by `HOUSING_SAGEMAKER_CONFIG` says, by resource."""
-    empty: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-    path = settings.text("HOUSING_SAGEMAKER_CONFIG")
-    if path is None:
-        return empty
-    content = _yaml_file("HOUSING_SAGEMAKER_CONFIG", path)
-    if not all(isinstance(section, dict) for section in content.values()):
-        raise ValueError(f"HOUSING_SAGEMAKER_CONFIG={path!r} must hold sections with fields, as YAML")
-    if unknown := sorted(str(name) for name in set(content) - set(SECTIONS)):
-        wrong = ". ".join(f"{name} is unknown{suggestion(name, SECTIONS)}" for name in unknown)
-        raise ValueError(f"HOUSING_SAGEMAKER_CONFIG={path!r}: {wrong}")
-    models = _section_models()
-    if problems := [p for name, section in content.items() for p in unknown_fields(models[name], section, name)]:
-        raise ValueError(f"HOUSING_SAGEMAKER_CONFIG={path!r}: {'. '.join(problems)}")
-    return empty | {name: dict(section) for name, section in content.items()}
-
-
-def _section_models() -> dict[str, type[BaseModel]]:
-    from resources.compute.sagemaker import SageMakerCompute
-    from resources.endpoints.sagemaker import SageMakerEndpointHost
-    from resources.feature_store.sagemaker import SageMakerFeatureStore
-    from resources.model_registry.sagemaker import SageMakerModelRegistry
-
-    models = (SageMakerCompute, SageMakerFeatureStore, SageMakerModelRegistry, SageMakerEndpointHost)
-    return dict(zip(SECTIONS, models, strict=True))

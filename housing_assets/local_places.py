@@ -52,7 +52,7 @@ def clean(home: Path, environment: Mapping[str, str]) -> list[str]:
     Returns what should have gone and has not, with the reason. Raises `ValueError` for a deployment that keeps nothing
     on this machine.
     """
-    from housing_assets.deployments import DEPLOYMENTS, root_of
+    from housing_assets.settings import DEPLOYMENTS, root_of
 
     if environment.get("HOUSING_DEPLOYMENT", DEPLOYMENTS[0]) != DEPLOYMENTS[0]:
         raise ValueError("clean-data removes what is on this machine; for what is on AWS, launch the job teardown")
@@ -71,8 +71,11 @@ def clean(home: Path, environment: Mapping[str, str]) -> list[str]:
 
 def _clean_root(environment: Mapping[str, str]) -> list[str]:
     """Everything that the inventories of one environment list. Returns what could not be removed."""
-    from housing_assets.deployments import load_resources, root_of
-    from housing_assets.teardown import asset_keys, look, owners_of, protected_places, remove_all
+    import housing_assets.definitions  # noqa: F401  # all assets
+    from housing_assets.code_location import asset_keys
+    from housing_assets.deployments import load_resources
+    from housing_assets.maintenance.owners import look, owners_of, protected_places, remove_all
+    from housing_assets.settings import root_of
     from resources.inventory import KINDS
     from step_scripts.runner.wording import counted
 

@@ -10,9 +10,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from housing_assets.config import CONFIG_OF_OP, TunedModelConfig
-from housing_assets.retention import PruneConfig
-from housing_assets.sweeper import SweepConfig
-from housing_assets.teardown import TeardownConfig
+from housing_assets.maintenance.retention import PruneConfig
+from housing_assets.maintenance.sweeper import SweepConfig
+from housing_assets.maintenance.teardown import TeardownConfig
 from step_scripts.parameters import PRESETS
 
 # Of the assets, and of the jobs that clean up.

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from step_scripts.runner import storage
+from step_scripts.runner.contract import StepError
 from step_scripts.runner.wording import counted, megabytes
 
 ItemKind = Literal[
@@ -111,6 +112,15 @@ def remove_tree(uri: str) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def expected_errors() -> tuple[type[Exception], ...]:
+    """What a removal may fail with without being a fault of the program."""
+    try:
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError:  # the local deployment needs no boto3
+        return (OSError, RuntimeError, ValueError, LookupError, StepError)
+    return (OSError, RuntimeError, ValueError, LookupError, StepError, BotoCoreError, ClientError)
 
 
 def remove_file(uri: str) -> None:

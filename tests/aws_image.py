@@ -14,9 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from resources.aws.code_package import requirements
 from resources.file_lock import file_lock
-from resources.sagemaker.code_package import requirements
-from resources.sagemaker.serving_container import serving_requirements
+from resources.model_registry.serving_container import serving_requirements
 from tests.sagemaker_emulator import Image
 
 PATTERN = "*/sagemaker-xgboost:3.2-0*"

@@ -12,7 +12,7 @@ from typing import Any
 
 from dagster._cli import main
 
-from resources.io_manager import ReferenceIOManager
+from resources.references.io_manager import ReferenceIOManager
 
 if __name__ == "__main__":
     _, assets, *arguments = sys.argv

@@ -15,12 +15,13 @@ from typing import Any
 import dagster as dg
 import pytest
 
+import housing_assets.definitions  # noqa: F401  # the jobs ask for all assets
 from housing_assets.deployments import load_resources
-from housing_assets.retention import prune
+from housing_assets.maintenance.retention import prune
 from resources.endpoints.base import EndpointHost
 from resources.inventory import OwnedItem
 from resources.model_registry.base import ApprovalStatus, ModelRegistry, ModelVersion
-from resources.reference_files import StoredReference
+from resources.references.files import StoredReference
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact
 from tests.job_outcome import outcome

@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from housing_assets import gate
-from resources.evidence import Evidence, EvidenceStore, Judged
+from housing_assets.checks import gate
 from resources.model_registry.base import ModelVersion
+from resources.references.evidence import Evidence, EvidenceStore, Judged
 
 # As it is kept with a version: where the data of a model came from, by their digests.
 LINEAGE: dict[str, Any] = {

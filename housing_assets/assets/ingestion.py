@@ -8,17 +8,18 @@ from typing import Any
 
 import dagster as dg
 
+from housing_assets.assets.landing import files_of_days
+from housing_assets.checks.gate import require_checks_passed
 from housing_assets.config import FeatureGroupConfig, RawCsvConfig, settings_of
-from housing_assets.deployments import SourceLocation, load_automation
-from housing_assets.executor import RAY_POOL
-from housing_assets.gate import require_checks_passed
-from housing_assets.landing import files_of_days
-from housing_assets.metadata import artifact_metadata, column_schema, run_metadata
+from housing_assets.deployments import SourceLocation
+from housing_assets.partitions import BACKFILL, PARTITIONS
+from housing_assets.reporting.metadata import artifact_metadata, column_schema, run_metadata
+from housing_assets.runs.executor import RAY_POOL
 from resources.compute.base import ComputeBackend, as_metadata
-from resources.evidence import EvidenceStore
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
-from resources.references import DataFile, DatasetRef, SourceRef
-from resources.sources import Listing, list_landing, list_source
+from resources.references.evidence import EvidenceStore
+from resources.references.types import DataFile, DatasetRef, SourceRef
+from resources.sources.listing import Listing, list_landing, list_source
 from step_scripts.parameters import (
     IngestFeaturesParams,
     IngestFeaturesSettings,
@@ -32,17 +33,6 @@ from step_scripts.runner.wording import counted
 from step_scripts.table.spec import ColumnRange
 
 _SHOWN, _FILES_SHOWN = 20, 200  # names in a message, rows of a table
-
-
-def ingestion_days(first: date, timezone: str) -> dg.DailyPartitionsDefinition:
-    """The days from `first` to today, in that time zone."""
-    return dg.DailyPartitionsDefinition(str(first), timezone=timezone, end_offset=1)
-
-
-_AUTOMATION = load_automation()
-# With a landing place, a day's files can be ingested again without the others; without one there is one source.
-PARTITIONS = ingestion_days(_AUTOMATION.landing_start, _AUTOMATION.timezone) if _AUTOMATION.landing else None
-BACKFILL = dg.BackfillPolicy.single_run() if PARTITIONS else None
 
 
 @dg.asset(

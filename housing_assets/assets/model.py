@@ -4,17 +4,17 @@ from typing import Any
 
 import dagster as dg
 
+from housing_assets.assets.intact_files import require_intact
+from housing_assets.checks.gate import require_checks_passed, require_gate_passed
 from housing_assets.config import SLICES, EvaluationConfig, RegistrationConfig, TunedModelConfig
-from housing_assets.executor import RAY_POOL
-from housing_assets.gate import require_checks_passed, require_gate_passed
-from housing_assets.intact_files import require_intact
-from housing_assets.lineage import lineage_facts
-from housing_assets.metadata import artifact_metadata, plot_metadata, run_costs, run_metadata
+from housing_assets.reporting.lineage import lineage_facts
+from housing_assets.reporting.metadata import artifact_metadata, plot_metadata, run_costs, run_metadata
+from housing_assets.runs.executor import RAY_POOL
 from resources.compute.base import ComputeBackend, as_metadata
-from resources.evidence import EvidenceStore
-from resources.experiments import ExperimentTracker, TrackedSearch
 from resources.model_registry.base import ModelRegistry, ModelVersion, champion_of
-from resources.references import EvaluationRef, ModelRef, SplitRef
+from resources.references.evidence import EvidenceStore
+from resources.references.types import EvaluationRef, ModelRef, SplitRef
+from resources.services.experiments import ExperimentTracker, TrackedSearch
 from step_scripts.parameters import EvaluateModelParams, TuneModelParams
 from step_scripts.runner.code_version import module_version, step_version
 from step_scripts.runner.contract import Artifact
@@ -35,7 +35,7 @@ def tuned_model(
     The artifact holds model, scaling statistics, schema, parameters and metrics in open formats. Read by
     `evaluation_report` and, if it passes the gate, by `registered_model`.
     """
-    from housing_assets.plots import importance_plot, learning_curve_plot, load_matplotlib, trials_plot
+    from housing_assets.reporting.plots import importance_plot, learning_curve_plot, load_matplotlib, trials_plot
     from housing_assets.schema import HOUSING_TABLE
 
     passed = require_checks_passed(context, evidence, "tuned_model", train_split, validation_split)
@@ -109,7 +109,7 @@ def evaluation_report(
     `evaluation.json` has the form of SageMaker's model quality reports. The blocking check `rmse_threshold` on this
     asset is the quality gate. Read by `registered_model`.
     """
-    from housing_assets.plots import prediction_plot, residual_plot
+    from housing_assets.reporting.plots import prediction_plot, residual_plot
     from housing_assets.schema import HOUSING_TABLE
 
     passed = require_checks_passed(context, evidence, "evaluation_report", tuned_model, train_split, test_split)
@@ -158,7 +158,7 @@ def evaluation_report(
     return dg.MaterializeResult(value=value, metadata=as_metadata(metadata), data_version=dg.DataVersion(report.digest))
 
 
-@dg.asset(group_name="model", kinds={"xgboost"}, code_version=module_version("model_artifact"))
+@dg.asset(group_name="model", kinds={"xgboost"}, code_version=module_version("step_scripts.model.artifact"))
 def registered_model(
     context: dg.AssetExecutionContext,
     config: RegistrationConfig,

@@ -5,14 +5,14 @@ from datetime import datetime
 
 import dagster as dg
 
+from housing_assets.checks.gate import require_checks_passed
 from housing_assets.config import SplitsConfig, settings_of
-from housing_assets.executor import RAY_POOL
-from housing_assets.gate import require_checks_passed
-from housing_assets.metadata import artifact_metadata, column_schema, run_metadata
+from housing_assets.reporting.metadata import artifact_metadata, column_schema, run_metadata
+from housing_assets.runs.executor import RAY_POOL
 from resources.compute.base import ComputeBackend, as_metadata
-from resources.evidence import EvidenceStore
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
-from resources.references import SplitRef
+from resources.references.evidence import EvidenceStore
+from resources.references.types import SplitRef
 from step_scripts.parameters import PrepareSplitsParams, PrepareSplitsSettings
 from step_scripts.runner.code_version import step_version
 

@@ -11,9 +11,9 @@ from typing import Any
 import dagster as dg
 from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluationTargetMaterializationData
 
-from housing_assets.gate import EVIDENCE, JUDGED, SUBJECT
+from housing_assets.checks.gate import EVIDENCE, JUDGED, SUBJECT
 from resources.compute.base import as_metadata
-from resources.evidence import Evidence, EvidenceStore, Judged
+from resources.references.evidence import Evidence, EvidenceStore, Judged
 
 Judge = Callable[[Mapping[str, Any], dg.AssetCheckResult], Judged]
 

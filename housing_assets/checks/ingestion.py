@@ -2,11 +2,11 @@
 
 import dagster as dg
 
-from housing_assets.assets.ingestion import PARTITIONS
 from housing_assets.checks.blocking import blocking_check
-from housing_assets.gate import judged_group, judged_source
+from housing_assets.checks.gate import judged_group, judged_source
+from housing_assets.partitions import PARTITIONS
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
-from resources.references import SourceRef
+from resources.references.types import SourceRef
 from step_scripts.runner.wording import counted
 
 PANDERA_ROWS = 10_000

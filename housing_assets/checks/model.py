@@ -2,10 +2,10 @@
 
 import dagster as dg
 
-from housing_assets.advisory import advisory_check
+from housing_assets.checks.advisory import advisory_check
 from housing_assets.checks.blocking import blocking_check
-from housing_assets.gate import GATE_CHECK, judged_evaluation
-from resources.references import EvaluationRef
+from housing_assets.checks.gate import GATE_CHECK, judged_evaluation
+from resources.references.types import EvaluationRef
 from step_scripts.runner.wording import number
 
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import dagster as dg
 
-from housing_assets import watching
-from housing_assets.advisory import advisory_check, judged
-from housing_assets.alerts import tell_if_worse
+from housing_assets.checks import watching
+from housing_assets.checks.advisory import advisory_check, judged
+from housing_assets.checks.alerts import tell_if_worse
 from housing_assets.checks.blocking import blocking_check
 from resources.endpoints.base import PROBE_ID, EndpointHost, EndpointStatus
-from resources.evidence import Judged
 from resources.model_registry.base import ModelRegistry
-from resources.notifier import Notifier
-from resources.references import SplitRef
+from resources.references.evidence import Judged
+from resources.references.types import SplitRef
+from resources.services.notifier import Notifier
 from step_scripts.runner.wording import counted
 
 ROWS = 100
@@ -59,7 +59,7 @@ def serves_offline_predictions(
 def _served(
     endpoint: EndpointStatus, test_split: SplitRef, endpoint_host: EndpointHost, model_registry: ModelRegistry
 ) -> dg.AssetCheckResult:
-    from housing_assets.smoke_test import smoke_test_from
+    from housing_assets.checks.smoke_test import smoke_test_from
 
     group, _, number = endpoint.version.rpartition("/")
     test = smoke_test_from(model_registry.get(group, int(number)).artifact, test_split.rows, ROWS)

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 
 import dagster as dg
 
-from housing_assets.advisory import advisory_check
+from housing_assets.checks.advisory import advisory_check
 from housing_assets.checks.blocking import blocking_check
-from housing_assets.gate import judged_splits
-from housing_assets.stability import stability_result
-from resources.evidence import Judged
+from housing_assets.checks.gate import judged_splits
+from housing_assets.checks.stability import stability_result
 from resources.model_registry.base import ModelRegistry
-from resources.references import SplitRef
+from resources.references.evidence import Judged
+from resources.references.types import SplitRef
 from step_scripts.runner.wording import rounded
 
 COMPARED_IDS = 2_000_000

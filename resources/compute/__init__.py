@@ -1,1 +1,4 @@
-"""Compute backends: where steps run."""
+"""Running a step: `base` is the abstract type, `local_ray` and `sagemaker` implement it.
+
+Imports `resources.sagemaker` and `aws`; the only room that starts jobs.
+"""

@@ -11,11 +11,12 @@ from typing import Any, Self
 import dagster as dg
 from pydantic import Field, PrivateAttr, model_validator
 
+from resources.aws.calls import AwsCaller
+from resources.aws.code_package import BOOTSTRAP, code_package
+from resources.aws.image import XGBOOST_IMAGE_VERSION, job_image
+from resources.aws.request_validation import check_request
 from resources.compute.base import ComputeBackend, as_metadata, failure_of
 from resources.inventory import NotOwned, OwnedItem, files_at, remove_step_results, remove_tree, step_results
-from resources.sagemaker.aws_calls import AwsCaller
-from resources.sagemaker.code_package import BOOTSTRAP, code_package
-from resources.sagemaker.image import XGBOOST_IMAGE_VERSION, job_image
 from resources.sagemaker.job_failures import JobFailure
 from resources.sagemaker.job_files import JobInputs
 from resources.sagemaker.job_inventory import JobInventory
@@ -33,7 +34,6 @@ from resources.sagemaker.job_requests import (
 )
 from resources.sagemaker.native_tuning import NativeTuning
 from resources.sagemaker.pipes_client import PipesSageMakerClient
-from resources.sagemaker.request_validation import check_request
 from resources.sagemaker.tuning_requests import NativeTuningConfig
 from step_scripts.cluster.failure import failure_from
 from step_scripts.parameters import TuneModelSettings

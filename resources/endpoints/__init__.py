@@ -1,1 +1,6 @@
-"""Endpoint hosts: `base` holds the abstract type, each other module one implementation."""
+"""Serving a version: `base` is the abstract type, `local` and `sagemaker` implement it.
+
+Local: `server_process`, and `changeover` from one to the next. SageMaker: `endpoint_requests` makes the requests,
+`endpoint_parts` the configurations and models, `rollout` replaces a version, `invocation` calls. Imports
+`model_registry` and `aws`.
+"""

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from resources.aws.ownership import belongs_to, pages, tags_of
 from resources.endpoints.base import DeploymentLog
 from resources.endpoints.endpoint_parts import EndpointParts
 from resources.endpoints.endpoint_requests import CANDIDATE, ENDPOINT_TAG, ROLE_TAG, VERSION_TAG
 from resources.inventory import NotOwned, OwnedItem
-from resources.sagemaker.ownership import belongs_to, pages, tags_of
 
 _PART = re.compile(r".+-[0-9a-f]{12}")  # names that `part_name` makes; only of these the tags are asked for
 

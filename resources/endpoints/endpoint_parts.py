@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from resources.aws.calls import error_code, error_message
+from resources.aws.ownership import already_exists, is_absent, is_ours, pages, tags_of
+from resources.aws.request_validation import check_request
 from resources.endpoints.base import DeploymentLog, EndpointDeploymentFailed
 from resources.endpoints.endpoint_requests import CANDIDATE, ENDPOINT_TAG, ROLE_TAG, name_prefix
-from resources.sagemaker.aws_calls import error_code, error_message
-from resources.sagemaker.ownership import already_exists, is_absent, is_ours, pages, tags_of
-from resources.sagemaker.request_validation import check_request
 
 MOVING = ("Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting")
 BROKEN = ("Failed", "OutOfService")

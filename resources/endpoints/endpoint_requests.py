@@ -14,9 +14,9 @@ from typing import Any, Literal, Self
 import dagster as dg
 from pydantic import Field, model_validator
 
+from resources.aws.ownership import owned
 from resources.model_registry.base import ModelVersion
-from resources.sagemaker.ownership import owned
-from resources.sagemaker.serving_container import DIGEST_VARIABLE, VERSION_VARIABLE
+from resources.model_registry.serving_container import DIGEST_VARIABLE, VERSION_VARIABLE
 
 VARIANT = "AllTraffic"
 CAPTURED = "captured"  # folder of captured requests below the host's root

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from resources.aws.calls import error_code, error_message
 from resources.endpoints.base import EndpointNotFound, InvocationFailed
-from resources.sagemaker.aws_calls import error_code, error_message
 
 MAX_BODY_BYTES = 6_291_456
 _SHOWN = 2000

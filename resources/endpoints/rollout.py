@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from resources.aws.ownership import already_exists, is_ours, owned
+from resources.aws.request_validation import check_request
 from resources.endpoints.base import (
     DeploymentLog,
     EndpointDeploymentFailed,
@@ -31,8 +33,6 @@ from resources.endpoints.endpoint_requests import (
     part_tags,
 )
 from resources.model_registry.base import ModelVersion
-from resources.sagemaker.ownership import already_exists, is_ours, owned
-from resources.sagemaker.request_validation import check_request
 from step_scripts.runner.wording import counted
 
 _FAILURES = (EndpointDeploymentFailed, SmokeTestFailed, InvocationFailed)

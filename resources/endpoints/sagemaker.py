@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any, Self
 import dagster as dg
 from pydantic import Field, PrivateAttr, model_validator
 
+from resources.aws.calls import AwsCaller, aws_client, error_message
+from resources.aws.ownership import is_ours, root_tags
+from resources.aws.request_validation import check_request
 from resources.endpoints.base import (
     PROBE_ID,
     DeploymentLog,
@@ -51,10 +54,7 @@ from resources.endpoints.invocation import MAX_BODY_BYTES, send
 from resources.endpoints.rollout import Rollout, RolloutPlan, remove_candidates
 from resources.inventory import NotOwned, OwnedItem
 from resources.model_registry.base import ModelVersion
-from resources.sagemaker.aws_calls import AwsCaller, aws_client, error_message
-from resources.sagemaker.model_packages import ModelPackages
-from resources.sagemaker.ownership import is_ours, root_tags
-from resources.sagemaker.request_validation import check_request
+from resources.model_registry.model_packages import ModelPackages
 from step_scripts.runner import storage
 from step_scripts.table.spec import TableSpec
 

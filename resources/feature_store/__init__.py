@@ -1,1 +1,4 @@
-"""Feature stores: where records are kept, each with its history, and read at a point in time."""
+"""Feature groups: `base` is the abstract type, `local` and `sagemaker` implement it.
+
+`feature_groups` has SageMaker's groups. Imports `references` and `aws`.
+"""

@@ -11,7 +11,7 @@ import dagster as dg
 from pydantic import Field
 
 from resources.inventory import OwnedItem
-from resources.references import DatasetRef, Reference, SnapshotRef
+from resources.references.types import DatasetRef, Reference, SnapshotRef
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact
 from step_scripts.runner.wording import counted, megabytes

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from resources.sagemaker.aws_calls import AwsCaller, error_code, error_message
-from resources.sagemaker.ownership import already_exists, is_absent
+from resources.aws.calls import AwsCaller, error_code, error_message
+from resources.aws.ownership import already_exists, is_absent
 from step_scripts.runner.contract import StepError
 
 _ADDED_AT_ONCE = 100  # UpdateFeatureGroup's limit

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import Field, PrivateAttr, field_validator
 
+from resources.aws.calls import AwsCaller, aws_client
+from resources.aws.ownership import belongs_to, is_absent, owned, pages, root_tags, tags_of
+from resources.aws.request_validation import InvalidJobRequest, check_request
 from resources.feature_store.base import FeatureStore, OfflineSnapshot, group_item
 from resources.feature_store.feature_groups import FeatureGroups
 from resources.inventory import NotOwned, OwnedItem
-from resources.sagemaker.aws_calls import AwsCaller, aws_client
-from resources.sagemaker.ownership import belongs_to, is_absent, owned, pages, root_tags, tags_of
-from resources.sagemaker.request_validation import InvalidJobRequest, check_request
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.table.spec import TableSpec

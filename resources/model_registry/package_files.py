@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
+from resources.aws.code_package import archive
 from resources.model_registry.base import GateEvidence, RegistryDamaged, StatusChange
-from resources.sagemaker.code_package import archive
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, DamagedArtifactError, FileInfo
 from step_scripts.serving.deployment import verify_content

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from resources.aws.ownership import belongs_to, pages, tags_of
 from resources.inventory import NotOwned, OwnedItem, files_at, remove_tree
 from resources.model_registry.base import RegistryDamaged
+from resources.model_registry.model_packages import ModelPackages
 from resources.model_registry.package_record import FACTS
-from resources.sagemaker.model_packages import ModelPackages
-from resources.sagemaker.ownership import belongs_to, pages, tags_of
 from step_scripts.runner import storage
 from step_scripts.runner.wording import counted
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import UTC
 from typing import Any
 
+from resources.aws.tags import sanitised
 from resources.model_registry import package_files as files
 from resources.model_registry.base import GateEvidence, ModelVersion, StatusChange
-from resources.sagemaker.job_tags import sanitised
-from resources.sagemaker.model_packages import one_line
+from resources.model_registry.model_packages import one_line
 from step_scripts.runner.contract import Artifact
 
 # Properties of a package: the files that count, with their SHA-256.

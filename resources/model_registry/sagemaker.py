@@ -20,6 +20,9 @@ from typing import Any, Self
 import dagster as dg
 from pydantic import Field, JsonValue, PrivateAttr, model_validator
 
+from resources.aws.calls import AwsCaller, aws_client
+from resources.aws.ownership import root_tags
+from resources.aws.request_validation import check_request
 from resources.inventory import OwnedItem
 from resources.model_registry import package_files as files
 from resources.model_registry.base import (
@@ -32,6 +35,7 @@ from resources.model_registry.base import (
     StatusChange,
     require_gate,
 )
+from resources.model_registry.model_packages import GROUP, ModelPackages, package_request
 from resources.model_registry.package_inventory import PackageInventory
 from resources.model_registry.package_record import (
     FACTS,
@@ -44,11 +48,7 @@ from resources.model_registry.package_record import (
     properties_of,
     version_of,
 )
-from resources.sagemaker.aws_calls import AwsCaller, aws_client
-from resources.sagemaker.model_packages import GROUP, ModelPackages, package_request
-from resources.sagemaker.ownership import root_tags
-from resources.sagemaker.request_validation import check_request
-from resources.sagemaker.serving_container import DIGEST_VARIABLE, serving_container
+from resources.model_registry.serving_container import DIGEST_VARIABLE, serving_container
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, DamagedArtifactError, check_files
 from step_scripts.runner.s3_objects import delete_prefix

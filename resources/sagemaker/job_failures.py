@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from resources.sagemaker.aws_calls import error_code, error_message
+from resources.aws.calls import error_code, error_message
 from resources.sagemaker.job_kinds import JobKind
 
 if TYPE_CHECKING:

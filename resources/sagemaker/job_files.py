@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from resources.sagemaker.aws_calls import error_code, is_missing
+from resources.aws.calls import error_code, is_missing
 
 CONTEXT = "context.json"
 BOOTSTRAP = "pipes.json"

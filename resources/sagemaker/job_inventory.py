@@ -11,13 +11,13 @@ from typing import Any
 
 import dagster as dg
 
+from resources.aws.ownership import belongs_to, is_absent, pages, tags_of
+from resources.aws.tags import RUN_TAG
 from resources.inventory import NotOwned, OwnedItem
 from resources.sagemaker.job_files import JobPrefix
 from resources.sagemaker.job_kinds import PROCESSING, TERMINAL, TRAINING, TUNING, JobKind
 from resources.sagemaker.job_lease import LEASE
 from resources.sagemaker.job_stop import stop_job
-from resources.sagemaker.job_tags import RUN_TAG
-from resources.sagemaker.ownership import belongs_to, is_absent, pages, tags_of
 
 _LEASE_SECONDS = 120.0  # several intervals of renewal
 _POLL_SECONDS = 1.0

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from resources.sagemaker.aws_calls import is_missing, is_transient
+from resources.aws.calls import is_missing, is_transient
 
 _TAIL = 30
 _LINES_PER_EVENT = 50

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from resources.sagemaker.aws_calls import error_code, is_missing
+from resources.aws.calls import error_code, is_missing
+from resources.aws.tags import RUN_TAG, WORK_TAG
 from resources.sagemaker.job_kinds import JobKind
 from resources.sagemaker.job_lease import JobLease
 from resources.sagemaker.job_names import JobName
-from resources.sagemaker.job_tags import RUN_TAG, WORK_TAG
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import dagster as dg
 
-from resources.sagemaker.aws_calls import AwsCaller, error_message, is_missing
+from resources.aws.calls import AwsCaller, error_message, is_missing
 from resources.sagemaker.job_kinds import TERMINAL, JobKind
 
 _APPEARANCE_SECONDS = 2.0

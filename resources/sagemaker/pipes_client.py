@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from dagster._core.definitions.resource_annotation import TreatAsResourceParam
 
+from resources.aws.calls import AwsCaller, aws_client, error_code
+from resources.aws.ownership import creation_tags
+from resources.aws.request_validation import check_request
+from resources.aws.tags import WORK_TAG, asset_names, run_tags, tag_list
 from resources.pipes_session import pipes_session
-from resources.sagemaker.aws_calls import AwsCaller, aws_client, error_code
 from resources.sagemaker.job_failures import job_failure, start_failure
 from resources.sagemaker.job_files import BOOTSTRAP, JobInputs, JobPrefix
 from resources.sagemaker.job_kinds import PROCESSING, TERMINAL, TRAINING, JobKind
@@ -26,11 +29,8 @@ from resources.sagemaker.job_names import JobName, Work, given_name, job_name, r
 from resources.sagemaker.job_polling import JobPolling
 from resources.sagemaker.job_search import JobSearch
 from resources.sagemaker.job_stop import stop_job
-from resources.sagemaker.job_tags import WORK_TAG, asset_names, run_tags, tag_list
 from resources.sagemaker.job_watch import JobWatch
-from resources.sagemaker.ownership import creation_tags
 from resources.sagemaker.pipes_io import JobContextInjector, JobMessageReader
-from resources.sagemaker.request_validation import check_request
 
 if TYPE_CHECKING:
     from resources.sagemaker.job_metadata import StatusChange

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from dagster_pipes import PIPES_PROTOCOL_VERSION_FIELD
 
-from resources.sagemaker.aws_calls import is_transient
+from resources.aws.calls import is_transient
 from resources.sagemaker.job_files import CONTEXT, MESSAGES, JobPrefix
 
 if TYPE_CHECKING:

@@ -11,17 +11,17 @@ from typing import Any
 
 import dagster as dg
 
-from resources.sagemaker.aws_calls import AwsCaller, error_code
+from resources.aws.calls import AwsCaller, error_code
+from resources.aws.ownership import creation_tags
+from resources.aws.request_validation import check_request
+from resources.aws.tags import WORK_TAG, asset_names, run_tags, tag_list
 from resources.sagemaker.job_failures import JobFailure, start_failure
 from resources.sagemaker.job_kinds import TERMINAL, TRAINING, TUNING
 from resources.sagemaker.job_lease import LEASE, JobLease
 from resources.sagemaker.job_names import Work, digest_of, request_digest, tuning_job_name
 from resources.sagemaker.job_search import FoundJob, JobSearch
 from resources.sagemaker.job_stop import stop_job
-from resources.sagemaker.job_tags import WORK_TAG, asset_names, run_tags, tag_list
-from resources.sagemaker.ownership import creation_tags
 from resources.sagemaker.pipes_client import Context, PipesSageMakerClient
-from resources.sagemaker.request_validation import check_request
 from step_scripts.runner.wording import counted, number
 
 _LONGEST = "x" * 32

@@ -13,7 +13,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from resources.sources import find_source_files
+from resources.sources.listing import find_source_files
 from step_scripts import validate_source
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.ray_session import RaySession

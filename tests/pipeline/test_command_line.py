@@ -56,7 +56,7 @@ def test_everything_is_materialized_and_every_check_evaluated(materialized: Plat
 
 
 def test_the_summary_prints_a_curl_line_that_works(materialized: Platform) -> None:
-    printed = materialized.run("-m", "housing_assets.summary")
+    printed = materialized.run("-m", "housing_assets.reporting.summary")
     assert printed.returncode == 0, printed.stdout
     assert "RMSE" in printed.stdout
     line = next(line.strip() for line in printed.stdout.splitlines() if line.strip().startswith("curl "))

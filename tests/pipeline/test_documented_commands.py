@@ -17,7 +17,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from housing_assets.check_history import finished_checks
+from housing_assets.checks.history import finished_checks
 from housing_assets.sample_data import write_sample
 from resources.model_registry.base import ModelVersion
 from resources.model_registry.local import LocalModelRegistry
@@ -64,7 +64,7 @@ MENTIONED = {
     "python -m step_scripts.runner request.json": "tests/unit/test_runner.py",
     "export HOUSING_CONFIG=my_config.yaml": "tests/unit/test_launch_defaults.py",
     "export HOUSING_RAW_CSV=/path/to/sales.csv": "HOUSING_RAW_CSV=/path/to/sales.csv make run",
-    "python -m housing_assets.summary": "make run",
+    "python -m housing_assets.reporting.summary": "make run",
     "python -m housing_assets.reference": "tests/unit/test_documentation.py calls it",
     "make run CONFIG=file.yaml": "make run CONFIG=my_config.yaml",
     "dagster asset materialize ... --config file.yaml": "make run CONFIG=my_config.yaml",
@@ -80,7 +80,7 @@ SAID = {
     "-j deploy_endpoint -c deploy.yaml": "Endpoint housing serves housing/",
     "-j rollback_endpoint": "Endpoint housing serves housing/",
     "reject_model -c second_thoughts.yaml": "is Rejected: complaints from the north (ann)",
-    "housing_assets.lineage": "data file",
+    "housing_assets.reporting.lineage": "data file",
     "-j teardown": "would remove endpoint housing",
     "-c teardown.yaml": "removed endpoint housing",
 }

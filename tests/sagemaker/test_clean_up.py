@@ -12,16 +12,17 @@ from typing import Any
 import dagster as dg
 import pytest
 
+import housing_assets.definitions  # noqa: F401  # the jobs ask for all assets
 from housing_assets.deployments import load_resources
-from housing_assets.lineage import lineage_of
-from housing_assets.sweeper import sweep
-from housing_assets.teardown import teardown
+from housing_assets.maintenance.sweeper import sweep
+from housing_assets.maintenance.teardown import teardown
+from housing_assets.reporting.lineage import lineage_of
+from resources.aws.ownership import CREATED_BY, CREATED_BY_TAG, creation_tags
+from resources.aws.tags import RUN_TAG
 from resources.endpoints.sagemaker import SageMakerEndpointHost
 from resources.feature_store.sagemaker import SageMakerFeatureStore
 from resources.inventory import NotOwned
-from resources.references import DatasetRef
-from resources.sagemaker.job_tags import RUN_TAG
-from resources.sagemaker.ownership import CREATED_BY, CREATED_BY_TAG, creation_tags
+from resources.references.types import DatasetRef
 from step_scripts.feature_store.offline_store import OfflineStore
 from tests.aws_account import act_as, deploy
 from tests.feature_rows import TABLE, ingest_rows, row, write_rows

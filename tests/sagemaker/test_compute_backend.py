@@ -13,11 +13,11 @@ import dagster as dg
 import pytest
 from pydantic import ValidationError
 
+from resources.aws.code_package import requirements
+from resources.aws.image import job_image
+from resources.aws.request_validation import InvalidJobRequest
 from resources.compute.sagemaker import SageMakerCompute, StepJob
-from resources.sagemaker.code_package import requirements
-from resources.sagemaker.image import job_image
 from resources.sagemaker.job_requests import JobConfig
-from resources.sagemaker.request_validation import InvalidJobRequest
 from tests.probe_step import ProbeParams
 from tests.sagemaker.pipes_jobs import IMAGE, ROLE
 

@@ -17,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from housing_assets.schema import HOUSING_TABLE
+from resources.aws.ownership import CREATED_BY, CREATED_BY_TAG
+from resources.aws.request_validation import InvalidJobRequest
 from resources.endpoints.base import (
     EndpointDeploymentFailed,
     EndpointNotFound,
@@ -35,8 +37,6 @@ from resources.endpoints.endpoint_requests import (
 from resources.endpoints.sagemaker import SageMakerEndpointHost
 from resources.model_registry.base import ModelVersion
 from resources.model_registry.sagemaker import SageMakerModelRegistry
-from resources.sagemaker.ownership import CREATED_BY, CREATED_BY_TAG
-from resources.sagemaker.request_validation import InvalidJobRequest
 from step_scripts.model.artifact import load_model
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
+from resources.aws.request_validation import InvalidJobRequest
 from resources.feature_store.base import OfflineSnapshot
 from resources.feature_store.sagemaker import SageMakerFeatureStore
-from resources.sagemaker.request_validation import InvalidJobRequest
 from step_scripts.feature_store import online_store
 from step_scripts.feature_store.feature_ingestion import IngestionResult
 from step_scripts.feature_store.feature_values import decoded_record, decoded_time, encoded_records, encoded_time

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from resources.aws.ownership import CREATED_BY, CREATED_BY_TAG
+from resources.aws.request_validation import InvalidJobRequest
 from resources.model_registry.base import ModelVersionNotFound, RegistryDamaged
 from resources.model_registry.sagemaker import SageMakerModelRegistry
-from resources.sagemaker.ownership import CREATED_BY, CREATED_BY_TAG
-from resources.sagemaker.request_validation import InvalidJobRequest
 from step_scripts.runner import storage
 from tests.registry_contract import RegistryContract, artifact, register
 from tests.sagemaker_emulator import SageMakerEmulator

@@ -14,9 +14,9 @@ import dagster as dg
 import pytest
 from pydantic import ValidationError
 
+from resources.aws.request_validation import InvalidJobRequest
 from resources.compute.sagemaker import SageMakerCompute, StepJob
 from resources.sagemaker.job_requests import InstanceGroup, JobConfig
-from resources.sagemaker.request_validation import InvalidJobRequest
 from resources.sagemaker.tuning_requests import NativeTuningConfig
 from step_scripts.model.artifact import load_model
 from step_scripts.runner.contract import Artifact

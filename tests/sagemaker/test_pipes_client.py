@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import pytest
 
+from resources.aws.request_validation import InvalidJobRequest
 from resources.sagemaker.job_names import given_name
 from resources.sagemaker.pipes_client import PipesSageMakerClient
-from resources.sagemaker.request_validation import InvalidJobRequest
 from tests.sagemaker.pipes_child import asset_on
 from tests.sagemaker.pipes_jobs import FAST, processing_request, training_request
 

@@ -18,7 +18,7 @@ import pytest
 from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluationTargetMaterializationData
 
 from resources.model_registry.base import ModelVersion
-from resources.references import SplitRef
+from resources.references.types import SplitRef
 from tests.sagemaker_emulator.testing import ROLE, Aws
 from tests.serving_models import gate, house_rows, small_model
 from tests.split_files import write_split

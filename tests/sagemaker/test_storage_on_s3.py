@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 import pytest
 
+from housing_assets.assets.landing import LandingCursor, day_of, files_by_day, files_of_days
 from housing_assets.deployments import SourceLocation
-from housing_assets.landing import LandingCursor, day_of, files_by_day, files_of_days
-from resources.io_manager import ReferenceIOManager
-from resources.references import SplitRef
-from resources.sources import find_source_files, list_landing
+from resources.references.io_manager import ReferenceIOManager
+from resources.references.types import SplitRef
+from resources.sources.listing import find_source_files, list_landing
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact
 from step_scripts.runner.file_state import file_state

@@ -8,12 +8,12 @@ from typing import Any, cast
 import dagster as dg
 import pytest
 
-from housing_assets.advisory import advisory_check, judged
 from housing_assets.checks import ingestion, model, serving, splits
+from housing_assets.checks.advisory import advisory_check, judged
+from housing_assets.checks.stability import stability_result
 from housing_assets.definitions import defs
-from housing_assets.stability import stability_result
 from resources.model_registry.local import LocalModelRegistry
-from resources.references import SplitRef
+from resources.references.types import SplitRef
 from step_scripts.runner.contract import Artifact, file_info, write_json
 from tests.registry_contract import register
 

@@ -10,13 +10,13 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from housing_assets import automation
-from housing_assets.alerts import TOLD
+from housing_assets.automation import sensors
+from housing_assets.checks.alerts import TOLD
 from housing_assets.definitions import defs
-from housing_assets.deployments import AutomationSettings, load_automation
+from housing_assets.settings import AutomationSettings, load_automation
 from resources.endpoints.local import LocalEndpointHost
 from resources.model_registry.local import LocalModelRegistry
-from resources.notifier import Notifier
+from resources.services.notifier import Notifier
 from tests.registry_contract import artifact, register
 
 
@@ -74,19 +74,19 @@ def launched(request: dg.RunRequest, instance: dg.DagsterInstance, status: str) 
 def test_landed_files_are_ingested_by_day_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instance: dg.DagsterInstance
 ) -> None:
-    requests, _, why = look(automation.landing_files, None, instance)
+    requests, _, why = look(sensors.landing_files, None, instance)
     assert requests == []
     assert "HOUSING_LANDING is not set" in (why or "")
 
-    monkeypatch.setattr(automation, "_SETTINGS", AutomationSettings(landing=str(tmp_path)))
+    monkeypatch.setattr(sensors, "_SETTINGS", AutomationSettings(landing=str(tmp_path)))
     for day in ("2026-03-04", "2026-03-05"):
         (tmp_path / day).mkdir()
         (tmp_path / day / "sales.csv").write_text("x")
         os.utime(tmp_path / day / "sales.csv", (1e9, 1e9))
     (tmp_path / "notes.txt").write_text("x")
-    first, cursor, _ = look(automation.landing_files, None, instance)
-    second, cursor, _ = look(automation.landing_files, cursor, instance)
-    third, cursor, why = look(automation.landing_files, cursor, instance)
+    first, cursor, _ = look(sensors.landing_files, None, instance)
+    second, cursor, _ = look(sensors.landing_files, cursor, instance)
+    third, cursor, why = look(sensors.landing_files, cursor, instance)
     assert (first, third) == ([], [])
     assert [request.partition_key for request in second] == ["2026-03-04", "2026-03-05"]
     assert len({request.run_key for request in second}) == 2
@@ -94,22 +94,22 @@ def test_landed_files_are_ingested_by_day_once(
 
     for request in second:
         launched(request, instance, "SUCCESS")
-    _, cursor, _ = look(automation.landing_files, "no cursor at all", instance)
-    again, cursor, _ = look(automation.landing_files, cursor, instance)
+    _, cursor, _ = look(sensors.landing_files, "no cursor at all", instance)
+    again, cursor, _ = look(sensors.landing_files, cursor, instance)
     assert [request.partition_key for request in again] == ["2026-03-04", "2026-03-05"]
     used = {request.run_key for request in second}
     assert not used & {request.run_key for request in again}, "Dagster would drop them without a word"
     (tmp_path / "2026-03-04").rename(tmp_path.parent / f"{tmp_path.name} away")
-    assert look(automation.landing_files, cursor, instance)[0] == []
-    monkeypatch.setattr(automation, "_SETTINGS", AutomationSettings(landing=str(tmp_path / "unmounted")))
-    nothing, kept, why = look(automation.landing_files, cursor, instance)
+    assert look(sensors.landing_files, cursor, instance)[0] == []
+    monkeypatch.setattr(sensors, "_SETTINGS", AutomationSettings(landing=str(tmp_path / "unmounted")))
+    nothing, kept, why = look(sensors.landing_files, cursor, instance)
     assert (nothing, kept, why) == ([], cursor, f"there is no {tmp_path / 'unmounted'} yet"), "nothing is forgotten"
 
 
 def test_files_that_cannot_be_ingested_are_told_once_and_do_not_keep_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instance: dg.DagsterInstance
 ) -> None:
-    monkeypatch.setattr(automation, "_SETTINGS", AutomationSettings(landing=str(tmp_path)))
+    monkeypatch.setattr(sensors, "_SETTINGS", AutomationSettings(landing=str(tmp_path)))
     odd = os.fsdecode(bytes(tmp_path) + b"/2026-03-05 ums\xe4tze.csv")
     for name in ("2026-03-05.csv", "2019-01-01.csv", "2999-01-01.csv", odd):
         (tmp_path / name).write_text("x")
@@ -120,9 +120,9 @@ def test_files_that_cannot_be_ingested_are_told_once_and_do_not_keep_the_others(
             raise OSError("no mail server")
 
     _messages.clear()
-    first, cursor, _ = look(automation.landing_files, None, instance, notifier=Broken())
-    second, cursor, _ = look(automation.landing_files, cursor, instance)
-    third, cursor, why = look(automation.landing_files, cursor, instance)
+    first, cursor, _ = look(sensors.landing_files, None, instance, notifier=Broken())
+    second, cursor, _ = look(sensors.landing_files, cursor, instance)
+    third, cursor, why = look(sensors.landing_files, cursor, instance)
     assert [[r.partition_key for r in requests] for requests in (first, second, third)] == [[], ["2026-03-05"], []]
     [(title, text)] = _messages
     assert title == f"{tmp_path} holds what cannot be ingested now"
@@ -139,21 +139,21 @@ def test_an_approved_version_is_deployed_once(tmp_path: Path, instance: dg.Dagst
     resources = {"model_registry": registry, "endpoint_host": LocalEndpointHost(root=str(tmp_path / "endpoints"))}
     for name in ("one", "two"):
         register(registry, artifact(tmp_path / name, name))
-    requests, cursor, why = look(automation.approved_models, None, instance, **resources)
+    requests, cursor, why = look(sensors.approved_models, None, instance, **resources)
     assert (requests, why) == ([], "model group housing has no approved version")
 
     registry.set_status("housing", 1, "Approved", who="ann", why="good")
-    [request], cursor, _ = look(automation.approved_models, cursor, instance, **resources)
+    [request], cursor, _ = look(sensors.approved_models, cursor, instance, **resources)
     assert request.run_config == {"ops": {"endpoint": {"config": {"version": 1}}}}
-    assert look(automation.approved_models, cursor, instance, **resources)[0] == [], (
+    assert look(sensors.approved_models, cursor, instance, **resources)[0] == [], (
         "asked for once, even if the run failed"
     )
 
     registry.set_status("housing", 2, "Approved", who="ann", why="better")
-    [request], cursor, _ = look(automation.approved_models, cursor, instance, **resources)
+    [request], cursor, _ = look(sensors.approved_models, cursor, instance, **resources)
     assert request.run_config == {"ops": {"endpoint": {"config": {"version": 2}}}}
     registry.set_status("housing", 2, "Rejected", who="ann", why="worse after all")
-    assert look(automation.approved_models, cursor, instance, **resources)[0] == [], (
+    assert look(sensors.approved_models, cursor, instance, **resources)[0] == [], (
         "going back is rollback_endpoint's business"
     )
 
@@ -170,21 +170,21 @@ def test_a_damaged_version_is_told_once_and_does_not_keep_the_others(
     (versions / "1" / "version.json").write_text("{")
     next((versions / "3" / "artifact").iterdir()).write_text("cut off")
     _messages.clear()
-    [request], cursor, _ = look(automation.approved_models, None, instance, **resources)
+    [request], cursor, _ = look(sensors.approved_models, None, instance, **resources)
     assert request.run_config == {"ops": {"endpoint": {"config": {"version": 2}}}}
-    requests, cursor, why = look(automation.approved_models, cursor, instance, **resources)
+    requests, cursor, why = look(sensors.approved_models, cursor, instance, **resources)
     assert (requests, why) == ([], "housing/2 has been handed on before; set aside: housing/1, housing/3")
     [(title, text)] = _messages
     assert title == "2 versions of model group housing cannot be read"
     assert "Restore it, or delete version 1." in text
 
     launched(request, instance, "STARTED")
-    requests, _, why = look(automation.approved_models, "reset", instance, **resources)
+    requests, _, why = look(sensors.approved_models, "reset", instance, **resources)
     assert requests == []
     assert "is about to deploy housing/2" in (why or "")
     [run] = instance.get_runs()
     instance.report_run_failed(run)
-    [again], _, _ = look(automation.approved_models, "reset", instance, **resources)
+    [again], _, _ = look(sensors.approved_models, "reset", instance, **resources)
     assert again.run_key == f"{request.run_key}-2", "Dagster would drop the first key without a word"
 
 
@@ -214,7 +214,7 @@ def test_a_failed_run_is_told_with_step_and_reason(instance: dg.DagsterInstance)
         resources={"notifier": Recorder()},
     ).for_run_failure()
     _messages.clear()
-    automation.failed_runs(context)
+    sensors.failed_runs(context)
     assert _messages == [
         (f"Run {result.run_id[:8]} of job broken failed", "breaks: file x.csv is bad: mend it"),
     ]
@@ -248,7 +248,7 @@ def test_what_a_run_has_told_itself_is_not_told_again(instance: dg.DagsterInstan
             dagster_run=result.dagster_run,
             resources={"notifier": Recorder()},
         ).for_run_failure()
-        automation.failed_runs(context)
+        sensors.failed_runs(context)
     [(title, reasons)] = _messages
     assert title.endswith("of job sweeps_and_breaks failed")
     assert "breaks: ValueError: no such bucket" in reasons.splitlines()

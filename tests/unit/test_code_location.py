@@ -12,6 +12,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from housing_assets import code_location
 from housing_assets.deployments import load_resources
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +52,15 @@ def snapshot() -> dict[str, object]:
 def test_the_definitions_are_those_of_the_snapshot() -> None:
     """After an intended change: `python -m tests.unit.test_code_location > tests/unit/definitions.json`."""
     assert snapshot() == json.loads(SNAPSHOT.read_text())
+
+
+def test_parts_ask_for_the_whole_only_when_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    from housing_assets.definitions import defs
+
+    assert code_location.whole() is defs
+    monkeypatch.setattr(code_location, "_complete", [])
+    with pytest.raises(RuntimeError, match=r"import housing_assets\.definitions first"):
+        code_location.asset_keys()
 
 
 def test_every_asset_is_described_and_versioned() -> None:

@@ -11,9 +11,9 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from resources.aws.code_package import ARCHIVE, REQUIRED, code_package
 from resources.compute.sagemaker import STEPS
-from resources.sagemaker.code_package import ARCHIVE, REQUIRED, code_package
-from resources.sagemaker.serving_container import serving_code, serving_requirements
+from resources.model_registry.serving_container import serving_code, serving_requirements
 from step_scripts.runner.code_version import _sources, step_sources
 from tests.aws_image import CONTENT
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from housing_assets import summary
-from housing_assets.console import console_logger, plain_reason
+from housing_assets.reporting import summary
+from housing_assets.reporting.console import console_logger, plain_reason
 from resources.pipes_session import pipes_session
 
 RAY = (

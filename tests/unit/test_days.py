@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def days(landing: Path, start: str = "2026-11-01") -> subprocess.CompletedProcess[str]:
     variables = {"HOUSING_LANDING": str(landing), "HOUSING_LANDING_START": start}
     return subprocess.run(
-        [sys.executable, "-m", "housing_assets.days"],
+        [sys.executable, "-m", "housing_assets.automation.days"],
         cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False,
     )  # fmt: skip
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from housing_assets.approval import DecisionConfig
+from housing_assets.automation.approval import DecisionConfig
 from housing_assets.config import CONFIG_OF_OP, check_run_config
 from housing_assets.config_fields import unknown_fields
 from housing_assets.deployments import load_resources
+from housing_assets.maintenance.retention import PruneConfig
+from housing_assets.maintenance.teardown import TeardownConfig
 from housing_assets.reference import reference
-from housing_assets.retention import PruneConfig
-from housing_assets.teardown import TeardownConfig
 from tests.documented import commands, files, mentions, pages
 
 ROOT = Path(__file__).parents[2]

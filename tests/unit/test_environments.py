@@ -7,9 +7,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from housing_assets.assets.ingestion import default_group_name
-from housing_assets.deployments import environment_of, load_resources, root_of
+from housing_assets.deployments import load_resources
+from housing_assets.settings import environment_of, root_of
+from resources.aws.request_validation import check_request
 from resources.model_registry.local import LocalModelRegistry
-from resources.sagemaker.request_validation import check_request
 
 SAGEMAKER = {
     "HOUSING_DEPLOYMENT": "sagemaker",

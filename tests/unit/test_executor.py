@@ -10,7 +10,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from housing_assets.executor import in_process_executor
+from housing_assets.runs.executor import in_process_executor
 
 _PATIENCE_SECONDS = 20
 

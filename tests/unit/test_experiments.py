@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
 
 from housing_assets.deployments import load_resources
-from resources.experiments import MlflowTracking, NoTracking, TrackedSearch
+from resources.services.experiments import MlflowTracking, NoTracking, TrackedSearch
 from step_scripts.runner.contract import Artifact, file_info
 
 TRIALS = [

@@ -17,12 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import housing_assets.definitions
-from housing_assets import approval, gate
+from housing_assets import code_location
 from housing_assets.assets.ingestion import feature_group
 from housing_assets.assets.model import evaluation_report, registered_model, tuned_model
 from housing_assets.assets.serving import endpoint
 from housing_assets.assets.splits import splits
+from housing_assets.automation import approval
+from housing_assets.checks import gate
 from housing_assets.checks import splits as splits_checks
 from housing_assets.checks.blocking import blocking_check
 from housing_assets.config import (
@@ -34,11 +35,11 @@ from housing_assets.config import (
     TunedModelConfig,
 )
 from housing_assets.definitions import defs
-from resources.evidence import Evidence, EvidenceStore, EvidenceUnreadable, Judged
 from resources.feature_store.base import OfflineSnapshot
 from resources.inventory import NotOwned
 from resources.model_registry.base import ModelVersion, StatusChange
-from resources.references import DatasetRef, EvaluationRef, ModelRef, SnapshotRef, SourceRef, SplitRef
+from resources.references.evidence import Evidence, EvidenceStore, EvidenceUnreadable, Judged
+from resources.references.types import DatasetRef, EvaluationRef, ModelRef, SnapshotRef, SourceRef, SplitRef
 from step_scripts.runner.contract import Artifact, file_info
 from tests.feature_rows import TABLE
 from tests.serving_models import gate as gate_evidence
@@ -262,7 +263,7 @@ def test_an_event_log_that_says_something_else_is_a_disagreement(root: Root, sta
     assert root.store.root in text
 
 
-def test_a_new_blocking_check_is_not_passed_over(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_blocking_check_is_not_passed_over(root: Root) -> None:
     """Of an asset that is known, it counts at once; of another, nobody behind it starts."""
 
     @blocking_check(asset="train_split", judged=splits_checks._judged)
@@ -280,13 +281,13 @@ def test_a_new_blocking_check_is_not_passed_over(root: Root, monkeypatch: pytest
         (another, ("evaluation_report", "endpoint"), "does not say which tuned_model it was made from"),
     ):
         more = dg.Definitions.merge(defs, dg.Definitions(asset_checks=[check]))
-        monkeypatch.setattr(housing_assets.definitions, "defs", more)
+        code_location.hand_in(more)
         gate.blocking_checks_before.cache_clear()
         try:
             for start in starts:
                 refused(root, start, words)
         finally:
-            monkeypatch.undo()
+            code_location.hand_in(defs)
             gate.blocking_checks_before.cache_clear()
 
 

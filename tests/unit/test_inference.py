@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from resources.sagemaker.serving_container import serving_code, serving_container
+from resources.model_registry.serving_container import serving_code, serving_container
 from step_scripts.inference import model_fn, transform_fn
 from step_scripts.model.artifact import load_model
 from step_scripts.runner.contract import Artifact, DamagedArtifactError

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resources.sagemaker.code_package import archive, code_package
+from resources.aws.code_package import archive, code_package
+from resources.aws.tags import sanitised, tag_list
 from resources.sagemaker.job_kinds import PROCESSING, TRAINING
 from resources.sagemaker.job_names import Work, job_name, request_digest
-from resources.sagemaker.job_tags import sanitised, tag_list
 
 VALID = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 TEXT = st.text(max_size=80)

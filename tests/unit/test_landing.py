@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from housing_assets.assets.ingestion import ingestion_days
-from housing_assets.landing import (
+from housing_assets.assets.landing import (
     REMEMBERED_FILES,
     WITHIN_A_LINE,
     LandingCursor,
@@ -25,8 +24,9 @@ from housing_assets.landing import (
     ready_files,
     run_key,
 )
-from resources.folder_search import Found
-from resources.sources import Listing, list_landing
+from housing_assets.partitions import ingestion_days
+from resources.sources.folder_search import Found
+from resources.sources.listing import Listing, list_landing
 from step_scripts.parameters import SourceFile
 from step_scripts.runner.file_state import FileState
 

@@ -17,7 +17,7 @@ import yaml
 from housing_assets import config
 from housing_assets.config import ColumnBounds, RawCsvConfig, SplitsConfig, configures
 from housing_assets.config_fields import with_defaults
-from housing_assets.deployments import load_launch_defaults
+from housing_assets.settings import load_launch_defaults
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,12 +8,12 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from housing_assets.lineage import COLUMNS, as_text, lineage_facts, lineage_rows, main, version_of
-from housing_assets.metadata import run_costs, run_metadata
+from housing_assets.reporting.lineage import COLUMNS, as_text, lineage_facts, lineage_rows, main, version_of
+from housing_assets.reporting.metadata import run_costs, run_metadata
 from resources.endpoints.base import EndpointStatus
 from resources.feature_store.local import LocalFeatureStore
 from resources.model_registry.local import LocalModelRegistry
-from resources.references import DataFile, DatasetRef, EvaluationRef, ModelRef, SnapshotRef, SourceRef, SplitRef
+from resources.references.types import DataFile, DatasetRef, EvaluationRef, ModelRef, SnapshotRef, SourceRef, SplitRef
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.runner.contract import Artifact, StepResult
 from tests.feature_rows import TABLE, ingest_rows, row, write_rows

@@ -15,8 +15,8 @@ import dagster as dg
 import pytest
 from dagster._daemon.monitoring.run_monitoring import execute_run_monitoring_iteration
 
-from housing_assets.executor import in_process_executor
-from housing_assets.lost_runs import PROCESS_TAG, end_lost_runs, record_process
+from housing_assets.runs.executor import in_process_executor
+from housing_assets.runs.lost_runs import PROCESS_TAG, end_lost_runs, record_process
 
 ROOT = Path(__file__).parents[2]
 STARTED, FAILURE = dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.FAILURE

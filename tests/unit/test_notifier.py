@@ -22,8 +22,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from housing_assets.deployments import load_resources
-from resources.notifier import EmailNotifier, LogNotifier, SlackNotifier
-from resources.optional_services import attempt
+from resources.services.notifier import EmailNotifier, LogNotifier, SlackNotifier
+from resources.services.optional import attempt
 
 
 @contextmanager

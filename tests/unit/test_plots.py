@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from housing_assets import plots
-from housing_assets.metadata import plot_metadata, run_metadata
+from housing_assets.reporting import plots
+from housing_assets.reporting.metadata import plot_metadata, run_metadata
 from step_scripts.runner.contract import StepResult
 from step_scripts.table.spec import ColumnSpec, TableSpec
 
@@ -124,7 +124,7 @@ def test_a_plot_that_cannot_be_drawn_fails_nothing_and_is_drawn_when_it_can_be(
 def test_no_global_state_is_touched() -> None:
     code = """
 import sys
-from housing_assets.plots import importance_plot
+from housing_assets.reporting.plots import importance_plot
 assert "matplotlib" not in sys.modules
 importance_plot({"X": {"gain": 1.0, "weight": 2.0}})
 assert "matplotlib.pyplot" not in sys.modules

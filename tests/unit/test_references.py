@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from resources.io_manager import ReferenceIOManager
-from resources.references import DatasetRef
+from resources.references.io_manager import ReferenceIOManager
+from resources.references.types import DatasetRef
 from tests.stored_references import leave
 
 DAYS = dg.DailyPartitionsDefinition("2026-11-01", end_date="2026-11-11")

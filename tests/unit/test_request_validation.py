@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from resources.aws.request_validation import InvalidJobRequest, check_request, compiled, problems
 from resources.sagemaker.job_requests import JobConfig, processing_request, training_request
-from resources.sagemaker.request_validation import InvalidJobRequest, check_request, compiled, problems
 
 ROLE = "arn:aws:iam::123456789012:role/housing-assets"
 EVERYTHING: dict[str, Any] = {

@@ -17,17 +17,18 @@ from dagster._core.remote_origin import (  # have no public names
 )
 
 from housing_assets.definitions import defs
-from housing_assets.deployments import load_automation, load_resources
-from housing_assets.retention import PruneConfig, _old_runs, prune, stored_results
-from housing_assets.sweeper import sweep
-from housing_assets.teardown import teardown
+from housing_assets.deployments import load_resources
+from housing_assets.maintenance.retention import PruneConfig, _old_runs, prune, stored_results
+from housing_assets.maintenance.sweeper import sweep
+from housing_assets.maintenance.teardown import teardown
+from housing_assets.settings import load_automation
 from resources.endpoints.captured_files import CapturedFile, remove_captured, surplus
 from resources.endpoints.local import LocalEndpointHost
-from resources.evidence import Evidence, EvidenceStore, Judged
 from resources.feature_store.local import LocalFeatureStore
 from resources.inventory import NotOwned
 from resources.model_registry.local import LocalModelRegistry
-from resources.reference_files import REFERENCE, StoredReference
+from resources.references.evidence import Evidence, EvidenceStore, Judged
+from resources.references.files import REFERENCE, StoredReference
 from step_scripts.feature_store.offline_store import OfflineStore
 from tests.feature_rows import TABLE, ingest_rows, row, write_rows
 from tests.job_outcome import outcome

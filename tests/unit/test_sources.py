@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from housing_assets.deployments import load_resources
-from resources.sources import find_source_files, list_source
+from resources.sources.listing import find_source_files, list_source
 from step_scripts.runner.contract import StepError
 
 

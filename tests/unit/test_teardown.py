@@ -17,18 +17,19 @@ import dagster as dg
 import psutil
 import pytest
 
-from housing_assets.alerts import TOLD
+import housing_assets.definitions  # noqa: F401  # the jobs ask for all assets
+from housing_assets.checks.alerts import TOLD
+from housing_assets.checks.gate import judged_source
 from housing_assets.deployments import load_resources
-from housing_assets.gate import judged_source
-from housing_assets.retention import prune
-from housing_assets.sweeper import Told, abandoned, sweep, untold
-from housing_assets.teardown import teardown
+from housing_assets.maintenance.retention import prune
+from housing_assets.maintenance.sweeper import Told, abandoned, sweep, untold
+from housing_assets.maintenance.teardown import teardown
 from resources.compute.local_ray import LocalRay
 from resources.endpoints.local import LocalEndpointHost
 from resources.feature_store.local import LocalFeatureStore
 from resources.inventory import NotOwned, OwnedItem
 from resources.model_registry.local import LocalModelRegistry
-from resources.notifier import Notifier
+from resources.services.notifier import Notifier
 from step_scripts.feature_store.offline_store import OfflineStore
 from tests.feature_rows import TABLE, ingest_rows, row, write_rows
 from tests.job_outcome import outcome

@@ -7,8 +7,8 @@ import dagster as dg
 import psutil
 import pytest
 
-from housing_assets import timeline
-from housing_assets.timeline import KINDS, run_timeline
+from housing_assets.reporting import timeline
+from housing_assets.reporting.timeline import KINDS, run_timeline
 from resources.compute.base import table
 
 

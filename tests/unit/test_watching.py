@@ -19,17 +19,18 @@ from dagster._core.definitions import freshness_evaluator
 from dagster._core.definitions.freshness import FreshnessState
 from dagster._core.loader import LoadingContextForTest
 
-from housing_assets import automation, watching
-from housing_assets.alerts import tell_if_worse
+from housing_assets.automation import sensors
+from housing_assets.checks import watching
+from housing_assets.checks.alerts import tell_if_worse
 from housing_assets.definitions import defs
-from housing_assets.deployments import load_automation
 from housing_assets.schema import HOUSING_TABLE
+from housing_assets.settings import load_automation
 from resources.endpoints.local import LocalDataCapture, LocalEndpointHost
 from resources.endpoints.server_process import start_detached, wait_until_serving
-from resources.evidence import EvidenceStore
 from resources.model_registry.base import ModelVersion
 from resources.model_registry.local import LocalModelRegistry
-from resources.notifier import Notifier
+from resources.references.evidence import EvidenceStore
+from resources.services.notifier import Notifier
 from step_scripts.model.artifact import load_model
 from step_scripts.runner.contract import Artifact
 from step_scripts.serving.captured_requests import read_captured
@@ -241,7 +242,7 @@ def test_a_failed_health_check_is_told_once_and_not_as_a_failed_run_as_well(
             resources={"notifier": platform.notifier},
         ).for_run_failure()
         said = platform.told()
-        automation.failed_runs(context)
+        sensors.failed_runs(context)
         return [*said[:1], *platform.told()]
 
     assert failed_runs() == ["Check endpoint_health of endpoint failed (error)"]

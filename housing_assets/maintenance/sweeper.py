@@ -1,0 +1,181 @@
+"""Finds what costs money or memory although the run that needs it is gone: jobs, candidates of endpoints, processes.
+
+People are told of each finding once, and again if it changes or stays. What they were told is kept with the findings,
+in an observation of `abandoned` a sweep: so the UI also plots their number over time.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import dagster as dg
+from pydantic import BaseModel, ConfigDict, Field
+
+from housing_assets.checks.alerts import TOLD
+from housing_assets.maintenance.owners import look, resource_owners
+from housing_assets.runs.statuses import BUSY
+from housing_assets.settings import load_automation
+from resources.compute.base import table
+from resources.inventory import OwnedItem, expected_errors
+from resources.services.notifier import Notifier
+from resources.services.optional import attempt
+
+_OWNERS = ("compute", "endpoint_host")
+_KINDS = ("job", "endpoint")
+_SETTINGS = load_automation()
+_FINDINGS = dg.AssetKey("abandoned")
+_LOOK_BACK = 20  # observations; deployments that share an instance have theirs among them
+_CANDIDATE_AGE = timedelta(hours=1)  # a deployment waits that long for an endpoint to start, and more
+
+
+class SweepConfig(dg.Config):
+    """What is abandoned, and what happens to it."""
+
+    stop: bool = Field(default=False, description="Stop and remove what is abandoned. Off: only report it.")
+    minutes: float = Field(default=10.0, ge=0, description="What is younger than this is left to its run; minutes.")
+    repeat_hours: float = Field(
+        default=_SETTINGS.repeat_hours, ge=0, description="People are told again of what is still there after so long."
+    )
+
+
+class Told(BaseModel):
+    """What people were told of a finding, and when."""
+
+    model_config = ConfigDict(frozen=True)
+
+    what: str
+    at: datetime
+
+
+def abandoned(
+    items: Sequence[OwnedItem], instance: dg.DagsterInstance, before: datetime, own: Sequence[str] = ()
+) -> list[tuple[OwnedItem, str]]:
+    """Those temporary items, made `before`, whose run is gone or has ended; with the reason.
+
+    Something that names no run (the candidate of an endpoint) may be that of any run in progress, also of another
+    Dagster instance: it is abandoned if there is none here, and it is an hour old.
+    """
+    found = []
+    busy = instance.get_runs_count(dg.RunsFilter(statuses=[*BUSY])) > len(own)
+    for item in items:
+        if not item.temporary or (item.created_at is not None and item.created_at > before):
+            continue
+        if item.run_id is None:
+            if not busy and (item.created_at is None or item.created_at <= before - _CANDIDATE_AGE):
+                found.append((item, "no run is in progress that could need it"))
+            continue
+        run = instance.get_run_by_id(item.run_id)
+        if run is None:
+            found.append((item, f"run {item.run_id} is not known here"))
+        elif run.is_finished:
+            found.append((item, f"run {item.run_id} is {run.status.value}"))
+    return found
+
+
+def untold(lines: Mapping[str, str], told: Mapping[str, Told], before: datetime) -> dict[str, str]:
+    """Those findings (place → what is said of it) that are new, have changed, or were told `before` that time."""
+    return {
+        place: what
+        for place, what in lines.items()
+        if place not in told or told[place].what != what or told[place].at <= before
+    }
+
+
+@dg.op(required_resource_keys={*_OWNERS, "io_manager", "notifier"})
+def sweep_abandoned(context: dg.OpExecutionContext, config: SweepConfig) -> None:
+    """Report, and if configured stop, jobs and endpoints whose run is gone. Tell people of what they do not know."""
+    findings = look(resource_owners(context.resources, _OWNERS), _KINDS)
+    before = datetime.now(UTC) - timedelta(minutes=config.minutes)
+    owner_of = {item.location: owner for owner, item in findings.items}
+    rows: list[dict[str, Any]] = []
+    for item, why in abandoned([i for _, i in findings.items], context.instance, before, [context.run_id]):
+        outcome = "reported"
+        if config.stop:
+            try:
+                owner_of[item.location].remove(item)
+                outcome = "stopped"
+            except expected_errors() as error:
+                outcome = f"could not be stopped: {error}"
+        row = {"kind": item.kind, "name": item.name, "where": item.location, "detail": item.detail, "why": why}
+        rows.append({**row, "outcome": outcome})
+        context.log.warning(f"{item.kind} {item.name} ({item.detail}): {why}; {outcome}")
+    metadata = {
+        "looked_at": len(findings.items),
+        "abandoned": len(rows),
+        "found": table(rows),
+        "could_not_be_listed": dg.MetadataValue.json(findings.problems),
+    }
+    try:
+        metadata[TOLD] = _tell(context, rows, findings.problems, timedelta(hours=config.repeat_hours))
+    except expected_errors() as error:  # the next sweep tries again, and so does `failed_runs`, by the failure
+        reason = f"people could not be told: {type(error).__name__}: {error}"
+        raise dg.Failure(f"the sweep is incomplete: {reason}", metadata=metadata, allow_retries=False) from error
+    failures = [row["name"] for row in rows if row["outcome"].startswith("could not")]
+    if failures or findings.problems:
+        problems = [*failures, *(f"{name}: {reason}" for name, reason in findings.problems.items())]
+        raise dg.Failure(f"the sweep is incomplete: {'; '.join(problems)}", metadata=metadata, allow_retries=False)
+    context.add_output_metadata(metadata)
+
+
+def _tell(
+    context: dg.OpExecutionContext, rows: Sequence[dict[str, Any]], problems: dict[str, str], repeat: timedelta
+) -> int:
+    """Send one message of what is new, if anything is, and remember what people know now. Returns how many lines."""
+    now, root = datetime.now(UTC), context.resources.io_manager.root
+    lines = {
+        row["where"]: f"{row['kind']} {row['name']} ({row['detail']}): {row['why']}; {row['outcome']}" for row in rows
+    }
+    lines |= {name: f"{name} could not be asked: {reason}" for name, reason in problems.items()}
+    known = _remembered(context.instance, root)
+    fresh = untold(lines, known, now - repeat)
+    if fresh:
+        notifier: Notifier = context.resources.notifier
+        title = f"{len(rows)} abandoned jobs or endpoints, {len(fresh)} new or changed"
+        if problem := attempt(lambda: notifier.notify(title, "\n".join(fresh.values()))):
+            context.log.warning(f"People could not be told of {title}, and are told next time: {problem}")
+            fresh = {}
+    # What could not be listed this time may still be there.
+    told = {place: known[place] for place in known if place in lines or problems}
+    told |= {place: Told(what=what, at=now) for place, what in fresh.items()}
+    context.log_event(
+        dg.AssetObservation(
+            _FINDINGS,
+            description="What the sweep found; people are told of each thing once.",
+            metadata={
+                "root": root,
+                "abandoned": len(rows),
+                "found": table(list(rows)),
+                "told": dg.MetadataValue.json({place: t.model_dump(mode="json") for place, t in told.items()}),
+            },
+        )
+    )
+    return len(fresh)
+
+
+def _remembered(instance: dg.DagsterInstance, root: str) -> dict[str, Told]:
+    """What people were told of, at the last sweep of the deployment at `root`."""
+    for record in instance.fetch_observations(_FINDINGS, limit=_LOOK_BACK).records:
+        observation = record.asset_observation
+        if observation is not None and observation.metadata.get("root") == dg.MetadataValue.text(root):
+            try:
+                stored: Any = observation.metadata["told"].value
+                return {place: Told.model_validate_json(json.dumps(told)) for place, told in stored.items()}
+            except (AttributeError, LookupError, ValueError):  # another version's: people are told once more
+                continue
+    return {}
+
+
+@dg.job
+def sweep() -> None:
+    """Find jobs, candidates of endpoints and processes whose run is gone. They are stopped only if `stop` says so."""
+    sweep_abandoned()
+
+
+hourly_sweep = dg.ScheduleDefinition(
+    name="hourly_sweep",
+    job=sweep,
+    cron_schedule="17 * * * *",
+    execution_timezone=_SETTINGS.timezone,
+    description="Looks every hour for jobs and endpoints whose run is gone, and reports each once a day at most.",
+)

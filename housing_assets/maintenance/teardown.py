@@ -1,0 +1,121 @@
+"""Removing everything that the deployment has created: in its own environment, and nothing that merely looks like it.
+
+What is removed: endpoints with their configurations and models, model packages and groups, feature groups, running
+jobs, results of steps, references, evidence of checks, generated data. What stays: source files and the landing place,
+logs in CloudWatch, Dagster's history, records in MLflow.
+"""
+
+import json
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from housing_assets.code_location import asset_keys
+from housing_assets.maintenance.owners import RESOURCES, look, owners_of, protected_places, remove_all
+from housing_assets.runs.statuses import BUSY
+from resources.compute.base import table
+from resources.inventory import KINDS, ItemKind, OwnedItem
+from step_scripts.runner.wording import counted
+
+
+class TeardownConfig(dg.Config):
+    """What goes, and whether it is only listed."""
+
+    dry_run: bool = Field(default=True, description="Only list what would be removed.")
+    confirm: str = Field(
+        default="", description="For a removal: the root of the deployment, word for word (the dry run shows it)."
+    )
+    kinds: list[str] = Field(
+        default_factory=lambda: list(KINDS), description=f"What to remove: any of {', '.join(KINDS)}."
+    )
+
+
+@dg.op(required_resource_keys={*RESOURCES, "io_manager", "source_location"})
+def remove_everything(context: dg.OpExecutionContext, config: TeardownConfig) -> None:
+    """List, and unless it is a dry run remove, what the deployment has created."""
+    resources: Any = context.resources
+    root = resources.io_manager.root.removesuffix("/references")
+    kinds = _check(context, config, root)
+    owners = owners_of(resources, asset_keys())
+    protected = protected_places(resources.source_location)
+    findings = look(owners, kinds)
+    if config.dry_run:
+        for _, item in findings.items:
+            context.log.info(f"would remove {item.kind} {item.name} ({item.location}): {item.detail}")
+        context.log.info(f"to remove it, launch teardown with dry_run: false and confirm: {json.dumps(root)}")
+        context.add_output_metadata(
+            {
+                "dry_run": True,
+                "root": root,
+                "items": len(findings.items),
+                "would_remove": table([_shown(item) for _, item in findings.items]),
+                "could_not_be_listed": dg.MetadataValue.json(findings.problems),
+            }
+        )
+        return
+    removed, failed, kept = remove_all(findings, protected, context.log)
+    after = look(owners, kinds)
+    there = {item.location: item for _, item in after.items if item.location not in kept}
+    # What could not be removed whole may be found under another place, or not at all: it counts in any case.
+    there |= {item.location: item for _, item in findings.items if item.location in failed}
+    left = [{**_shown(item), "why": failed.get(place, "it is still there")} for place, item in there.items()]
+    metadata = {
+        "dry_run": False,
+        "root": root,
+        "items": len(removed),
+        "removed": table([_shown(item) for item in removed]),
+        "left": table(left),
+        "kept": dg.MetadataValue.json(kept),
+        "could_not_be_listed": dg.MetadataValue.json(after.problems),
+    }
+    if left or after.problems:
+        names = [f"{row['kind']} {row['name']}: {row['why']}" for row in left]
+        names += [f"{owner}: {problem}" for owner, problem in after.problems.items()]
+        raise dg.Failure(
+            f"removed: {counted(len(removed), 'item')}; not removed: {'; '.join(names)}. Remove the reason, then run "
+            "teardown again",
+            metadata=metadata,
+            allow_retries=False,
+        )
+    context.add_output_metadata(metadata)
+
+
+def _check(context: dg.OpExecutionContext, config: TeardownConfig, root: str) -> list[ItemKind]:
+    """The kinds to remove. Raises `dagster.Failure` for a removal that is not confirmed, or while other runs write."""
+    if unknown := sorted(set(config.kinds) - set(KINDS)):
+        raise dg.Failure(f"teardown.kinds: {', '.join(unknown)}; choose any of {', '.join(KINDS)}", allow_retries=False)
+    if not config.dry_run:
+        if config.confirm.rstrip("/") != root.rstrip("/"):
+            raise dg.Failure(
+                f"nothing was removed: confirm must be {root!r}, not {config.confirm!r}", allow_retries=False
+            )
+        busy = context.instance.get_runs(dg.RunsFilter(statuses=BUSY), limit=20)
+        if others := [run.run_id[:8] for run in busy if run.run_id != context.run_id]:
+            raise dg.Failure(
+                f"nothing was removed: runs {', '.join(others)} are in progress and would create things anew. "
+                "Terminate them, or wait",
+                allow_retries=False,
+            )
+    return [kind for kind in KINDS if kind in config.kinds]
+
+
+def _shown(item: OwnedItem) -> dict[str, str]:
+    created = item.created_at.isoformat(timespec="seconds") if item.created_at else ""
+    return {
+        "kind": item.kind,
+        "name": item.name,
+        "where": item.location,
+        "created": created,
+        "run": item.run_id or "",
+        "detail": item.detail,
+    }
+
+
+@dg.job
+def teardown() -> None:
+    """Remove everything that this deployment has created, in order; it may be repeated. Source files stay.
+
+    A dry run by default: it lists what it would remove.
+    """
+    remove_everything()

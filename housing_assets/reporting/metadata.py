@@ -1,0 +1,122 @@
+"""Metadata that several assets show in the same way."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from resources.compute.base import table
+from resources.services.optional import extra
+from step_scripts.runner.contract import Artifact, StepResult
+from step_scripts.runner.wording import rounded
+from step_scripts.table.spec import TableSpec
+
+# Figures that add up over a run, and the metadata that says which piece of work each is of.
+_COSTS = {
+    "core_seconds": "request_digest",
+    "billable_seconds": "sagemaker_job",
+    "estimated_cost": "sagemaker_job",
+    "tuning_billable_seconds": "tuning_job",
+}
+_DAGSTER_TYPES = {"int64": "int", "float64": "float", "bool": "bool", "string": "string", "datetime": "timestamp"}
+
+
+def artifact_metadata(artifact: Artifact) -> dict[str, Any]:
+    """Where an artifact lies, how large it is, and its digest."""
+    metadata: dict[str, Any] = {
+        "dagster/uri": artifact.uri,
+        "digest": artifact.digest,
+        "megabytes": rounded(artifact.bytes / 1e6),
+        "files": len(artifact.files),
+    }
+    if artifact.rows is not None:
+        metadata["dagster/row_count"] = artifact.rows
+    return metadata
+
+
+def run_metadata(result: StepResult) -> dict[str, Any]:
+    """How a step ran: reused or not, seconds per phase, CPUs held, memory, nodes, versions.
+
+    `core_seconds` is the time of the step times the CPUs of its Ray session, used or not: what it kept from others.
+    """
+    metadata: dict[str, Any] = {
+        "reused": result.reused,
+        "seconds": 0.0 if result.reused else result.seconds.get("total", 0.0),
+        "phases": table([{"phase": name, "seconds": seconds} for name, seconds in result.seconds.items()]),
+        "request_digest": result.request_digest,
+        "versions": dg.MetadataValue.json(result.versions),
+    }
+    if result.cpus is not None:
+        metadata["core_seconds"] = round(result.cpus * metadata["seconds"], 1)
+    if result.reused:
+        metadata["made_at"] = dg.MetadataValue.timestamp(result.created_at)
+    if result.peak_memory_bytes:
+        metadata["driver_peak_megabytes"] = round(result.peak_memory_bytes / 1e6, 1)
+    if result.nodes:
+        metadata["ray_nodes"] = dg.MetadataValue.json(result.nodes)
+    return metadata
+
+
+def plot_metadata(
+    context: dg.AssetExecutionContext, result: StepResult, plots: Mapping[str, Callable[[], bytes]]
+) -> dict[str, Any]:
+    """Plots of a step's result as metadata, given functions that draw them as PNG.
+
+    Where the result is reused and the asset's latest materialization shows the same one, its pictures are taken over:
+    drawing takes longer than all else in a run in which nothing has changed. One that cannot be drawn is left out, with
+    a warning: what it would show is done.
+    """
+    from housing_assets.reporting.plots import to_markdown
+
+    version = hashlib.sha256(Path(__file__).with_name("plots.py").read_bytes()).hexdigest()[:12]
+    drawn: dict[str, Any] = {"plots_version": version}
+    if result.reused:
+        event = context.instance.get_latest_materialization_event(context.asset_key)
+        shown = event.asset_materialization.metadata if event and event.asset_materialization else {}
+        known = {name: value.value for name, value in shown.items()}
+        if (known.get("plots_version"), known.get("request_digest")) == (version, result.request_digest):
+            drawn |= {name: shown[name] for name in plots if name in shown}
+    for name, draw in plots.items():
+        if name not in drawn:
+            drawn |= extra(name, lambda name=name, draw=draw: to_markdown(draw(), name.replace("_", " ")), context.log)
+    return drawn
+
+
+def run_costs(instance: dg.DagsterInstance, run_id: str) -> dict[str, float]:
+    """Totals of what the run has materialized so far, a step or a job that made several assets counted once.
+
+    What failed attempts cost is not in it: they materialize nothing.
+    """
+    records = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION).records
+    seen: set[tuple[str, str]] = set()
+    totals: dict[str, float] = {}
+    for record in records:
+        materialization = record.asset_materialization
+        facts = {} if materialization is None else {k: v.value for k, v in materialization.metadata.items()}
+        for figure, made_by in _COSTS.items():
+            work, value = facts.get(made_by), facts.get(figure)
+            if work is None or not isinstance(value, int | float) or (figure, str(work)) in seen:
+                continue
+            seen.add((figure, str(work)))
+            totals[f"run_{figure}"] = rounded(totals.get(f"run_{figure}", 0.0) + value)
+    return totals
+
+
+def column_schema(spec: TableSpec) -> dg.TableSchema:
+    """The columns of `spec` as Dagster shows them, with allowed values as constraints."""
+    columns = [
+        dg.TableColumn(
+            name=column.name,
+            type=_DAGSTER_TYPES[column.dtype],
+            description=column.description,
+            constraints=dg.TableColumnConstraints(
+                nullable=column.nullable, other=[column.constraint()] if column.constraint() else []
+            ),
+        )
+        for column in spec.columns
+    ]
+    return dg.TableSchema(columns=columns)

@@ -1,0 +1,118 @@
+"""Dagster's in-process executor, with runs that end as canceled when they are interrupted.
+
+Dagster calls a run canceled only if its termination was requested through the instance (the UI does that). A run on the
+command line that is ended by Ctrl-C or SIGTERM would count as failed, and alert whoever watches failures.
+
+A terminal that is closed sends SIGHUP, which would end the process without a word: it counts as an interruption too.
+
+Dagster turns the signal into an exception wherever the run's main thread is. In a finalizer or a weak reference's
+callback Python ignores exceptions, and the run would go on; the signal is then sent again.
+"""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import dagster as dg
+from dagster._core.errors import DagsterExecutionInterruptedError  # has no public name
+
+from housing_assets.runs.lost_runs import end_lost_runs, record_process
+from housing_assets.runs.writable_root import check_root_is_writable
+
+# Concurrency pool of the assets that run on Ray; dagster.yaml says how many runs may have it at once.
+RAY_POOL = "ray"
+_GRACEFUL = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
+_INTERRUPTIONS = (DagsterExecutionInterruptedError, KeyboardInterrupt)
+# Until then the callback that ignored the exception has long returned.
+_RESEND_SECONDS = 0.1
+
+
+def _interrupt_main_thread() -> None:
+    ident = threading.main_thread().ident
+    assert ident is not None
+    signal.pthread_kill(ident, signal.SIGINT)  # this thread, so that it wakes from whatever it waits for
+
+
+@contextmanager
+def _ignored_interruptions_sent_again() -> Iterator[None]:
+    """Within the block, an interruption that Python ignored is repeated until it ends what is being executed."""
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, _INTERRUPTIONS):
+            timer = threading.Timer(_RESEND_SECONDS, _interrupt_main_thread)
+            timer.daemon = True
+            timer.start()
+        else:
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
+
+
+@contextmanager
+def _hangup_interrupts() -> Iterator[None]:
+    """Within the block SIGHUP is an interruption, unless it is ignored (`nohup`) or handled already."""
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGHUP) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+class CancelingExecutor(dg.Executor):
+    """Delegates to another executor, and reports an interruption as the request that it is.
+
+    The process that executes is recorded with the run, and runs whose process is gone are ended first.
+    """
+
+    def __init__(self, executor: dg.Executor) -> None:
+        self._executor = executor
+
+    @property
+    def retries(self) -> Any:
+        """The other executor's retry mode."""
+        return self._executor.retries
+
+    @property
+    def step_dependency_config(self) -> Any:
+        """The other executor's rule for when a step may start."""
+        return self._executor.step_dependency_config
+
+    def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
+        """Execute the plan in this process."""
+        check_root_is_writable()
+        record_process(plan_context.instance, plan_context.run_id)
+        for lost in end_lost_runs(plan_context.instance):
+            plan_context.log.warning(f"run {lost} was in progress, but its process is gone: it is marked as ended")
+        try:
+            with _hangup_interrupts(), _ignored_interruptions_sent_again():
+                yield from self._executor.execute(plan_context, execution_plan)
+        except _INTERRUPTIONS:
+            instance: dg.DagsterInstance = plan_context.instance
+            run = instance.get_run_by_id(plan_context.run_id)
+            if run is not None and run.status not in _GRACEFUL:
+                instance.report_run_canceling(run, message="The run was interrupted by a signal.")
+            raise
+
+
+@dg.executor(
+    name="in_process",
+    config_schema=dg.in_process_executor.config_schema,  # pyright: ignore[reportArgumentType]  # already normalized
+    requirements=[],
+)
+def in_process_executor(context: dg.InitExecutorContext) -> CancelingExecutor:
+    """Run all steps in the run's process: the graph is a chain, and Ray is the parallelism."""
+    create = dg.in_process_executor.executor_creation_fn
+    assert create is not None
+    return CancelingExecutor(create(context))

@@ -1,0 +1,77 @@
+"""Which AWS resources are this project's: the tag that says so, and how to read it.
+
+Everything that the registry and the endpoint host create carries it, and nothing without it is ever changed or removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from resources.aws.calls import error_code, error_message, is_missing
+from resources.aws.tags import VALUE_LENGTH, sanitised, tag_list
+
+CREATED_BY_TAG = "housing-assets:created-by"
+CREATED_BY = "housing-assets"
+# The prefix that a deployment keeps everything of a kind below: two deployments in one account never touch each other.
+ROOT_TAG = "housing-assets:root"
+
+
+def owned(*sources: Mapping[str, str]) -> list[dict[str, str]]:
+    """Tags as the API takes them, with the one that marks what this project created."""
+    return tag_list({CREATED_BY_TAG: CREATED_BY}, *sources)
+
+
+def is_ours(tags: Mapping[str, str]) -> bool:
+    """Whether the tags are those of something that this project created."""
+    return tags.get(CREATED_BY_TAG) == CREATED_BY
+
+
+def root_tags(root: str) -> dict[str, str]:
+    """The tag that says to which deployment something belongs."""
+    return {ROOT_TAG: sanitised(root.rstrip("/"), VALUE_LENGTH)}
+
+
+def creation_tags(root: str) -> dict[str, str]:
+    """The tags of everything that this deployment creates."""
+    return {CREATED_BY_TAG: CREATED_BY, **root_tags(root)}
+
+
+def belongs_to(tags: Mapping[str, str], root: str) -> bool:
+    """Whether the tags are those of something that this very deployment created."""
+    return is_ours(tags) and tags.get(ROOT_TAG) == root_tags(root)[ROOT_TAG]
+
+
+def tags_of(client: Any, call: Callable[..., Any], arn: str) -> dict[str, str]:
+    """All tags of a SageMaker resource; none if it does not exist."""
+    from botocore.exceptions import ClientError
+
+    try:
+        return {tag["Key"]: tag["Value"] for tag in pages(call, client.list_tags, "Tags", ResourceArn=arn)}
+    except ClientError as error:
+        if is_absent(error):
+            return {}
+        raise
+
+
+def pages(call: Callable[..., Any], function: Callable[..., Any], member: str, **params: Any) -> Iterator[Any]:
+    """The entries of all pages of a List operation."""
+    token: dict[str, str] = {}
+    while True:
+        page = call(function, **params, **token)
+        yield from page.get(member, [])
+        if not page.get("NextToken"):
+            return
+        token = {"NextToken": page["NextToken"]}
+
+
+def is_absent(error: BaseException) -> bool:
+    """Whether the error says that the named resource does not exist; model packages have words of their own for it."""
+    if is_missing(error):
+        return True
+    return error_code(error) == "ValidationException" and "does not exist" in error_message(error).lower()
+
+
+def already_exists(error: BaseException) -> bool:
+    """Whether the error says that the name is taken."""
+    return error_code(error) == "ResourceInUse" or "already exist" in error_message(error).lower()

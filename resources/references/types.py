@@ -1,0 +1,116 @@
+"""What assets pass to each other: small typed references, never the data."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from pydantic import BaseModel, ConfigDict
+
+from resources.references.evidence import Judged
+from step_scripts.runner.contract import Artifact
+from step_scripts.table.spec import TableSpec
+
+
+class Reference(BaseModel):
+    """Base of all references."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MadeReference(Reference):
+    """Base of references to what a run has made: with which code."""
+
+    run_id: str | None = None
+    code_version: str | None = None
+
+
+class DataFile(Reference):
+    """A source file as it was read. `modified`: seconds since 1970. `change`: see `SourceFile`. `content`: a digest."""
+
+    uri: str
+    bytes: int
+    modified: float
+    change: str = ""
+    content: str | None = None
+    rows: int | None = None
+
+
+class DatasetRef(MadeReference):
+    """What was ingested at once. `digest` is that of the validated rows. No files: nobody recorded them."""
+
+    digest: str
+    source: str = ""
+    files: tuple[DataFile, ...] = ()
+    rows: int | None = None
+    rows_rejected: int | None = None
+    commit: int | None = None
+    ingested_at: datetime | None = None
+
+
+class SnapshotRef(Reference):
+    """The records of a feature group that were read: those of `commit`, and of the time `as_of` if there is one."""
+
+    group: str
+    commit: int
+    digest: str
+    as_of: datetime | None = None
+    run_id: str | None = None
+    datasets: tuple[DatasetRef, ...] = ()
+
+
+class SourceRef(MadeReference):
+    """Validated rows of a source, the rows that were rejected, and the table (with its bounds) that decided."""
+
+    source: str
+    table: TableSpec
+    rows: Artifact
+    rejected: Artifact
+    rows_total: int
+    rows_rejected: int
+    files: tuple[DataFile, ...] = ()
+
+
+class SplitRef(MadeReference):
+    """One split. Only the training split carries the statistics that were fitted on it.
+
+    `splits`: digests of all three that were made together, by name. `judged`: what they stand on, as in the references
+    below; blocking checks have judged it.
+    """
+
+    name: str = ""
+    rows: Artifact
+    fraction: float
+    configured_fraction: float
+    statistics: Artifact | None = None
+    snapshot: SnapshotRef | None = None
+    splits: dict[str, str] = {}
+    judged: tuple[Judged, ...] = ()
+
+
+class ModelRef(MadeReference):
+    """A trained model, the report of the search that found it, and the training split that it was fitted on."""
+
+    model: Artifact
+    report: Artifact
+    metrics: dict[str, float]
+    parameters: dict[str, float | int | str]
+    request_digest: str
+    made_at: datetime | None = None
+    validation_digest: str | None = None
+    train: SplitRef | None = None
+    versions: dict[str, str] = {}
+    judged: tuple[Judged, ...] = ()
+
+
+class EvaluationRef(Reference):
+    """The evaluation of exactly one model (`model_digest`) on exactly one test split (`test_digest`)."""
+
+    report: Artifact
+    model_digest: str
+    test_digest: str
+    test: Artifact | None = None
+    metrics: dict[str, float]
+    rmse_threshold: float
+    run_id: str | None = None
+    code_version: str | None = None
+    judged: tuple[Judged, ...] = ()

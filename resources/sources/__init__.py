@@ -1,0 +1,1 @@
+"""Finding source files: `listing` is what is called, `folder_search` looks through folders. Imports no other room."""
