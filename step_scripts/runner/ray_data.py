@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
+from ray.cloudpickle import dumps as pickle_by_value  # pyright: ignore[reportPrivateImportUsage]
 from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource
 from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
 
@@ -27,7 +28,7 @@ from step_scripts.runner.contract import Artifact, Reporter, StepError
 from step_scripts.runner.wording import counted
 
 _RETRIES = 3  # of what a process did that has ended; Ray Data's default is for ever
-BOUNDED = {"max_retries": _RETRIES}
+BOUNDED: dict[str, Any] = {"max_retries": _RETRIES}
 """Ray options of all tasks."""
 _BOUNDED_ACTORS = {"max_restarts": _RETRIES, "max_task_retries": _RETRIES}
 PATH = "path"
@@ -162,8 +163,8 @@ def reports(
     the process of a task ends again and again.
     """
     configure()
-    call: Any = _report if compute is None else _Reporting  # map_batches knows functions of one argument only
-    limits = BOUNDED if compute is None else _BOUNDED_ACTORS
+    call: Any = _report if compute is None else _Reporting  # `map_batches` has types for one argument only
+    limits: dict[str, Any] = BOUNDED if compute is None else _BOUNDED_ACTORS
     passing = blocks.map_batches(
         call,
         fn_args=(function, args),
@@ -177,6 +178,7 @@ def reports(
     batches = iter(passing.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     try:
         for found in batches:
+            assert isinstance(found, pa.Table)
             report = pickle.loads(found["report"][0].as_py())  # noqa: S301  # written by a task of this session
             if isinstance(report, StepError):
                 raise report
@@ -235,7 +237,7 @@ def _report(block: pa.Table, function: Callable[..., Any], args: tuple[Any, ...]
         report = function(block, *args)
     except StepError as error:  # as a result: Ray Data would add words of its own
         report = error
-    return pa.table({"report": [ray.cloudpickle.dumps(report)]})  # Ray Data would turn tuples into lists
+    return pa.table({"report": [pickle_by_value(report)]})  # Ray Data would turn tuples into lists
 
 
 def _of_rows(block: pa.Table, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[str, int, Any]:

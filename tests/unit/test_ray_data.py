@@ -11,8 +11,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from step_scripts.runner import ray_data
 from step_scripts.runner.contract import Artifact, FileInfo, StepError
-from step_scripts.runner.execution import ray_data
 from step_scripts.runner.ray_data import Progress, each_call, parquet_blocks
 from step_scripts.runner.ray_session import RaySession, worker_environment
 
