@@ -12,7 +12,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -65,7 +66,8 @@ def configure() -> DataContext:
     return context
 
 
-class ParquetBlocks(NamedTuple):
+@dataclass(frozen=True)
+class ParquetBlocks:
     """A dataset of an artifact's files, None without rows; the numbers of its rows and blocks; each file's place.
 
     Column `PATH` names each row's file.
@@ -81,7 +83,7 @@ class ParquetBlocks(NamedTuple):
         if self.dataset is None:
             return self
         present = self.dataset.columns() or []
-        return self._replace(dataset=self.dataset.select_columns([n for n in (*columns, PATH) if n in present]))
+        return replace(self, dataset=self.dataset.select_columns([n for n in (*columns, PATH) if n in present]))
 
     def each(
         self, function: Callable[..., Any], *args: Any, progress: Progress | None = None
@@ -177,8 +179,8 @@ def reports(
     # Held until the end: Ray Data ends tasks, without waiting for them, when nobody refers to the iterator any more.
     batches = iter(passing.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     try:
+        found: Any
         for found in batches:
-            assert isinstance(found, pa.Table)
             report = pickle.loads(found["report"][0].as_py())  # noqa: S301  # written by a task of this session
             if isinstance(report, StepError):
                 raise report

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step_scripts.parameters import PrepareSplitsParams
-from step_scripts.runner import ray_data, run_step, storage
+from step_scripts.runner import ray_data, storage
 from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepResult, file_info
+from step_scripts.runner.execution import run_step
 from step_scripts.runner.ray_session import RaySession
 from step_scripts.table.record_ids import split_fraction
 from step_scripts.table.spec import ColumnSpec, TableSpec
