@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from ray.cloudpickle import dumps as pickle_by_value  # pyright: ignore[reportPrivateImportUsage]
+from ray.cloudpickle import dumps as pickle_by_value  # pyright: ignore
 from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource
 from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
 
