@@ -61,11 +61,11 @@ NOT_RUN = {
 }
 # Commands in running text that no block has, and what runs them.
 MENTIONED = {
-    "python -m step_scripts.runner request.json": "tests/unit/test_runner.py",
-    "export HOUSING_CONFIG=my_config.yaml": "tests/unit/test_launch_defaults.py",
+    "python -m step_scripts.runner request.json": "tests/unit/step_scripts/runner/test_runner.py",
+    "export HOUSING_CONFIG=my_config.yaml": "tests/unit/housing_assets/test_launch_defaults.py",
     "export HOUSING_RAW_CSV=/path/to/sales.csv": "HOUSING_RAW_CSV=/path/to/sales.csv make run",
     "python -m housing_assets.reporting.summary": "make run",
-    "python -m housing_assets.reference": "tests/unit/test_documentation.py calls it",
+    "python -m housing_assets.reference": "tests/unit/project/test_documentation.py calls it",
     "make run CONFIG=file.yaml": "make run CONFIG=my_config.yaml",
     "dagster asset materialize ... --config file.yaml": "make run CONFIG=my_config.yaml",
     "dagster asset materialize --select '*'": "make run",

@@ -15,7 +15,7 @@ import dagster as dg
 import pytest
 
 from tests.ports import free_port
-from tests.unit.test_deployment_files import POSTGRES_FILE
+from tests.unit.project.test_deployment_files import POSTGRES_FILE
 
 ROOT = Path(__file__).parents[2]
 

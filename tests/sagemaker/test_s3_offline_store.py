@@ -23,7 +23,7 @@ from tests.sagemaker_emulator import SageMakerEmulator
 from tests.sagemaker_emulator.testing import Aws
 
 # The same tests, with this module's `store`.
-from tests.unit.test_offline_store import (  # noqa: F401
+from tests.unit.step_scripts.feature_store.test_offline_store import (  # noqa: F401
     test_a_changed_row_supersedes_and_an_older_one_is_history,
     test_a_commit_number_cannot_be_taken_twice,
     test_a_dataset_of_another_form_is_refused,

@@ -15,13 +15,15 @@ from resources.sources.listing import find_source_files, list_landing
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact
 from step_scripts.runner.file_state import file_state
-from tests.unit.test_storage import (
+from tests.unit.step_scripts.runner.test_storage import (
     test_a_failed_write_keeps_the_old_content as test_a_failed_write_keeps_the_old_content,
 )
-from tests.unit.test_storage import test_listing_deleting_and_existence as test_listing_deleting_and_existence
-from tests.unit.test_storage import test_missing_files as test_missing_files
-from tests.unit.test_storage import test_reading_parts_of_a_file as test_reading_parts_of_a_file
-from tests.unit.test_storage import (
+from tests.unit.step_scripts.runner.test_storage import (
+    test_listing_deleting_and_existence as test_listing_deleting_and_existence,
+)
+from tests.unit.step_scripts.runner.test_storage import test_missing_files as test_missing_files
+from tests.unit.step_scripts.runner.test_storage import test_reading_parts_of_a_file as test_reading_parts_of_a_file
+from tests.unit.step_scripts.runner.test_storage import (
     test_write_replaces_and_leaves_nothing_else as test_write_replaces_and_leaves_nothing_else,
 )
 

@@ -14,9 +14,8 @@ from resources.file_lock import file_lock
 from resources.model_registry.base import RegistryDamaged
 from resources.model_registry.local import LocalModelRegistry
 from step_scripts.runner.contract import DamagedArtifactError
+from tests import ROOT
 from tests.registry_contract import RegistryContract, artifact, register
-
-ROOT = Path(__file__).parents[2]
 
 
 class TestContract(RegistryContract):

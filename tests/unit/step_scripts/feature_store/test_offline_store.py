@@ -32,6 +32,7 @@ from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.table.event_hash import content_hashes, event_hashes, lane_sums, text_hashes, text_prefixes
 from step_scripts.table.spec import ColumnSpec, TableSpec
+from tests import ROOT
 from tests.feature_rows import (
     NOON,
     TABLE,
@@ -476,7 +477,7 @@ def test_a_killed_ingestion_is_invisible_and_the_next_one_tidies_up(store: Offli
     before = _data_files(store)
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, store.root, str(tmp_path)], stdout=subprocess.PIPE, text=True,
-        cwd=Path(__file__).parents[2], env=os.environ | {"PYTHONPATH": "."},
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": "."},
     )  # fmt: skip
     try:
         assert process.stdout is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,8 +15,8 @@ from step_scripts.data.rejected_rows import Reason, rejection_message
 from step_scripts.parameters import ValidateSourceParams
 from step_scripts.runner.wording import are, counted, megabytes, number, percent, rounded
 from step_scripts.table.spec import ColumnSpec, TableSpec
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 TABLE = TableSpec(
     name="t", columns=(ColumnSpec(name="X", dtype="float64"), ColumnSpec(name="Y", dtype="float64")), target="Y"
 )

@@ -21,9 +21,9 @@ from dagster._core.op_concurrency_limits_counter import GlobalOpConcurrencyLimit
 from dagster._core.workspace.load import location_origins_from_yaml_paths
 
 from housing_assets.definitions import defs
+from tests import ROOT
 from tests.ports import free_port
 
-ROOT = Path(__file__).parents[2]
 POSTGRES_FILE = ROOT / "deploy" / "dagster.postgres.yaml"
 PG = {"HOST": "127.0.0.1", "PORT": "5432", "DB": "dagster", "USER": "dagster", "PASSWORD": "x"}
 

@@ -10,8 +10,7 @@ import pytest
 from dagster._core.errors import DagsterResourceFunctionError
 
 from housing_assets.deployments import load_resources
-
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
 
 
 def days(landing: Path, start: str = "2026-11-01") -> subprocess.CompletedProcess[str]:

@@ -15,6 +15,7 @@ from resources.aws.code_package import ARCHIVE, REQUIRED, code_package
 from resources.compute.sagemaker import STEPS
 from resources.model_registry.serving_container import serving_code, serving_requirements
 from step_scripts.runner.code_version import _sources, step_sources
+from tests import ROOT
 from tests.aws_image import CONTENT
 
 PROJECT = ("step_scripts", "housing_assets")
@@ -46,7 +47,7 @@ def distributions(modules: Iterable[str]) -> set[str]:
     """Names of the distributions that the project's modules import, wherever in them, directly."""
     found: set[str] = set()
     for module in modules:
-        path = Path(__file__).parents[2].joinpath(*module.split("."))
+        path = ROOT.joinpath(*module.split("."))
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         for node in ast.walk(ast.parse(file.read_bytes())):
             if isinstance(node, ast.Import):

@@ -23,9 +23,8 @@ from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepR
 from step_scripts.runner.execution import find_result, run_step
 from step_scripts.runner.loaded_code import own_places
 from step_scripts.runner.ray_session import NodeReport, RaySession, RaySettings
+from tests import ROOT
 from tests.source_steps import CollectingReporter, source_file
-
-ROOT = Path(__file__).parents[2]
 
 
 def forget() -> None:

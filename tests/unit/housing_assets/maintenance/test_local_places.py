@@ -13,9 +13,9 @@ import pytest
 from housing_assets.deployments import load_resources
 from housing_assets.local_places import MARKER, main
 from resources.feature_store.local import LocalFeatureStore
+from tests import ROOT
 from tests.feature_rows import TABLE
 
-PROJECT = Path(__file__).parents[2]
 HISTORY = ("history/runs/1.db", "storage/1/log", "schedules/schedules.db", "dagster.yaml", MARKER)
 
 
@@ -39,7 +39,7 @@ def test_folders_that_were_made_go_with_all_that_is_in_them(tmp_path: Path) -> N
     variables = environment(tmp_path)
     assert main(["prepare"], variables) == 0
     home, root = Path(variables["DAGSTER_HOME"]), Path(variables["HOUSING_ROOT"])
-    assert (home / "dagster.yaml").read_bytes() == (PROJECT / "deploy" / "dagster.yaml").read_bytes()
+    assert (home / "dagster.yaml").read_bytes() == (ROOT / "deploy" / "dagster.yaml").read_bytes()
     write(*(home / name for name in HISTORY[:3]))
     group_in(str(root))
     load_resources({**variables, "HOUSING_ENVIRONMENT": "staging"})["source_location"].resolve()
@@ -94,12 +94,12 @@ def test_what_is_on_aws_is_left_to_teardown(tmp_path: Path, capsys: pytest.Captu
 
 def test_make_quotes_the_places(tmp_path: Path) -> None:
     """The recipes themselves, in a project whose environment is this one."""
-    shutil.copy(PROJECT / "Makefile", tmp_path)
+    shutil.copy(ROOT / "Makefile", tmp_path)
     write(*(tmp_path / name for name in ("pyproject.toml", "constraints.txt", ".venv/.installed")))
     places = {"HOUSING_ROOT": str(tmp_path / "work old" / "housing"), "DAGSTER_HOME": str(tmp_path / "my home")}
     theirs = tmp_path / "work" / "thesis.txt"
     write(theirs)
-    variables = {**os.environ, **places, "PYTHONPATH": str(PROJECT)}
+    variables = {**os.environ, **places, "PYTHONPATH": str(ROOT)}
 
     def make(*targets: str) -> str:
         done = subprocess.run(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
+
 STEPS = sorted(f"step_scripts.{path.stem}" for path in (ROOT / "step_scripts").glob("[!_]*.py"))
 
 

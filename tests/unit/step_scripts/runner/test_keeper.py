@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from step_scripts.runner.session_folder import make_folder, processes_of, recorded_process, recorded_sessions
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 # A driver whose processes leave its session and its family, and do not listen to SIGTERM: more than Ray's do.
 DRIVER = """
 import os, signal, sys, time, types

@@ -14,6 +14,7 @@ from resources.feature_store.local import LocalFeatureStore
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.parameters import IngestFeaturesParams
 from step_scripts.runner.contract import StepError
+from tests import ROOT
 from tests.feature_rows import NOON, TABLE, ingest_rows, record_id, row, write_rows
 
 
@@ -84,4 +85,4 @@ import sys, resources.feature_store.local, resources.feature_store.sagemaker
 heavy = {"ray", "polars", "pyarrow", "numpy", "pandas", "pandera", "boto3", "botocore"} & set(sys.modules)
 sys.exit(f"imported {sorted(heavy)}" if heavy else 0)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -17,8 +17,8 @@ from dagster._daemon.monitoring.run_monitoring import execute_run_monitoring_ite
 
 from housing_assets.runs.executor import in_process_executor
 from housing_assets.runs.lost_runs import PROCESS_TAG, end_lost_runs, record_process
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 STARTED, FAILURE = dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.FAILURE
 
 
@@ -72,7 +72,7 @@ def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
 def running(instance: dg.DagsterInstance, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The process of a run that is in its step and has the pool's only slot, and the run's id."""
     script = (
-        "import dagster as dg; from tests.unit.test_lost_runs import waiting\n"
+        "import dagster as dg; from tests.unit.housing_assets.runs.test_lost_runs import waiting\n"
         f"with dg.DagsterInstance.from_config({str(tmp_path / 'dagster')!r}) as instance:\n"
         "    dg.execute_job(dg.reconstructable(waiting), instance=instance)\n"
     )

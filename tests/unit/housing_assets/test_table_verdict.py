@@ -16,8 +16,7 @@ from housing_assets.config import SLICES
 from housing_assets.schema import HOUSING_TABLE
 from housing_assets.table_verdict import WrongTable, check_table
 from step_scripts.parameters import Slice
-
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
 
 
 @pytest.fixture

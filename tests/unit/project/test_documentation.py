@@ -19,9 +19,9 @@ from housing_assets.deployments import load_resources
 from housing_assets.maintenance.retention import PruneConfig
 from housing_assets.maintenance.teardown import TeardownConfig
 from housing_assets.reference import reference
+from tests import ROOT
 from tests.documented import commands, files, mentions, pages
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = {
     **CONFIG_OF_OP,
     **dict.fromkeys(("approve", "reject"), DecisionConfig),

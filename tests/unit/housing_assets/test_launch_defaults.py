@@ -18,8 +18,7 @@ from housing_assets import config
 from housing_assets.config import ColumnBounds, RawCsvConfig, SplitsConfig, configures
 from housing_assets.config_fields import with_defaults
 from housing_assets.settings import load_launch_defaults
-
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
 
 
 def written(folder: Path, content: Any) -> dict[str, str]:

@@ -159,7 +159,7 @@ def test_a_run_that_goes_on_from_a_failure_reads_what_the_failed_run_wrote(
     broken = tmp_path / "broken"
     broken.touch()
     arguments: Any = (str(broken), str(tmp_path / ROOT))
-    job = dg.build_reconstructable_job("tests.unit.test_references", "job_that_breaks_while", arguments)
+    job = dg.build_reconstructable_job("tests.unit.resources.test_references", "job_that_breaks_while", arguments)
     config = {"ops": {"data": {"config": {"digest": "first"}}}}
     with dg.execute_job(job, instance, config) as failed:
         assert not failed.success

@@ -14,8 +14,8 @@ import pytest
 
 from housing_assets import code_location
 from housing_assets.deployments import load_resources
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 SNAPSHOT = Path(__file__).parent / "definitions.json"
 HEAVY = ["ray", "xgboost", "xgboost_ray", "sagemaker", "boto3", "pandera", "polars", "pyarrow", "pandas", "numpy",
          "matplotlib", "optuna", "mlflow"]  # fmt: skip
@@ -50,7 +50,8 @@ def snapshot() -> dict[str, object]:
 
 
 def test_the_definitions_are_those_of_the_snapshot() -> None:
-    """After an intended change: `python -m tests.unit.test_code_location > tests/unit/definitions.json`."""
+    """After an intended change: `python -m tests.unit.housing_assets.test_code_location >
+    tests/unit/housing_assets/definitions.json`."""
     assert snapshot() == json.loads(SNAPSHOT.read_text())
 
 

@@ -17,6 +17,7 @@ from step_scripts.cluster.failure import LONGEST, ClusterError, failure_from, fa
 from step_scripts.cluster.limits import ClusterLimits, limits_from, pauses
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.interruption import interrupt, on_interruption
+from tests import ROOT
 
 _json = st.dictionaries(st.text(max_size=20), st.one_of(st.integers(), st.text(max_size=200)), max_size=10)
 
@@ -138,7 +139,7 @@ def test_orphans_are_ended_and_sigterm_is_noticed_at_once(tmp_path: Path) -> Non
         [sys.executable, "-c", textwrap.dedent(_SUPERVISOR), str(tmp_path / "ready")],
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).resolve().parents[2],
+        cwd=ROOT,
     ) as supervisor:
         assert supervisor.stdout is not None
         try:

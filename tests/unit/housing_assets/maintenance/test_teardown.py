@@ -36,7 +36,6 @@ from tests.job_outcome import outcome
 from tests.serving_models import registered, small_model, smoke_test
 from tests.vouching import record
 
-ROOT = Path(__file__).parents[2]
 LOG = logging.getLogger("test")
 FOREIGN = (
     "data/artifacts/notes.txt",
