@@ -17,6 +17,8 @@ IMAGE ?= own
 IMAGE_PYTHON ?= $(BIN)/python
 # Of pytest, each with a Ray session of its own. Most tests wait for processes that they have started.
 TEST_PROCESSES ?= 2
+# Of the tests that `make check` runs: a folder of tests/unit.
+ROOM ?=
 # A file with run configuration: make run CONFIG=my_config.yaml
 CONFIG ?=
 # Without compiled bytecode everything that Ray does is several times slower.
@@ -100,6 +102,10 @@ system-packages:
 .PHONY: test
 test: system-packages lint  ## Run ruff, pyright and all tests
 	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+
+.PHONY: check
+check: $(VENV)/.installed-dev  ## Run the quick tests of one room (ROOM=step_scripts/data)
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile -m 'not slow' tests/unit/$(ROOM)
 
 .PHONY: rehearse
 rehearse: system-packages $(VENV)/.installed-dev $(if $(filter aws,$(IMAGE)),$(VENV)/.installed-sagemaker)
