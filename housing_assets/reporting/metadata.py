@@ -39,7 +39,7 @@ def artifact_metadata(artifact: Artifact) -> dict[str, Any]:
 
 
 def run_metadata(result: StepResult) -> dict[str, Any]:
-    """How a step ran: reused or not, seconds per phase, CPUs held, memory, nodes, versions.
+    """How a step ran: reused or not, seconds per phase and operator, CPUs held, memory, nodes, versions.
 
     `core_seconds` is the time of the step times the CPUs of its Ray session, used or not: what it kept from others.
     """
@@ -50,6 +50,8 @@ def run_metadata(result: StepResult) -> dict[str, Any]:
         "request_digest": result.request_digest,
         "versions": dg.MetadataValue.json(result.versions),
     }
+    if result.operators:
+        metadata["ray_data_operators"] = table(result.operators)
     if result.cpus is not None:
         metadata["core_seconds"] = round(result.cpus * metadata["seconds"], 1)
     if result.reused:

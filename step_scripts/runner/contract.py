@@ -190,6 +190,9 @@ class StepResult(BaseModel):
         default_factory=list,
         description="Modules that took part and that the code version does not cover: not to be reused.",
     )
+    operators: list[dict[str, Any]] = Field(
+        default_factory=list, description="Operators of Ray Data, in the order of the passes, and what they took."
+    )
 
 
 @dataclass

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -34,6 +35,7 @@ from step_scripts.runner.contract import (
     check_files,
 )
 from step_scripts.runner.disk_space import explain_full_disk
+from step_scripts.runner.operators import operators_noted
 from step_scripts.runner.ray_session import RaySession, RaySettings
 
 
@@ -115,12 +117,13 @@ def run_step(
             if session.settings.address:
                 code.require()  # of its nodes
             context.seconds["start Ray"] += waited
-        outcome = step.run(context, params)
+        with operators_noted() as operators:
+            outcome = step.run(context, params)
         code.require()
         if absent := [name for name in step.outputs if name not in outcome.outputs]:
             raise RuntimeError(f"step {request.step} returned without its outputs {absent}")
         context.seconds["total"] = time.perf_counter() - start
-        result = _commit(request, context, outcome, session, code.unversioned())
+        result = _commit(request, context, outcome, session, code.unversioned(), operators)
     except BaseException as error:
         local = [] if storage.is_remote(request.output_root) else [storage.local_path(request.output_root)]
         full = explain_full_disk(error, [*local, tempfile.gettempdir()])
@@ -156,7 +159,12 @@ def _check_inputs(request: StepRequest) -> None:
 
 
 def _commit(
-    request: StepRequest, context: StepContext, outcome: StepOutcome, session: RaySession, unversioned: list[str]
+    request: StepRequest,
+    context: StepContext,
+    outcome: StepOutcome,
+    session: RaySession,
+    unversioned: list[str],
+    operators: list[dict[str, Any]],
 ) -> StepResult:
     if unversioned:
         context.log.warning(
@@ -186,6 +194,7 @@ def _commit(
         nodes=session.nodes(),
         versions={**library_versions(), "python": sys.version.split()[0]},
         unversioned=unversioned,
+        operators=operators,
     )
     # In the order of the fields, which is what people see: also where the result is read again.
     storage.write_bytes(request.manifest_uri, json.dumps(result.model_dump(mode="json"), indent=2).encode())

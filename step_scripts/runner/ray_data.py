@@ -26,6 +26,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
 
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, Reporter, StepError
+from step_scripts.runner.operators import note_operators
 from step_scripts.runner.wording import counted
 
 _RETRIES = 3  # of what a process did that has ended; Ray Data's default is for ever
@@ -195,6 +196,7 @@ def reports(
         ) from error
     finally:
         _end_tasks(passing)
+        note_operators(_named(function, args), passing.get_stats_summary())
 
 
 def _named(function: Callable[..., Any], args: tuple[Any, ...]) -> str:

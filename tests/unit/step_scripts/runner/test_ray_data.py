@@ -13,6 +13,7 @@ import pytest
 
 from step_scripts.runner import ray_data
 from step_scripts.runner.contract import Artifact, FileInfo, StepError
+from step_scripts.runner.operators import operators_noted
 from step_scripts.runner.ray_data import Progress, each_call, parquet_blocks
 from step_scripts.runner.ray_session import RaySession, worker_environment
 
@@ -138,6 +139,22 @@ def test_results_keep_their_types(ray_session: RaySession) -> None:
     """Ray Data would turn tuples into lists and dictionaries into structures."""
     results = {"a": (1, 2.5, None), "b": [(1,)], 3: {"x": Path("y")}}
     assert list(each_call(lambda: results, [()])) == [(0, results)]
+
+
+def test_what_operators_took_is_noted(ray_session: RaySession, tmp_path: Path) -> None:
+    def work(rows: pl.DataFrame) -> int:
+        return rows.height
+
+    with operators_noted() as found:
+        parquet_blocks(table(tmp_path, [100, 50]), ["n"]).reports(work)
+        list(each_call(lambda n: n, [(n,) for n in range(3)]))
+    assert [(operator["operator"], operator["tasks"]) for operator in found] == [
+        ("ReadParquet->work", 1),
+        ("<lambda>", 3),
+    ]
+    assert all(operator["task_seconds"] > 0 for operator in found)
+    parquet_blocks(table(tmp_path, [100, 50]), ["n"]).reports(work)
+    assert len(found) == 2
 
 
 def test_leaving_early_ends_the_tasks(ray_session: RaySession, tmp_path: Path) -> None:
