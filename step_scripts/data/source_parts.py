@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from step_scripts.runner import storage
-from step_scripts.runner.contract import FileInfo
+from step_scripts.runner.contract import Artifact, FileInfo
 from step_scripts.table.record_ids import lanes_of_ids, record_lanes
 from step_scripts.table.spec import TableSpec
 
@@ -79,6 +79,13 @@ def rows_digest(parts: Sequence[PartReport], schema: str) -> str:
     rows = sum(p.rows for p in parts)
     first, second = (sum(p.sums[lane] for p in parts) % 2**64 for lane in (0, 1))
     return hashlib.sha256(f"{schema}\0{rows}\0{first}\0{second}".encode()).hexdigest()
+
+
+def rows_artifact(uri: str, parts: Sequence[PartReport], table: TableSpec) -> Artifact:
+    """The artifact of all parts. Its digest is one of the set of rows: cutting the source otherwise changes nothing."""
+    schema = table.model_dump_json(include={"columns": {"__all__": {"name", "dtype"}}, "key_columns": True})
+    files = [part.file for part in parts if part.file is not None]
+    return Artifact.of(uri, files, digest=rows_digest(parts, schema))
 
 
 def write_parquet(frame: pl.DataFrame, uri: str, path: str = "") -> FileInfo:

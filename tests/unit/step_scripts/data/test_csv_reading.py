@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from ray.data.datasource import Datasource
 
 from step_scripts import validate_source
-from step_scripts.data import csv_chunks, csv_header, csv_lines
+from step_scripts.data import csv_chunks, csv_header, csv_lines, csv_passes
 from step_scripts.data.csv_lines import count_lines, count_records, line_ends, with_newlines
 from step_scripts.parameters import ValidateSourceParams
 from step_scripts.runner.contract import StepContext, StepError, StepOutcome, StepRequest
@@ -49,9 +49,10 @@ def in_this_process_by_a_few_bytes() -> Iterator[None]:
         yield from (function(block, *args) for task in tasks for block in task())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validate_source, "each_call", one_after_the_other)
-        patch.setattr(validate_source, "source_reports", block_after_block)
-        patch.setattr(validate_source.ray, "cluster_resources", lambda: {"CPU": 2})
+        for module in (validate_source, csv_passes):
+            patch.setattr(module, "each_call", one_after_the_other)
+        patch.setattr(csv_passes, "source_reports", block_after_block)
+        patch.setattr(csv_passes.ray, "cluster_resources", lambda: {"CPU": 2})
         patch.setattr(csv_header, "_FIRST_READ", 4)
         patch.setattr(csv_chunks, "_BEYOND_END", 2)
         patch.setattr(csv_chunks, "_BLOCK", 3)

@@ -1,0 +1,143 @@
+"""What an evaluation says: `evaluation.json` as SageMaker's model quality reports, metrics, and tables for people."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from step_scripts.evaluation.error_sums import ErrorSums, standard_deviations
+from step_scripts.evaluation.errors_of_rows import EvaluationPlan, RowErrors
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact, StepContext, StepOutcome, file_info, write_json
+from step_scripts.runner.wording import rounded
+
+_PERCENTS = (1, 5, 25, 50, 75, 95, 99)
+_DEVIATION_METHOD = "delta method over the test rows; NaN where it does not apply"
+
+
+def evaluation_outcome(
+    context: StepContext, plan: EvaluationPlan, errors: RowErrors, champion_remark: str
+) -> StepOutcome:
+    """Write output `report`. `champion_remark`: why there is no champion to compare with."""
+    sums = errors.sums["model"]
+    figures = _figures(errors)
+    deviations = standard_deviations(errors.sample[:, 0], errors.sample[:, 1], sums.rows)
+    quantiles = np.quantile(errors.sample[:, 0] - errors.sample[:, 1], [p / 100 for p in _PERCENTS]).tolist()
+    slices = [
+        {"slice": grouping.name, "group": grouping.label(key), **_slice_figures(groups[key])}
+        for grouping, groups in zip(plan.slices, errors.groups, strict=True)
+        for key in sorted(groups)
+    ]
+    order = np.argsort(errors.hashes, kind="stable")
+    actual, predicted = errors.plotted[order].T.tolist()
+    predictions = {"actual": actual, "predicted": predicted}
+    report = {
+        "regression_metrics": {
+            name: {"value": _json(value), "standard_deviation": _json(deviations.get(name, math.nan))}
+            for name, value in figures.items()
+        },
+        "standard_deviation_method": _DEVIATION_METHOD,
+        "baselines": {
+            "mean": {**_predictor_figures(errors.sums["mean"]), "value": plan.target_mean},
+            "linear": {
+                **_predictor_figures(errors.sums["linear"]),
+                "intercept": plan.linear.intercept,
+                "coefficients": dict(zip(plan.linear.features, plan.linear.coefficients.tolist(), strict=True)),
+            },
+        },
+        "champion": (
+            _predictor_figures(errors.sums["champion"]) | {"model_digest": context.inputs["champion"].digest}
+            if "champion" in errors.sums
+            else {"remark": champion_remark}
+        ),
+        "slices": slices,
+        "residual_quantiles": {f"{percent}%": value for percent, value in zip(_PERCENTS, quantiles, strict=True)},
+        "rows": sums.rows,
+        "rows_with_target_zero": sums.rows - sums.percentage_rows,
+        "rows_without_target": errors.rows_without_target,
+        "rows_for_quantiles": len(errors.sample),
+        "model_digest": context.inputs["model"].digest,
+        "train_digest": context.inputs["train"].digest,
+        "test_digest": context.inputs["test"].digest,
+    }
+    uri = context.output_uri("report")
+    write_json(storage.join(uri, "evaluation.json"), report)
+    write_json(storage.join(uri, "predictions.json"), predictions)
+    files = [file_info(storage.join(uri, name), uri) for name in ("evaluation.json", "predictions.json")]
+    rivals = {"baseline_mean_rmse": "mean", "baseline_linear_rmse": "linear", "champion_rmse": "champion"}
+    return StepOutcome(
+        outputs={"report": Artifact.of(uri, files)},
+        metrics={
+            **{name: value for name, value in figures.items() if math.isfinite(value)},
+            "test_rows": float(sums.rows),
+            "rows_with_target_zero": float(sums.rows - sums.percentage_rows),
+            "rows_without_target": float(errors.rows_without_target),
+            **{metric: errors.sums[name].rmse for metric, name in rivals.items() if name in errors.sums},
+        },
+        details={
+            "comparison": [_shown(row) for row in _comparison(errors)],
+            "slices": [_shown(row) for row in slices],
+            "residual_quantiles": [
+                _shown({"percent": percent, "residual": value})
+                for percent, value in zip(_PERCENTS, quantiles, strict=True)
+            ],
+            "linear_coefficients": report["baselines"]["linear"]["coefficients"],
+            "predictions": predictions,
+        },
+    )
+
+
+def _figures(errors: RowErrors) -> dict[str, float]:
+    """The metrics of the model; NaN where one is not defined."""
+    sums = errors.sums["model"]
+    spread = float(errors.target.squares[0])
+    absolute = np.abs(errors.sample[:, 0] - errors.sample[:, 1])
+    return {
+        "rmse": sums.rmse,
+        "mse": sums.mse,
+        "mae": sums.mae,
+        "r2": 1 - sums.squared / spread if spread > 0 else math.nan,
+        "mape": sums.mape,
+        "median_absolute_error": float(np.median(absolute)),
+        "max_error": sums.largest,
+        "bias": sums.bias,
+    }
+
+
+def _predictor_figures(sums: ErrorSums) -> dict[str, Any]:
+    return {"rmse": sums.rmse, "mae": sums.mae}
+
+
+def _slice_figures(sums: ErrorSums) -> dict[str, Any]:
+    figures = {"rmse": sums.rmse, "mae": sums.mae, "bias": sums.bias, "mape": sums.mape}
+    return {"rows": sums.rows, **{name: None if math.isnan(value) else value for name, value in figures.items()}}
+
+
+def _comparison(errors: RowErrors) -> list[dict[str, Any]]:
+    """One row a predictor, with its RMSE relative to that of the model."""
+    own = errors.sums["model"].rmse
+    names = {"model": "this model", "champion": "champion", "linear": "linear model", "mean": "mean of train"}
+    return [
+        {
+            "predictor": text,
+            **_predictor_figures(errors.sums[name]),
+            "times_rmse_of_model": errors.sums[name].rmse / own if own else None,
+        }
+        for name, text in names.items()
+        if name in errors.sums
+    ]
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table for people: six significant digits, `n/a` for what is not defined."""
+    return {
+        name: "n/a" if value is None else rounded(value) if isinstance(value, float) else value
+        for name, value in row.items()
+    }
+
+
+def _json(value: float) -> float | str:
+    """JSON has no NaN: SageMaker's reports write it as text."""
+    return value if math.isfinite(value) else "NaN"
