@@ -249,6 +249,16 @@ class LocalRay(ComputeBackend):
             self._worker.send({"prepare": True})
 
     def _execute(self, context: dg.AssetExecutionContext, request: StepRequest) -> StepResult:
+        reply = self._reply(context, request)
+        if reply.get("starting"):  # on a machine that is very busy Ray's processes lose patience with each other
+            context.log.warning(f"{reply['error']['message']}, while Ray was being started. Starting it once more")
+            reply = self._reply(context, request)
+        if "error" in reply:
+            raise failure_of(request.step, reply["error"])
+        return StepResult.model_validate(reply["result"])
+
+    def _reply(self, context: dg.AssetExecutionContext, request: StepRequest) -> dict[str, Any]:
+        """What the driver answers, or an error if it does not; a driver that has ended is gone with what it left."""
         attempt = uuid.uuid4().hex[:12]
         try:
             if self._worker is None:
@@ -273,9 +283,7 @@ class LocalRay(ComputeBackend):
         if reply.get("ended"):
             self._stop()
             storage.delete(storage.join(request.output_uri, attempt))
-        if "error" in reply:
-            raise failure_of(request.step, reply["error"])
-        return StepResult.model_validate(reply["result"])
+        return reply
 
     def _how_it_ended(self) -> str:
         assert self._worker is not None

@@ -160,6 +160,11 @@ class RaySession:
             self._own_folder.release()
             self._own_folder = None
 
+    @property
+    def is_started(self) -> bool:
+        """Whether there is a session: Ray has been started, or a given cluster joined."""
+        return self._started
+
     def loss(self) -> str | None:
         """Which of Ray's processes has ended and how, if one has that is watched."""
         return None if self._watch is None else self._watch.loss()

@@ -4,7 +4,7 @@ Forked by `step_scripts.runner.keeper`, which also ends what this process leaves
 end of a socket pair that carries JSON lines: in `{"request": …, "attempt": …, "pipes": {…}}`, out `{"result": …}` or
 `{"error": …}`. `{"prepare": true}` says that a request will follow; there is no answer. When the other end closes, or
 on SIGTERM, the process ends Ray and itself; also when Ray has lost a process that it cannot work without, after an
-error with `"ended": true`.
+error with `"ended": true`, and with `"starting": true` if no step has begun.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def main(descriptor: int) -> None:
     def lost(reason: str) -> None:
         error = {"kind": "crash", "message": reason, "traceback": "see the run's output"}
         with contextlib.suppress(OSError):
-            channel.sendall(json.dumps({"error": error, "ended": True}).encode() + b"\n")
+            reply = {"error": error, "ended": True, "starting": not session.is_started}
+            channel.sendall(json.dumps(reply).encode() + b"\n")
         os._exit(1)
 
     session = RaySession(settings, on_loss=lost)

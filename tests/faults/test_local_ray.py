@@ -244,6 +244,31 @@ def test_a_run_that_is_killed_while_ray_starts_leaves_nothing_behind(start: Star
     assert not start.worker.folder.path.exists()
 
 
+def test_ray_is_started_once_more_if_it_ends_while_it_starts(tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill_the_first(raylets: int) -> None:
+        def look() -> bool:
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if process.name() == "raylet" and process.pid not in killed:
+                        process.kill()
+                        killed.append(process.pid)
+            return len(killed) == raylets
+
+        until(look)
+
+    for raylets in (1, 2):
+        killed.clear()
+        killer = threading.Thread(target=kill_the_first, args=(raylets,))
+        killer.start()
+        result, results = materialize(tmp_path / str(raylets), "write", values=[1])
+        killer.join()
+        assert result.success == (raylets == 1)
+        assert len(results) == (raylets == 1)
+    assert "Ray's process raylet was ended by SIGKILL" in failure(result).error_display_string
+
+
 @pytest.mark.parametrize("moment", ["raylet", "agent"])
 def test_a_raylet_that_dies_while_ray_starts_is_noticed_in_seconds_and_leaves_nothing_behind(
     start: Start, moment: str
