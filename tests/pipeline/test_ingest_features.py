@@ -71,7 +71,7 @@ def many_rows(count: int) -> pl.DataFrame:
 def test_rows_in_are_rows_readable(ray_session: RaySession, tmp_path: Path) -> None:
     frame = many_rows(30_000)
     log = Log()
-    result = ingest(ray_session, tmp_path, write_frame(tmp_path, frame, parts=4), log=log, num_actors=2)
+    result = ingest(ray_session, tmp_path, write_frame(tmp_path, frame, parts=4), log=log)
     assert result.metrics == {
         "rows_in": 30_000, "rows_readable": 30_000, "added": 30_000, "unchanged": 0, "superseded": 0, "deleted": 0
     }  # fmt: skip

@@ -378,7 +378,7 @@ def test_the_steps_work_on_s3_with_ray(group: Group, aws: Aws) -> None:
     requests = [
         StepRequest(
             step="ingest_features",
-            params={"table": table, "group": "sales", "num_actors": 2, "target": target},
+            params={"table": table, "group": "sales", "target": target},
             inputs={"rows": local.model_copy(update={"uri": aws.uri("rows")})},
             **common,
         ),
