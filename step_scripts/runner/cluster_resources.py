@@ -83,14 +83,16 @@ def reserved(what: str, cpus: int, log: Reporter | None) -> Iterator[dict[str, A
     if node is not None and node.head:
         yield {"num_cpus": cpus}
         return
-    group = placement_group([{"CPU": cpus}])
+    group = None
     try:
-        with waiting_is_told(what, log):
+        with waiting_is_told(what, log):  # begun before, or the group may be one of those that were there already
+            group = placement_group([{"CPU": cpus}])
             if not group.wait(wait_seconds()):
                 raise no_room(what)
         yield {"num_cpus": cpus, "scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
     finally:
-        remove_placement_group(group)
+        if group is not None:
+            remove_placement_group(group)
 
 
 def no_room(what: str) -> StepError:

@@ -224,7 +224,7 @@ def test_a_cluster_is_joined_with_its_token_and_its_free_cpus_are_used(
         "HOUSING_RESOURCE_WAIT_SECONDS"
     )
     # The end of the other may be noticed late, which is told, too.
-    told = [text for text in waiting if not text.startswith("the final fit needs 2 CPUs of the Ray cluster, 1 of 2")]
+    told = [text for text in waiting if not text.startswith("the final fit needs 2 CPUs of the Ray cluster, ")]
     assert set(told) == {"the final fit waits for CPUs of the Ray cluster: 1 of 2 are free"}
     assert (done, left, at_last) == (7, 0, [2])
 

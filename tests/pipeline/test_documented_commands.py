@@ -66,6 +66,7 @@ MENTIONED = {
     "export HOUSING_RAW_CSV=/path/to/sales.csv": "HOUSING_RAW_CSV=/path/to/sales.csv make run",
     "python -m housing_assets.reporting.summary": "make run",
     "python -m housing_assets.reference": "tests/unit/project/test_documentation.py calls it",
+    "dagster dev": "make ui",
     "make run CONFIG=file.yaml": "make run CONFIG=my_config.yaml",
     "dagster asset materialize ... --config file.yaml": "make run CONFIG=my_config.yaml",
     "dagster asset materialize --select '*'": "make run",
