@@ -23,9 +23,7 @@ from step_scripts.runner.contract import Artifact, StepContext, StepDefinition, 
 from step_scripts.runner.ray_data import each_call
 from step_scripts.runner.wording import are, counted
 
-_SMALLEST_SHARE = 4 << 20  # of a file that is divided only to occupy all CPUs; bytes
 _HEADER_THREADS = 16
-_SECONDS_BETWEEN_MESSAGES = 2.0
 _FILES_SHOWN = 200
 _REJECTED = "rejected_rows.csv"
 

@@ -66,9 +66,14 @@ def files(page: Path) -> dict[str, str]:
 
 def copy_of_the_project(folder: Path) -> Path:
     """A fresh clone, where `make install` has been run: `.venv` is the environment that runs the tests."""
-    ignored = shutil.ignore_patterns(
-        *(".git", ".venv", ".dagster", "data", "__pycache__", ".*_cache", "*.egg-info", "screenshots", "mlflow.db")
+    patterns = shutil.ignore_patterns(
+        *(".git", ".venv", ".dagster", "__pycache__", ".*_cache", "*.egg-info", "screenshots", "mlflow.db")
     )
+
+    def ignored(place: str, names: list[str]) -> set[str]:
+        # `data` is what runs have written; a package of that name is code.
+        return patterns(place, names) | ({"data"} if Path(place) == ROOT else set())
+
     shutil.copytree(ROOT, folder, ignore=ignored)
     venv = folder / ".venv"
     venv.mkdir()

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import polars as pl
 import pyarrow as pa
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from step_scripts.data.csv_source import FAULTS, LINE, LINES, RangeFacts, facts_and_rows
 from step_scripts.data.duplicate_rows import write_ids
@@ -40,7 +40,7 @@ class ChunkReport(RangeFacts):
     rejected_rows: int = 0
     record_lines: int = 0
     rejected_lines: int = 0
-    problems: list[Problem] = []
+    problems: list[Problem] = Field(default_factory=list)
     part: PartReport = PartReport()
 
 
@@ -81,7 +81,9 @@ def write_rows(block: pa.Table, plan: RowsPlan) -> ChunkReport:
     if accepted.height:
         table = plan.params.table
         lanes = record_lanes(accepted, table.key_columns or table.column_names)
-        frame = accepted.select(ids_of_lanes(lanes), _event_time(table, plan.modified[facts.index]), *table.column_names)
+        frame = accepted.select(
+            ids_of_lanes(lanes), _event_time(table, plan.modified[facts.index]), *table.column_names
+        )
         part = write_part(frame, plan.rows_uri, facts.index, table, lanes)
         write_ids(ids_uri(plan.scratch_uri, facts.index), lanes, accepted[LINE].to_numpy(), plan.buckets)
     return ChunkReport(

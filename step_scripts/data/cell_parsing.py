@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from step_scripts.table.column_types import polars_schema
 from step_scripts.data.csv_chunks import Records
+from step_scripts.runner.wording import counted
+from step_scripts.table.column_types import polars_schema
 from step_scripts.table.polars_csv import read_csv
 from step_scripts.table.spec import ColumnSpec, DType, TableSpec
-from step_scripts.runner.wording import counted
 
 EMPTY = "is empty, but a value is required"
 _READ_AS_NUMBERS = ("int64", "float64")

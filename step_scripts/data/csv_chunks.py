@@ -17,9 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from step_scripts.runner import storage
 from step_scripts.data.content_digest import BLOCK, block_sum
-from step_scripts.runner.contract import StepParams
 from step_scripts.data.csv_header import CsvFile, encoding_fault, long_line_fault, nul_fault
 from step_scripts.data.csv_lines import (
     CACHED_BYTES,
@@ -34,6 +32,8 @@ from step_scripts.data.csv_lines import (
     with_newlines,
 )
 from step_scripts.data.csv_records import ChunkFault, RecordScan
+from step_scripts.runner import storage
+from step_scripts.runner.contract import StepParams
 
 _BLOCK = 1 << 23
 _BEYOND_END = BLOCK

@@ -7,11 +7,11 @@ import difflib
 import io
 import re
 
-from step_scripts.runner import storage
 from step_scripts.data.content_digest import block_sum
-from step_scripts.runner.contract import StepError, StepParams
 from step_scripts.data.csv_lines import count_lines, line_end, with_newlines
 from step_scripts.parameters import SourceFile, ValidateSourceParams
+from step_scripts.runner import storage
+from step_scripts.runner.contract import StepError, StepParams
 from step_scripts.table.spec import TableSpec
 
 UTF8_BOM = b"\xef\xbb\xbf"

@@ -162,7 +162,7 @@ def _check_last_line(data: bytes, delimiter: str) -> None:
 
 
 def _with_faults(records: Records, parsed: ParsedRows, fields: int) -> pl.DataFrame:
-    """The parsed rows with their lines and what is wrong, and a row without values for each misfit; in order of line."""
+    """The parsed rows with lines and faults, and a row without values for each misfit; in order of line."""
     lines = records.lines if records.lines is not None else np.arange(1, records.count + 1, dtype=np.uint32)
     spans = records.spans if records.spans is not None else np.ones(records.count, dtype=np.uint32)
     rows = parsed.frame.with_columns(pl.Series(LINE, lines, dtype=pl.UInt32), pl.Series(LINES, spans, dtype=pl.UInt32))

@@ -14,8 +14,8 @@ from typing import IO
 import numpy as np
 import polars as pl
 
-from step_scripts.runner import storage
 from step_scripts.data.source_parts import PartReport, part_name, write_part
+from step_scripts.runner import storage
 from step_scripts.table.spec import TableSpec
 
 BUCKET_BYTES = 256 << 20  # of CSV: some 5 to 10 million rows

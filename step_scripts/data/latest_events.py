@@ -1,13 +1,12 @@
 """Which events of a feature group count at a point in time: of each record the latest one, unless it is a deletion.
 
-Events of a record may lie in any block. Rows stay where they are: what meets, in files by hash of the id, are ids, times
-and positions. What comes back are the positions of the rows that count, in files by block.
+Events of a record may lie in any block. Rows stay where they are: what meets, in files by hash of the id, are ids,
+times and positions. What comes back are the positions of the rows that count, in files by block.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -63,9 +62,7 @@ def latest_events(blocks: ParquetBlocks, as_of: datetime | None, scratch_uri: st
     )
 
 
-def _scatter(
-    rows: pl.DataFrame, files: dict[str, int], as_of: datetime | None, scratch_uri: str, buckets: int
-) -> int:
+def _scatter(rows: pl.DataFrame, files: dict[str, int], as_of: datetime | None, scratch_uri: str, buckets: int) -> int:
     """Write ids, times and positions of a block's events, a file a bucket. Returns how many are later than `as_of`."""
     place = files[rows[PATH][0]]
     times = [name for name in TIMES if name in rows.columns]

@@ -10,9 +10,9 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from step_scripts.runner import storage
+from step_scripts.runner.wording import counted
 from step_scripts.table.spec import ColumnSpec, TableSpec
 from step_scripts.table.validation import pandera_schema, polars_schema
-from step_scripts.runner.wording import counted
 
 
 def schema_violations(uris: Sequence[str], table: TableSpec, *, sample_rows: int) -> tuple[list[str], dict[str, int]]:

@@ -8,11 +8,11 @@ from typing import Any
 
 import polars as pl
 
-from step_scripts.runner import storage
+from step_scripts.data.accepted_rows import LISTED_REJECTIONS, REJECTION_SCHEMA, ChunkReport, rejections_uri
 from step_scripts.data.csv_chunks import Chunk
 from step_scripts.data.duplicate_rows import first_duplicates
 from step_scripts.parameters import ValidateSourceParams
-from step_scripts.data.accepted_rows import LISTED_REJECTIONS, REJECTION_SCHEMA, ChunkReport, rejections_uri
+from step_scripts.runner import storage
 from step_scripts.runner.wording import are, counted, percent
 
 _SCHEMA = {"file": pl.String(), **REJECTION_SCHEMA}

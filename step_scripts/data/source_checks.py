@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
+from step_scripts.data.accepted_rows import ChunkReport
 from step_scripts.data.content_digest import content_digest
+from step_scripts.data.csv_chunks import Chunk
+from step_scripts.data.rejected_rows import LineNumbers
 from step_scripts.parameters import SourceFile
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.file_state import file_state, lasting
-from step_scripts.data.csv_chunks import Chunk
-from step_scripts.data.rejected_rows import LineNumbers
-from step_scripts.data.accepted_rows import ChunkReport
 from step_scripts.runner.wording import counted
 
 _THREADS = 16

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-import numpy as np
 import polars as pl
 
+from step_scripts.data.latest_events import UTC_TIME, LatestEvents
 from step_scripts.runner import storage
 from step_scripts.runner.contract import FileInfo
+from step_scripts.runner.ray_data import PATH
 from step_scripts.table.distributions import TableSketch
 from step_scripts.table.moments import Moments
-from step_scripts.data.latest_events import UTC_TIME, LatestEvents
-from step_scripts.runner.ray_data import PATH
 from step_scripts.table.record_ids import distinct_lanes, lanes_of_ids, split_fraction_of_lanes
 from step_scripts.table.row_set_digest import RowSetDigest
 from step_scripts.table.spec import TableSpec
