@@ -246,12 +246,13 @@ def test_a_run_that_is_killed_while_ray_starts_leaves_nothing_behind(start: Star
 
 def test_ray_is_started_once_more_if_it_ends_while_it_starts(tmp_path: Path) -> None:
     killed: list[int] = []
+    of_others = set(psutil.Process().children(recursive=True))  # the Ray that other tests of this process share
 
     def kill_the_first(raylets: int) -> None:
         def look() -> bool:
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    if process.name() == "raylet" and process.pid not in killed:
+                    if process.name() == "raylet" and process not in of_others and process.pid not in killed:
                         process.kill()
                         killed.append(process.pid)
             return len(killed) == raylets
