@@ -146,9 +146,13 @@ def _line_at(data: bytes, position: int) -> int:
     return count_lines(data[:position]) + 1
 
 
-def has_odd_quotes(data: bytes) -> bool:
-    """Whether the piece ends inside a quoted field, if it does not begin in one."""
-    return count_byte(data, QUOTE) % 2 == 1
+def has_odd_quotes(data: bytes, max_line_bytes: int) -> bool:
+    """Whether the piece ends inside a quoted field, if it does not begin in one; also if that cannot be known.
+
+    A last line that is longer than it may be has not been read to its end.
+    """
+    quotes = count_byte(data, QUOTE)
+    return quotes % 2 == 1 or (quotes > 0 and len(data) - data.rfind(b"\n") - 1 > max_line_bytes)
 
 
 def split_records(

@@ -109,7 +109,7 @@ def facts_and_rows(block: pa.Table) -> tuple[RangeFacts, pl.DataFrame]:
 
 def _read(chunk: Chunk, params: ValidateSourceParams) -> tuple[RangeFacts, pl.DataFrame | None]:
     data, start, content = read_chunk(chunk, params.max_line_bytes)
-    if has_odd_quotes(data):
+    if has_odd_quotes(data, params.max_line_bytes):
         return RangeFacts(index=chunk.index, odd_quotes=True), None
     if not data:  # no line begins in the range
         return RangeFacts(index=chunk.index, start=start, end=start, content=content), None

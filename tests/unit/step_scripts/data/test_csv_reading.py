@@ -199,6 +199,13 @@ def test_records_and_lines_are_counted(text: str) -> None:
         assert csv_lines.line_end(text.encode(), position, complete=True) == expected
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 5, 1000])
+def test_a_quote_out_of_place_in_a_line_that_is_too_long_is_the_fault_wherever_it_is_cut(chunk_bytes: int) -> None:
+    text = 'A,B,T,NOTE\n,"2.5","say """x""",\n,, b c, b c\n,, b c,"\n"""\r\n'
+    outcome = run(text, NUMBERS, chunk_bytes=chunk_bytes, unterminated_last_row="accept", max_line_bytes=12)
+    assert outcome.problem.startswith("FILE, line 2: a quoted field is not closed before the next delimiter")
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     data=st.data(),
