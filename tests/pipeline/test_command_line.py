@@ -173,8 +173,10 @@ def test_a_model_that_waits_for_approval_is_not_served_until_it_is_approved(mate
     assert httpx.get(httpx.URL(endpoint["url"]).join("/ping")).json()["model_digest"] == serving
 
 
-@pytest.mark.parametrize("when", ["raw_csv - [pipes] external process successfully opened", "trial"])
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("when", "signal_number"),
+    [("raw_csv - [pipes] external process successfully opened", signal.SIGTERM), ("trial", signal.SIGINT)],
+)
 def test_a_terminated_run_is_canceled_within_ten_seconds(
     tmp_path: Path, when: str, signal_number: signal.Signals
 ) -> None:
@@ -241,29 +243,6 @@ def test_the_terminal_of_a_run_whose_step_fails_ends_with_the_reason(tmp_path: P
         rf"Error:  {re.escape(reason)}\nmake: \*\*\* \[Makefile:\d+: run\] Error 1\n",
         printed,
     ), printed
-
-
-def test_two_runs_at_once_both_succeed(tmp_path: Path) -> None:
-    platform = Platform(tmp_path, {"HOUSING_NUM_CPUS": "1"})
-    config = {"evaluation_report": {"rmse_threshold": 1e6}}
-    runs = [
-        subprocess.Popen(
-            platform.command("*", config),
-            cwd=ROOT,
-            env=platform.env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    try:
-        outputs = [run.communicate(timeout=300)[0] for run in runs]
-        assert [run.returncode for run in runs] == [0, 0], "\n".join(outputs)
-    finally:
-        platform.stop()
-        for run in runs:
-            run.kill()
 
 
 def test_a_run_keeps_its_model_although_others_go_through_while_it_halts(tmp_path: Path) -> None:
