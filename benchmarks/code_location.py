@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     ratios, ours, theirs = [], [], []
     for pair in range(options.pairs + 1):
-        load, other = _seconds("housing_assets.definitions"), _seconds("dagster")
+        load, other = seconds_of("housing_assets.definitions"), seconds_of("dagster")
         if pair:
             ours.append(load)
             theirs.append(other)
@@ -32,7 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
     record("code_location", ratio=round(ratio, 3), lowest=round(min(ratios), 3), highest=round(max(ratios), 3))
 
 
-def _seconds(module: str) -> float:
+def seconds_of(module: str) -> float:
+    """From the start of a process until it has imported `module`."""
     return run_measured([sys.executable, "-c", f"import os, {module}; os._exit(0)"]).seconds
 
 

@@ -41,8 +41,8 @@ class Measured:
     output: str
 
 
-def run_measured(command: list[str], environment: dict[str, str] | None = None) -> Measured:
-    """Run `command` and watch it and all its descendants.
+def run_measured(command: list[str], environment: dict[str, str] | None = None, folder: Path = ROOT) -> Measured:
+    """Run `command` in `folder` and watch it and all its descendants.
 
     Memory is the sum of the proportional set sizes, so that shared pages (Ray's object store) count once. To add them
     up stops the processes for a moment: it takes no more than 3 % of the time, at most every 0.25 s.
@@ -50,7 +50,9 @@ def run_measured(command: list[str], environment: dict[str, str] | None = None) 
     env = os.environ | (environment or {})
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     peak, done = 0, threading.Event()
 
     def watch() -> None:
@@ -76,11 +78,13 @@ class Side:
 
     The function returns `{"figures": {name: number}, "result": {name: value}}`. The figure `process_seconds`, from the
     start of the process to its end, is added here, unless the function measured a process that it started itself.
+    `root`: the working tree whose code runs.
     """
 
     label: str
     function: Callable[..., dict[str, Any]]
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    root: Path = ROOT
 
     def run(self) -> tuple[dict[str, float], dict[str, Any], int]:
         """Figures, result, and peak memory of the process tree (bytes). Exits with the output if the process fails."""
@@ -88,7 +92,7 @@ class Side:
         if module == "__main__":
             module = sys.modules["__main__"].__spec__.name  # pyright: ignore[reportOptionalMemberAccess]
         call = [f"{module}:{self.function.__qualname__}", json.dumps(dict(self.arguments))]
-        done = run_measured([sys.executable, "-m", "benchmarks.side", *call], _ALIKE)
+        done = run_measured([sys.executable, "-m", "benchmarks.side", *call], _ALIKE, self.root)
         line = next((line for line in reversed(done.output.splitlines()) if line.startswith(MARK)), None)
         if done.status or line is None:
             sys.exit(f"{self.label} failed with status {done.status}:\n{done.output}")
