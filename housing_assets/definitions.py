@@ -22,6 +22,7 @@ from housing_assets.code_location import hand_in
 from housing_assets.config import SLICES, RawCsvConfig
 from housing_assets.deployments import load_resources
 from housing_assets.maintenance.retention import nightly_prune, prune
+from housing_assets.maintenance.snapshot_retention import compact
 from housing_assets.maintenance.sweeper import hourly_sweep, sweep
 from housing_assets.maintenance.teardown import teardown
 from housing_assets.partitions import BACKFILL
@@ -52,7 +53,7 @@ refresh = dg.define_asset_job(
 defs = dg.Definitions(
     assets=assets,
     asset_checks=dg.load_asset_checks_from_modules([ingestion_checks, splits_checks, model_checks, serving_checks]),
-    jobs=[refresh, approve_model, reject_model, *JOBS, watch_endpoint, lineage, prune, sweep, teardown],
+    jobs=[refresh, approve_model, reject_model, *JOBS, watch_endpoint, lineage, prune, compact, sweep, teardown],
     schedules=[weekly_retraining, endpoint_watch, hourly_sweep, nightly_prune],
     sensors=SENSORS,
     resources=load_resources(),

@@ -14,7 +14,7 @@ import ray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from step_scripts.feature_store.feature_ingestion import IngestionResult, ingest
-from step_scripts.feature_store.group_folder import LOCK_SECONDS, GroupFolder
+from step_scripts.feature_store.group import LOCK_SECONDS, Group
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.feature_store.online_ingestion import MISSING_RECORDS
 from step_scripts.feature_store.online_store import OnlineTarget
@@ -39,7 +39,7 @@ class LocalTarget(BaseModel):
 class SageMakerTarget(BaseModel):
     """Where a SageMaker feature group is, and how rows enter it.
 
-    `root` holds the commit log, `data_uri` (SageMaker's `ResolvedOutputS3Uri`) the files of the offline store.
+    `root` holds the group's description, `data_uri` (SageMaker's `ResolvedOutputS3Uri`) the files of the offline store.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,6 +47,7 @@ class SageMakerTarget(BaseModel):
     kind: Literal["sagemaker"]
     root: str = Field(pattern="^s3://")
     data_uri: str = Field(pattern="^s3://")
+    glue_table: str = Field(pattern=r"^[^.]+\.[^.]+$", description="Database and name of its table in Glue.")
     mirror: bool = False
     online: bool = Field(default=False, description="Whether the group has an online store.")
     region_name: str | None = None
@@ -68,10 +69,11 @@ def run(context: StepContext, params: IngestFeaturesParams) -> StepOutcome:
         target = _TARGET.validate_python(params.target)
     except ValidationError as error:
         raise StepError(f"target of step ingest_features is not that of a feature store: {error}") from error
-    folder = OfflineStore(target.root).folder(
-        params.group, target.data_uri if isinstance(target, SageMakerTarget) else None
-    )
-    online = None
+    store, online = OfflineStore(target.root), None
+    if isinstance(target, LocalTarget):
+        folder = store.folder(params.group)
+    else:
+        folder = store.folder(params.group, target.data_uri, target.glue_table)
     if isinstance(target, SageMakerTarget) and target.online:
         online = OnlineTarget(params.group, target.region_name, target.calls_in_flight, target.patience_seconds)
     result = ingest(
@@ -91,7 +93,7 @@ def run(context: StepContext, params: IngestFeaturesParams) -> StepOutcome:
     return _outcome(context, folder, result, online=online is not None)
 
 
-def _outcome(context: StepContext, folder: GroupFolder, result: IngestionResult, *, online: bool) -> StepOutcome:
+def _outcome(context: StepContext, folder: Group, result: IngestionResult, *, online: bool) -> StepOutcome:
     commit = result.commit
     counts = {name: getattr(result, name) for name in ("added", "unchanged", "superseded", "deleted")}
     context.log.info(
@@ -110,11 +112,12 @@ def _outcome(context: StepContext, folder: GroupFolder, result: IngestionResult,
         details={
             "group": folder.name,
             "commit": commit.number,
+            "snapshot_id": str(commit.snapshot_id),
             "committed": result.committed,
             "already_ingested": result.already_ingested,
             "deduplicate": commit.deduplicate,
             "outdated_rows": result.outdated,
-            "hour_partitions_written": result.hour_partitions,
+            "day_partitions_written": result.day_partitions,
             "live_rows": commit.live_rows,
             "files": len(result.files),
             "stray_files_removed": result.strays_removed,

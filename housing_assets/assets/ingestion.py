@@ -191,7 +191,8 @@ def feature_group(
     )
     made = {"run_id": context.run.run_id, "dataset": raw_csv.rows.digest}
     snapshot = snapshot.model_copy(update=made)
-    found = {"commit": snapshot.commit, "rows_live": snapshot.artifact.rows, **artifact_metadata(snapshot.artifact)}
+    read = {"commit": snapshot.commit, "snapshot_id": str(snapshot.snapshot_id), "rows_live": snapshot.artifact.rows}
+    found = {**read, **artifact_metadata(snapshot.artifact)}
     found["dagster/column_schema"] = column_schema(HOUSING_TABLE)
     # In one order, whether there was something to ingest or not.
     order = {"feature_group_name": name, "rows_in": raw_csv.rows.rows or 0, "added": 0, **found}

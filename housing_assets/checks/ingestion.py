@@ -2,6 +2,7 @@
 
 import dagster as dg
 
+from housing_assets.checks.advisory import advisory_check
 from housing_assets.checks.blocking import blocking_check
 from housing_assets.checks.gate import judged_group, judged_source
 from housing_assets.partitions import PARTITIONS
@@ -11,6 +12,7 @@ from step_scripts.runner.wording import counted
 
 PANDERA_ROWS = 10_000
 COMPARED_IDS = 2_000_000
+COMPARED_RECORDS = 100  # one call of the online store
 
 
 @blocking_check(
@@ -72,4 +74,28 @@ def reconciliation(
             "share_of_ids_compared": share,
             "missing_ids": dg.MetadataValue.json(missing.head(20).to_list()),
         },
+    )
+
+
+@advisory_check(
+    asset="feature_group",
+    remedy="look whether the online store answers, then execute the check again",
+    partitions_def=PARTITIONS,
+)
+def online_equals_offline(feature_group: OfflineSnapshot, feature_store: FeatureStore) -> dg.AssetCheckResult:
+    """Some records of the online store, looked up one by one, equal the latest events of the offline store."""
+    compared = feature_store.compare_online(feature_group.group, COMPARED_RECORDS)
+    if compared is None:
+        return dg.AssetCheckResult(passed=True, description="the feature group has no online store")
+    found = f"{len(compared.differing):,} of {counted(compared.records, 'record')} differ"
+    if compared.differing:
+        found += (
+            ": somebody else writes to the online store. A record is written again when it changes; all are if the "
+            "feature group is deleted and materialized again"
+        )
+    return dg.AssetCheckResult(
+        passed=not compared.differing,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=found,
+        metadata={"records": compared.records, "differing_ids": dg.MetadataValue.json(list(compared.differing[:20]))},
     )

@@ -1,5 +1,5 @@
 """Pruning: what nobody needs of results of steps, references, evidence of checks, model versions, captured requests,
-and old runs of Dagster.
+snapshots of feature groups, and old runs of Dagster.
 
 What assets refer to, what is younger than the limit, and versions that are served or compared with stay.
 """
@@ -20,11 +20,13 @@ from housing_assets.code_location import asset_keys, whole
 from housing_assets.maintenance.model_retention import VersionsFound, find_versions
 from housing_assets.maintenance.owners import resource_owners
 from housing_assets.maintenance.reference_retention import ReferencesFound, find_references, uris_in
+from housing_assets.maintenance.snapshot_retention import compact, kept_commits
 from housing_assets.maintenance.sweeper import sweep
 from housing_assets.runs.statuses import BUSY, FINISHED
 from housing_assets.settings import load_automation
 from resources.compute.base import table
 from resources.endpoints.captured_files import CapturedFile, surplus
+from resources.feature_store.base import FeatureStore
 from resources.inventory import RESULT_FILE, OwnedItem, expected_errors, remove_file
 from resources.model_registry.base import ModelVersion
 from resources.references.evidence import EvidenceStore
@@ -39,6 +41,7 @@ _FIGURES = {
     "reference": "references",
     "model version": "model_versions",
     "captured requests": "captured_folders",
+    "snapshots": "tidied_feature_groups",
     "rest": "rests",
     "evidence": "evidence",
     "run": "runs",
@@ -127,6 +130,8 @@ def mentioned(resources: Any) -> set[str]:
         for version in registry.list(group):
             found |= {version.artifact.digest, version.gate.evaluation_digest, *texts(dict(version.lineage))}
     for item in [item for item in store.inventory() if not item.discarded]:
+        if not store.describe(item.name)["commits"]:
+            continue
         # As of now: with the datasets before the last one that replaced all others.
         snapshot = store.offline(item.name, as_of=datetime.now(UTC))
         found |= {dataset.digest for dataset in store.read_by(snapshot).datasets}
@@ -150,7 +155,7 @@ class Removal:
     kind: str
     name: str
     detail: str
-    remove: Callable[[], None]
+    remove: Callable[[], object]
     bytes: int = 0
 
 
@@ -237,6 +242,12 @@ def _unneeded(
     with _noted("evidence", problems):
         unneeded = [] if running else unneeded_evidence(resources.evidence, mentioned(resources), results_before)
         found += [Removal("evidence", uri, why, partial(resources.evidence.remove_file, uri)) for uri, why in unneeded]
+    with _noted("snapshots of feature groups", problems):
+        kept = kept_commits(resources.model_registry, [*references.current.values(), *references.waiting.values()])
+        for item in [item for item in resources.feature_store.inventory() if not item.discarded]:
+            with _noted(f"snapshots of feature group {item.name}", problems):
+                commits = kept.get(item.name, set())
+                found += _of_snapshots(resources.feature_store, item.name, commits, results_before, config.dry_run)
     for run_id in _old_runs(context.instance, runs_before, context.run, references.latest_runs):
         found.append(Removal("run", run_id, "with its events", partial(context.instance.delete_run, run_id)))
     return versions, found
@@ -276,6 +287,18 @@ def _of_captured(files: Sequence[CapturedFile], remove: Callable[[Sequence[Captu
         yield Removal("captured requests", folder, detail, partial(remove, chosen), size)
 
 
+def _of_snapshots(
+    store: FeatureStore, group: str, kept: set[int], before: datetime, dry_run: bool
+) -> Iterator[Removal]:
+    """One removal of a feature group, if any: old snapshots that nothing names, and files that no snapshot has."""
+    if not dry_run:
+        store.keep_commits(group, kept)
+    found = store.tidy(group, kept, before, dry_run=True)
+    if found.expired or found.orphans:
+        detail = f"{counted(len(found.expired), 'old snapshot')}, {counted(len(found.orphans), 'orphan file')}"
+        yield Removal("snapshots", group, detail, partial(store.tidy, group, kept, before), found.bytes)
+
+
 def _remove(found: Sequence[Removal], log: Any, *, dry_run: bool) -> dict[str, str]:
     """Remove one after the other, whatever happens to one of them. Returns why what is left could not be removed."""
     failed = {}
@@ -297,7 +320,7 @@ def _shown(removal: Removal) -> dict[str, str]:
 
 def _needing_versions(busy: Sequence[dg.DagsterRun]) -> str:
     """Ids of runs that may be about to deploy a version, or to compare with one."""
-    harmless = {prune.name, sweep.name, watch_endpoint.name}
+    harmless = {prune.name, compact.name, sweep.name, watch_endpoint.name}
     return ", ".join(run.run_id[:8] for run in busy if run.job_name not in harmless)
 
 
@@ -347,7 +370,8 @@ def _code_location(run: dg.DagsterRun) -> str | None:
 
 @dg.job
 def prune() -> None:
-    """Remove results that no asset refers to, replaced references, old versions of models, captured requests and runs.
+    """Remove results that no asset refers to, replaced references, old versions of models, captured requests, snapshots
+    of feature groups that neither a split nor a version names, and runs.
 
     Versions that are served, compared with or waited for stay. A dry run by default: it lists what it would remove.
     """

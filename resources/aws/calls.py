@@ -31,6 +31,14 @@ _OUTAGE = {
     "RequestTimeout",
     "RequestTimeoutException",
 }
+_MISSING = {
+    "ResourceNotFound",
+    "ResourceNotFoundException",
+    "EntityNotFoundException",
+    "NoSuchKey",
+    "404",
+    "NotFound",
+}
 
 
 def aws_client(service: str, region_name: str | None = None) -> Any:
@@ -68,12 +76,12 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_missing(error: BaseException) -> bool:
-    """Whether the error says that the named job, object or log group does not exist.
+    """Whether the error says that the named job, object, table or log group does not exist.
 
     SageMaker answers `ValidationException` for a job that it does not know.
     """
     code = error_code(error)
-    if code in ("ResourceNotFound", "ResourceNotFoundException", "NoSuchKey", "404", "NotFound"):
+    if code in _MISSING:
         return True
     text = error_message(error).lower()
     return code == "ValidationException" and ("not found" in text or "could not find" in text)

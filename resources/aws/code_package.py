@@ -20,6 +20,7 @@ ARCHIVE, REQUIREMENTS, BOOTSTRAP = "source.tar.gz", "requirements.txt", "bootstr
 # What steps import. The versions are those of the Dagster process, so that both sides of a job agree.
 REQUIRED = {
     "boto3": "",
+    "cachetools": "",
     "dagster-pipes": "",
     "numpy": "",
     "optuna": "",
@@ -29,6 +30,7 @@ REQUIRED = {
     "psutil": "",
     "pyarrow": "",
     "pydantic": "",
+    "pyiceberg": "[glue]",
     "ray": "[data,train,tune]",
     "threadpoolctl": "",
     "xgboost": "",

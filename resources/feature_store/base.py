@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,13 @@ from pydantic import Field
 from resources.inventory import OwnedItem
 from resources.references.types import DatasetRef, Reference, SnapshotRef
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact
+from step_scripts.runner.contract import Artifact, StepError
 from step_scripts.runner.wording import counted, megabytes
 from step_scripts.table.spec import TableSpec
 
 if TYPE_CHECKING:
     from step_scripts.feature_store.offline_store import OfflineStore, Snapshot
+    from step_scripts.feature_store.upkeep import Upkeep
 
 
 class OfflineSnapshot(Reference):
@@ -34,6 +36,7 @@ class OfflineSnapshot(Reference):
     deduplicate: bool
     as_of: datetime | None = None
     commit: int = Field(description="Number of the group's latest commit.")
+    snapshot_id: int | None = Field(default=None, description="Of the commit, in the group's Iceberg table.")
     run_id: str | None = Field(default=None, description="The run that ingested last.")
     dataset: str | None = Field(default=None, description="Digest of the rows that it ingested.")
 
@@ -46,7 +49,16 @@ class OfflineSnapshot(Reference):
             deduplicate=snapshot.deduplicate,
             as_of=snapshot.as_of,
             commit=snapshot.commit,
+            snapshot_id=snapshot.snapshot_id,
         )
+
+
+@dataclass(frozen=True)
+class OnlineComparison:
+    """How many records of the online store were compared with the offline one, and the ids of those that differ."""
+
+    records: int
+    differing: tuple[str, ...]
 
 
 class FeatureStore(dg.ConfigurableResource, ABC):
@@ -77,6 +89,10 @@ class FeatureStore(dg.ConfigurableResource, ABC):
     def get_record(self, name: str, record_id: str) -> dict[str, Any] | None:
         """The latest state of one record: record_id, event_time and its columns. None if unknown or deleted."""
 
+    def compare_online(self, name: str, count: int) -> OnlineComparison | None:
+        """Compare about `count` records of the online store with the offline one. None: there is no online store."""
+        return None
+
     @abstractmethod
     def delete_group(self, name: str) -> None:
         """Remove the group with all its records."""
@@ -96,6 +112,32 @@ class FeatureStore(dg.ConfigurableResource, ABC):
     @abstractmethod
     def _store(self) -> OfflineStore:
         """The files of the groups."""
+
+    def keep_commits(self, name: str, commits: Collection[int]) -> None:
+        """Tag the Iceberg snapshots of these commits, and no others, so that nobody's expiry removes them."""
+        from step_scripts.feature_store.upkeep import keep
+
+        keep(self._store().folder(name), commits)
+
+    def tidy(self, name: str, kept: Collection[int], before: datetime, *, dry_run: bool = False) -> Upkeep:
+        """Expire snapshots made `before` that no commit in `kept` has; remove orphan files older than three days."""
+        from step_scripts.feature_store.upkeep import tidy
+
+        return tidy(self._store().folder(name), kept, before, dry_run=dry_run)
+
+    def compact(self, name: str) -> dict[str, int]:
+        """Bring small files together. Returns the numbers of files before and after.
+
+        Raises `StepError` on S3, where engines beside the data do it.
+        """
+        from step_scripts.feature_store.upkeep import compact
+
+        folder = self._store().folder(name)
+        if storage.is_remote(folder.uri):
+            raise StepError(
+                f"feature group {name} is on S3: let Athena compact it, by OPTIMIZE <table> REWRITE DATA USING BIN_PACK"
+            )
+        return compact(folder)
 
     def record_dataset(self, name: str, dataset: DatasetRef) -> None:
         """Keep, beside the group, which files a dataset came from. The first record of a dataset stays."""
@@ -122,6 +164,7 @@ class FeatureStore(dg.ConfigurableResource, ABC):
         return SnapshotRef(
             group=snapshot.group,
             commit=snapshot.commit,
+            snapshot_id=snapshot.snapshot_id,
             digest=snapshot.artifact.digest,
             as_of=snapshot.as_of,
             run_id=snapshot.run_id,
@@ -132,11 +175,16 @@ class FeatureStore(dg.ConfigurableResource, ABC):
         return storage.join(self._store().folder(name).uri, "_datasets", f"{digest}.json")
 
 
-def group_item(facts: dict[str, Any], arn: str | None = None) -> OwnedItem:
-    """A group as `describe` knows it, as an item of the inventory."""
+def store_item(store: OfflineStore, name: str, arn: str | None = None) -> OwnedItem:
+    """A group that is there, as an item of the inventory: also one that cannot be read, so that it can be removed."""
+    try:
+        facts = store.describe(name)
+    except StepError as error:  # moved, damaged, of another version
+        detail = str(error).splitlines()[0]
+        return OwnedItem(kind="feature_group", name=name, location=arn or store.folder(name).uri, detail=detail)
     return OwnedItem(
         kind="feature_group",
-        name=facts["name"],
+        name=name,
         location=arn or facts["path"],
         created_at=datetime.fromisoformat(facts["created_at"]),
         detail=f"{counted(facts['live_rows'], 'record')}, {megabytes(facts['bytes'])}",

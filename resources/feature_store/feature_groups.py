@@ -91,13 +91,17 @@ class FeatureGroups:
                 raise StepError(f"adding features to group {name} failed: {update.get('FailureReason')}")
         raise StepError(f"feature group {name} could not be given new features: {refusal}")
 
-    def delete(self, name: str) -> None:
-        """Delete a group and wait until it is gone. Nothing happens if there is none."""
+    def delete(self, name: str, first: Callable[[Mapping[str, Any]], None]) -> None:
+        """Delete a group and wait until it is gone. Nothing happens if there is none.
+
+        `first` is called with the description of a group that is there, and of which nothing is being made any more.
+        """
         from botocore.exceptions import ClientError
 
         described = self._awaited(name, lambda d: d["FeatureGroupStatus"] != "Creating", "be ready for its deletion")
         if described is None:
             return
+        first(described)
         if described["FeatureGroupStatus"] != "Deleting":
             try:
                 self.call(self.client.delete_feature_group, FeatureGroupName=name)

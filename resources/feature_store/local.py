@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from resources.feature_store.base import FeatureStore, OfflineSnapshot, group_item
+from resources.feature_store.base import FeatureStore, OfflineSnapshot, store_item
 from resources.inventory import NotOwned, OwnedItem, discarded_items, remove_discarded
 from step_scripts.table.spec import TableSpec
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class LocalFeatureStore(FeatureStore):
-    """Groups below one folder, in SageMaker's offline layout. See `step_scripts.feature_store.offline_store`."""
+    """Groups below one folder, each an Iceberg table. See `step_scripts.feature_store.offline_store`."""
 
     root: str = Field(description="Folder of the feature groups; made if it is not there.")
     mirror: bool = Field(
@@ -54,8 +54,7 @@ class LocalFeatureStore(FeatureStore):
     def inventory(self) -> Sequence[OwnedItem]:
         """See `FeatureStore.inventory`."""
         store = self._store()
-        groups = [group_item(store.describe(name)) for name in store.groups()]
-        return [*groups, *discarded_items(self.root, "feature_group")]
+        return [*(store_item(store, name) for name in store.groups()), *discarded_items(self.root, "feature_group")]
 
     def remove(self, item: OwnedItem) -> None:
         """See `FeatureStore.remove`."""
@@ -66,7 +65,7 @@ class LocalFeatureStore(FeatureStore):
         folder = store.folder(item.name)
         if item.kind != "feature_group" or item.location != folder.uri:
             raise NotOwned(f"{item.location} is no feature group of this store ({self.root})")
-        if folder.info() is not None:
+        if folder.is_there():
             store.delete_group(item.name)
 
     def _store(self) -> OfflineStore:

@@ -12,7 +12,8 @@ from pydantic import Field, PrivateAttr, field_validator
 from resources.aws.calls import AwsCaller, aws_client
 from resources.aws.ownership import belongs_to, is_absent, owned, pages, root_tags, tags_of
 from resources.aws.request_validation import InvalidJobRequest, check_request
-from resources.feature_store.base import FeatureStore, OfflineSnapshot, group_item
+from resources.feature_store.base import FeatureStore, OfflineSnapshot, OnlineComparison, store_item
+from resources.feature_store.catalog_tables import CatalogTables, table_of
 from resources.feature_store.feature_groups import FeatureGroups
 from resources.inventory import NotOwned, OwnedItem
 from step_scripts.runner import storage
@@ -23,16 +24,16 @@ if TYPE_CHECKING:
     from step_scripts.feature_store.offline_store import OfflineStore
 
 _RECORD_ID, _EVENT_TIME = "record_id", "event_time"
+_COMPARISONS = 2
 _CREATIONS = 3  # a group may be deleted by others while it is being made
 
 
 class SageMakerFeatureStore(FeatureStore):
-    """SageMaker feature groups below one s3:// prefix: `<root>/<group>` holds the offline store and the commit log.
+    """SageMaker feature groups below one s3:// prefix: `<root>/<group>` holds the offline store.
 
-    Files are written straight into the offline store, in SageMaker's layout, and can be read as soon as the commit log
-    names them. Their columns have the table's own types (times are timestamps), so no Glue table, whose columns would
-    be SageMaker's three types, is made for them. With `online_store`, the latest event of each record is in the online
-    store as well, before it is committed.
+    The offline store is the Iceberg table that SageMaker makes in Glue, of its three types. Events are appended to it
+    directly, one snapshot an ingestion. With `online_store`, the latest event of each record is in the online store as
+    well, before it is committed.
     """
 
     root: str = Field(description="s3:// prefix of the feature groups.")
@@ -70,7 +71,7 @@ class SageMakerFeatureStore(FeatureStore):
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         """Check the configured values before the first group is made. Raises `InvalidJobRequest` naming each."""
-        check_request("CreateFeatureGroup", self._request("group", {_RECORD_ID: "String", _EVENT_TIME: "Fractional"}))
+        check_request("CreateFeatureGroup", self._request("group", {_RECORD_ID: "String", _EVENT_TIME: "String"}))
 
     def ensure_group(self, name: str, table: TableSpec) -> dict[str, Any]:
         """Create the group and wait for it, or add columns that may be empty, or check that it fits.
@@ -97,20 +98,22 @@ class SageMakerFeatureStore(FeatureStore):
             described = self._groups().add_features(name, missing)
         if described is None:
             raise StepError(f"feature group {name} was deleted while it was being prepared; try again")
+        glue_table = self._tables().ready(described)
         data_uri = described["OfflineStoreConfig"]["S3StorageConfig"]["ResolvedOutputS3Uri"].rstrip("/")
-        folder = self._store().folder(name, data_uri)
+        folder = self._store().folder(name)
         info = folder.info()
         if info is not None and info.data_uri != data_uri and folder.commits():
             raise StepError(
-                f"feature group {name} has been deleted and created again by others: its commit log at {folder.uri} "
+                f"feature group {name} has been deleted and created again by others: its description at {folder.uri} "
                 f"is that of {info.data_uri}, its data are now at {data_uri}. Delete the group here too, which removes "
                 "its records for good, or use another group name"
             )
-        self._store().ensure_group(name, table, data_uri)
+        self._store().ensure_group(name, table, data_uri, glue_table)
         return {
             "kind": "sagemaker",
             "root": self.root,
             "data_uri": data_uri,
+            "glue_table": glue_table,
             "mirror": self.mirror,
             "online": self.online_store,
             "region_name": self.region_name,
@@ -128,7 +131,10 @@ class SageMakerFeatureStore(FeatureStore):
         return OfflineSnapshot.of(name, self._store().snapshot(name, as_of, commit))
 
     def get_record(self, name: str, record_id: str) -> dict[str, Any] | None:
-        """The latest state of one record, from the online store if there is one; None if unknown or deleted."""
+        """The latest state of one record, from the online store if there is one; None if unknown or deleted.
+
+        The online store holds event times to the millisecond.
+        """
         from botocore.exceptions import ClientError
 
         from step_scripts.feature_store.feature_values import decoded_record
@@ -147,8 +153,28 @@ class SageMakerFeatureStore(FeatureStore):
         found = features_of(answer.get("Record") or [])
         return decoded_record(found, table) if found else None
 
+    def compare_online(self, name: str, count: int) -> OnlineComparison | None:
+        """See `FeatureStore.compare_online`. Raises `StepError` if the online store does not answer."""
+        from step_scripts.feature_store.feature_values import encoded_records
+        from step_scripts.feature_store.online_calls import Patience, read_records
+
+        if not self.online_store:
+            return None
+        store, client = self._store(), aws_client("sagemaker-featurestore-runtime", self.region_name)
+        events, differing = store.sample(name, count), list[str]()
+        for _ in range(_COMPARISONS):
+            expected: dict[str, Any] = dict.fromkeys(events["record_id"])
+            live = events.filter(~events["is_deleted"])
+            expected |= {record[_RECORD_ID]: record for record in encoded_records(live, store.table(name))}
+            found = read_records(client, name, list(expected), Patience(self.patience_seconds))
+            differing = sorted(i for i, features in expected.items() if found.get(i) != features)
+            if not differing:
+                break
+            events = store.sample(name, count)  # a run may have ingested between the two readings
+        return OnlineComparison(events.height, tuple(differing))
+
     def delete_group(self, name: str) -> None:
-        """Delete the group, its offline store and its commit log, and wait. Nothing happens if there is none.
+        """Delete the group, its table, its offline store and its commit log, and wait, if it is there.
 
         Raises `StepError`, having changed nothing, for a feature group that is not below `root`.
         """
@@ -156,7 +182,8 @@ class SageMakerFeatureStore(FeatureStore):
         described = self._groups().describe(name)
         if described is not None:
             self._check_place(name, described, check_stores=False)
-            self._groups().delete(name)
+            # The table first: without the group nobody knows which it is.
+            self._groups().delete(name, first=self._tables().drop)
         if storage.exists(folder.uri):
             folder.remove()
 
@@ -167,6 +194,7 @@ class SageMakerFeatureStore(FeatureStore):
             "arn": described.get("FeatureGroupArn"),
             "status": described.get("FeatureGroupStatus", "missing in SageMaker"),
             "online_store": bool(described.get("OnlineStoreConfig", {}).get("EnableOnlineStore")),
+            "glue_table": table_of(described),
         }
         return self._store().describe(name) | facts
 
@@ -183,8 +211,8 @@ class SageMakerFeatureStore(FeatureStore):
         for name, group in sorted(described.items()):
             here = group is not None and self._is_here(name, group)
             arn = group["FeatureGroupArn"] if group and here else None
-            if store.folder(name).info() is not None:
-                items.append(group_item(store.describe(name), arn))
+            if store.folder(name).is_there():
+                items.append(store_item(store, name, arn))
             elif name in unfinished and not arn:
                 detail = "its removal is incomplete"
                 items.append(
@@ -233,6 +261,9 @@ class SageMakerFeatureStore(FeatureStore):
         client = aws_client("sagemaker", self.region_name)
         return FeatureGroups(client, self._call, self.wait_seconds, self.poll_seconds)
 
+    def _tables(self) -> CatalogTables:
+        return CatalogTables(aws_client("glue", self.region_name), self._call, self.wait_seconds, self.poll_seconds)
+
     def _created(self, name: str, request: Mapping[str, Any]) -> dict[str, Any]:
         groups = self._groups()
         for _ in range(_CREATIONS):
@@ -256,7 +287,7 @@ class SageMakerFeatureStore(FeatureStore):
             "RecordIdentifierFeatureName": _RECORD_ID,
             "EventTimeFeatureName": _EVENT_TIME,
             "FeatureDefinitions": [{"FeatureName": n, "FeatureType": kind} for n, kind in types.items()],
-            "OfflineStoreConfig": {"S3StorageConfig": place, "DisableGlueTableCreation": True},
+            "OfflineStoreConfig": {"S3StorageConfig": place, "TableFormat": "Iceberg"},
             "RoleArn": self.role_arn,
             "Tags": owned(root_tags(self.root), self.tags),
         }
@@ -272,6 +303,12 @@ class SageMakerFeatureStore(FeatureStore):
             raise StepError(
                 f"there is a feature group {name} already, whose offline store is {place or 'off'} and not below "
                 f"{self.root}: it is not this project's. Use another group name or root"
+            )
+        if check_stores and described["OfflineStoreConfig"].get("TableFormat") != "Iceberg":
+            raise StepError(
+                f"the offline store of feature group {name} is not in Iceberg format, as those of earlier versions of "
+                "this project. SageMaker cannot change that: use another group name, or delete the group, and ingest "
+                "its sources again"
             )
         online = bool(described.get("OnlineStoreConfig", {}).get("EnableOnlineStore"))
         if check_stores and online != self.online_store:

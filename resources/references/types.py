@@ -48,10 +48,14 @@ class DatasetRef(MadeReference):
 
 
 class SnapshotRef(Reference):
-    """The records of a feature group that were read: those of `commit`, and of the time `as_of` if there is one."""
+    """The records of a feature group that were read: those of `commit`, and of the time `as_of` if there is one.
+
+    `snapshot_id`: of that commit in the group's Iceberg table, for time travel by any engine.
+    """
 
     group: str
     commit: int
+    snapshot_id: int | None = None
     digest: str
     as_of: datetime | None = None
     run_id: str | None = None

@@ -16,11 +16,11 @@ import polars as pl
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Reporter
 from step_scripts.runner.ray_data import PATH, ParquetBlocks, Progress, each_call
+from step_scripts.table.column_types import TIMESTAMP, converted
 from step_scripts.table.record_ids import distinct_lanes, lanes_of_ids, split_fraction_of_lanes
 
 # In order of precedence: the latest event wins; of equal ones, the one that was written last.
 TIMES = ("event_time", "api_invocation_time", "write_time")
-UTC_TIME = pl.Datetime("us", "UTC")
 _ROWS_A_BUCKET = 2_000_000
 _SALT = "events of a record"
 
@@ -69,8 +69,9 @@ def _scatter(rows: pl.DataFrame, files: dict[str, int], as_of: datetime | None, 
     lanes = lanes_of_ids(rows["record_id"])
     bucket = (split_fraction_of_lanes(lanes, _SALT) * buckets).astype(np.int32)
     ids = distinct_lanes(rows["record_id"], lanes)
+    moments = [converted(pl.col(name), rows.schema[name], TIMESTAMP) for name in times]
     events = rows.select(
-        pl.Series("id", ids[0]), pl.Series("id_2", ids[1]), pl.col(times).cast(UTC_TIME),
+        pl.Series("id", ids[0]), pl.Series("id_2", ids[1]), *moments,
         pl.col("is_deleted").fill_null(False), pl.int_range(pl.len(), dtype=pl.UInt32).alias("row"),
         pl.lit(place, pl.UInt32).alias("place"), pl.Series("bucket", bucket),
     )  # fmt: skip

@@ -11,16 +11,16 @@ from typing import Any
 
 import polars as pl
 
-from step_scripts.data.latest_events import UTC_TIME, LatestEvents
+from step_scripts.data.latest_events import LatestEvents
 from step_scripts.runner import storage
 from step_scripts.runner.contract import FileInfo
 from step_scripts.runner.ray_data import PATH
+from step_scripts.table.column_types import TIMESTAMP, converted, polars_schema
 from step_scripts.table.distributions import TableSketch
 from step_scripts.table.moments import Moments
 from step_scripts.table.record_ids import distinct_lanes, lanes_of_ids, split_fraction_of_lanes
 from step_scripts.table.row_set_digest import RowSetDigest
 from step_scripts.table.spec import TableSpec
-from step_scripts.table.validation import polars_schema
 
 SPLITS = ("train", "validation", "test")
 
@@ -82,10 +82,12 @@ def split_rows(rows: pl.DataFrame, plan: SplitPlan) -> SplitReport:
 
 def _typed(rows: pl.DataFrame, plan: SplitPlan) -> pl.DataFrame:
     """The rows in the table's types. Files from before a nullable column was added to the table do not have it."""
-    lacking = [name for name in plan.table.column_names if name not in rows.columns]
-    frame = rows.with_columns(pl.lit(None).alias(name) for name in lacking)
-    types: dict[Any, Any] = {**dict(polars_schema(plan.table)), "event_time": UTC_TIME}
-    return frame.cast(types).with_columns(pl.col("is_deleted").fill_null(False))
+    types: dict[str, Any] = {**polars_schema(plan.table), "event_time": TIMESTAMP}
+    columns = [
+        converted(pl.col(name), rows.schema[name], kind) if name in rows.columns else pl.lit(None, kind).alias(name)
+        for name, kind in types.items()
+    ]
+    return rows.with_columns(*columns, pl.col("is_deleted").fill_null(False))
 
 
 def _write(plan: SplitPlan, place: int, live: pl.DataFrame) -> SplitReport:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,27 +11,25 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
+from step_scripts.feature_store.stored_types import FLAGS, decoded, event_types
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, StepError
 from step_scripts.runner.wording import counted
-from step_scripts.table.column_types import polars_schema
 from step_scripts.table.spec import TableSpec
-
-TIMESTAMP = pl.Datetime("us", "UTC")
 
 
 @dataclass(frozen=True)
 class Source:
     """Rows `offset` to `offset + rows` of some Parquet files, one after the other: small files whole, or a slice.
 
-    Of the dataset; or of the group, then `commits` holds, of each file, the number of the commit and of its rows.
+    Of the dataset; or of the group, then `stored` has the types of the columns in the files.
     """
 
     index: int
     uris: tuple[str, ...]
     offset: int
     rows: int
-    commits: tuple[tuple[int, int], ...] | None = None
+    stored: Mapping[str, Any] | None = None
 
 
 def dataset_sources(dataset: Artifact, most_rows: int) -> list[Source]:
@@ -46,19 +44,13 @@ def dataset_sources(dataset: Artifact, most_rows: int) -> list[Source]:
     return [Source(index, uris, at, rows) for index, (uris, at, rows) in enumerate(pieces)]
 
 
-def stored_sources(first_index: int, files: Sequence[tuple[int, str, int]], most_rows: int) -> list[Source]:
-    """Stored files, given as (commit, path, rows), grouped into pieces of up to `most_rows` rows, or of one file."""
-    number = {path: commit for commit, path, _ in files}
-    groups = _grouped([(path, rows) for _, path, rows in files], most_rows)
+def stored_sources(
+    first_index: int, files: Sequence[tuple[str, int]], most_rows: int, stored: Mapping[str, Any]
+) -> list[Source]:
+    """Stored files, given as (path, rows), grouped into pieces of up to `most_rows` rows, or of one file."""
     return [
-        Source(
-            first_index + n,
-            tuple(path for path, _ in group),
-            0,
-            sum(rows for _, rows in group),
-            tuple((number[path], rows) for path, rows in group),
-        )
-        for n, group in enumerate(groups)
+        Source(first_index + n, tuple(path for path, _ in group), 0, sum(rows for _, rows in group), stored)
+        for n, group in enumerate(_grouped(files, most_rows))
     ]
 
 
@@ -69,19 +61,19 @@ def read_source(
 
     Raises `StepError` if a file cannot be read, lacks a column, or has one of another type.
     """
-    types: dict[str, Any] = {"record_id": pl.String(), "event_time": TIMESTAMP} | polars_schema(table)
-    if source.commits is not None:
-        types |= {"write_time": TIMESTAMP, "api_invocation_time": TIMESTAMP, "is_deleted": pl.Boolean()}
+    wanted = event_types(table)
+    types = source.stored if source.stored is not None else {n: kind for n, kind in wanted.items() if n not in FLAGS}
     try:
         events = pl.scan_parquet(
             [_file(uri) for uri in source.uris],  # pyright: ignore[reportArgumentType]
-            schema=types,
-            missing_columns="raise" if source.commits is None else "insert",
+            schema=types,  # pyright: ignore[reportArgumentType]
+            missing_columns="raise" if source.stored is None else "insert",
             extra_columns="ignore",
             hive_partitioning=False,
             glob=False,
         )
-        result = events.slice(source.offset, source.rows).select(columns).collect()
+        chosen = [decoded(name, types, wanted) for name in columns]
+        result = events.slice(source.offset, source.rows).select(chosen).collect()
     except (FileNotFoundError, pl.exceptions.PolarsError) as error:
         raise StepError(_explained(source, types, error)) from error
     if result.height != source.rows:
@@ -115,15 +107,15 @@ def _file(uri: str) -> Any:
     return io.BytesIO(storage.read_bytes(uri)) if storage.is_remote(uri) else storage.local_path(uri)
 
 
-def _explained(source: Source, types: dict[str, Any], error: Exception) -> str:
+def _explained(source: Source, types: Mapping[str, Any], error: Exception) -> str:
     """Which file is to blame, and what is wrong with it."""
-    remedy = "Make its asset again" if source.commits is None else "Restore it from a backup, or delete the group"
+    remedy = "Make its asset again" if source.stored is None else "Restore it from a backup, or delete the group"
     for uri in source.uris:
         try:
             schema = pl.read_parquet_schema(_file(uri))
         except (FileNotFoundError, pl.exceptions.PolarsError) as reason:
             return f"{uri} cannot be read ({reason}). {remedy}"
-        if source.commits is None and (missing := [name for name in types if name not in schema]):
+        if source.stored is None and (missing := [name for name in types if name not in schema]):
             return f"{uri} lacks the columns {missing}; it has {list(schema)}. {remedy}"
         if wrong := [f"{n} is {schema[n]}, not {types[n]}" for n in types if n in schema and schema[n] != types[n]]:
             return f"{uri}: column {'; '.join(wrong)}. {remedy}"

@@ -21,7 +21,7 @@ _NO_SUMS = (0, 0)
 class Events:
     """Columns of events, one value each. `source` and `row` say where the event can be read.
 
-    `commit`: number of the commit that holds the event; of incoming events, any larger number.
+    `commit`: what orders the commits that hold the events, their write times; of incoming events anything.
     """
 
     record: Lanes

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
-from step_scripts.feature_store.event_sources import TIMESTAMP, Source, check_complete, read_source
+from step_scripts.feature_store.event_sources import Source, check_complete, read_source
 from step_scripts.feature_store.event_timeline import Changes, Events, changes, joined
-from step_scripts.feature_store.group_folder import StoredFile
+from step_scripts.feature_store.group import StoredFile
 from step_scripts.feature_store.ingestion_plan import (
     ATTEMPT_CHARACTERS,
     HASH_LANES,
@@ -32,13 +32,13 @@ from step_scripts.feature_store.ingestion_plan import (
     WriteTarget,
 )
 from step_scripts.feature_store.scratch_arrays import load_lanes, save_lanes
+from step_scripts.feature_store.stored_types import decoded, encoded, event_types, file_types
 from step_scripts.runner import storage
-from step_scripts.runner.private_files import private_folder
-from step_scripts.table.column_types import polars_schema
+from step_scripts.table.column_types import TIMESTAMP, polars_schema
 from step_scripts.table.event_hash import Lanes, content_hashes, event_hashes, lane_sums, text_hashes, text_prefixes
 from step_scripts.table.spec import TableSpec
 
-HOUR = 3_600_000_000  # microseconds
+DAY = 24 * 3_600_000_000  # microseconds
 SHOWN = 20  # ids in a message
 ROW_GROUP_ROWS = 1 << 15  # a look-up decodes one row group a file
 _NAME_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
@@ -75,13 +75,14 @@ def hash_source(source: Source, table: TableSpec, buckets: int, folder: str, wan
         )
         chosen = pl.Series(record[0]).is_in(known.implode()).to_numpy()
         record, rows, ids = (record[0][chosen], record[1][chosen]), rows[chosen], ids.filter(chosen)
-    flags = [] if source.commits is None else ["is_deleted"]
+    flags = [] if source.stored is None else ["is_deleted", "write_time"]
     frame = read_source(source, [*content_columns(table), *flags], table, rows)
     content = content_hashes(frame, content_columns(table))
     time = ids["event_time"].to_physical().to_numpy()
     values = [*record, time.view(np.uint64), *content, rows]
-    if source.commits is not None:
-        values += [np.repeat(*np.array(source.commits).T)[rows], frame["is_deleted"].to_numpy()]
+    if source.stored is not None:  # later than that of every earlier commit
+        written = frame["write_time"].to_physical().to_numpy()
+        values += [written.view(np.uint64), frame["is_deleted"].to_numpy()]
     order, starts = by_bucket(record[0], buckets)
     lanes = np.zeros((HASH_LANES, len(rows)), np.uint64)
     for lane, column in enumerate(values):
@@ -110,7 +111,7 @@ def compare_bucket(
     """Compare the events of one bucket, given sources' indices and hashes.
 
     Returns what changes (without the events), where the rows to store are listed, how many they are of each (source,
-    hour), their digest, and how many are their records' latest events. Raises nothing for conflicts: they are returned.
+    day), their digest, and how many are their records' latest events. Raises nothing for conflicts: they are returned.
     """
     result = changes(_bucket_events(bucket, incoming), _bucket_events(bucket, stored), mirror_time)
     news = joined(result.stored) if result.stored else _bucket_events(bucket, ())
@@ -126,9 +127,9 @@ def compare_bucket(
         for n, stop, count in zip(numbers, stops, counts, strict=True)
     ]
     histogram = [
-        (int(s.source), int(hour), int(count))
+        (int(s.source), int(day), int(count))
         for s in selections
-        for hour, count in zip(*np.unique(time[s.start : s.stop] // HOUR, return_counts=True), strict=True)
+        for day, count in zip(*np.unique(time[s.start : s.stop] // DAY, return_counts=True), strict=True)
     ]
     light = replace(
         result, stored=[], latest=[], conflicts=[c.take(np.arange(min(len(c), SHOWN))) for c in result.conflicts]
@@ -137,44 +138,40 @@ def compare_bucket(
 
 
 def write_files(item: WriteItem, target: WriteTarget) -> list[str]:
-    """Write the files of `item`, one an hour; their paths relative to `target.data`."""
+    """Write the files of `item`, one a day; their paths relative to `target.data`."""
     frames = [selected_rows(source, selections, item, target.table) for source, selections in item.sources]
     frame = pl.concat(frames).drop("is_latest").rechunk()  # reordering many chunks takes longer
-    hours = frame["event_time"].to_physical().to_numpy() // HOUR
-    order = _storage_order(frame["record_id"], hours)
-    frame, hours = frame[order], hours[order]
-    bounds = [0, *(np.flatnonzero(hours[1:] != hours[:-1]) + 1).tolist(), frame.height]
-    written = []
-    for start, stop in pairwise(bounds):
-        events = frame[start:stop].with_columns(
-            pl.lit(target.write_time, TIMESTAMP).alias("write_time"),
-            pl.lit(target.write_time, TIMESTAMP).alias("api_invocation_time"),
+    days = frame["event_time"].to_physical().to_numpy() // DAY
+    order = _storage_order(frame["record_id"], days)
+    frame, days = frame[order], days[order]
+    bounds = [0, *(np.flatnonzero(days[1:] != days[:-1]) + 1).tolist(), frame.height]
+    return [
+        write_events(
+            frame[start:stop].with_columns(
+                pl.lit(target.write_time, TIMESTAMP).alias("write_time"),
+                pl.lit(target.write_time, TIMESTAMP).alias("api_invocation_time"),
+            ),
+            target,
         )
-        latest = to_datetime(int(events["event_time"].to_physical().max()))  # pyright: ignore[reportArgumentType]
-        path = event_file_path(latest, target.ingestion, f"{target.ingestion}/{item.number}/{hours[start]}")
-        write_parquet(storage.join(target.data, path), events.select(stored_columns(target.table)))
-        written.append(path)
-    return written
+        for start, stop in pairwise(bounds)
+    ]
 
 
-def stored_columns(table: TableSpec) -> list[str]:
-    """Columns of a stored file, in order."""
-    return ["record_id", "event_time", *table.column_names, "write_time", "api_invocation_time", "is_deleted"]
-
-
-def write_parquet(uri: str, events: pl.DataFrame) -> None:
-    """Write one stored file, and see that it is stored for good."""
-    if storage.is_remote(uri):
-        content = io.BytesIO()
-        events.write_parquet(content, compression="zstd", compression_level=1, row_group_size=ROW_GROUP_ROWS)
-        storage.write_bytes(uri, content.getvalue())
-        return
-    path = storage.local_path(uri)
-    private_folder(path.parent)
-    with path.open("wb") as file:
-        events.write_parquet(file, compression="zstd", compression_level=1, row_group_size=ROW_GROUP_ROWS)
-        file.flush()
-        os.fsync(file.fileno())
+def write_events(events: pl.DataFrame, target: WriteTarget) -> str:
+    """Write one stored file, for good, of events of one day in their order; its path relative to `target.data`."""
+    content = io.BytesIO()
+    encoded(events, target.schema).write_parquet(
+        content,
+        compression="zstd",
+        compression_level=1,
+        row_group_size=ROW_GROUP_ROWS,
+        arrow_schema=target.schema,  # with the field ids of the table
+    )
+    day = to_datetime(int(events["event_time"].to_physical()[0])).date().isoformat()
+    name = f"{target.ingestion}-{hashlib.sha256(content.getbuffer()).hexdigest()}.parquet"
+    path = f"{target.partition}={day}/{name}"
+    storage.write_bytes(storage.join(target.data, path), content.getvalue())
+    return path
 
 
 def attempt_token() -> str:
@@ -182,32 +179,22 @@ def attempt_token() -> str:
     return "".join(secrets.choice(_NAME_ALPHABET) for _ in range(ATTEMPT_CHARACTERS))
 
 
-def event_file_path(latest: datetime, token: str, unique: str) -> str:
-    """SageMaker's layout of offline stores: partitions by event time, names by the latest event time.
-
-    `token`: the first of the 16 characters at the end.
-    """
-    number = int.from_bytes(hashlib.blake2b(unique.encode(), digest_size=16).digest(), "big")
-    characters = token + "".join(_digits(number, 16 - len(token)))
-    day = f"year={latest.year:04d}/month={latest.month:02d}/day={latest.day:02d}/hour={latest.hour:02d}"
-    stamp = (
-        f"{latest.year:04d}{latest.month:02d}{latest.day:02d}T{latest.hour:02d}{latest.minute:02d}{latest.second:02d}Z"
-    )
-    return f"{day}/{stamp}_{characters}.parquet"
-
-
-def read_back(data: str, paths: Sequence[str], table: TableSpec) -> tuple[list[StoredFile], tuple[int, int]]:
+def read_back(
+    data: str, paths: Sequence[str], table: TableSpec, schema: pa.Schema
+) -> tuple[list[StoredFile], tuple[int, int]]:
     """Read stored files again, from their bytes: their descriptions, and the digest of all their events.
 
     A file that is not there, or cannot be decoded, is left out.
     """
     files, frames = [], []
+    types, wanted = file_types(schema), event_types(table)
     for path in paths:
         try:
             content = storage.read_bytes(storage.join(data, path))
-            frame = pl.read_parquet(io.BytesIO(content))
+            stored = pl.read_parquet(io.BytesIO(content))
         except (FileNotFoundError, pl.exceptions.ComputeError):
             continue
+        frame = stored.select(decoded(name, types, wanted) for name in wanted)
         frames.append(frame)
         time = frame["event_time"].to_physical().to_numpy()
         files.append(
@@ -215,17 +202,20 @@ def read_back(data: str, paths: Sequence[str], table: TableSpec) -> tuple[list[S
                 path=path,
                 rows=frame.height,
                 bytes=len(content),
-                sha256=hashlib.sha256(content).hexdigest(),
                 first_event_time=to_datetime(int(time.min())),
                 last_event_time=to_datetime(int(time.max())),
             )
         )
     if not frames:
         return [], (0, 0)
-    events = pl.concat(frames)
+    return files, events_digest(pl.concat(frames), table)
+
+
+def events_digest(events: pl.DataFrame, table: TableSpec) -> tuple[int, int]:
+    """The sums that stand for events, deletions included; they do not depend on the events' order."""
     time, deleted = events["event_time"].to_physical().to_numpy(), events["is_deleted"].to_numpy()
     content = content_hashes(events, content_columns(table))
-    return files, lane_sums(event_hashes(text_hashes(events["record_id"]), time, content, deleted))
+    return lane_sums(event_hashes(text_hashes(events["record_id"]), time, content, deleted))
 
 
 def _bucket_events(bucket: int, sources: Sequence[tuple[int, Hashed]]) -> Events:
@@ -257,18 +247,18 @@ def selected_rows(source: Source, selections: Sequence[Selection], item: WriteIt
     columns = ["record_id", "event_time", *table.column_names]
     if not selections:
         frame = read_source(source, columns, table)
-        hour = frame["event_time"].to_physical() // HOUR
-        inside = hour.is_between(item.first_hour, item.last_hour)
+        day = frame["event_time"].to_physical() // DAY
+        inside = day.is_between(item.first_day, item.last_day)
         if not inside.all():
             frame = frame.filter(inside)
         return frame.with_columns(pl.lit(False).alias("is_deleted"), pl.lit(True).alias("is_latest"))
     parts = [load_lanes(s.path, SELECTION_LANES, np.int64, s.start, s.stop) for s in selections]
     row, time, latest = np.concatenate(parts, axis=1)
-    hours = time // HOUR
-    inside = (hours >= item.first_hour) & (hours <= item.last_hour)
+    days = time // DAY
+    inside = (days >= item.first_day) & (days <= item.last_day)
     if not inside.all():
         row, time, latest = row[inside], time[inside], latest[inside]
-    if source.commits is not None:
+    if source.stored is not None:
         ids = read_source(source, ["record_id"], table)[row]
         return tombstones(ids["record_id"], time, table).with_columns(pl.lit(True).alias("is_latest"))
     frame = read_source(source, columns, table)
@@ -291,20 +281,14 @@ def tombstones(record_ids: pl.Series, time: np.ndarray, table: TableSpec) -> pl.
     return frame.with_columns(*empty, pl.lit(True).alias("is_deleted"))
 
 
-def _storage_order(record_ids: pl.Series, hours: np.ndarray) -> np.ndarray:
-    """Positions that order rows by hour, then by record id: by its first 8 bytes, if these tell most ids apart."""
+def _storage_order(record_ids: pl.Series, days: np.ndarray) -> np.ndarray:
+    """Positions that order rows by day, then by record id: by its first 8 bytes, if these tell most ids apart."""
     prefixes = text_prefixes(record_ids)
     order = pl.Series(prefixes).arg_sort().to_numpy()  # numpy takes twice as long
     ordered = prefixes[order]
     if np.count_nonzero(ordered[1:] == ordered[:-1]) > len(prefixes) // 10:
-        both = pl.DataFrame({"hour": hours, "id": record_ids})
-        return both.select(pl.arg_sort_by(["hour", "id"])).to_series().to_numpy()
-    if len(hours) and (hours != hours[0]).any():
-        order = order[np.argsort(hours[order], kind="stable")]
+        both = pl.DataFrame({"day": days, "id": record_ids})
+        return both.select(pl.arg_sort_by(["day", "id"])).to_series().to_numpy()
+    if len(days) and (days != days[0]).any():
+        order = order[np.argsort(days[order], kind="stable")]
     return order
-
-
-def _digits(number: int, count: int) -> Iterator[str]:
-    for _ in range(count):
-        number, digit = divmod(number, len(_NAME_ALPHABET))
-        yield _NAME_ALPHABET[digit]

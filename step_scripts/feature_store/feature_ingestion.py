@@ -26,10 +26,11 @@ from step_scripts.feature_store.feature_files import (
     write_files,
 )
 from step_scripts.feature_store.first_ingestion import all_added, records_differ, summarize_source
-from step_scripts.feature_store.group_folder import (
+from step_scripts.feature_store.group import (
     LOCK_SECONDS,
     Commit,
-    GroupFolder,
+    Group,
+    GroupState,
     StoredFile,
     digest_of,
     until_committed,
@@ -46,6 +47,7 @@ from step_scripts.feature_store.ingestion_plan import (
 )
 from step_scripts.feature_store.online_ingestion import bring_online
 from step_scripts.feature_store.online_store import OnlineTarget
+from step_scripts.feature_store.stored_types import file_types
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, Reporter, StepError
 from step_scripts.runner.wording import counted
@@ -55,7 +57,7 @@ from step_scripts.table.spec import TableSpec
 # Runs `function(*call)` for each call, in any order and anywhere; yields (index of the call, result).
 ParallelRun = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterator[tuple[int, Any]]]
 
-# What changes, the rows to store of each source, how many of each (source, hour), their digest, how many are latest.
+# What changes, the rows to store of each source, how many of each (source, day), their digest, how many are latest.
 _Comparison = tuple[Changes, dict[int, list[Selection]], list[tuple[int, int, int]], tuple[int, int], int]
 
 _FILES_READ_AT_ONCE = 64
@@ -66,7 +68,8 @@ _COUNTS = ("added", "unchanged", "superseded", "deleted")
 class IngestionResult:
     """The group's latest commit after an ingestion, and what the ingestion changed.
 
-    `committed`: whether this ingestion made that commit. `outdated`: rows that are older than what is stored.
+    `committed`: whether this ingestion made that commit. `files`: all of the group, `stored`: those that it has added.
+    `outdated`: rows that are older than what is stored.
     """
 
     commit: Commit
@@ -79,7 +82,8 @@ class IngestionResult:
     superseded: int = 0
     deleted: int = 0
     outdated: int = 0
-    hour_partitions: int = 0
+    stored: tuple[StoredFile, ...] = ()
+    day_partitions: int = 0
     written_online: int = 0
     strays_removed: int = 0
     already_ingested: bool = False
@@ -102,7 +106,7 @@ def ingested_by(commits: Sequence[Commit], dataset_digest: str, *, mirror: bool)
 
 
 def ingest(
-    folder: GroupFolder,
+    folder: Group,
     table: TableSpec,
     dataset: Artifact,
     run: ParallelRun,
@@ -131,16 +135,19 @@ def ingest(
     with contextlib.ExitStack() as stack:
         with phase("wait for the lock"):
             stack.enter_context(folder.lock(lock_seconds, create=True))
+        folder.info()  # raises for another format, whose files would be taken for strays
         if (strays := folder.remove_strays()) > 0:
             log.info(f"removed what an earlier, unfinished ingestion has left: {counted(strays, 'file')}")
 
         def attempt() -> IngestionResult:
-            ingestion = _Ingestion(
-                folder, table, dataset, run, log, mirror, workers, online, missing_uri, phase, confirm
-            )
-            new_columns = bool(ingestion.commits) and adopts(folder.name, ingestion.commits[-1].table, table)
-            if not ingestion.commits:
+            state = folder.state()
+            new_columns = state.last is not None and adopts(folder.name, state.last.table, table)
+            if state.last is None:
                 folder.create(table)
+                state = folder.state()
+            ingestion = _Ingestion(
+                folder, state, table, dataset, run, log, mirror, workers, online, missing_uri, phase, confirm
+            )
             try:
                 return ingestion.result(new_columns)
             except BaseException:
@@ -154,8 +161,8 @@ def ingest(
 
 class _Ingestion:
     def __init__(
-        self, folder: GroupFolder, table: TableSpec, dataset: Artifact, run: ParallelRun, log: Reporter, mirror: bool,
-        workers: int, online: OnlineTarget | None, missing_uri: str | None,
+        self, folder: Group, state: GroupState, table: TableSpec, dataset: Artifact, run: ParallelRun, log: Reporter,
+        mirror: bool, workers: int, online: OnlineTarget | None, missing_uri: str | None,
         phase: Callable[[str], AbstractContextManager[None]], confirm: Callable[[], None],
     ) -> None:  # fmt: skip
         self.folder, self.table, self.dataset, self.log, self.mirror = folder, table, dataset, log, mirror
@@ -163,15 +170,14 @@ class _Ingestion:
         self.missing_uri = missing_uri
         self.token = attempt_token()
         self._run = run
-        self.commits = folder.commits()
-        self.stored_files = [(c.number, f) for c in self.commits for f in c.files]
+        self.state, self.commits, self.stored_files = state, state.commits, state.files
         self.inputs = dataset_sources(dataset, piece_rows(dataset.rows or 0, workers))
         self.rows_in = sum(s.rows for s in self.inputs)
         if not self.rows_in:
             raise StepError(f"the dataset {dataset.uri} has no rows, so there is nothing to ingest")
 
     def result(self, new_columns: bool) -> IngestionResult:
-        files = [f for _, f in self.stored_files]
+        files = self.stored_files
         if missing := self.folder.missing_files(files):
             raise self._unreadable(
                 f"{len(missing)} of {counted(len(files), 'file')} of feature group {self.folder.name} missing or cut "
@@ -179,7 +185,7 @@ class _Ingestion:
                 [f.path for f in files if f not in missing],
                 "restore them from a backup, or delete the group and ingest its sources again",
             )
-        last = self.commits[-1] if self.commits else None
+        last = self.state.last
         if last and not new_columns and ingested_by(self.commits, self.dataset.digest, mirror=self.mirror):
             self.log.info(f"feature group {self.folder.name} holds this dataset already")
             rows = self.rows_in
@@ -192,12 +198,15 @@ class _Ingestion:
             }
             now = datetime.now(UTC)
             write_time = max(now, last.write_time + timedelta(microseconds=1)) if last else now
-            target = WriteTarget(self.folder.data_uri, self.table, write_time, self.token)
+            writing = self.folder.begin(self.state, self.table)
+            target = WriteTarget(
+                self.folder.data_uri, self.table, write_time, self.token, writing.schema, writing.partition
+            )
             with self.phase("write"):
                 items = self._write_items(selections, histogram)
                 written = self._write(target, items)
             with self.phase("read back"):
-                stored = self._read_back(written, expected, sum(rows for _, rows in items))
+                stored = self._read_back(target, written, expected, sum(rows for _, rows in items))
             self.confirm()
             if self.online is not None:
                 with self.phase("write online"):
@@ -219,7 +228,6 @@ class _Ingestion:
             write_time=write_time,
             dataset_digest=self.dataset.digest,
             table=self.table,
-            files=tuple(stored),
             **{name: counts[name] for name in _COUNTS},
             live_rows=(last.live_rows if last else 0) + found.live_rows,
             live_digest=self._live_digest(last, found),
@@ -227,16 +235,16 @@ class _Ingestion:
             deduplicate=found.deduplicate or bool(last and last.deduplicate),
         )
         with self.phase("commit"):
-            self.folder.append(commit)
+            commit = self.folder.append(writing, commit, stored, self.token)
         readable = sum(f.rows for f in stored) - found.deleted + found.unchanged
-        hours = len({hour for _, hour, _ in histogram})
         return IngestionResult(
             commit,
             True,
             (*files, *stored),
             self.rows_in,
             readable,
-            hour_partitions=hours,
+            stored=tuple(stored),
+            day_partitions=len({day for _, day, _ in histogram}),
             written_online=latest if self.online else 0,
             **counts,
         )
@@ -244,13 +252,15 @@ class _Ingestion:
     def _compare(self, scratch: str) -> _Comparison:
         if not self.stored_files and (first := self._compare_with_nothing(scratch)) is not None:
             return first
-        stored_rows = sum(f.rows for _, f in self.stored_files)
+        stored_rows = sum(f.rows for f in self.stored_files)
         filtered = not self.mirror and self.rows_in < min(stored_rows // 4, BUCKET_EVENTS)
         buckets = bucket_count(self.rows_in + (self.rows_in if filtered else stored_rows))
         calls = [(source, self.table, buckets, scratch, None) for source in self.inputs]
         incoming = self._all(hash_source, calls, "rows read", [s.rows for s in self.inputs])
-        paths = [(number, storage.join(self.folder.data_uri, f.path), f.rows) for number, f in self.stored_files]
-        self.sources = self.inputs + stored_sources(len(self.inputs), paths, piece_rows(stored_rows, self.workers))
+        paths = [(storage.join(self.folder.data_uri, f.path), f.rows) for f in self.stored_files]
+        types = file_types(self.folder.begin(self.state, self.table).schema)
+        pieces = stored_sources(len(self.inputs), paths, piece_rows(stored_rows, self.workers), types)
+        self.sources = self.inputs + pieces
         old = self.sources[len(self.inputs) :]
         calls = [(source, self.table, buckets, scratch, incoming if filtered else None) for source in old]
         stored = self._all(hash_source, calls, "stored rows compared", [s.rows for s in old])
@@ -261,10 +271,10 @@ class _Ingestion:
         found, expected, latest_events = Changes(), (0, 0), 0
         selections: dict[int, list[Selection]] = {}
         histogram: list[tuple[int, int, int]] = []
-        for changes_, selected, hours, sums, count in self._all(compare_bucket, calls):
+        for changes_, selected, days, sums, count in self._all(compare_bucket, calls):
             found = found.merge(changes_)
             latest_events += count
-            histogram += hours
+            histogram += days
             expected = add_sums(expected, sums)
             for selection in selected:
                 selections.setdefault(selection.source, []).append(selection)
@@ -281,7 +291,7 @@ class _Ingestion:
             return None
         self.sources = self.inputs
         found = all_added(summaries)
-        histogram = [(s.index, *counted) for s, of in zip(self.inputs, summaries, strict=True) for counted in of.hours]
+        histogram = [(s.index, *counted) for s, of in zip(self.inputs, summaries, strict=True) for counted in of.days]
         return found, {s.index: [] for s in self.inputs}, histogram, found.live_added, self.rows_in
 
     def _write_items(
@@ -290,11 +300,11 @@ class _Ingestion:
         """Pieces to write, and how many events each has."""
         total = sum(count for *_, count in histogram)
         items = []
-        for number, (first_hour, last_hour, sources, count) in enumerate(
+        for number, (first_day, last_day, sources, count) in enumerate(
             write_groups(histogram, piece_rows(total, self.workers))
         ):
             chosen = tuple((self.sources[n], tuple(selections[n])) for n in sources)
-            items.append((WriteItem(number, first_hour, last_hour, chosen), count))
+            items.append((WriteItem(number, first_day, last_day, chosen), count))
         return items
 
     def _write(self, target: WriteTarget, items: list[tuple[WriteItem, int]]) -> list[str]:
@@ -302,19 +312,22 @@ class _Ingestion:
         found = self._all(write_files, calls, "rows written", [rows for _, rows in items])
         return [path for paths in found for path in paths]
 
-    def _read_back(self, written: list[str], expected: tuple[int, int], rows: int) -> list[StoredFile]:
+    def _read_back(
+        self, target: WriteTarget, written: list[str], expected: tuple[int, int], rows: int
+    ) -> list[StoredFile]:
         """Prove that the written files hold exactly the events to store. Raises `StepError` if they do not."""
-        data = self.folder.data_uri
         wanted = len(written) * piece_rows(rows, self.workers) // max(rows, 1)
         size = max(1, min(_FILES_READ_AT_ONCE, wanted, -(-len(written) // self.workers)))
-        calls = [(data, written[at : at + size], self.table) for at in range(0, len(written), size)]
+        calls = [
+            (target.data, written[at : at + size], self.table, target.schema) for at in range(0, len(written), size)
+        ]
         files, sums = list[StoredFile](), (0, 0)
         for described, part in self._all(read_back, calls):
             files += described
             sums = add_sums(sums, part)
         readable = sum(f.rows for f in files)
         if readable != rows or sums != expected:
-            kept = [f.path for _, f in self.stored_files] + [f.path for f in files]
+            kept = [f.path for f in self.stored_files] + [f.path for f in files]
             raise self._unreadable(
                 f"{counted(rows, 'row')} written to feature group {self.folder.name}, {readable:,} can be read back"
                 + (" but not as they were" if readable == rows else ""),

@@ -1,8 +1,8 @@
 """How values become the text of SageMaker's features, and text values again.
 
 SageMaker has three types. Integers and truth values are `Integral`, floating-point numbers `Fractional`, texts and
-times `String` (ISO 8601, microseconds). The event time is `Fractional`, seconds since 1970: as text it would lose all
-below a millisecond. What is null, or not a number, is left out.
+times `String` (ISO 8601, microseconds). So is the event time, by whose date SageMaker partitions Iceberg tables; the
+online store takes no more of it than milliseconds. What is null, or not a number, is left out.
 """
 
 from __future__ import annotations
@@ -26,26 +26,30 @@ FEATURE_TYPES: dict[DType, FeatureType] = {
 }
 RECORD_ID, EVENT_TIME = "record_id", "event_time"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_SECOND = 1_000_000
+_MILLISECOND = 1_000  # microseconds
 
 
 def feature_types(table: TableSpec) -> dict[str, FeatureType]:
     """Type of each feature, in order: record id, event time, the table's columns."""
-    types: dict[str, FeatureType] = {RECORD_ID: "String", EVENT_TIME: "Fractional"}
+    types: dict[str, FeatureType] = {RECORD_ID: "String", EVENT_TIME: "String"}
     types.update((column.name, FEATURE_TYPES[column.dtype]) for column in table.columns)
     return types
 
 
+def online_time(microseconds: int) -> int:
+    """An event time as the online store can hold it: the millisecond that it is in, in microseconds since 1970."""
+    return microseconds // _MILLISECOND * _MILLISECOND
+
+
 def encoded_time(microseconds: int) -> str:
-    """Seconds since 1970 with six decimals, exactly."""
-    sign = "-" if microseconds < 0 else ""
-    seconds, rest = divmod(abs(microseconds), _SECOND)
-    return f"{sign}{seconds}.{rest:06d}"
+    """`yyyy-MM-ddTHH:mm:ss.SSSZ` of an event time in microseconds since 1970, without what is below a millisecond."""
+    moment = _EPOCH + timedelta(microseconds=online_time(microseconds))
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def decoded_time(text: str) -> int:
     """Microseconds since 1970."""
-    return round(float(text) * _SECOND)
+    return (datetime.fromisoformat(text) - _EPOCH) // timedelta(microseconds=1)
 
 
 def encoded_records(events: pl.DataFrame, table: TableSpec) -> list[dict[str, str]]:
@@ -65,7 +69,7 @@ def encoded_records(events: pl.DataFrame, table: TableSpec) -> list[dict[str, st
 
 def decoded_record(features: Mapping[str, str], table: TableSpec) -> dict[str, Any]:
     """Values of a record's features: record_id, event_time (UTC), the table's columns."""
-    moment = _EPOCH + timedelta(microseconds=decoded_time(features[EVENT_TIME]))
+    moment = datetime.fromisoformat(features[EVENT_TIME])
     record: dict[str, Any] = {RECORD_ID: features[RECORD_ID], EVENT_TIME: moment}
     return record | {c.name: _decoded(features.get(c.name), c.dtype) for c in table.columns}
 

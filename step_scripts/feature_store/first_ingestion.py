@@ -14,7 +14,7 @@ import polars as pl
 
 from step_scripts.feature_store.event_sources import Source, check_complete, read_source
 from step_scripts.feature_store.event_timeline import Changes
-from step_scripts.feature_store.feature_files import HOUR, by_bucket, content_columns
+from step_scripts.feature_store.feature_files import DAY, by_bucket, content_columns
 from step_scripts.feature_store.scratch_arrays import load_lanes, save_lanes
 from step_scripts.runner import storage
 from step_scripts.table.event_hash import add_sums, content_hashes, event_hashes, lane_sums, text_hashes
@@ -24,13 +24,13 @@ from step_scripts.table.spec import TableSpec
 @dataclass(frozen=True)
 class SourceSummary:
     """Of all events of one source: first halves of the record ids' hashes, in a file, and in it the start of each
-    bucket (and the end of the last); the digest of the events; how many there are of each hour.
+    bucket (and the end of the last); the digest of the events; how many there are of each day.
     """
 
     path: str
     starts: tuple[int, ...]
     sums: tuple[int, int]
-    hours: tuple[tuple[int, int], ...]
+    days: tuple[tuple[int, int], ...]
 
 
 def summarize_source(source: Source, table: TableSpec, buckets: int, folder: str) -> SourceSummary:
@@ -46,8 +46,8 @@ def summarize_source(source: Source, table: TableSpec, buckets: int, folder: str
     order, starts = by_bucket(record[0], buckets)
     path = storage.join(folder, f"records-{source.index}.npy")
     save_lanes(path, (record[0] if order is None else record[0][order])[np.newaxis])
-    hours = zip(*np.unique(time // HOUR, return_counts=True), strict=True)
-    return SourceSummary(path, starts, sums, tuple((int(hour), int(count)) for hour, count in hours))
+    days = zip(*np.unique(time // DAY, return_counts=True), strict=True)
+    return SourceSummary(path, starts, sums, tuple((int(day), int(count)) for day, count in days))
 
 
 def records_differ(bucket: int, summaries: Sequence[SourceSummary]) -> bool:

@@ -23,6 +23,7 @@ from step_scripts.feature_store.feature_values import (
     decoded_time,
     encoded_records,
     encoded_time,
+    online_time,
 )
 from step_scripts.feature_store.ingestion_plan import WriteItem
 from step_scripts.feature_store.online_calls import Patience, delete_records, read_records, write_records
@@ -59,7 +60,7 @@ class OnlineRecord:
     """The state that a record is to have: its event time, and its features as text. None: deleted."""
 
     record_id: str
-    event_time: int  # microseconds since 1970
+    event_time: int  # microseconds since 1970, whole milliseconds
     features: dict[str, str] | None
 
 
@@ -120,7 +121,7 @@ def _records(events: pl.DataFrame, table: TableSpec) -> list[OnlineRecord]:
     times = events["event_time"].to_physical().to_list()
     texts = encoded_records(events, table)
     return [
-        OnlineRecord(features["record_id"], time_, None if gone else features)
+        OnlineRecord(features["record_id"], online_time(time_), None if gone else features)
         for features, time_, gone in zip(texts, times, deleted, strict=True)
     ]
 

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import polars as pl
 
 from step_scripts.table.spec import DType, TableSpec
 
+TIMESTAMP = pl.Datetime("us", "UTC")
 POLARS_TYPES: dict[DType, pl.DataType] = {
     "int64": pl.Int64(),
     "float64": pl.Float64(),
     "bool": pl.Boolean(),
     "string": pl.String(),
-    "datetime": pl.Datetime("us", "UTC"),
+    "datetime": TIMESTAMP,
 }
+# Times as text: ISO 8601 in UTC with microseconds, so that the order of texts is that of times.
+_TEXT_TIME = "%Y-%m-%dT%H:%M:%S%.6fZ"
 
 
 def polars_schema(table: TableSpec) -> dict[str, pl.DataType]:
     """Polars types of the columns, in the schema's order."""
     return {column.name: POLARS_TYPES[column.dtype] for column in table.columns}
+
+
+def converted(column: pl.Expr, found: Any, wanted: Any) -> pl.Expr:
+    """A column of type `found` in type `wanted`. Also between times and texts, and between truth values and 0 and 1."""
+    if found == wanted:
+        return column
+    if found == pl.String() and isinstance(wanted, pl.Datetime):
+        return column.str.to_datetime(_TEXT_TIME, time_unit="us", time_zone="UTC")
+    if isinstance(found, pl.Datetime) and wanted == pl.String():
+        return column.dt.strftime(_TEXT_TIME)
+    if isinstance(found, pl.Datetime) and isinstance(wanted, pl.Datetime):
+        return column.dt.replace_time_zone(wanted.time_zone).dt.cast_time_unit(wanted.time_unit or "us")
+    return column.cast(wanted)

@@ -60,7 +60,10 @@ NOT_RUN = {
     "$AWS_ENDPOINT_URL/_emulator/faults": "needs a job to kill; tests/sagemaker/test_emulator_faults.py sends such",
 }
 # Commands in running text that no block has, and what runs them.
+_TAKEOVER = "tests/unit/step_scripts/feature_store/test_iceberg_table.py"
 MENTIONED = {
+    "python -m step_scripts.feature_store replay <root> <group>": _TAKEOVER,
+    "python -m step_scripts.feature_store import <root> <group>": _TAKEOVER,
     "python -m step_scripts.runner request.json": "tests/unit/step_scripts/runner/test_runner.py",
     "export HOUSING_CONFIG=my_config.yaml": "tests/unit/housing_assets/test_launch_defaults.py",
     "export HOUSING_RAW_CSV=/path/to/sales.csv": "HOUSING_RAW_CSV=/path/to/sales.csv make run",

@@ -9,18 +9,20 @@ import time
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
 import psutil
 import pytest
+import ray
+import ray.data
 
 from step_scripts.feature_store.feature_ingestion import run_here
-from step_scripts.feature_store.offline_store import OfflineStore
+from step_scripts.feature_store.offline_store import OfflineStore, latest_events
 from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepResult
 from step_scripts.runner.execution import run_step
-from step_scripts.runner.ray_data import each_call
+from step_scripts.runner.ray_data import configure, each_call
 from step_scripts.runner.ray_session import RaySession
 from tests.fatal_calls import always_fatal, once_fatal
 from tests.feature_rows import (
@@ -35,6 +37,7 @@ from tests.feature_rows import (
     write_frame,
     write_rows,
 )
+from tests.other_engines import latest_by_duckdb
 
 
 def ingest(
@@ -57,11 +60,11 @@ def ingest(
 
 
 def many_rows(count: int) -> pl.DataFrame:
-    """Rows of three hours, in no order of their ids."""
+    """Rows of three days, in no order of their ids."""
     numbers = np.arange(count)
     return pl.select(
         record_id=pl.Series([f"{n:032x}" for n in np.random.default_rng(1).permutation(count)]),
-        event_time=pl.lit(NOON, pl.Datetime("us", "UTC")) + pl.duration(hours=pl.lit(pl.Series(numbers % 3))),
+        event_time=pl.lit(NOON, pl.Datetime("us", "UTC")) + pl.duration(days=pl.lit(pl.Series(numbers % 3))),
         PRICE=pl.Series(numbers * 0.5),
         ROOMS=pl.Series(numbers % 7),
         SOLD=pl.Series(numbers % 2 == 0),
@@ -78,7 +81,7 @@ def test_rows_in_are_rows_readable(ray_session: RaySession, tmp_path: Path) -> N
     details = result.details
     assert (details["commit"], details["deduplicate"], details["group"]) == (1, False, "sales")
     assert (
-        details["hour_partitions_written"] == len({Path(f.path).parent for f in result.outputs["features"].files}) == 3
+        details["day_partitions_written"] == len({Path(f.path).parent for f in result.outputs["features"].files}) == 3
     )
     assert {"compare", "write", "read back", "commit"} <= details["timings"].keys()
     assert "30,000 of 30,000 rows written" in log.messages
@@ -116,7 +119,7 @@ def test_a_mirror_deletes_what_the_dataset_lacks(ray_session: RaySession, tmp_pa
     store = OfflineStore(str(tmp_path / "store"))
     assert set(records(store.scan("sales"))) == set(frame[:2_900]["record_id"])
     tombstones = pl.read_parquet(fewer.outputs["features"].file_uris(), hive_partitioning=False).filter("is_deleted")
-    assert set(tombstones["event_time"]) == {NOON + timedelta(hours=2), NOON + timedelta(hours=2, microseconds=1)}
+    assert set(tombstones["event_time"]) == {NOON + timedelta(days=2), NOON + timedelta(days=2, microseconds=1)}
     assert tombstones["PRICE"].null_count() == tombstones.height == 100
 
 
@@ -142,14 +145,46 @@ def test_two_ingestions_at_once_both_land(ray_session: RaySession, tmp_path: Pat
 
 
 def test_a_lost_row_fails_the_step_and_commits_nothing(ray_session: RaySession, tmp_path: Path) -> None:
-    dataset = write_rows(tmp_path, [row(0), row(1, hours=1)])
+    dataset = write_rows(tmp_path, [row(0), row(1, hours=24)])
     ingest(ray_session, tmp_path, dataset)
     store = OfflineStore(str(tmp_path / "store"))
-    next(Path(store.folder("sales").data_uri).rglob("hour=13/*.parquet")).unlink()
+    next(Path(store.folder("sales").data_uri).rglob("event_time_day=2024-05-02/*.parquet")).unlink()
     with pytest.raises(StepError, match=f"1 record of the dataset cannot be read: {record_id(1)}") as caught:
         ingest(ray_session, tmp_path, dataset)
     assert caught.value.details["records_missing"] == 1
     assert len(store.commits("sales")) == 1
+
+
+def test_ray_data_and_duckdb_read_what_the_splits_hold(ray_session: RaySession, tmp_path: Path) -> None:
+    frame = many_rows(3_000)
+    ingest(ray_session, tmp_path, write_frame(tmp_path, frame))
+    changed = frame[:2_000].with_columns(PRICE=pl.col("PRICE") + 0.25, event_time=NOON + timedelta(days=9))
+    features = ingest(ray_session, tmp_path, write_frame(tmp_path, changed), mirror=True).outputs["features"]
+    split = run_step(
+        StepRequest(
+            step="prepare_splits",
+            params={"table": TABLE.model_dump(mode="json"), "deduplicate": True},
+            inputs={"features": features},
+            output_root=str(tmp_path / "out"),
+            code_version="1",
+        ),
+        Log(),
+        ray_session,
+    )
+    columns = ["record_id", *TABLE.column_names]
+    parts = [pl.read_parquet(split.outputs[name].file_uris()) for name in ("train", "validation", "test")]
+    wanted = pl.concat(parts).select(columns).sort("record_id")
+    assert wanted.height == 2_000
+    folder = tmp_path / "store" / "sales"
+    place = {"type": "sql", "uri": f"sqlite:///{folder}/catalog.db", "warehouse": f"file://{folder}"}
+    configure()
+    blocks = ray.data.read_iceberg(
+        table_identifier="feature_store.sales", catalog_kwargs={"name": "housing", **place}, override_num_blocks=1
+    )
+    events = pl.concat([cast(pl.DataFrame, pl.from_arrow(ray.get(cast(Any, ref)))) for ref in blocks.to_arrow_refs()])
+    assert events.height == sum(f.rows or 0 for f in features.files) == 6_000
+    assert latest_events(events.lazy()).select(columns).collect().sort("record_id").equals(wanted)
+    assert latest_by_duckdb(events.to_arrow()).select(columns).sort("record_id").equals(wanted)
 
 
 @pytest.mark.parametrize(

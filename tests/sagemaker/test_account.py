@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import pyarrow as pa
 import pytest
 from botocore.exceptions import ClientError
+from pyiceberg.catalog.glue import GlueCatalog
 
 from tests.aws_account import TEMPLATE, Account, administrator, deploy, policy_of, without_statement
 from tests.platform_cli import Platform
@@ -149,6 +151,10 @@ def calls(aws: Aws, name: str, account: Account) -> dict[str, tuple[str, str, di
             "sagemaker", "describe_feature_group", {"FeatureGroupName": f"house_sales-{name}"},
             "sagemaker:DescribeFeatureGroup",
         ),
+        "Tables": (
+            "glue", "get_table", {"DatabaseName": "sagemaker_featurestore", "Name": f"House_Sales_{name}"},
+            "glue:GetTable",
+        ),
         "Registry": (
             "sagemaker", "create_model_package_group", {"ModelPackageGroupName": f"housing-{name}"},
             "sagemaker:CreateModelPackageGroup",
@@ -201,6 +207,54 @@ def test_every_statement_of_the_dagster_role_is_needed(
         assert code == ("AccessDenied" if service == "s3" else "AccessDeniedException"), sid
         assert message.startswith(f"User: {session} is not authorized to perform: {action} on resource: "), sid
         assert message.endswith(f"because no identity-based policy allows the {action} action"), sid
+
+
+def test_an_iceberg_table_is_made_with_the_creators_rights_and_filled_with_those_of_jobs(
+    emulator: SageMakerEmulator, aws: Aws, small_account: Account, as_dagster: Callable[[str], Any]
+) -> None:
+    name = f"house_sales-{aws.bucket[-8:]}"
+    request = {
+        "FeatureGroupName": name, "RecordIdentifierFeatureName": "id", "EventTimeFeatureName": "at",
+        "FeatureDefinitions": [{"FeatureName": n, "FeatureType": "String"} for n in ("id", "at")],
+        "OfflineStoreConfig": {
+            "S3StorageConfig": {"S3Uri": f"{small_account.root}/feature_store"}, "TableFormat": "Iceberg",
+        },
+        "RoleArn": small_account.jobs_role,
+    }  # fmt: skip
+    sagemaker = as_dagster("sagemaker")
+    with without_statement(emulator, small_account.dagster_role, "Tables"):
+        code, message = error_of(sagemaker.create_feature_group, request)
+    catalog = "arn:aws:glue:us-east-1:123456789012:catalog"
+    assert code == "AccessDeniedException"
+    assert f"is not authorized to perform: glue:CreateDatabase on resource: {catalog}" in message
+    # The data's place is the role's, as the database and the table are the caller's.
+    elsewhere = request["OfflineStoreConfig"] | {"DataCatalogConfig": {
+        "Catalog": "AwsDataCatalog", "Database": "sagemaker_featurestore", "TableName": "others",
+    }}  # fmt: skip
+    code, message = error_of(sagemaker.create_feature_group, request | {"OfflineStoreConfig": elsewhere})
+    assert code == "AccessDeniedException"
+    assert "table/sagemaker_featurestore/others" in message
+    sagemaker.create_feature_group(**request)
+    described = aws.until(
+        lambda: (d := sagemaker.describe_feature_group(FeatureGroupName=name))["FeatureGroupStatus"] != "Creating" and d
+    )
+    assert described["FeatureGroupStatus"] == "Created", described
+    place = described["OfflineStoreConfig"]["DataCatalogConfig"]
+
+    def append() -> None:
+        glue = client(emulator, small_account.jobs_role, "glue")
+        key = emulator.environment(small_account.jobs_role)["AWS_ACCESS_KEY_ID"]
+        s3 = {"s3.endpoint": emulator.endpoint_url, "s3.region": "us-east-1", "s3.access-key-id": key}
+        table = GlueCatalog("glue", glue, **s3, **{"s3.secret-access-key": "testing"}).load_table(
+            (place["Database"], place["TableName"])
+        )
+        table.append(pa.table({"id": ["a"], "at": ["2024-05-01T12:00:00Z"]}))
+        assert table.scan().to_arrow()["id"].to_pylist() == ["a"]
+
+    append()
+    with without_statement(emulator, small_account.jobs_role, "Tables"), pytest.raises(ClientError) as refused:
+        append()
+    assert f"glue:GetTable on resource: {catalog}" in str(refused.value)
 
 
 def test_policies_that_are_attached_count_too_and_are_refused_if_not_understood(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
@@ -23,7 +25,13 @@ from resources.feature_store.base import OfflineSnapshot
 from resources.feature_store.sagemaker import SageMakerFeatureStore
 from step_scripts.feature_store import online_store
 from step_scripts.feature_store.feature_ingestion import IngestionResult
-from step_scripts.feature_store.feature_values import decoded_record, decoded_time, encoded_records, encoded_time
+from step_scripts.feature_store.feature_values import (
+    decoded_record,
+    decoded_time,
+    encoded_records,
+    encoded_time,
+    online_time,
+)
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.feature_store.online_store import OnlineTarget
 from step_scripts.runner import storage
@@ -41,8 +49,11 @@ from tests.feature_rows import (
     write_frame,
     write_rows,
 )
+from tests.other_engines import latest_by_duckdb
+from tests.sagemaker.test_emulator_iceberg import catalog
 from tests.sagemaker_emulator import SageMakerEmulator
 from tests.sagemaker_emulator.testing import ROLE, Aws
+from tests.unit.housing_assets.checks.test_advisory import functions
 
 ONLINE = OnlineTarget("sales", patience_seconds=120)
 
@@ -64,10 +75,14 @@ class Group:
         return ingest_rows(self.store, write_rows(self.folder, rows), **options)
 
     def assert_alike(self, numbers: Sequence[int]) -> None:
-        """Both stores hold the same of these records."""
+        """Both stores hold the same of these records, the online store their times to the millisecond."""
         for number in numbers:
             online = self.resource.get_record("sales", record_id(number))
-            assert online == self.store.get_record("sales", record_id(number)), number
+            stored = self.store.get_record("sales", record_id(number))
+            if stored is not None:
+                moment = stored["event_time"]
+                stored["event_time"] = moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+            assert online == stored, number
 
 
 @pytest.fixture
@@ -80,19 +95,12 @@ def group(aws: Aws, aws_environment: SageMakerEmulator, tmp_path: Path) -> Group
     return Group(aws, tmp_path, online=True)
 
 
-def groups(aws: Aws) -> list[dict[str, Any]]:
-    return aws.sagemaker.list_feature_groups(NameContains="sales")["FeatureGroupSummaries"]
-
-
 @pytest.fixture(autouse=True)
 def _no_groups_left(aws: Aws) -> Any:
     """Feature groups belong to the account, not to the test's bucket."""
     yield
     aws.faults.clear()
-    for found in groups(aws):
-        if found["FeatureGroupStatus"] != "Deleting":
-            aws.sagemaker.delete_feature_group(FeatureGroupName=found["FeatureGroupName"])
-    Aws.until(lambda: not groups(aws), 120)
+    aws.remove_feature_groups("sales")
 
 
 # --- groups --------------------------------------------------------------------------------------------------------
@@ -112,7 +120,7 @@ def test_a_group_is_created_once_and_tagged(offline: Group, aws: Aws) -> None:
     assert all(t == targets[0] for t in targets)
     assert (targets[0]["kind"], targets[0]["data_uri"], targets[0]["online"]) == ("sagemaker", resolved, False)
     assert {d["FeatureName"]: d["FeatureType"] for d in described["FeatureDefinitions"]} == {
-        "record_id": "String", "event_time": "Fractional",
+        "record_id": "String", "event_time": "String",
         "PRICE": "Fractional", "ROOMS": "Integral", "SOLD": "Integral",
     }  # fmt: skip
     tags = aws.sagemaker.list_tags(ResourceArn=described["FeatureGroupArn"])["Tags"]
@@ -139,10 +147,26 @@ def test_files_are_readable_at_once_and_deleted_with_the_group(offline: Group, a
     assert (facts["status"], facts["live_rows"], facts["online_store"]) == ("Created", 2, False)
     store.delete_group("sales")
     assert aws.keys() == ["features/salesroom/data/part.parquet"]
-    assert not groups(aws)
+    assert not aws.feature_groups("sales")
     store.delete_group("sales")
     with pytest.raises(StepError, match="there is no feature group sales"):
         store.offline("sales")
+
+
+def test_athenas_standard_query_on_the_glue_table_gives_the_records(offline: Group, aws: Aws) -> None:
+    offline.ingest([row(n, hours=n) for n in range(30)])
+    offline.ingest([row(n, 2.0, hours=n + 1, rooms=None) for n in range(5, 20)], mirror=True)
+    offline.store.delete_record("sales", record_id(7), NOON + timedelta(days=9))
+    table = catalog(aws).load_table(offline.resource.describe("sales")["glue_table"])
+    found = latest_by_duckdb(table.scan().to_arrow()).select(
+        "record_id",
+        pl.col("event_time").str.to_datetime(time_unit="us", time_zone="UTC"),
+        "PRICE",
+        "ROOMS",
+        pl.col("SOLD").cast(pl.Boolean),
+    )
+    assert found.height == 14
+    assert records(found.lazy()) == records(offline.store.scan("sales"))
 
 
 def _with(*columns: ColumnSpec) -> TableSpec:
@@ -201,7 +225,7 @@ def test_a_failed_creation_says_why_and_can_be_repeated(offline: Group, aws: Aws
     # Deleted behind our back, and there are records.
     offline.ingest([row(0)])
     aws.sagemaker.delete_feature_group(FeatureGroupName="sales")
-    Aws.until(lambda: not groups(aws), 120)
+    Aws.until(lambda: not aws.feature_groups("sales"), 120)
     with pytest.raises(StepError, match="taken more than 0 s to be ready"):
         SageMakerFeatureStore(root=offline.resource.root, role_arn=ROLE, wait_seconds=0.001).ensure_group(
             "sales", TABLE
@@ -243,7 +267,7 @@ def test_what_goes_online_is_not_written_offline_again(group: Group, aws: Aws) -
     runtime = aws.client("sagemaker-featurestore-runtime")
     marker = [
         {"FeatureName": "record_id", "ValueAsString": "marker"},
-        {"FeatureName": "event_time", "ValueAsString": "1"},
+        {"FeatureName": "event_time", "ValueAsString": "1970-01-01T00:00:01Z"},
     ]
     runtime.put_record(FeatureGroupName="sales", Record=marker, TargetStores=["OfflineStore"])
 
@@ -281,7 +305,7 @@ def test_an_ingestion_that_fails_online_commits_nothing_and_a_repeat_heals_it(gr
     aws.faults.clear()
     assert len(group.store.commits("sales")) == 1
     assert {v[1] for v in records(group.store.scan("sales")).values()} == {1.0}
-    assert len(aws.keys("features/sales/123456789012")) == 1, "its files are removed"
+    assert len([k for k in aws.keys("features/sales/") if "/data/" in k]) == 1, "its files are removed"
     healed = group.ingest([row(n, 2.0, hours=1) for n in range(50)])
     assert (healed.superseded, healed.added, healed.written_online) == (3, 47, 50)
     group.assert_alike([0, 3, 49])
@@ -341,9 +365,53 @@ def test_values_survive_the_way_through_text() -> None:
         (*row(1, -1e-300, hours=-24 * 365 * 80, rooms=-(2**62), sold=False), None),
     ]
     frame = rows_frame(rows, table)  # pyright: ignore[reportArgumentType]
-    assert [decoded_record(text, table) for text in encoded_records(frame, table)] == frame.to_dicts()
-    for moment in (0, 1, -1, 1_700_000_000_123_456, -2_500_000_000_000_001):
-        assert decoded_time(encoded_time(moment)) == moment
+    kept = frame.with_columns(pl.col("event_time").dt.truncate("1ms"))
+    assert [decoded_record(text, table) for text in encoded_records(frame, table)] == kept.to_dicts()
+    for moment in (0, 1, -1, 999, 1000, 1_700_000_000_123_456, -2_500_000_000_000_001, -40_000_000_000_000_000):
+        text = encoded_time(moment)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", text), "the form that the service takes"
+        assert 0 <= moment - decoded_time(text) < 1000
+        assert decoded_time(text) == online_time(moment)
+
+
+def test_the_later_of_two_events_in_one_millisecond_is_online(group: Group) -> None:
+    group.ingest([row(0), row(1)])
+    later = group.ingest([row(0, 2.0, hours=1 / 3600e6), row(1)])
+    assert (later.superseded, later.written_online) == (1, 1)
+    found, stored = (store.get_record("sales", record_id(0)) for store in (group.resource, group.store))
+    assert found is not None
+    assert stored is not None
+    assert (found["PRICE"], stored["PRICE"]) == (2.0, 2.0)
+    assert stored["event_time"] - found["event_time"] == timedelta(microseconds=1)
+    assert group.ingest([row(1)], mirror=True).deleted == 1
+    assert group.resource.get_record("sales", record_id(0)) is None
+
+
+def test_a_check_shows_whether_online_equals_offline(group: Group, offline: Group, aws: Aws) -> None:
+    def judged(store: SageMakerFeatureStore) -> tuple[bool, str, list[str]]:
+        check = functions()[dg.AssetCheckKey(dg.AssetKey("feature_group"), "online_equals_offline")]
+        result = check(store.offline("sales"), store)
+        named = result.metadata.get("differing_ids") if result.metadata else None
+        return result.passed, result.description, named.value if named else []
+
+    group.ingest([row(n, hours=24 * (n % 3)) for n in range(30)])
+    group.ingest([row(n, hours=24 * (n % 3)) for n in range(28)] + [row(30, hours=200)], mirror=True)
+    assert judged(group.resource) == (True, "0 of 31 records differ", [])
+    assert judged(offline.resource) == (True, "the feature group has no online store", [])
+    runtime = aws.client("sagemaker-featurestore-runtime")
+    runtime.delete_record(
+        FeatureGroupName="sales", RecordIdentifierValueAsString=record_id(0), EventTime="2024-06-01T00:00:00.000Z",
+        TargetStores=["OnlineStore"],
+    )  # fmt: skip
+    (other,) = encoded_records(rows_frame([row(28, hours=2000)]), TABLE)  # deleted offline
+    record = [{"FeatureName": name, "ValueAsString": text} for name, text in other.items()]
+    runtime.put_record(FeatureGroupName="sales", Record=record, TargetStores=["OnlineStore"])
+    differing = sorted([record_id(0), record_id(28)])
+    passed, description, named = judged(group.resource)
+    assert (passed, named) == (False, differing)
+    assert description.startswith("2 of 31 records differ: somebody else writes to the online store")
+    group.ingest([row(n, 2.0, hours=3000) for n in (0, 28)])
+    assert judged(group.resource) == (True, "0 of 31 records differ", [])
 
 
 # --- the step ------------------------------------------------------------------------------------------------------

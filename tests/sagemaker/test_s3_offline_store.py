@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -12,24 +13,28 @@ from typing import Any
 
 import polars as pl
 import pytest
+from pyiceberg.exceptions import TableAlreadyExistsError
 
-from step_scripts.feature_store import ingestion_plan, s3_group_folder
+from step_scripts.feature_store import glue_group, iceberg_table, ingestion_plan
 from step_scripts.feature_store.feature_ingestion import run_here
+from step_scripts.feature_store.feature_values import feature_types
+from step_scripts.feature_store.group import Group, GroupInfo
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.s3_objects import put_if_absent
 from tests.feature_rows import TABLE, ingest_rows, record_id, records, row, write_rows
 from tests.sagemaker_emulator import SageMakerEmulator
+from tests.sagemaker_emulator.iceberg_tables import create_table
 from tests.sagemaker_emulator.testing import Aws
 
 # The same tests, with this module's `store`.
 from tests.unit.step_scripts.feature_store.test_offline_store import (  # noqa: F401
     test_a_changed_row_supersedes_and_an_older_one_is_history,
-    test_a_commit_number_cannot_be_taken_twice,
     test_a_dataset_of_another_form_is_refused,
     test_a_dataset_that_was_superseded_is_not_taken_for_known,
     test_a_file_saved_again_stores_nothing_and_is_known_from_then_on,
     test_a_new_column_that_may_be_empty_is_adopted,
+    test_a_stale_writer_cannot_commit,
     test_deleting_a_record,
     test_groups_are_separate_and_can_be_deleted,
     test_ingestions_at_the_same_time_all_land,
@@ -54,13 +59,39 @@ def run(function, calls):
         os.kill(os.getpid(), signal.SIGKILL)
     return results
 
-ingest_rows(OfflineStore(sys.argv[1]), write_rows(Path(sys.argv[2]), [row(1), row(2, hours=1)]), run=run)
+ingest_rows(OfflineStore(sys.argv[1]), write_rows(Path(sys.argv[2]), [row(1), row(2, hours=24)]), run=run)
 """
+
+
+class _Group(glue_group.GlueGroup):
+    """Its table is made, and dropped, as on SageMaker before the offline store has to do with it."""
+
+    def _make_table(self, info: GroupInfo) -> None:
+        identifier = self.identifier
+        assert identifier is not None
+        with contextlib.suppress(TableAlreadyExistsError):
+            create_table(
+                iceberg_table.glue_catalog(), (identifier[0], identifier[1]), dict(feature_types(info.table)),
+                "event_time", f"{self.uri}/table",
+            )  # fmt: skip
+        super()._make_table(info)
+
+    def remove(self) -> None:
+        identifier = self.identifier
+        assert identifier is not None
+        iceberg_table.glue_catalog().drop_table(identifier)
+        super().remove()
+
+
+class _Store(OfflineStore):
+    def folder(self, group: str, data_uri: str | None = None, glue_table: str | None = None) -> Group:
+        bucket = self.root.split("/")[2].replace("-", "_")
+        return _Group(self.root, group, data_uri, glue_table or f"offline_stores.{bucket}_{group}")
 
 
 @pytest.fixture
 def store(aws: Aws, aws_environment: SageMakerEmulator) -> OfflineStore:
-    return OfflineStore(aws.uri("store"))
+    return _Store(aws.uri("store"))
 
 
 def data_files(aws: Aws) -> set[str]:
@@ -131,7 +162,7 @@ def test_a_killed_ingestion_is_invisible_and_tidied_up_when_it_is_old(
     # They could be those of a writer that is at work.
     assert ingest_rows(store, write_rows(tmp_path, [row(1)])).strays_removed == 0
     assert len(data_files(aws)) == 4
-    monkeypatch.setattr(s3_group_folder, "STRAY_SECONDS", -60.0)
+    monkeypatch.setattr(glue_group, "STRAY_SECONDS", -60.0)
     assert store.folder("sales").remove_strays() == 2
     assert data_files(aws) == committed_files(store)
     assert not aws.keys("store/sales/_staging")
@@ -141,7 +172,7 @@ def test_a_killed_ingestion_is_invisible_and_tidied_up_when_it_is_old(
 def test_a_writer_whose_files_may_be_taken_for_leftovers_gives_up(
     store: OfflineStore, aws: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_group_folder, "STRAY_SECONDS", 0.0)
+    monkeypatch.setattr(glue_group, "STRAY_SECONDS", 0.0)
     with pytest.raises(StepError, match="Nothing was committed; ingest with more actors"):
         ingest_rows(store, write_rows(tmp_path, [row(0)]))
     assert store.commits("sales") == []
@@ -168,10 +199,10 @@ def test_one_of_many_gets_the_commit(aws: Aws, aws_environment: SageMakerEmulato
 
 
 def test_lost_files_are_named(store: OfflineStore, aws: Aws, tmp_path: Path) -> None:
-    dataset = write_rows(tmp_path, [row(0), row(1, hours=1)])
+    dataset = write_rows(tmp_path, [row(0), row(1, hours=24)])
     ingest_rows(store, dataset)
     assert store.find_ingestion("sales", dataset.digest, mirror=True) is not None
-    (key,) = [key for key in aws.keys("store/") if "/hour=13/" in key]
+    (key,) = [key for key in aws.keys("store/") if "/event_time_trunc=2024-05-02/" in key]
     aws.s3.delete_object(Bucket=aws.bucket, Key=key)
     assert store.find_ingestion("sales", dataset.digest, mirror=True) is None
     with pytest.raises(StepError, match="1 of 2 files"):

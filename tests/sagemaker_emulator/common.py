@@ -52,6 +52,12 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
+def catalog_config(group: str, created: float, given: Params | None) -> Params:
+    """The `DataCatalogConfig` of a group: the one of its request, or names as Athena recommends them."""
+    name = f"{group}_{int(created)}".replace("-", "_").lower()
+    return dict(given or {"Catalog": "AwsDataCatalog", "Database": "sagemaker_featurestore", "TableName": name})
+
+
 @dataclass(frozen=True)
 class Listing:
     """How one List operation names its filters, sort keys and result."""

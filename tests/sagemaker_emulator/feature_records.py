@@ -68,6 +68,7 @@ class FeatureRecords:
             event_time=event_time,
             invoked=datetime.now(UTC),
             blocked=group.block,
+            append=self._groups.appender(group),
             deleted=deleted,
         )
         self._offline.add(row)

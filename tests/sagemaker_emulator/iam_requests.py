@@ -2,12 +2,13 @@
 
 The rule: an operation needs the action of its name, on the resource that the request names, and where it names none on
 `*`. SageMaker's `CreateTrainingJob` has a member `TrainingJobName`, so its resource is a `training-job`; tags in a
-request need `AddTags`, and roles in it `iam:PassRole`. Operations of S3 are found by method, path and parameters. What
-differs stands in the tables.
+request need `AddTags`, and roles in it `iam:PassRole`. Operations of Glue need their action on the catalog, the
+database and the table. Operations of S3 are found by method, path and parameters. What differs stands in the tables.
 """
 
 import functools
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
@@ -16,7 +17,7 @@ from xml.etree import ElementTree
 from botocore.model import ListShape, StructureShape
 from werkzeug.wrappers import Request
 
-from tests.sagemaker_emulator.common import ACCOUNT, Params, arn, split_s3_uri
+from tests.sagemaker_emulator.common import ACCOUNT, Params, arn, catalog_config, split_s3_uri
 from tests.sagemaker_emulator.iam_policies import Access
 from tests.sagemaker_emulator.validation import operation_model, service_model
 
@@ -69,6 +70,8 @@ def accesses(service: str, operation: str, params: Params, region: str) -> list[
     """What an operation of any service but S3 does. `service`: the name of the service's actions."""
     if service == "sagemaker":
         return list(_sagemaker(operation, params, region))
+    if service == "glue":
+        return list(_glue(operation, params, region))
     resource, context = "*", {}
     if service == "logs":
         resource = _log_resource(operation, params, region)
@@ -110,6 +113,35 @@ def _log_resource(operation: str, params: Params, region: str) -> str:
     return f"arn:aws:logs:{region}:{ACCOUNT}:log-group:{group}{stream}"
 
 
+# -- Glue ------------------------------------------------------------------------------------------------------------
+
+
+def _glue(operation: str, params: Params, region: str) -> Iterator[Access]:
+    database = params.get("DatabaseName") or (params.get("Name") if operation.endswith("Database") else None)
+    database = database or params.get("DatabaseInput", {}).get("Name")
+    table = params.get("TableName") or params.get("TableInput", {}).get("Name")
+    if table is None and not operation.endswith("Database"):
+        table = params.get("Name") or ("*" if operation == "GetTables" else None)
+    resources = ["catalog"]
+    if database is not None:
+        resources.append(f"database/{database.lower()}")
+        if table is not None:
+            resources.append(f"table/{database.lower()}/{table.lower()}")
+    for resource in resources:
+        yield Access(f"glue:{operation}", f"arn:aws:glue:{region}:{ACCOUNT}:{resource}")
+
+
+def _table_creation(params: Params, region: str) -> Iterator[Access]:
+    """What who creates a feature group does in Glue: its offline store's table is made with his permissions."""
+    offline = params.get("OfflineStoreConfig") or {}
+    if offline.get("TableFormat") != "Iceberg":
+        return
+    config = catalog_config(params["FeatureGroupName"], time.time(), offline.get("DataCatalogConfig"))
+    yield from _glue("CreateDatabase", {"DatabaseInput": {"Name": config["Database"]}}, region)
+    names = {"DatabaseName": config["Database"], "TableInput": {"Name": config["TableName"]}}
+    yield from _glue("CreateTable", names, region)
+
+
 # -- SageMaker -------------------------------------------------------------------------------------------------------
 
 
@@ -121,6 +153,8 @@ def _sagemaker(operation: str, params: Params, region: str) -> Iterator[Access]:
         return
     if params.get("Tags"):
         yield Access("sagemaker:AddTags", resources[0])
+    if operation == "CreateFeatureGroup":
+        yield from _table_creation(params, region)
     model = _sagemaker_model(operation)
     if model is not None and model.input_shape is not None:
         for role in sorted(set(_roles(model.input_shape, params))):

@@ -1,6 +1,7 @@
-"""Offline store: Parquet in SageMaker's layout, written some time after the record came."""
+"""Offline store: Parquet in SageMaker's layout, or an Iceberg table, written some time after the record came."""
 
 import io
+import re
 import secrets
 import string
 import threading
@@ -17,6 +18,7 @@ from tests.sagemaker_emulator.services import Services
 
 _ALPHANUMERIC = string.ascii_letters + string.digits
 _TICK = 0.05
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?Z")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class OfflineRow:
     event_time: datetime
     invoked: datetime
     blocked: Callable[[str], None]
+    append: Callable[[Any], None] | None = None  # to the Iceberg table
     deleted: bool = False
 
 
@@ -66,15 +69,19 @@ class OfflineStore:
     def _write(self, rows: list[OfflineRow]) -> None:
         files: dict[tuple[str, str | None, str, str, tuple[tuple[str, str], ...]], list[OfflineRow]] = {}
         for row in rows:
-            partition = row.event_time.strftime("year=%Y/month=%m/day=%d/hour=%H")
+            partition = "" if row.append else row.event_time.strftime("year=%Y/month=%m/day=%d/hour=%H")
             files.setdefault((row.region, row.role, row.uri, partition, row.types), []).append(row)
         for (region, role, uri, partition, types), members in files.items():
             latest = max(row.event_time for row in members).strftime("%Y%m%dT%H%M%SZ")
             suffix = "".join(secrets.choice(_ALPHANUMERIC) for _ in range(16))
-            body = _parquet(types, members)
+            table = _arrow(types, members)
             try:
-                self._services.storage(region, role).put(f"{uri}/{partition}/{latest}_{suffix}.parquet", body)
-            except (ClientError, BotoCoreError) as error:
+                if (append := members[0].append) is not None:
+                    append(table)
+                else:
+                    path = f"{uri}/{partition}/{latest}_{suffix}.parquet"
+                    self._services.storage(region, role).put(path, _parquet(table))
+            except (ClientError, BotoCoreError, OSError) as error:
                 members[0].blocked(str(error))
 
 
@@ -83,23 +90,20 @@ def parse_event_time(text: str, feature_type: str) -> datetime:
     try:
         if feature_type == "Fractional":
             return datetime.fromtimestamp(float(text), tz=UTC)
-        for pattern in ("%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%dT%H:%M:%S.%fZ"):
-            try:
-                return datetime.strptime(text, pattern).replace(tzinfo=UTC)
-            except ValueError:
-                continue
+        if _TIME.fullmatch(text):
+            return datetime.fromisoformat(text)
     except (ValueError, OverflowError, OSError):
         pass
-    expected = "a Unix timestamp in seconds" if feature_type == "Fractional" else "yyyy-MM-dd'T'HH:mm:ssZ"
+    text_form = "yyyy-MM-dd'T'HH:mm:ssZ or yyyy-MM-dd'T'HH:mm:ss.SSSZ"
+    expected = "a Unix timestamp in seconds" if feature_type == "Fractional" else text_form
     raise ApiError(
         "ValidationError", f"Validation Error: The EventTime value {text!r} is not in the expected format, {expected}."
     )
 
 
-def _parquet(types: tuple[tuple[str, str], ...], rows: list[OfflineRow]) -> bytes:
+def _arrow(types: tuple[tuple[str, str], ...], rows: list[OfflineRow]) -> Any:
     # Only the offline store needs pyarrow; the rest of the emulator starts without it.
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     kinds: dict[str, tuple[Any, Any]] = {
         "Integral": (pa.int64(), int), "Fractional": (pa.float64(), float), "String": (pa.string(), str),
@@ -114,6 +118,12 @@ def _parquet(types: tuple[tuple[str, str], ...], rows: list[OfflineRow]) -> byte
     columns["write_time"] = pa.array([written] * len(rows), type=stamp)
     columns["api_invocation_time"] = pa.array([row.invoked for row in rows], type=stamp)
     columns["is_deleted"] = pa.array([row.deleted for row in rows], type=pa.bool_())
+    return pa.table(columns)
+
+
+def _parquet(table: Any) -> bytes:
+    import pyarrow.parquet as pq
+
     sink = io.BytesIO()
-    pq.write_table(pa.table(columns), sink)
+    pq.write_table(table, sink)
     return sink.getvalue()

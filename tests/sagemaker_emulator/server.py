@@ -19,6 +19,8 @@ from tests.sagemaker_emulator.authorization import AccessDenied, Authorization, 
 from tests.sagemaker_emulator.common import DEFAULT_REGION, Call, Handler, Params
 from tests.sagemaker_emulator.errors import ApiError, not_emulated
 from tests.sagemaker_emulator.faults import Fault, Faults
+from tests.sagemaker_emulator.glue_catalog import TARGET as GLUE_TARGET
+from tests.sagemaker_emulator.glue_catalog import GlueCatalog
 from tests.sagemaker_emulator.storage import INTERNAL_KEY
 from tests.sagemaker_emulator.validation import check, operation_model
 
@@ -39,6 +41,7 @@ class Application:
         self._authorization = authorization
         self._admin = admin
         self._moto = DomainDispatcherApplication(create_backend_app)
+        self._glue = GlueCatalog(self._moto)
         self.operations: dict[str, Handler] = {}
         self.runtime_operations: dict[str, Handler] = {}
         self.invoke: RuntimeHandler | None = None
@@ -58,6 +61,8 @@ class Application:
             return refused(environ, start_response)
         if route is not None:
             return self._answer(request, route, region)(environ, start_response)
+        if request.headers.get("X-Amz-Target", "").startswith(GLUE_TARGET):
+            return self._answer_glue(request, region)(environ, start_response)
         if caller and service == "s3" and request.method in ("GET", "HEAD"):
             return self._found_by(caller, request)(environ, start_response)
         return self._moto(environ, start_response)
@@ -130,6 +135,12 @@ class Application:
         except Exception as error:
             log.exception("%s", operation)
             return error_response(ApiError("InternalFailure", f"{type(error).__name__}: {error}", 500))
+
+    def _answer_glue(self, request: Request, region: str) -> Response:
+        try:
+            return self._glue.answer(request, region)
+        except ApiError as error:
+            return error_response(error)
 
     def _control(self, request: Request, operation: str, region: str) -> dict[str, Any]:
         if operation_model("sagemaker", operation) is None:

@@ -39,7 +39,7 @@ class Services:
 
     def storage(self, region: str, role: str | None) -> Storage:
         """S3 in one region, as the platform uses it in the name of a role."""
-        key = self._platform_key(role)
+        key = self.platform_key(role)
         with self._lock:
             if (region, key) not in self._storages:
                 self._storages[region, key] = Storage(self.endpoint_url, region, key)
@@ -63,9 +63,10 @@ class Services:
 
     def allows(self, role: str | None, wanted: Sequence[Access]) -> bool:
         """Whether a role may do what the platform does in its name."""
-        return self.authorization.allows(self._platform_key(role), wanted)
+        return self.authorization.allows(self.platform_key(role), wanted)
 
-    def _platform_key(self, role: str | None) -> str:
+    def platform_key(self, role: str | None) -> str:
+        """The access key with which the platform acts in the name of a role; without one, in its own."""
         return self.authorization.access_key(role, "SageMaker", internal=True)
 
     def spawn(self, name: str, target: Callable[[], None]) -> None:

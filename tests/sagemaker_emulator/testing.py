@@ -141,6 +141,28 @@ class Aws:
             lines.setdefault(host, []).extend(event["message"] for event in events)
         return lines
 
+    def feature_groups(self, name: str) -> list[dict[str, Any]]:
+        """Summaries of the feature groups whose names contain `name`."""
+        return self.sagemaker.list_feature_groups(NameContains=name)["FeatureGroupSummaries"]
+
+    def feature_tables(self, name: str) -> list[str]:
+        """The tables of such groups in Glue, also of deleted ones."""
+        glue = self.client("glue")
+        try:
+            tables = glue.get_tables(DatabaseName="sagemaker_featurestore")["TableList"]
+        except glue.exceptions.EntityNotFoundException:
+            return []
+        return [table["Name"] for table in tables if name in table["Name"]]
+
+    def remove_feature_groups(self, name: str) -> None:
+        """Delete the groups, and the tables, which SageMaker leaves: they belong to the account, not to a bucket."""
+        for found in self.feature_groups(name):
+            if found["FeatureGroupStatus"] != "Deleting":
+                self.sagemaker.delete_feature_group(FeatureGroupName=found["FeatureGroupName"])
+        self.until(lambda: not self.feature_groups(name), 120)
+        for table in self.feature_tables(name):
+            self.client("glue").delete_table(DatabaseName="sagemaker_featurestore", Name=table)
+
     @staticmethod
     def until(condition: Callable[[], Any], timeout: float = 20) -> Any:
         """Poll until a condition holds; returns its value."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
 from typing import Any
 
 import pytest
@@ -171,6 +172,38 @@ def test_operations_of_sagemaker_need_their_own_action_on_what_they_name(
     found = accesses("sagemaker", operation, params, "us-east-1")
     assert {access.action for access in found} == {f"sagemaker:{operation}"}
     assert [access.resource.removeprefix(PREFIX) for access in found] == wanted
+
+
+@pytest.mark.parametrize(
+    ("operation", "params", "wanted"),
+    [
+        ("CreateDatabase", {"DatabaseInput": {"Name": "D"}}, ["catalog", "database/d"]),
+        ("GetDatabase", {"Name": "d"}, ["catalog", "database/d"]),
+        ("GetDatabases", {}, ["catalog"]),
+        ("GetTable", {"DatabaseName": "d", "Name": "T"}, ["catalog", "database/d", "table/d/t"]),
+        ("GetTables", {"DatabaseName": "d"}, ["catalog", "database/d", "table/d/*"]),
+        ("UpdateTable", {"DatabaseName": "d", "TableInput": {"Name": "t"}}, ["catalog", "database/d", "table/d/t"]),
+        ("GetTableVersions", {"DatabaseName": "d", "TableName": "t"}, ["catalog", "database/d", "table/d/t"]),
+    ],
+)
+def test_operations_of_glue_need_the_catalog_too(operation: str, params: dict[str, Any], wanted: list[str]) -> None:
+    found = accesses("glue", operation, params, "us-east-1")
+    assert {access.action for access in found} == {f"glue:{operation}"}
+    assert [access.resource.removeprefix("arn:aws:glue:us-east-1:123456789012:") for access in found] == wanted
+
+
+@pytest.mark.parametrize("given", [None, {"Catalog": "AwsDataCatalog", "Database": "D", "TableName": "T"}])
+def test_who_creates_an_iceberg_table_needs_glue_too(given: dict[str, str] | None) -> None:
+    config = {"TableFormat": "Iceberg", **({"DataCatalogConfig": given} if given else {})}
+    params = {"FeatureGroupName": "A-b", "OfflineStoreConfig": config}
+    needed = [a for a in accesses("sagemaker", "CreateFeatureGroup", params, "us-east-1") if "glue" in a.action]
+    assert [access.action for access in needed] == ["glue:CreateDatabase"] * 2 + ["glue:CreateTable"] * 3
+    table = "table/d/t" if given else r"table/sagemaker_featurestore/a_b_\d+"
+    assert re.fullmatch(f".*:{table}", needed[-1].resource)
+    params = {"FeatureGroupName": "A-b", "OfflineStoreConfig": {"DisableGlueTableCreation": True}}
+    assert [a.action for a in accesses("sagemaker", "CreateFeatureGroup", params, "us-east-1")] == [
+        "sagemaker:CreateFeatureGroup"
+    ]
 
 
 def test_tags_in_a_request_need_the_permission_to_add_them() -> None:

@@ -6,20 +6,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from step_scripts.feature_store.group_folder import (
-    LOCK_SECONDS,
-    Commit,
-    CommitTaken,
-    GroupFolder,
-    StoredFile,
-    commit_name,
-)
+from pyiceberg.catalog import Catalog
+from pyiceberg.table import Table
+
+from step_scripts.feature_store import iceberg_table
+from step_scripts.feature_store.group import COMMAND, LOCK_SECONDS, Group, GroupInfo
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.locking import try_lock
@@ -28,38 +26,22 @@ from step_scripts.runner.private_files import private_folder
 _POLL_SECONDS = 0.05
 
 
-class LocalGroupFolder(GroupFolder):
-    """The folder of one group below a local one."""
+class LocalGroup(Group):
+    """One group below a local folder."""
 
     def __init__(self, root: str, name: str) -> None:
         super().__init__(str(storage.local_path(root).absolute()), name)
         self.path = Path(self.uri)
         self.data = self.path / "data"
-        self._log = self.path / "_commits"
+        self.metadata = self.path / "metadata"
+        self.identifier = (iceberg_table.NAMESPACE, name)
+        self.database = iceberg_table.DATABASE
         self._staging = self.path / "_staging"
 
     @property
     def data_uri(self) -> str:
         """The `data` folder."""
         return str(self.data)
-
-    def append(self, commit: Commit) -> None:
-        """Make `commit` visible, atomically, and never in place of another. The caller holds the lock."""
-        storage.sync(self.uri, [f"data/{file.path}" for file in commit.files])
-        private_folder(self._log)
-        target = self._log / commit_name(commit.number)
-        temporary = self._log / f".{target.name}.{uuid.uuid4().hex}.tmp"
-        try:
-            with temporary.open("wb") as file:
-                file.write(commit.model_dump_json(indent=1).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(temporary, target)  # fails if the target exists, as a rename would not
-            storage.sync(str(self._log), [])
-        except FileExistsError as error:
-            raise CommitTaken(f"another writer has made commit {commit.number} of {self.name}; ingest again") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lock(self, seconds: float = LOCK_SECONDS, *, create: bool = False) -> Iterator[None]:
@@ -120,18 +102,21 @@ class LocalGroupFolder(GroupFolder):
             shutil.rmtree(self._staging, ignore_errors=True)
 
     def remove_strays(self) -> int:
-        """Remove what killed writers left: data files that no commit names, scratch. The caller holds the lock."""
+        """Remove what killed writers left: data files that no snapshot has, scratch. The caller holds the lock."""
         shutil.rmtree(self._staging, ignore_errors=True)
-        for temporary in (*self._log.glob(".*.tmp"), *self.path.glob(".*.tmp")):
+        for temporary in self.path.glob(".*.tmp"):
             temporary.unlink(missing_ok=True)
-        committed = {f.path for c in self.commits() for f in c.files}
+        if not self.data.is_dir():
+            return 0
+        table = self._load()
+        known = iceberg_table.data_uris(table) if table is not None else set[str]()
         strays = 0
         for folder, _, names in os.walk(self.data, topdown=False):
             for name in names:
                 path = Path(folder) / name
-                if path.relative_to(self.data).as_posix() not in committed:
+                if f"file://{path}" not in known:
                     path.unlink()
-                    strays += 1
+                    strays += name.endswith(".parquet")
             with contextlib.suppress(OSError):  # not empty
                 Path(folder).rmdir()
         return strays
@@ -140,19 +125,42 @@ class LocalGroupFolder(GroupFolder):
         """Delete the group. The caller holds the lock; it is gone at once, however long the removal takes."""
         storage.discard_folder(self.path)
 
-    def remove_attempt(self, token: str) -> None:
-        """Remove what the caller, who holds the lock, has written: nobody else's files are uncommitted."""
-        self.remove_strays()
+    def _load(self) -> Table | None:
+        place = iceberg_table.metadata_place(self.path, self.database)
+        if place is None:
+            if self.database == iceberg_table.DATABASE and any(self.metadata.glob("*.metadata.json")):
+                raise StepError(
+                    f"the catalog {self.path / iceberg_table.DATABASE} of feature group {self.name} is missing. "
+                    "Restore it from a backup, or make it again from the table's metadata by\n"
+                    f"    {self.replay_command}"
+                )
+            return None
+        if not place.startswith(f"file://{self.metadata}/"):
+            raise StepError(
+                f"feature group {self.name} has been moved or copied: it is at {self.path}, and its table, which "
+                f"holds full paths, says that it is at {place.removeprefix('file://').partition('/metadata/')[0]}. "
+                "Remedy: move it back, or replay its snapshots where it is, which reads no data, by\n"
+                f"    {self.replay_command}"
+            )
+        return iceberg_table.load(self._catalog(), self.identifier)
 
-    def _commit_names(self) -> list[str]:
-        return sorted(p.name for p in self._log.glob("[0-9]*.json")) if self._log.is_dir() else []
+    def _catalog(self) -> Catalog:
+        return iceberg_table.local_catalog(self.path, self.database)
 
-    def _commit_texts(self, names: Sequence[str]) -> list[bytes]:
-        return [(self._log / name).read_bytes() for name in names]
+    @property
+    def replay_command(self) -> str:
+        """What puts the table right after the group has been moved."""
+        return f"{COMMAND} replay {shlex.quote(self.root)} {self.name}"
 
-    def _sizes(self, files: Sequence[StoredFile]) -> dict[str, int]:
-        sizes = {}
-        for file in files:
-            with contextlib.suppress(FileNotFoundError):
-                sizes[file.path] = (self.data / file.path).stat().st_size
-        return sizes
+    def _make_table(self, info: GroupInfo) -> None:
+        table = self._load()
+        if table is not None and table.schema() == iceberg_table.schema_of(info.table):
+            return
+        if table is not None:  # of other columns, and without events
+            table.catalog.drop_table(self.identifier)
+            shutil.rmtree(self.metadata, ignore_errors=True)
+        catalog = self._catalog()
+        iceberg_table.create(catalog, self.identifier, info.table, f"file://{self.path}")
+
+    def _remove_files_of(self, token: str) -> None:
+        self.remove_strays()  # nobody else's files are uncommitted: the caller holds the lock
