@@ -57,9 +57,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__, rows=10_000)
     options.add_argument("--commit", default=COMMIT, help="the earlier version (default %(default)s)")
     options.add_argument("--work", choices=("graph", "ingestion", "again", "code_location"), default="graph")
+    options.add_argument("--source", type=Path, help="CSV file to use instead of generated rows")
     chosen = options.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="housing-bench-") as name, checked_out(chosen.commit) as tree:
-        source = str(write_sample(Path(name, "sales.csv"), rows=chosen.rows))
+        source = str(chosen.source.absolute() if chosen.source else write_sample(Path(name, "sales.csv"), chosen.rows))
         works: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any], dict[str, float]]] = {
             "graph": (whole_run, {"source": source, "trials": 8}, {"rmse": 0}),
             "ingestion": (steps, {"source": source}, {"rows": 0, "train_rows": 0}),
@@ -74,7 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
             pairs=chosen.pairs,
             warm_ups=chosen.warm_ups,
             agree=agree,
-            rows=None if chosen.work == "code_location" else chosen.rows,
+            rows=None if chosen.work == "code_location" or chosen.source else chosen.rows,
+            source=str(chosen.source) if chosen.source else None,
         )
 
 
