@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--source", type=Path, help="CSV file to use instead of generated rows")
     chosen = options.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="housing-bench-") as name, checked_out(chosen.commit) as tree:
-        source = str(chosen.source.absolute() if chosen.source else write_sample(Path(name, "sales.csv"), chosen.rows))
+        source = str((chosen.source or write_sample(Path(name, "sales.csv"), rows=chosen.rows)).absolute())
         works: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any], dict[str, float]]] = {
             "graph": (whole_run, {"source": source, "trials": 8}, {"rmse": 0}),
             "ingestion": (steps, {"source": source}, {"rows": 0, "train_rows": 0}),
