@@ -10,8 +10,10 @@ from hypothesis import HealthCheck, settings
 
 from step_scripts.runner.ray_session import RaySession, RaySettings
 
-# Tests, and the processes that they start, see the defaults and no account, whatever is set where they run.
-for _name in [n for n in os.environ if n.startswith(("HOUSING_", "DAGSTER_", "AWS_")) or n == "RAY_ADDRESS"]:
+# Tests, and the processes that they start, see the defaults and no account, whatever is set where they run. What make
+# leaves for a make below it goes, too: it would say so in its output.
+_OF_OTHERS = ("HOUSING_", "DAGSTER_", "AWS_", "MAKE", "MFLAGS", "RAY_ADDRESS")
+for _name in [n for n in os.environ if n.startswith(_OF_OTHERS)]:
     del os.environ[_name]
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 

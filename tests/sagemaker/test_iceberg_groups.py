@@ -100,10 +100,10 @@ def test_a_table_that_is_not_there_yet_is_awaited_and_one_that_was_dropped_is_mi
 
 
 def test_what_glue_refuses_is_said(aws: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3_objects.service_client, "__defaults__", (None, 32, 1))  # without the usual ten attempts
     target = store(aws).ensure_group("iced", TABLE)
     aws.faults.throttle("glue:GetTable", count=2)
     assert store(aws).ensure_group("iced", TABLE) == target
+    monkeypatch.setattr(s3_objects.service_client, "__defaults__", (None, 32, 1))  # without the usual ten attempts
     aws.faults.throttle("glue:GetTable", count=10_000)
     message = "reading sagemaker_featurestore.iced_.* in AWS Glue, .*was refused: ThrottlingException"
     with pytest.raises(StepError, match=message):
