@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from step_scripts.runner.contract import StepError
+from step_scripts.runner.disk_space import explain_full_disk, file_named
 from step_scripts.runner.private_files import private_folder
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def write_sample(path: Path, *, rows: int = 10_000, seed: int = 42, invalid_frac
     """Write `rows` generated sales to the CSV file `path`, atomically, a batch at a time.
 
     About `invalid_fraction` of the rows violate the schema. Raises `ValueError` for a number of rows below 1 or a
-    fraction outside 0 to 1.
+    fraction outside 0 to 1, and `StepError` if the disk is full.
     """
     if rows < 1:
         raise ValueError(f"rows must be at least 1, not {rows}")
@@ -49,7 +51,7 @@ def write_sample(path: Path, *, rows: int = 10_000, seed: int = 42, invalid_frac
     private_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with file_named(temporary), temporary.open("wb") as file:
             for number, first in enumerate(range(0, rows, _BATCH_ROWS)):
                 batch = _batch(seed, number, invalid_fraction)
                 batch.head(rows - first).write_csv(file, include_header=number == 0, quote_style="never")
@@ -57,8 +59,11 @@ def write_sample(path: Path, *, rows: int = 10_000, seed: int = 42, invalid_frac
             os.fsync(file.fileno())  # the file is known by its name from now on
         os.utime(temporary, (MODIFIED.timestamp(), MODIFIED.timestamp()))
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
+        full = explain_full_disk(error, [path.parent])
         temporary.unlink(missing_ok=True)
+        if full is not None:
+            raise StepError(full) from error
         raise
     return path
 

@@ -45,9 +45,10 @@ def explain_full_disk(error: BaseException, places: Iterable[str | Path]) -> str
     full = [one for one in seen if isinstance(one, BaseException) and _is_full(one)]
     if not full:
         return None
-    named = next((one.filename for one in full if isinstance(one, OSError) and one.filename), None)
+    names = [str(one.filename) for one in full if isinstance(one, OSError) and one.filename]
+    named = next((name for name in names if Path(name).is_absolute()), None)  # Ray Data puts words of its own there
     if named is not None:
-        what = f"{named} could not be written: {_reason(full)} ({_room(Path(str(named)))})"
+        what = f"{named} could not be written: {_reason(full)} ({_room(Path(named))})"
     else:
         rooms = "; ".join(f"{place}: {_room(Path(place))}" for place in dict.fromkeys(map(str, places)))
         what = f"a file could not be written: {_reason(full)} ({rooms})"

@@ -161,9 +161,9 @@ def reports(
 ) -> Iterator[Any]:
     """What `function(table, *args)` returns for each block, an Arrow table, as they are finished.
 
-    A `StepError` of the function is raised as such. Whatever ends the loop early, the tasks under way are ended by
-    force and waited for: one that went on would write below a folder that its step has removed. Raises `StepError` if
-    the process of a task ends again and again.
+    A `StepError` or `OSError` of the function is raised as such. Whatever ends the loop early, the tasks under way are
+    ended by force and waited for: one that went on would write below a folder that its step has removed. Raises
+    `StepError` if the process of a task ends again and again.
     """
     configure()
     call: Any = _report if compute is None else _Reporting  # `map_batches` has types for one argument only
@@ -183,7 +183,7 @@ def reports(
         found: Any
         for found in batches:
             report = pickle.loads(found["report"][0].as_py())  # noqa: S301  # written by a task of this session
-            if isinstance(report, StepError):
+            if isinstance(report, (StepError, OSError)):
                 raise report
             yield report
     except (OutOfMemoryError, WorkerCrashedError, RayActorError) as error:
@@ -239,7 +239,7 @@ def _call(numbers: pa.Table, function: Callable[..., Any], calls: ray.ObjectRef)
 def _report(block: pa.Table, function: Callable[..., Any], args: tuple[Any, ...]) -> pa.Table:
     try:
         report = function(block, *args)
-    except StepError as error:  # as a result: Ray Data would add words of its own
+    except (StepError, OSError) as error:  # as a result: Ray Data would add words of its own, an OSError lose its file
         report = error
     return pa.table({"report": [pickle_by_value(report)]})  # Ray Data would turn tuples into lists
 

@@ -16,12 +16,14 @@ import polars as pl
 import pytest
 from ray.exceptions import RayTaskError
 
+from housing_assets.sample_data import write_sample
 from step_scripts.feature_store.scratch_arrays import save_lanes
 from step_scripts.runner import execution as runner
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepDefinition, StepError, StepParams, StepRequest
 from step_scripts.runner.disk_space import explain_full_disk
 from step_scripts.runner.execution import PrintReporter, run_step
+from step_scripts.runner.ray_data import each_call
 from step_scripts.runner.ray_session import RaySession, RaySettings
 
 
@@ -39,6 +41,15 @@ def room(size: int) -> Iterator[None]:
 def write_stream(uri: str) -> None:
     with storage.open_output(uri) as file:
         file.write(bytes(100_000))
+
+
+def test_generated_data_for_which_there_is_no_room(tmp_path: Path) -> None:
+    with (
+        pytest.raises(StepError, match=r"\.sales\.csv\..* could not be written: .* bytes are free .* launch"),
+        room(20_000),
+    ):
+        write_sample(tmp_path / "sales.csv", rows=10_000)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -59,6 +70,22 @@ def test_an_error_while_writing_names_the_file_and_the_room(tmp_path: Path, writ
     assert text is not None
     assert str(path) in text
     assert "HOUSING_ROOT" in text
+
+
+@pytest.mark.parametrize("actors", [None, 1])
+def test_a_task_of_ray_data_names_its_file(ray_session: RaySession, tmp_path: Path, actors: int | None) -> None:
+    def fill(path: str) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        try:
+            storage.write_bytes(path, bytes(100_000))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    path = str(tmp_path / "file")
+    with pytest.raises(OSError, match="bytes are free there") as caught:
+        list(each_call(fill, [(path,)], actors=actors))
+    assert caught.value.filename == path
+    assert str(explain_full_disk(caught.value, [])).startswith(f"{path} could not be written: ")
 
 
 @pytest.mark.parametrize(
