@@ -74,8 +74,8 @@ def run(context: StepContext, params: IngestFeaturesParams) -> StepOutcome:
         folder = store.folder(params.group)
     else:
         folder = store.folder(params.group, target.data_uri, target.glue_table)
-    if isinstance(target, SageMakerTarget) and target.online:
-        online = OnlineTarget(params.group, target.region_name, target.calls_in_flight, target.patience_seconds)
+        if target.online:
+            online = OnlineTarget(params.group, target.region_name, target.calls_in_flight, target.patience_seconds)
     result = ingest(
         folder,
         params.table,

@@ -15,7 +15,7 @@ from step_scripts.data.latest_events import LatestEvents
 from step_scripts.runner import storage
 from step_scripts.runner.contract import FileInfo
 from step_scripts.runner.ray_data import PATH
-from step_scripts.table.column_types import TIMESTAMP, converted, polars_schema
+from step_scripts.table.column_types import TIMESTAMP, columns_as, polars_schema
 from step_scripts.table.distributions import TableSketch
 from step_scripts.table.moments import Moments
 from step_scripts.table.record_ids import distinct_lanes, lanes_of_ids, split_fraction_of_lanes
@@ -83,11 +83,7 @@ def split_rows(rows: pl.DataFrame, plan: SplitPlan) -> SplitReport:
 def _typed(rows: pl.DataFrame, plan: SplitPlan) -> pl.DataFrame:
     """The rows in the table's types. Files from before a nullable column was added to the table do not have it."""
     types: dict[str, Any] = {**polars_schema(plan.table), "event_time": TIMESTAMP}
-    columns = [
-        converted(pl.col(name), rows.schema[name], kind) if name in rows.columns else pl.lit(None, kind).alias(name)
-        for name, kind in types.items()
-    ]
-    return rows.with_columns(*columns, pl.col("is_deleted").fill_null(False))
+    return rows.with_columns(*columns_as(rows.schema, types), pl.col("is_deleted").fill_null(False))
 
 
 def _write(plan: SplitPlan, place: int, live: pl.DataFrame) -> SplitReport:

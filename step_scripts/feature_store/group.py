@@ -206,12 +206,8 @@ class GroupState:
             path=path_in(file.uri, self.data_uri),
             rows=file.rows,
             bytes=file.bytes,
-            first_event_time=_EPOCH + timedelta(microseconds=first)
-            if first is not None
-            else datetime.min.replace(tzinfo=UTC),
-            last_event_time=_EPOCH + timedelta(microseconds=last)
-            if last is not None
-            else datetime.max.replace(tzinfo=UTC),
+            first_event_time=_FIRST_TIME if first is None else _EPOCH + timedelta(microseconds=first),
+            last_event_time=_LAST_TIME if last is None else _EPOCH + timedelta(microseconds=last),
         )
 
 

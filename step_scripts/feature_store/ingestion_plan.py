@@ -88,7 +88,7 @@ def bucket_count(events: int) -> int:
 def write_groups(histogram: Sequence[tuple[int, int, int]], most_rows: int) -> list[tuple[int, int, list[int], int]]:
     """Divide rows, counted as (source, day, rows), into pieces of work: (first day, last day, sources, rows).
 
-    A piece has at most `most_rows` rows or is one day of one source. An day is divided only if it has more rows than
+    A piece has at most `most_rows` rows or is one day of one source. A day is divided only if it has more rows than
     that, so that there are as few files as the layout allows.
     """
     by_day: dict[int, list[tuple[int, int]]] = {}

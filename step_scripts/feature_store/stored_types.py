@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from step_scripts.table.column_types import TIMESTAMP, converted, polars_schema
+from step_scripts.table.column_types import TIMESTAMP, columns_as, converted, polars_schema
 from step_scripts.table.spec import TableSpec
 
 FLAGS: dict[str, Any] = {"write_time": TIMESTAMP, "api_invocation_time": TIMESTAMP, "is_deleted": pl.Boolean()}
@@ -30,12 +30,7 @@ def file_types(schema: pa.Schema) -> dict[str, Any]:
 
 def encoded(events: pl.DataFrame, schema: pa.Schema) -> pl.DataFrame:
     """Events as a file of this schema has them. Columns that they lack are null."""
-    return events.select(
-        converted(pl.col(name), events.schema[name], kind).alias(name)
-        if name in events.columns
-        else pl.lit(None, kind).alias(name)
-        for name, kind in file_types(schema).items()
-    )
+    return events.select(columns_as(events.schema, file_types(schema)))
 
 
 def decoded(name: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> pl.Expr:

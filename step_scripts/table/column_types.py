@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
@@ -23,6 +24,14 @@ _TEXT_TIME = "%Y-%m-%dT%H:%M:%S%.6fZ"
 def polars_schema(table: TableSpec) -> dict[str, pl.DataType]:
     """Polars types of the columns, in the schema's order."""
     return {column.name: POLARS_TYPES[column.dtype] for column in table.columns}
+
+
+def columns_as(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[pl.Expr]:
+    """The columns `wanted`, by name and type, of a frame whose columns are `found`; null where it lacks one."""
+    return [
+        (converted(pl.col(name), found[name], kind) if name in found else pl.lit(None, kind)).alias(name)
+        for name, kind in wanted.items()
+    ]
 
 
 def converted(column: pl.Expr, found: Any, wanted: Any) -> pl.Expr:
