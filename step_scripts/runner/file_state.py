@@ -2,6 +2,8 @@
 
 Size and time of modification do not: `cp -p`, `rsync --times` and `touch -r` keep both. The time of change and the
 inode of a local file cannot be kept by whoever writes it, and the ETag of an object on S3 depends on its content.
+S3's version id would tell nothing more (versions with the same ETag have the same content), and a listing does not
+have it: it would cost another call and another permission.
 """
 
 from __future__ import annotations
