@@ -74,7 +74,7 @@ ENVIRONMENT: dict[str, dict[str, tuple[str, str]]] = {
         "HOUSING_KEEP_VERSIONS": ("10", "So many newest versions of a model stay, and those that are needed."),
         "HOUSING_PENDING_DAYS": ("30", "Versions that wait for a decision stay for so many days."),
         "HOUSING_REPEAT_HOURS": ("24", "What `hourly_sweep` has reported is reported again after so long."),
-        "HOUSING_NOTIFIER": ("log", "How people are told what went wrong: `log`, `slack`, `email`, `sns`."),
+        "HOUSING_NOTIFIER": ("log", "How notifications are sent: `log`, `slack`, `email`, `sns`."),
         "HOUSING_SLACK_WEBHOOK": ("none", "URL of Slack's incoming webhook. A secret."),
         "HOUSING_SNS_TOPIC": ("none", "ARN of the topic."),
         "HOUSING_SMTP_HOST": ("none", "SMTP server; also `HOUSING_SMTP_PORT` (587), `_SENDER`, `_RECIPIENTS`, `_USER`, "

@@ -97,7 +97,9 @@ class AutomationSettings(BaseModel):
     watch_cron: str = Field(default="*/15 * * * *", description="When the endpoint is looked at.")
     drift_days: float = Field(default=7.0, gt=0, description="Captured requests of so many days are compared.")
     drift_rows: int = Field(default=200, ge=1, description="With fewer captured rows, nothing is said about drift.")
-    repeat_hours: float = Field(default=24.0, gt=0, description="What is still abandoned after so long is told again.")
+    repeat_hours: float = Field(
+        default=24.0, gt=0, description="Findings that remain are reported again after so long."
+    )
     prune_cron: str = Field(default="37 2 * * *", description="When old things are removed.")
     keep_versions: int = Field(default=10, ge=1, description="Newest versions of a model that stay.")
     pending_days: float = Field(default=30.0, ge=0, description="Versions that wait for a decision stay for so long.")

@@ -91,8 +91,8 @@ def raw_csv(
 
 def _data_files(files: tuple[SourceFile, ...], read: list[dict[str, Any]]) -> tuple[DataFile, ...]:
     """The files with their numbers of rows and digests, as far as the step lists them."""
-    told = {file["file"]: {"rows": file["rows"], "content": file["content"]} for file in read}
-    return tuple(DataFile(**file.model_dump(), **told.get(file.uri, {})) for file in files)
+    listed = {file["file"]: {"rows": file["rows"], "content": file["content"]} for file in read}
+    return tuple(DataFile(**file.model_dump(), **listed.get(file.uri, {})) for file in files)
 
 
 def _left_out(context: dg.AssetExecutionContext, source: str, listing: Listing) -> dict[str, Any]:

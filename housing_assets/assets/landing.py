@@ -97,7 +97,7 @@ class LandingCursor(BaseModel):
 
     taken: dict[str, str] = {}
     seen: dict[str, str] = {}
-    told: list[str] = []
+    notified: list[str] = []
     earlier: dict[str, str] = Field(default={}, exclude=True)  # of the version before: place → size and time
 
     @classmethod
@@ -136,14 +136,14 @@ class LandingCursor(BaseModel):
                 batches[day] = [file for m, file in marks.items() if m in settled]
             taken[key], seen[key] = known | settled, new - settled
         waiting = sum(map(len, seen.values()))
-        return batches, waiting, LandingCursor(taken=_bounded(taken), seen=_bounded(seen), told=self.told)
+        return batches, waiting, LandingCursor(taken=_bounded(taken), seen=_bounded(seen), notified=self.notified)
 
-    def untold(self, aside: Sequence[SetAside]) -> tuple[list[SetAside], LandingCursor]:
-        """Those that people do not know of, and what to remember once they do."""
+    def unreported(self, aside: Sequence[SetAside]) -> tuple[list[SetAside], LandingCursor]:
+        """Those that were not reported yet, and the cursor once they are."""
         listed = sorted(aside, key=lambda item: item.name)[:REMEMBERED_FILES]
         marks = {_digest(f"{item.name} {item.reason}")[:_MARK]: item for item in listed}
-        fresh = [item for m, item in marks.items() if m not in set(self.told)]
-        return fresh, self.model_copy(update={"told": sorted(marks)})
+        fresh = [item for m, item in marks.items() if m not in set(self.notified)]
+        return fresh, self.model_copy(update={"notified": sorted(marks)})
 
 
 def _known(remembered: str, present: set[str]) -> set[str]:

@@ -1,6 +1,6 @@
 """Sensors: files that arrive, versions that are approved, runs that fail.
 
-All of them are stopped until somebody switches them on in the UI, so that a daemon on a laptop surprises nobody.
+All of them are off until they are switched on in the UI, so that a daemon on a laptop starts nothing by itself.
 """
 
 import time
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from housing_assets.assets.landing import LandingCursor, files_by_day, run_key
 from housing_assets.automation.jobs import deploy_endpoint, ingest
-from housing_assets.checks.alerts import TOLD
+from housing_assets.checks.alerts import NOTIFIED
 from housing_assets.checks.watching import watch_endpoint
 from housing_assets.runs.statuses import BUSY
 from housing_assets.settings import load_automation
@@ -42,7 +42,7 @@ keep_up_to_date = dg.AutomationConditionSensorDefinition(
     description="Ingests CSV files that arrive in HOUSING_LANDING, once they no longer change: one run a day of data.",
 )
 def landing_files(context: dg.SensorEvaluationContext, notifier: Notifier) -> dg.SensorResult | dg.SkipReason:
-    """New and replaced files, each batch once, whatever happens to the daemon; what cannot be ingested is told once."""
+    """New and replaced files, each batch once, whatever happens to the daemon; others are reported once."""
     landing = _SETTINGS.landing
     if landing is None:
         return dg.SkipReason("HOUSING_LANDING is not set: there is no landing place to watch")
@@ -57,9 +57,9 @@ def landing_files(context: dg.SensorEvaluationContext, notifier: Notifier) -> dg
         context.log.warning(f"the cursor is taken as reset: {error}")
         cursor = LandingCursor()
     batches, waiting, following = cursor.look(by_day, now, _SETTINGS.settle_seconds)
-    fresh, told = following.untold(aside)
-    if not fresh or _tell(context, notifier, f"{landing} holds what cannot be ingested now", list(map(str, fresh))):
-        following = told
+    fresh, notified = following.unreported(aside)
+    if not fresh or _notify(context, notifier, f"{landing} holds what cannot be ingested now", list(map(str, fresh))):
+        following = notified
     requests = [
         dg.RunRequest(
             run_key=_unused_run_key(context.instance, run_key(day, files)),
@@ -76,15 +76,15 @@ def landing_files(context: dg.SensorEvaluationContext, notifier: Notifier) -> dg
     )
 
 
-def _tell(context: dg.SensorEvaluationContext, notifier: Notifier, title: str, lines: Sequence[str]) -> bool:
-    """Send one message. Whether that worked: if not, the next look tries again."""
+def _notify(context: dg.SensorEvaluationContext, notifier: Notifier, title: str, lines: Sequence[str]) -> bool:
+    """Send one message. Returns whether that worked; if not, the next evaluation tries again."""
     more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
     text = "\n".join([*lines[:_SHOWN], *more, "Set aside; the others go on."])
     context.log.warning(f"{title}\n{text}")
     try:
         notifier.notify(title, text)
     except expected_errors() as error:
-        context.log.error(f"people could not be told, which the next look tries again: {error}")
+        context.log.error(f"the notification could not be sent; the next evaluation tries again: {error}")
         return False
     return True
 
@@ -124,17 +124,17 @@ def approved_models(
 ) -> dg.SensorResult | dg.SkipReason:
     """The latest approved version, unless it is served already, or this sensor has asked for it before.
 
-    A version that cannot be read is set aside, and told once.
+    A version that cannot be read is set aside, and reported once.
     """
     group, endpoint = model_registry.default_group, endpoint_host.default_name
     cursor = _DeploymentCursor.read(context)
     damaged: dict[str, str] = {}
     version = _latest_intact(model_registry, group, damaged)
-    fresh = [damaged[name] for name in sorted(damaged) if name not in cursor.told]
-    if not fresh or _tell(
+    fresh = [damaged[name] for name in sorted(damaged) if name not in cursor.notified]
+    if not fresh or _notify(
         context, notifier, f"{counted(len(fresh), 'version')} of model group {group} cannot be read", fresh
     ):
-        cursor.told = sorted(damaged)
+        cursor.notified = sorted(damaged)
 
     def nothing(reason: str) -> dg.SensorResult:
         aside = f"; set aside: {_names(sorted(damaged))}" if damaged else ""
@@ -164,10 +164,10 @@ def approved_models(
 
 
 class _DeploymentCursor(BaseModel):
-    """The highest version that the sensor has asked for, and the damaged versions that people know of."""
+    """The highest version that the sensor has asked for, and the damaged versions that were reported."""
 
     version: int = 0
-    told: list[str] = []
+    notified: list[str] = []
 
     @classmethod
     def read(cls, context: dg.SensorEvaluationContext) -> "_DeploymentCursor":
@@ -183,7 +183,7 @@ def _latest_intact(registry: ModelRegistry, group: str, damaged: dict[str, str])
     for version in reversed(registry.list(group, "Approved", damaged)):
         try:
             return registry.get(group, version.version)
-        except ModelVersionNotFound:  # deleted meanwhile
+        except ModelVersionNotFound:  # deleted in the meantime
             continue
         except RegistryDamaged as error:
             damaged[version.reference] = str(error)
@@ -193,27 +193,27 @@ def _latest_intact(registry: ModelRegistry, group: str, damaged: dict[str, str])
 @dg.run_failure_sensor(
     name="failed_runs",
     monitor_all_code_locations=False,
-    description="Tells people about failed runs: in the log, by Slack, e-mail or SNS (HOUSING_NOTIFIER).",
+    description="Sends a notification about each failed run: in the log, by Slack, e-mail or SNS (HOUSING_NOTIFIER).",
 )
 def failed_runs(context: dg.RunFailureSensorContext, notifier: Notifier) -> None:
-    """One message a failed run, with the steps that failed and why; none where what failed tells people itself."""
+    """One message a failed run, with the steps that failed and why; none if what failed has sent its own."""
     run = context.dagster_run
-    if (failures := _failures(context)) and all(_tells_itself(run, failure) for failure in failures):
+    if (failures := _failures(context)) and all(_notifies_itself(run, failure) for failure in failures):
         return
     reasons = "\n".join(_reasons(context)) or context.failure_event.message or ""
     title = f"Run {run.run_id[:8]} of {_what(run)} failed"
     if problem := attempt(lambda: notifier.notify(title, reasons)):
-        context.log.warning(f"People could not be told that {title[0].lower()}{title[1:]}: {problem}")
+        context.log.warning(f"The notification '{title}' could not be sent: {problem}")
 
 
 def _failures(context: dg.RunFailureSensorContext) -> list[Any]:
     return [event.step_failure_data for event in context.get_step_failure_events()]
 
 
-def _tells_itself(run: dg.DagsterRun, failure: Any) -> bool:
-    """Whether it is a finding of the watch or the sweep, which recur with every tick and are told once."""
+def _notifies_itself(run: dg.DagsterRun, failure: Any) -> bool:
+    """Whether it is a finding of the watch or the sweep, which recur with every tick and notify once."""
     if failure.user_failure_data:
-        return TOLD in failure.user_failure_data.metadata
+        return NOTIFIED in failure.user_failure_data.metadata
     is_check = failure.error is not None and failure.error.cls_name == "DagsterAssetCheckFailedError"
     return is_check and run.job_name == watch_endpoint.name
 

@@ -1,4 +1,4 @@
-"""Telling people what a check has found: when it gets worse, and not again at every look."""
+"""Notifications about failed checks: sent when a check gets worse, not at every evaluation."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from resources.services.notifier import Notifier
 from resources.services.optional import attempt
 from step_scripts.runner.wording import number
 
-# Metadata of a failed check: the severity that people know of. Of another failure: it has told them, once, itself.
-TOLD = "people_were_told"
-_UNTOLD = "none"
-_RANKS = {_UNTOLD: 0, dg.AssetCheckSeverity.WARN.value: 1, dg.AssetCheckSeverity.ERROR.value: 2}
+# Metadata of a failed check: the severity of the last notification. In the metadata of another failure: whatever failed
+# has sent its own notification.
+NOTIFIED = "notified"
+_NOT_NOTIFIED = "none"
+_RANKS = {_NOT_NOTIFIED: 0, dg.AssetCheckSeverity.WARN.value: 1, dg.AssetCheckSeverity.ERROR.value: 2}
 _ROWS, _LENGTH = 10, 200  # of tables and texts in a message
 
 
-def tell_if_worse(
+def notify_on_degradation(
     result: dg.AssetCheckResult, key: dg.AssetCheckKey, remedy: str, notifier: Notifier, instance: dg.DagsterInstance
 ) -> dg.AssetCheckResult:
-    """Send a message if the check has failed and had not before, or had only warned.
+    """Send a notification if the check fails and passed before, or if it had only warned.
 
-    The result comes back with what people know in its metadata, which is what the next look goes by: a message that
+    Returns the result with the notified severity in its metadata, which the next evaluation reads: a notification that
     could not be sent is sent then.
     """
     if result.passed:
         return result
     level, known = result.severity.value, _known(instance, key)
-    facts: dict[str, Any] = {TOLD: level}
+    facts: dict[str, Any] = {NOTIFIED: level}
     if _RANKS[level] > _RANKS[known]:
         title = f"Check {key.name} of {key.asset_key.to_user_string()} failed ({level.lower()})"
         text = "\n".join([result.description or "", *_figures(result.metadata), f"Remedy: {remedy}"])
         if problem := attempt(lambda: notifier.notify(title, text)):
-            facts = {TOLD: known, "message_not_sent": problem}
+            facts = {NOTIFIED: known, "message_not_sent": problem}
     return dg.AssetCheckResult(
         passed=False,
         severity=result.severity,
@@ -45,11 +46,11 @@ def tell_if_worse(
 
 
 def _known(instance: dg.DagsterInstance, key: dg.AssetCheckKey) -> str:
-    """The severity of the failure that people have been told of since the check passed last."""
+    """The severity of the last notification since the check passed last."""
     before = next(finished_checks(instance, key, limit=1), None)
-    if before is None or before[0].passed or TOLD not in before[0].metadata:
-        return _UNTOLD
-    return str(before[0].metadata[TOLD].value)
+    if before is None or before[0].passed or NOTIFIED not in before[0].metadata:
+        return _NOT_NOTIFIED
+    return str(before[0].metadata[NOTIFIED].value)
 
 
 def _figures(metadata: Mapping[str, Any] | None) -> Iterator[str]:

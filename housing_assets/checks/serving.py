@@ -9,7 +9,7 @@ import dagster as dg
 
 from housing_assets.checks import watching
 from housing_assets.checks.advisory import advisory_check, judged
-from housing_assets.checks.alerts import tell_if_worse
+from housing_assets.checks.alerts import notify_on_degradation
 from housing_assets.checks.blocking import blocking_check
 from resources.endpoints.base import PROBE_ID, EndpointHost, EndpointStatus
 from resources.model_registry.base import ModelRegistry
@@ -46,7 +46,7 @@ def serves_offline_predictions(
 ) -> dg.AssetCheckResult:
     """What the endpoint answers to known raw rows equals what the version that it serves predicts offline.
 
-    Another run may have deployed since, or deploy meanwhile: that version counts then.
+    Another run may have deployed since, or deploy at the same time: then that version counts.
     """
     status = endpoint_host.describe(endpoint.name) or endpoint
     result = _served(status, test_split, endpoint_host, model_registry)
@@ -121,4 +121,4 @@ def _told(
     result: dg.AssetCheckResult, check: str, context: dg.AssetCheckExecutionContext, notifier: Notifier
 ) -> dg.AssetCheckResult:
     key = dg.AssetCheckKey(dg.AssetKey("endpoint"), check)
-    return tell_if_worse(result, key, watching.REMEDIES[check], notifier, context.instance)
+    return notify_on_degradation(result, key, watching.REMEDIES[check], notifier, context.instance)

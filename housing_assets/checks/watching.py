@@ -1,7 +1,7 @@
 """Watching the endpoint: does it serve an approved version, and does the traffic look like the training data?
 
 The two checks are in `housing_assets.checks.serving`; the job runs them alone, so that their numbers become curves in
-the UI. They tell people when they fail, once, not at every look. A failed health check fails its run.
+the UI. They send one notification when they fail, not one at every evaluation. A failed health check fails its run.
 """
 
 import json
@@ -87,7 +87,7 @@ def health(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry
 
 
 def same_deployment(before: EndpointStatus | None, after: EndpointStatus | None) -> bool:
-    """Whether no deployment has changed what is served meanwhile."""
+    """Whether no deployment has changed what is served in the meantime."""
     kept = ("state", "version", "model_digest", "deployed_at")
     return [getattr(before, field, None) for field in kept] == [getattr(after, field, None) for field in kept]
 
@@ -199,7 +199,7 @@ def _distributions(version: ModelVersion) -> dict[str, Any]:
 
 def drift(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry) -> dg.AssetCheckResult:
     """Passed if captured features and predictions are distributed as the served model's training data, or if there is
-    too little to tell."""
+    too little to judge."""
     from step_scripts.runner import storage
     from step_scripts.table.spec import TableSpec
 

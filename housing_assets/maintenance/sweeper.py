@@ -1,7 +1,7 @@
 """Finds what costs money or memory although the run that needs it is gone: jobs, candidates of endpoints, processes.
 
-People are told of each finding once, and again if it changes or stays. What they were told is kept with the findings,
-in an observation of `abandoned` a sweep: so the UI also plots their number over time.
+Each finding is reported once, and again if it changes or is still there after `repeat_hours`. What was reported is kept
+with the findings, in one observation of `abandoned` a sweep; so the UI also plots their number over time.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field
 
-from housing_assets.checks.alerts import TOLD
+from housing_assets.checks.alerts import NOTIFIED
 from housing_assets.maintenance.owners import look, resource_owners
 from housing_assets.runs.statuses import BUSY
 from housing_assets.settings import load_automation
@@ -35,12 +35,12 @@ class SweepConfig(dg.Config):
     stop: bool = Field(default=False, description="Stop and remove what is abandoned. Off: only report it.")
     minutes: float = Field(default=10.0, ge=0, description="What is younger than this is left to its run; minutes.")
     repeat_hours: float = Field(
-        default=_SETTINGS.repeat_hours, ge=0, description="People are told again of what is still there after so long."
+        default=_SETTINGS.repeat_hours, ge=0, description="What is still there after so many hours is reported again."
     )
 
 
-class Told(BaseModel):
-    """What people were told of a finding, and when."""
+class Reported(BaseModel):
+    """What was reported of a finding, and when."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -73,18 +73,18 @@ def abandoned(
     return found
 
 
-def untold(lines: Mapping[str, str], told: Mapping[str, Told], before: datetime) -> dict[str, str]:
-    """Those findings (place → what is said of it) that are new, have changed, or were told `before` that time."""
+def unreported(lines: Mapping[str, str], reported: Mapping[str, Reported], before: datetime) -> dict[str, str]:
+    """Those findings (place → what is said of it) that are new, have changed, or were reported `before` that time."""
     return {
         place: what
         for place, what in lines.items()
-        if place not in told or told[place].what != what or told[place].at <= before
+        if place not in reported or reported[place].what != what or reported[place].at <= before
     }
 
 
 @dg.op(required_resource_keys={*_OWNERS, "io_manager", "notifier"})
 def sweep_abandoned(context: dg.OpExecutionContext, config: SweepConfig) -> None:
-    """Report, and if configured stop, jobs and endpoints whose run is gone. Tell people of what they do not know."""
+    """Report, and if configured stop, jobs and endpoints whose run is gone. Notify about new findings."""
     findings = look(resource_owners(context.resources, _OWNERS), _KINDS)
     before = datetime.now(UTC) - timedelta(minutes=config.minutes)
     owner_of = {item.location: owner for owner, item in findings.items}
@@ -107,9 +107,9 @@ def sweep_abandoned(context: dg.OpExecutionContext, config: SweepConfig) -> None
         "could_not_be_listed": dg.MetadataValue.json(findings.problems),
     }
     try:
-        metadata[TOLD] = _tell(context, rows, findings.problems, timedelta(hours=config.repeat_hours))
+        metadata[NOTIFIED] = _notify(context, rows, findings.problems, timedelta(hours=config.repeat_hours))
     except expected_errors() as error:  # the next sweep tries again, and so does `failed_runs`, by the failure
-        reason = f"people could not be told: {type(error).__name__}: {error}"
+        reason = f"the notification could not be sent: {type(error).__name__}: {error}"
         raise dg.Failure(f"the sweep is incomplete: {reason}", metadata=metadata, allow_retries=False) from error
     failures = [row["name"] for row in rows if row["outcome"].startswith("could not")]
     if failures or findings.problems:
@@ -118,50 +118,50 @@ def sweep_abandoned(context: dg.OpExecutionContext, config: SweepConfig) -> None
     context.add_output_metadata(metadata)
 
 
-def _tell(
+def _notify(
     context: dg.OpExecutionContext, rows: Sequence[dict[str, Any]], problems: dict[str, str], repeat: timedelta
 ) -> int:
-    """Send one message of what is new, if anything is, and remember what people know now. Returns how many lines."""
+    """Send one message of what is new, if anything is, and record it. Returns the number of its lines."""
     now, root = datetime.now(UTC), context.resources.io_manager.root
     lines = {
         row["where"]: f"{row['kind']} {row['name']} ({row['detail']}): {row['why']}; {row['outcome']}" for row in rows
     }
     lines |= {name: f"{name} could not be asked: {reason}" for name, reason in problems.items()}
     known = _remembered(context.instance, root)
-    fresh = untold(lines, known, now - repeat)
+    fresh = unreported(lines, known, now - repeat)
     if fresh:
         notifier: Notifier = context.resources.notifier
         title = f"{len(rows)} abandoned jobs or endpoints, {len(fresh)} new or changed"
         if problem := attempt(lambda: notifier.notify(title, "\n".join(fresh.values()))):
-            context.log.warning(f"People could not be told of {title}, and are told next time: {problem}")
+            context.log.warning(f"The notification '{title}' could not be sent; the next sweep tries again: {problem}")
             fresh = {}
     # What could not be listed this time may still be there.
-    told = {place: known[place] for place in known if place in lines or problems}
-    told |= {place: Told(what=what, at=now) for place, what in fresh.items()}
+    reported = {place: known[place] for place in known if place in lines or problems}
+    reported |= {place: Reported(what=what, at=now) for place, what in fresh.items()}
     context.log_event(
         dg.AssetObservation(
             _FINDINGS,
-            description="What the sweep found; people are told of each thing once.",
+            description="What the sweep found; each finding is reported once.",
             metadata={
                 "root": root,
                 "abandoned": len(rows),
                 "found": table(list(rows)),
-                "told": dg.MetadataValue.json({place: t.model_dump(mode="json") for place, t in told.items()}),
+                "reported": dg.MetadataValue.json({place: r.model_dump(mode="json") for place, r in reported.items()}),
             },
         )
     )
     return len(fresh)
 
 
-def _remembered(instance: dg.DagsterInstance, root: str) -> dict[str, Told]:
-    """What people were told of, at the last sweep of the deployment at `root`."""
+def _remembered(instance: dg.DagsterInstance, root: str) -> dict[str, Reported]:
+    """What was reported by the last sweep of the deployment at `root`."""
     for record in instance.fetch_observations(_FINDINGS, limit=_LOOK_BACK).records:
         observation = record.asset_observation
         if observation is not None and observation.metadata.get("root") == dg.MetadataValue.text(root):
             try:
-                stored: Any = observation.metadata["told"].value
-                return {place: Told.model_validate_json(json.dumps(told)) for place, told in stored.items()}
-            except (AttributeError, LookupError, ValueError):  # another version's: people are told once more
+                stored: Any = observation.metadata["reported"].value
+                return {place: Reported.model_validate_json(json.dumps(r)) for place, r in stored.items()}
+            except (AttributeError, LookupError, ValueError):  # of another version: reported once more
                 continue
     return {}
 

@@ -1,4 +1,4 @@
-"""Telling people what happened: in the log, by Slack, by e-mail, or through an SNS topic."""
+"""Notifications: in the log, by Slack, by e-mail, or through an SNS topic."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class EmailNotifier(Notifier):
     host: str = Field(description="SMTP server.")
     port: int = Field(default=587, ge=1, le=65535, description="Its port.")
     sender: str = Field(description="Address of the sender.")
-    recipients: list[str] = Field(min_length=1, description="Addresses of those who are told.")
+    recipients: list[str] = Field(min_length=1, description="Addresses that receive the messages.")
     user: str | None = Field(default=None, description="User name, if the server wants one.")
     password: str | None = Field(default=None, description="Password. Give it as an environment variable.")
 

@@ -247,13 +247,13 @@ def test_what_is_set_aside_is_told_once() -> None:
         files_by_day(Listing((file(name),)), "/landing", "UTC", date(2025, 1, 1), NOW)[1]
         for name in ("2020-01-01/a.csv", "2020-01-01/b.csv")
     )
-    fresh, cursor = LandingCursor().untold(old)
+    fresh, cursor = LandingCursor().unreported(old)
     assert fresh == old
     cursor = LandingCursor.read(cursor.model_dump_json())
-    fresh, cursor = cursor.untold([*new, *old])
+    fresh, cursor = cursor.unreported([*new, *old])
     assert fresh == new
-    fresh, cursor = cursor.untold(new)
-    assert (fresh, len(cursor.told)) == ([], 1), "what is gone is forgotten"
+    fresh, cursor = cursor.unreported(new)
+    assert (fresh, len(cursor.notified)) == ([], 1), "what is gone is forgotten"
 
 
 def test_run_keys_are_by_content() -> None:

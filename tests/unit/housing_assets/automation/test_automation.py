@@ -11,7 +11,7 @@ import dagster as dg
 import pytest
 
 from housing_assets.automation import sensors
-from housing_assets.checks.alerts import TOLD
+from housing_assets.checks.alerts import NOTIFIED
 from housing_assets.definitions import defs
 from housing_assets.settings import AutomationSettings, load_automation
 from resources.endpoints.local import LocalEndpointHost
@@ -223,7 +223,7 @@ def test_a_failed_run_is_told_with_step_and_reason(instance: dg.DagsterInstance)
 def test_what_a_run_has_told_itself_is_not_told_again(instance: dg.DagsterInstance) -> None:
     @dg.op
     def finds() -> None:
-        raise dg.Failure("S3 cannot be asked", metadata={TOLD: 0}, allow_retries=False)
+        raise dg.Failure("S3 cannot be asked", metadata={NOTIFIED: 0}, allow_retries=False)
 
     @dg.op
     def breaks() -> None:

@@ -21,7 +21,7 @@ from dagster._core.loader import LoadingContextForTest
 
 from housing_assets.automation import sensors
 from housing_assets.checks import watching
-from housing_assets.checks.alerts import tell_if_worse
+from housing_assets.checks.alerts import notify_on_degradation
 from housing_assets.definitions import defs
 from housing_assets.schema import HOUSING_TABLE
 from housing_assets.settings import load_automation
@@ -275,7 +275,7 @@ def look(
         found = dg.AssetCheckResult(
             passed=severity is None, severity=severity or dg.AssetCheckSeverity.WARN, metadata={"rows": 7}
         )
-        return tell_if_worse(found, HEALTH, "mend it", notifier, context.instance)
+        return notify_on_degradation(found, HEALTH, "mend it", notifier, context.instance)
 
     checks = dg.define_asset_job("look", selection=dg.AssetSelection.checks(health))
     job = dg.Definitions(asset_checks=[health], jobs=[checks]).resolve_job_def("look")
@@ -283,7 +283,7 @@ def look(
     return evaluation
 
 
-def test_people_are_told_when_a_check_gets_worse(tmp_path: Path) -> None:
+def test_a_notification_is_sent_when_a_check_gets_worse(tmp_path: Path) -> None:
     """A check's history on a real instance; a message that could not be sent is sent at the next look."""
     file = tmp_path / "messages"
     messages = Messages(path=str(file))

@@ -18,11 +18,11 @@ import psutil
 import pytest
 
 import housing_assets.definitions  # noqa: F401  # the jobs ask for all assets
-from housing_assets.checks.alerts import TOLD
+from housing_assets.checks.alerts import NOTIFIED
 from housing_assets.checks.gate import judged_source
 from housing_assets.deployments import load_resources
 from housing_assets.maintenance.retention import prune
-from housing_assets.maintenance.sweeper import Told, abandoned, sweep, untold
+from housing_assets.maintenance.sweeper import Reported, abandoned, sweep, unreported
 from housing_assets.maintenance.teardown import teardown
 from resources.compute.local_ray import LocalRay
 from resources.endpoints.local import LocalEndpointHost
@@ -367,7 +367,7 @@ def test_people_are_told_of_each_finding_once_until_it_changes_or_stays(
         done, metadata = launch(sweep, folder, instance, minutes=0, resources=messages, **config)
         assert done, metadata
         said = path.read_text().splitlines() if path.exists() else []
-        assert metadata["people_were_told"] == len(said[1:])
+        assert metadata[NOTIFIED] == len(said[1:])
         return said
 
     run = instance.create_run_for_job(teardown, status=dg.DagsterRunStatus.FAILURE).run_id
@@ -423,7 +423,7 @@ def test_what_could_not_be_told_is_told_next_time(
     done, metadata = launch(sweep, tmp_path, instance, resources={"notifier": Unreachable()})
     assert not done
     assert "compute" in metadata["could_not_be_listed"], "the findings are not lost with the message"
-    assert metadata[TOLD] == 0, "the next sweep tells people"
+    assert metadata[NOTIFIED] == 0, "the next sweep reports it"
     said = (
         "0 abandoned jobs or endpoints, 1 new or changed\ncompute could not be asked: PermissionError: may not look\n"
     )
@@ -434,11 +434,13 @@ def test_what_could_not_be_told_is_told_next_time(
         assert told.read_text() == said
 
 
-def test_what_is_untold() -> None:
+def test_what_is_unreported() -> None:
     now = datetime.now(UTC)
-    told = {name: Told(what=name, at=now - timedelta(hours=hours)) for name, hours in (("a", 1), ("b", 25), ("c", 1))}
+    known = {
+        name: Reported(what=name, at=now - timedelta(hours=hours)) for name, hours in (("a", 1), ("b", 25), ("c", 1))
+    }
     lines = {"a": "a", "b": "b", "c": "changed", "d": "new"}
-    assert set(untold(lines, told, now - timedelta(hours=24))) == {"b", "c", "d"}
+    assert set(unreported(lines, known, now - timedelta(hours=24))) == {"b", "c", "d"}
 
 
 def test_a_server_whose_folder_is_gone_is_found(tmp_path: Path) -> None:
