@@ -29,7 +29,7 @@ def test_everything_is_materialized_by_a_click(ui: UserInterface, browser: Brows
     browser.open("/asset-groups")
     browser.expand_groups("registered_model")
     browser.screenshot("graph")
-    for asset in ("raw_csv", "tuned_model", "evaluation_report", "endpoint"):
+    for asset in ("raw_csv", "feature_group", "tuned_model", "evaluation_report", "endpoint"):
         browser.open(f"/assets/{asset}")
         browser.sees("Latest materialization")
         browser.screenshot(asset)
