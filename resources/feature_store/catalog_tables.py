@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from resources.aws.calls import AwsCaller, error_code, error_message, is_missing
+from resources.aws.calls import error_code, error_message, is_missing
+from resources.aws.waiting import wait_until
 from step_scripts.runner.contract import StepError
 
 
@@ -17,7 +16,6 @@ class CatalogTables:
     """Calls of Glue. `wait_seconds`: for a table to appear."""
 
     client: Any
-    call: AwsCaller
     wait_seconds: float = 900.0
     poll_seconds: float = 2.0
 
@@ -32,8 +30,8 @@ class CatalogTables:
                 f"feature group {group} names no table in AWS Glue, although its offline store is in Iceberg format: "
                 "look at it in the SageMaker console, or delete the group and try again"
             )
-        deadline = time.monotonic() + self.wait_seconds
-        while True:
+
+        def appeared() -> bool:
             table = self._find(group, place)
             parameters = (table or {}).get("Parameters", {})
             if table is not None and parameters.get("table_type", "").upper() != "ICEBERG":
@@ -41,16 +39,17 @@ class CatalogTables:
                     f"{place} in AWS Glue, the table of feature group {group}, is no Iceberg table. Drop it "
                     "and delete the group, or use another group name"
                 )
-            if parameters.get("metadata_location"):
-                return place
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise StepError(
-                    f"feature group {group} is there, its Iceberg table {place} has not been in AWS Glue for "
-                    f"{self.wait_seconds:.0f} s. If somebody has dropped it, delete the group, which removes its "
-                    "records for good, or use another group name"
-                )
-            time.sleep(min(left, random.uniform(self.poll_seconds / 2, self.poll_seconds)))
+            return bool(parameters.get("metadata_location"))
+
+        try:
+            wait_until(appeared, timeout=self.wait_seconds, interval=self.poll_seconds, what=f"the creation of {place}")
+        except TimeoutError:
+            raise StepError(
+                f"feature group {group} is there, its Iceberg table {place} has not been in AWS Glue for "
+                f"{self.wait_seconds:.0f} s. If somebody has dropped it, delete the group, which removes its "
+                "records for good, or use another group name"
+            ) from None
+        return place
 
     def drop(self, described: Mapping[str, Any]) -> None:
         """Remove the table from Glue, where SageMaker leaves it, unless it is not there or not the group's."""
@@ -65,7 +64,7 @@ class CatalogTables:
             return
         database, name = place.split(".", 1)
         try:
-            self.call(self.client.delete_table, DatabaseName=database, Name=name)
+            self.client.delete_table(DatabaseName=database, Name=name)
         except ClientError as error:
             if not is_missing(error):
                 raise _refused("dropping", place, group, error) from error
@@ -75,7 +74,7 @@ class CatalogTables:
 
         database, name = place.split(".", 1)
         try:
-            return self.call(self.client.get_table, DatabaseName=database, Name=name)["Table"]
+            return self.client.get_table(DatabaseName=database, Name=name)["Table"]
         except ClientError as error:
             if is_missing(error):
                 return None

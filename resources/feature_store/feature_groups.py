@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from resources.aws.calls import AwsCaller, error_code, error_message
-from resources.aws.ownership import already_exists, is_absent
+from resources.aws.calls import already_exists, error_code, error_message, is_missing
+from resources.aws.waiting import wait_until
 from step_scripts.runner.contract import StepError
 
 _ADDED_AT_ONCE = 100  # UpdateFeatureGroup's limit
@@ -22,7 +22,6 @@ class FeatureGroups:
     """Calls of SageMaker's control API. `wait_seconds`: for a group to be created, changed or deleted."""
 
     client: Any
-    call: AwsCaller
     wait_seconds: float = 900.0
     poll_seconds: float = 2.0
 
@@ -34,9 +33,9 @@ class FeatureGroups:
         token: dict[str, Any] = {}
         while True:
             try:
-                page = self.call(self.client.describe_feature_group, FeatureGroupName=name, **token)
+                page = self.client.describe_feature_group(FeatureGroupName=name, **token)
             except ClientError as error:
-                if is_absent(error):
+                if is_missing(error):
                     return None
                 raise _refused("describing", name, error) from error
             if described is None:
@@ -52,7 +51,7 @@ class FeatureGroups:
         from botocore.exceptions import ClientError
 
         try:
-            self.call(self.client.create_feature_group, **request)
+            self.client.create_feature_group(**request)
         except ClientError as error:
             if not already_exists(error):
                 raise _refused("creating", request["FeatureGroupName"], error) from error
@@ -77,9 +76,7 @@ class FeatureGroups:
             if described is None or not (additions := missing(described)):
                 return described
             try:
-                self.call(
-                    self.client.update_feature_group, FeatureGroupName=name, FeatureAdditions=additions[:_ADDED_AT_ONCE]
-                )
+                self.client.update_feature_group(FeatureGroupName=name, FeatureAdditions=additions[:_ADDED_AT_ONCE])
             except ClientError as error:
                 if "Validation" not in error_code(error) and not already_exists(error):
                     raise _refused("changing", name, error) from error
@@ -104,9 +101,9 @@ class FeatureGroups:
         first(described)
         if described["FeatureGroupStatus"] != "Deleting":
             try:
-                self.call(self.client.delete_feature_group, FeatureGroupName=name)
+                self.client.delete_feature_group(FeatureGroupName=name)
             except ClientError as error:
-                if not is_absent(error):
+                if not is_missing(error):
                     raise _refused("deleting", name, error) from error
         self.gone(name)
 
@@ -125,20 +122,27 @@ class FeatureGroups:
 
     def _awaited(self, name: str, condition: Callable[[Mapping[str, Any]], bool], what: str) -> dict[str, Any] | None:
         """The description once `condition` holds, or None as soon as the group is not there."""
-        deadline = time.monotonic() + self.wait_seconds
-        pause = self.poll_seconds
-        while True:
+        described: dict[str, Any] | None = None
+
+        def settled() -> bool:
+            nonlocal described
             described = self.describe(name)
-            if described is None or condition(described):
-                return described
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise StepError(
-                    f"feature group {name} has taken more than {self.wait_seconds:.0f} s to {what}; its status is "
-                    f"{described['FeatureGroupStatus']}. Look at it in the SageMaker console, then try again"
-                )
-            time.sleep(min(left, random.uniform(pause / 2, pause)))
-            pause = min(1.5 * pause, _LONGEST_POLL)
+            return described is None or condition(described)
+
+        try:
+            wait_until(
+                settled,
+                timeout=self.wait_seconds,
+                interval=self.poll_seconds,
+                longest_interval=_LONGEST_POLL,
+                what=f"what feature group {name} was waited for",
+            )
+        except TimeoutError:
+            raise StepError(
+                f"feature group {name} has taken more than {self.wait_seconds:.0f} s to {what}; its status is "
+                f"{(described or {}).get('FeatureGroupStatus')}. Look at it in the SageMaker console, then try again"
+            ) from None
+        return described
 
 
 def _is_ready(described: Mapping[str, Any]) -> bool:

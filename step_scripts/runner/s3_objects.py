@@ -48,7 +48,7 @@ def service_client(
     return _client(service, region_name or region(), connections, attempts, environment)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=32)
 def _client(
     service: str, region_name: str | None, connections: int, attempts: int, environment: tuple[tuple[str, str], ...]
 ) -> Any:
@@ -60,6 +60,7 @@ def _client(
         connect_timeout=10,
         read_timeout=60,
         max_pool_connections=connections,
+        tcp_keepalive=True,
     )
     # A session of its own: boto3's default session must not be used by several threads at once.
     session = boto3.Session(region_name=region_name)

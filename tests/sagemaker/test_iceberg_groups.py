@@ -107,4 +107,4 @@ def test_what_glue_refuses_is_said(aws: Aws, monkeypatch: pytest.MonkeyPatch) ->
     aws.faults.throttle("glue:GetTable", count=10_000)
     message = "reading sagemaker_featurestore.iced_.* in AWS Glue, .*was refused: ThrottlingException"
     with pytest.raises(StepError, match=message):
-        store(aws, patience_seconds=0.2).ensure_group("iced", TABLE)
+        store(aws, retry_timeout_seconds=0.2).ensure_group("iced", TABLE)
