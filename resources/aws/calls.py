@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import dagster as dg
@@ -69,6 +69,18 @@ def is_missing(error: BaseException) -> bool:
     if code in _MISSING:
         return True
     return code == "ValidationException" and any(text in error_message(error).lower() for text in _MISSING_TEXTS)
+
+
+def if_found(function: Callable[..., Any], **params: Any) -> Any:
+    """The answer of a call; None if what it names does not exist."""
+    from botocore.exceptions import ClientError
+
+    try:
+        return function(**params)
+    except ClientError as error:
+        if is_missing(error):
+            return None
+        raise
 
 
 def already_exists(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from resources.aws.calls import if_found
 from resources.aws.ownership import belongs_to, created_here, tags_of
 from resources.endpoints.base import DeploymentLog
 from resources.endpoints.endpoint_parts import EndpointParts
@@ -49,7 +50,7 @@ class EndpointInventory:
             "endpoint_config": (client.describe_endpoint_config, "EndpointConfig"),
             "model": (client.describe_model, "Model"),
         }[item.kind]
-        described = self.parts.if_there(describe, **{f"{member}Name": item.name})
+        described = if_found(describe, **{f"{member}Name": item.name})
         if described is None:
             return
         if not belongs_to(tags_of(client, described[f"{member}Arn"]), self.root):
@@ -59,7 +60,7 @@ class EndpointInventory:
         elif item.kind == "endpoint_config":
             self.parts.remove_config(item.name)
         else:
-            self.parts.if_there(client.delete_model, ModelName=item.name)
+            if_found(client.delete_model, ModelName=item.name)
 
     def _parts_of(self, kind: Any, operation: str, member: str) -> Iterator[OwnedItem]:
         def is_part(summary: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from resources.aws.calls import already_exists, error_code, error_message, is_missing, pages
+from resources.aws.calls import already_exists, error_code, error_message, if_found, is_missing, pages
 from resources.aws.ownership import is_ours, tags_of
 from resources.aws.request_validation import check_request
 from resources.aws.waiting import wait_until
@@ -51,7 +51,7 @@ class EndpointParts:
 
     def find(self, name: str) -> FoundEndpoint | None:
         """The endpoint, whoever created it; None if there is none."""
-        described = self.if_there(self.client.describe_endpoint, EndpointName=name)
+        described = if_found(self.client.describe_endpoint, EndpointName=name)
         if described is None:
             return None
         tags = tags_of(self.client, described["EndpointArn"])
@@ -153,7 +153,7 @@ class EndpointParts:
         found = self.settled(name, seconds, log)
         if found is None:
             return
-        self.if_there(self.client.delete_endpoint, EndpointName=name)
+        if_found(self.client.delete_endpoint, EndpointName=name)
         self.settled(name, seconds, log)
 
     def remove_parts(self, endpoint: str, keep_configs: set[str], *, candidates: bool = False) -> list[str]:
@@ -175,17 +175,17 @@ class EndpointParts:
         for name, arn in self._listed("list_models", "Model", endpoint):
             tags = tags_of(self.client, arn)
             if name not in needed and is_ours(tags) and tags.get(ENDPOINT_TAG) == endpoint:
-                self.if_there(self.client.delete_model, ModelName=name)
+                if_found(self.client.delete_model, ModelName=name)
                 removed.append(name)
         return removed
 
     def remove_config(self, name: str) -> None:
         """Remove a configuration, which must be this project's."""
-        self.if_there(self.client.delete_endpoint_config, EndpointConfigName=name)
+        if_found(self.client.delete_endpoint_config, EndpointConfigName=name)
 
     def models_of(self, config: str) -> set[str]:
         """Names of the models that a configuration serves."""
-        found = self.if_there(self.client.describe_endpoint_config, EndpointConfigName=config) or {}
+        found = if_found(self.client.describe_endpoint_config, EndpointConfigName=config) or {}
         return {variant["ModelName"] for variant in found.get("ProductionVariants", []) if "ModelName" in variant}
 
     def log_tail(self, name: str, since: datetime) -> str:
@@ -225,7 +225,7 @@ class EndpointParts:
 
     def config_tags(self, config: str) -> dict[str, str]:
         """Tags of a configuration; none if it does not exist."""
-        found = self.if_there(self.client.describe_endpoint_config, EndpointConfigName=config)
+        found = if_found(self.client.describe_endpoint_config, EndpointConfigName=config)
         return tags_of(self.client, found["EndpointConfigArn"]) if found else {}
 
     def _listed(self, operation: str, kind: str, endpoint: str) -> Iterator[tuple[str, str]]:
@@ -233,14 +233,3 @@ class EndpointParts:
         found = pages(self.client, operation, f"{kind}s", NameContains=name_prefix(endpoint))
         for item in list(found):  # before anything is removed, which would shift the pages
             yield item[f"{kind}Name"], item[f"{kind}Arn"]
-
-    def if_there(self, function: Callable[..., Any], **params: Any) -> dict[str, Any] | None:
-        """The answer to a call; None if what it names is not there."""
-        from botocore.exceptions import ClientError
-
-        try:
-            return function(**params)
-        except ClientError as error:
-            if is_missing(error):
-                return None
-            raise

@@ -13,8 +13,7 @@ from resources.aws.calls import aws_client, is_missing
 from resources.aws.ownership import created_here, owned, root_tags
 from resources.aws.request_validation import InvalidJobRequest, check_request
 from resources.feature_store.base import FeatureStore, OfflineSnapshot, OnlineComparison, store_item
-from resources.feature_store.catalog_tables import CatalogTables, table_of
-from resources.feature_store.feature_groups import FeatureGroups
+from resources.feature_store.feature_groups import CatalogTables, FeatureGroups, table_of
 from resources.inventory import NotOwned, OwnedItem
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from resources.aws.calls import already_exists, error_code, is_missing, pages
+from resources.aws.calls import already_exists, error_code, if_found, is_missing, pages
 from resources.aws.ownership import is_ours, owned, tags_of
 from resources.aws.request_validation import check_request
 from resources.aws.waiting import wait_until
@@ -75,7 +75,7 @@ class ModelPackages:
 
     def group(self, name: str) -> dict[str, Any] | None:
         """DescribeModelPackageGroup; None if there is no such group."""
-        return self._found(self.client.describe_model_package_group, ModelPackageGroupName=name)
+        return if_found(self.client.describe_model_package_group, ModelPackageGroupName=name)
 
     def arn(self, group: str, version: int) -> str | None:
         """ARN that a version has, whether it exists or not; None if the group does not exist."""
@@ -120,7 +120,7 @@ class ModelPackages:
 
     def describe(self, arn: str) -> dict[str, Any] | None:
         """DescribeModelPackage; None if there is no such package."""
-        return self._found(self.client.describe_model_package, ModelPackageName=arn)
+        return if_found(self.client.describe_model_package, ModelPackageName=arn)
 
     def create(self, request: Mapping[str, Any], token: str) -> dict[str, Any] | None:
         """Create a version and describe it; None if the token has been used otherwise.
@@ -148,17 +148,7 @@ class ModelPackages:
 
     def delete(self, arn: str) -> None:
         """Remove a version. Nothing happens if there is none."""
-        self._found(self.client.delete_model_package, ModelPackageName=arn)
-
-    def _found(self, function: Callable[..., Any], **params: Any) -> dict[str, Any] | None:
-        from botocore.exceptions import ClientError
-
-        try:
-            return function(**params)
-        except ClientError as error:
-            if is_missing(error):
-                return None
-            raise
+        if_found(self.client.delete_model_package, ModelPackageName=arn)
 
     def _await(self, name: str, member: str, describe: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from resources.aws.calls import error_code, is_missing
+from resources.aws.calls import error_code, if_found
 from resources.aws.waiting import wait_until
 
 CONTEXT = "context.json"
@@ -70,15 +70,8 @@ class JobPrefix:
 
     def get(self, name: str) -> tuple[bytes, str] | None:
         """Content and entity tag of an object; `None` if there is none."""
-        from botocore.exceptions import ClientError
-
-        try:
-            answer = self.client.get_object(Bucket=self.bucket, Key=self.path(name))
-            return answer["Body"].read(), str(answer["ETag"])
-        except ClientError as error:
-            if is_missing(error):
-                return None
-            raise
+        answer = if_found(self.client.get_object, Bucket=self.bucket, Key=self.path(name))
+        return None if answer is None else (answer["Body"].read(), str(answer["ETag"]))
 
     def delete(self, name: str) -> None:
         """Remove an object; nothing happens if there is none."""

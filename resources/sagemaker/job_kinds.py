@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from resources.aws.calls import is_missing
+from resources.aws.calls import if_found
 
 TERMINAL = ("Completed", "Failed", "Stopped")
 _CONSOLES = {"aws-cn": "console.amazonaws.cn", "aws-us-gov": "console.amazonaws-us-gov.com"}
@@ -73,15 +73,7 @@ class JobKind:
 
     def describe(self, client: Any, name: str) -> dict[str, Any] | None:
         """The job's description; `None` if there is no such job."""
-        from botocore.exceptions import ClientError
-
-        which: dict[str, Any] = {self.name_member: name}
-        try:
-            return self.method(client, "describe")(**which)
-        except ClientError as error:
-            if is_missing(error):
-                return None
-            raise
+        return if_found(self.method(client, "describe"), **{self.name_member: name})
 
     def links(self, arn: str, name: str) -> dict[str, str]:
         """The job's pages in the AWS console, `console` and `logs`; none where boto3 is sent elsewhere than to AWS."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from resources.feature_store.catalog_tables import CatalogTables
+from resources.feature_store.feature_groups import CatalogTables
 from resources.feature_store.sagemaker import SageMakerFeatureStore
 from step_scripts.feature_store.feature_values import feature_types
 from step_scripts.ingest_features import _TARGET
