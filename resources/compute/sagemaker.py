@@ -16,7 +16,7 @@ from resources.aws.image import XGBOOST_IMAGE_VERSION, job_image
 from resources.aws.request_validation import check_request
 from resources.compute.base import ComputeBackend, as_metadata, failure_of
 from resources.inventory import NotOwned, OwnedItem, files_at, remove_step_results, remove_tree, step_results
-from resources.sagemaker.job_files import JobInputs
+from resources.sagemaker.job_files import JobInputs, JobPolling
 from resources.sagemaker.job_inventory import JobInventory
 from resources.sagemaker.job_kinds import PROCESSING, TRAINING, TUNING
 from resources.sagemaker.job_names import digest_of, request_digest
@@ -30,7 +30,6 @@ from resources.sagemaker.job_requests import (
     processing_request,
     training_request,
 )
-from resources.sagemaker.job_run import JobPolling
 from resources.sagemaker.pipes_client import PipesSageMakerClient
 from resources.sagemaker.tuning_jobs import NativeTuning
 from resources.sagemaker.tuning_requests import NativeTuningConfig

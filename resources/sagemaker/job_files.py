@@ -1,4 +1,4 @@
-"""The small files of a job on S3: Pipes context and messages, what the caller adds, the lease.
+"""The small files of a job on S3: Pipes context and messages, what the caller adds, the lease; where and how long.
 
 The lease says that a Dagster process attends to the job. It is renewed while one does. So a job whose process was
 killed, which the next run takes over, differs from one that another run still waits for.
@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from resources.aws.calls import error_code, if_found
+from resources.aws.calls import aws_client, error_code, if_found
 from resources.aws.waiting import wait_until
 
 CONTEXT = "context.json"
 BOOTSTRAP = "pipes.json"
 MESSAGES = "messages"
 LEASE = "lease.json"
+SHORT_RETRY_SECONDS = 3.0  # where the same call will be made again soon
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,42 @@ class JobPrefix:
                         closed = "exception" not in (message.get("params") or {})
             index += 1
         return closed
+
+
+@dataclass(frozen=True)
+class JobPolling:
+    """How often to ask, and how long to wait. Seconds.
+
+    `interval` grows to `longest_interval` while a job runs. `retry` bounds how long throttled or unanswered calls are
+    repeated. `drain` bounds the wait for the last messages and log lines after a job's end; the log is complete when
+    nothing new came for `quiet`. `stop` bounds the wait for a job that was told to stop. `lease`: interval of renewals.
+    """
+
+    interval: float = 2.0
+    longest_interval: float = 10.0
+    retry: float = 900.0
+    drain: float = 20.0
+    quiet: float = 3.0
+    stop: float = 30.0
+    lease: float = 15.0
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """What all jobs of a deployment share. `detach`: leave a running job alone when the Dagster process ends."""
+
+    job_root: str
+    region_name: str | None = None
+    detach: bool = False
+    polling: JobPolling = field(default_factory=JobPolling)
+
+    def client(self, service: str, retry_seconds: float | None = None) -> Any:
+        """The boto3 client of a service."""
+        return aws_client(service, self.region_name, retry_seconds=retry_seconds or self.polling.retry)
+
+    def prefix(self, name: str, retry_seconds: float | None = None) -> JobPrefix:
+        """The S3 prefix of a job's small files."""
+        return JobPrefix.of(self.client("s3", retry_seconds), self.job_root, name)
 
 
 class JobLease:

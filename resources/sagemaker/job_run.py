@@ -8,61 +8,31 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 import dagster as dg
 
-from resources.aws.calls import aws_client, error_code, error_message, is_missing, is_transient
+from resources.aws.calls import error_code, error_message, is_missing, is_transient
 from resources.aws.ownership import creation_tags, tags_of
 from resources.aws.request_validation import check_request
 from resources.aws.tags import RUN_TAG, WORK_TAG, asset_names, run_tags, tag_list
 from resources.aws.waiting import wait_until
-from resources.sagemaker.job_files import BOOTSTRAP, LEASE, JobInputs, JobLease, JobPrefix
+from resources.sagemaker.job_files import (
+    BOOTSTRAP,
+    LEASE,
+    SHORT_RETRY_SECONDS,
+    JobInputs,
+    JobLease,
+    JobPrefix,
+    JobSettings,
+)
 from resources.sagemaker.job_kinds import TERMINAL, TUNING, JobKind
 from resources.sagemaker.job_names import JobName, Work, request_digest
 from resources.sagemaker.job_reports import start_failure
 
 Context = dg.OpExecutionContext | dg.AssetExecutionContext
 _APPEARANCE_SECONDS = 2.0
-SHORT_RETRY_SECONDS = 3.0  # where the same call will be made again soon
-
-
-@dataclass(frozen=True)
-class JobPolling:
-    """How often to ask, and how long to wait. Seconds.
-
-    `interval` grows to `longest_interval` while a job runs. `retry` bounds how long throttled or unanswered calls are
-    repeated. `drain` bounds the wait for the last messages and log lines after a job's end; the log is complete when
-    nothing new came for `quiet`. `stop` bounds the wait for a job that was told to stop. `lease`: interval of renewals.
-    """
-
-    interval: float = 2.0
-    longest_interval: float = 10.0
-    retry: float = 900.0
-    drain: float = 20.0
-    quiet: float = 3.0
-    stop: float = 30.0
-    lease: float = 15.0
-
-
-@dataclass(frozen=True)
-class JobSettings:
-    """What all jobs of a deployment share. `detach`: leave a running job alone when the Dagster process ends."""
-
-    job_root: str
-    region_name: str | None = None
-    detach: bool = False
-    polling: JobPolling = field(default_factory=JobPolling)
-
-    def client(self, service: str, retry_seconds: float | None = None) -> Any:
-        """The boto3 client of a service."""
-        return aws_client(service, self.region_name, retry_seconds=retry_seconds or self.polling.retry)
-
-    def prefix(self, name: str, retry_seconds: float | None = None) -> JobPrefix:
-        """The S3 prefix of a job's small files."""
-        return JobPrefix.of(self.client("s3", retry_seconds), self.job_root, name)
 
 
 class JobRun:

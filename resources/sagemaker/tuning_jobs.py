@@ -14,12 +14,12 @@ from typing import Any
 import dagster as dg
 
 from resources.aws.calls import pages
-from resources.sagemaker.job_files import JobInputs
+from resources.sagemaker.job_files import JobInputs, JobSettings
 from resources.sagemaker.job_kinds import TRAINING, TUNING
 from resources.sagemaker.job_names import digest_of, request_digest, tuning_job_name
 from resources.sagemaker.job_reports import JobFailure
 from resources.sagemaker.job_requests import JobConfig
-from resources.sagemaker.job_run import Context, JobRun, JobSettings
+from resources.sagemaker.job_run import Context, JobRun
 from resources.sagemaker.tuning_requests import NativeTuningConfig, tuning_request
 from step_scripts.parameters import TuneModelParams, TuneModelSettings
 from step_scripts.runner.contract import StepRequest

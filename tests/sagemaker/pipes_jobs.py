@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from resources.sagemaker.job_run import JobPolling
+from resources.sagemaker.job_files import JobPolling
 
 ROLE = "arn:aws:iam::123456789012:role/housing-assets"
 IMAGE = "123456789012.dkr.ecr.us-east-1.amazonaws.com/jobs:1"
