@@ -94,7 +94,7 @@ class SageMakerCompute(ComputeBackend):
     native_tuning: NativeTuningConfig | None = Field(
         default=None,
         description="Trials of tune_model as a SageMaker tuning job, before its training job. Empty: Ray Tune inside "
-        "the training job. Needs an image of your own.",
+        "the training job. Needs a custom image.",
     )
     wheels_uri: str | None = Field(
         default=None, description="s3:// prefix of wheels to install from, for hosts that reach no package index."
@@ -102,7 +102,7 @@ class SageMakerCompute(ComputeBackend):
     name_prefix: str = Field(default="housing", description="First part of the names of jobs.")
     detach: bool = Field(default=False, description="Leave running jobs alone when the run is interrupted or fails.")
     forward_logs: bool = Field(default=True, description="Forward the log lines of all hosts to the run's log.")
-    poll_seconds: float = Field(default=2.0, gt=0, description="Shortest interval between two looks at a job.")
+    poll_seconds: float = Field(default=2.0, gt=0, description="Shortest interval between two polls of a job.")
     retry_timeout_seconds: float = Field(
         default=900.0, gt=0, description="How long calls that AWS throttles or does not answer are repeated; seconds."
     )
@@ -129,7 +129,7 @@ class SageMakerCompute(ComputeBackend):
                 self.config_of(step)  # raises for values that do not fit together
         if self.native_tuning is not None and self.image is None:
             raise ValueError(
-                "native_tuning needs an image of your own (image, built from the Dockerfile): SageMaker starts the "
+                "native_tuning needs a custom image (image, built from the Dockerfile): SageMaker starts the "
                 "jobs of a tuning job with the image's own entry point, and AWS's image does not know this project"
             )
         if self.job.network_isolation:

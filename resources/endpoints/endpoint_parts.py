@@ -43,7 +43,7 @@ class FoundEndpoint:
 
 @dataclass(frozen=True)
 class EndpointParts:
-    """Calls on endpoints and what they are made of. `poll_seconds`: shortest interval between two looks."""
+    """Calls on endpoints and what they are made of. `poll_seconds`: shortest interval between two polls."""
 
     client: Any
     logs: Any

@@ -102,7 +102,7 @@ class SageMakerEndpointHost(EndpointHost):
     update_timeout_seconds: float = Field(
         default=3600.0, gt=0, description="How long a change may take beside the waits of `traffic`."
     )
-    poll_seconds: float = Field(default=2.0, gt=0, description="Shortest interval between two looks at an endpoint.")
+    poll_seconds: float = Field(default=2.0, gt=0, description="Shortest interval between two polls of an endpoint.")
     retry_timeout_seconds: float = Field(
         default=300.0, gt=0, description="How long calls that AWS throttles or does not answer are repeated; seconds."
     )

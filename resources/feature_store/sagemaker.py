@@ -49,7 +49,7 @@ class SageMakerFeatureStore(FeatureStore):
     wait_seconds: float = Field(
         default=900.0, gt=0, description="How long a group may take to be created, changed or deleted; seconds."
     )
-    poll_seconds: float = Field(default=2.0, gt=0, description="Shortest interval between two looks at a group.")
+    poll_seconds: float = Field(default=2.0, gt=0, description="Shortest interval between two polls of a group.")
     retry_timeout_seconds: float = Field(
         default=900.0, gt=0, description="How long calls that AWS throttles or does not answer are repeated; seconds."
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,10 +134,10 @@ class ModelPackages:
             if error_code(error) == "ConflictException":
                 return None
             raise
-        if self.describe(arn) is None:  # a version that the token once made, and that has been deleted
-            time.sleep(1)
-            if self.describe(arn) is None:
-                return None
+        try:
+            wait_until(lambda: self.describe(arn), timeout=1.0, interval=1.0, what=f"the appearance of {arn}")
+        except TimeoutError:  # a version that the token once made, and that has been deleted
+            return None
         return self._await(arn, "ModelPackageStatus", lambda: self.describe(arn))
 
     def update(self, request: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ Begin with `pipes_client`. Its calls, in order, for a training or processing job
 2. `job_run` names the job (`job_names`), adds tags and environment, and looks for a job that does this work already.
 3. `pipes_io` puts the Pipes context on S3 (`job_files`), and reads the job's messages there.
 4. `job_run` creates the job or attaches to it, and polls until it ends. Meanwhile `job_logs` forwards log lines,
-   `job_reports` says each status, and the lease (`job_files`) is renewed, which shows that the job is attended to.
+   `job_reports` says each status, and the lease (`job_files`), which shows that a run waits for the job, is renewed.
 5. `job_reports` says what the job cost, or why it failed. If the run ends before the job, `job_run` stops it.
 
 `tuning_jobs` runs the trials of `tune_model` as a tuning job, in the same order without Pipes; `tuning_requests` makes

@@ -1,7 +1,7 @@
-"""The small files of a job on S3: Pipes context and messages, what the caller adds, the lease; where and how long.
+"""The small files of a job on S3: Pipes context and messages, what the caller adds, the lease. Settings of all jobs.
 
-The lease says that a Dagster process attends to the job. It is renewed while one does. So a job whose process was
-killed, which the next run takes over, differs from one that another run still waits for.
+The lease is renewed while a Dagster process waits for the job. So the next run can tell a job whose process was killed,
+which it takes over, from one that another run still waits for.
 """
 
 from __future__ import annotations

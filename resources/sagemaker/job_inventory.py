@@ -1,4 +1,4 @@
-"""The jobs in progress that a deployment has started, whoever attends to them, and how they are ended."""
+"""The jobs in progress that a deployment has started, and how they are stopped."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class JobInventory:
                 self.settings.job_root,
                 StatusEquals="InProgress",
             ):
-                holder = self._attended_by(found[kind.name_member])
+                holder = self._lease_holder(found[kind.name_member])
                 yield OwnedItem(
                     kind="job",
                     name=found[kind.name_member],
@@ -47,7 +47,7 @@ class JobInventory:
                     created_at=found["CreationTime"],
                     run_id=tags.get(RUN_TAG),
                     temporary=holder is None,
-                    detail=f"{kind.noun} in progress, attended to by {holder or 'nobody'}",
+                    detail=f"{kind.noun} in progress, lease held by {holder or 'nobody'}",
                 )
 
     def remove(self, item: OwnedItem) -> None:
@@ -64,8 +64,8 @@ class JobInventory:
 
         wait_until(ended, timeout=self.stop_seconds, interval=1.0, what=f"the end of {kind.noun} {item.name}")
 
-    def _attended_by(self, name: str) -> str | None:
-        """The run whose process has claimed the job in the last two minutes."""
+    def _lease_holder(self, name: str) -> str | None:
+        """The run that has renewed its lease on the job in the last two minutes."""
         found = self.settings.prefix(name).get(LEASE)
         if found is None:
             return None

@@ -115,7 +115,7 @@ class JobKind:
 
 
 def has_console() -> bool:
-    """Whether jobs can be seen in AWS's console: not those of an emulator, which boto3 is told of like this."""
+    """Whether AWS's console shows the jobs. It shows none of an emulator, to which these variables direct boto3."""
     given = os.environ.get("AWS_ENDPOINT_URL_SAGEMAKER") or os.environ.get("AWS_ENDPOINT_URL") or ""
     host = urlsplit(given).hostname or "amazonaws.com"
     return host.endswith(("amazonaws.com", "amazonaws.com.cn"))

@@ -1,4 +1,4 @@
-"""One piece of work as one job of any kind: found again instead of started twice, watched, stopped if nobody waits."""
+"""One piece of work as one job of any kind: found again instead of started twice, polled, stopped if the run ends."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _APPEARANCE_SECONDS = 2.0
 class JobRun:
     """The job that does a piece of work for a step of a Dagster run.
 
-    `find` it first. Then, within `attended`: `start` it if `description` is None, and `wait` for its end.
+    Call `find` first. Then, within `leased`: `start` if `description` is None, and `wait`.
     Raises `InvalidJobRequest` at once if SageMaker would refuse the request.
     """
 
@@ -76,8 +76,8 @@ class JobRun:
             self.name, self.description = self._orphan() or (self.name, None)
 
     @contextmanager
-    def attended(self) -> Iterator[None]:
-        """Keep the lease. A job that has not ended at the end of the block is stopped, or left if `detach` says so."""
+    def leased(self) -> Iterator[None]:
+        """Hold the lease. If an error ends the block before the job has ended, the job is stopped, unless `detach`."""
         try:
             self._exists = self.description is not None
             if self.description is not None:
@@ -122,7 +122,8 @@ class JobRun:
     ) -> dict[str, Any]:
         """The description of the ended job. `see` gets each description before; `each` is called at each poll.
 
-        The lease is renewed meanwhile. Outages are waited out here, and not within the call, for the lease's sake.
+        The lease is renewed at each poll. Calls have few retries here, so that an outage does not keep the lease from
+        being renewed: the next poll tries again, until `polling.retry` seconds have passed without an answer.
         """
         from botocore.exceptions import BotoCoreError, ClientError
 
@@ -178,7 +179,7 @@ class JobRun:
         raise RuntimeError(f"no name is left for another attempt of {self._names.base}")
 
     def _orphan(self) -> tuple[str, dict[str, Any]] | None:
-        """A running job of another run that does the same work and whose Dagster process is gone."""
+        """A running job of another run that does the same work, and whose lease nobody renews."""
         from botocore.exceptions import ClientError
 
         kind, log = self.kind, self._context.log
@@ -196,7 +197,9 @@ class JobRun:
             description = kind.describe(self._client, name)
             if description is None or self._tags(description).get(WORK_TAG) != self._work:
                 continue
-            log.info(f"{kind.noun} {name} of another run does the same work; finding out whether it is attended to")
+            log.info(
+                f"{kind.noun} {name} of another run does the same work; waiting for its lease to be renewed"
+            )
             if self._lease(name).adopt():
                 return name, description
         return None

@@ -121,7 +121,7 @@ class PipesSageMakerClient(dg.PipesClient, TreatAsResourceParam):
 
         with (
             pipes_session(context, context_injector=injector, message_reader=reader, extras=extras) as session,
-            job.attended(),
+            job.leased(),
         ):
             if is_new:
                 job.start(session.get_bootstrap_env_vars())

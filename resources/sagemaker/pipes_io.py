@@ -74,7 +74,7 @@ class JobMessageReader(PipesS3MessageReader):
         yield {"bucket": self._prefix.bucket, "key_prefix": self._prefix.path(MESSAGES)}
 
     def messages_are_readable(self, params: PipesParams) -> bool:
-        """Always: a chunk that is not there yet is told from one that must not be read when it is read."""
+        """Always true: `download_messages_chunk` finds out whether a chunk is there."""
         return True
 
     def download_messages(self, cursor: int | None, params: PipesParams) -> tuple[int, str] | None:

@@ -108,7 +108,7 @@ class NativeTuning:
                 said = progress
                 context.log.info(f"tuning job {job.name}: {progress}")
 
-        with job.attended():
+        with job.leased():
             if job.description is None:
                 job.start()
             description = job.wait(see)
