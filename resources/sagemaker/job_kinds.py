@@ -81,6 +81,10 @@ class JobKind:
             return {}
         return {"console": self.console_url(arn, name), "logs": self.log_url(arn, name)}
 
+    def started_text(self, arn: str, name: str) -> str:
+        """The message that the job was created, with its page if there is one."""
+        return ": ".join([f"Started {self.noun} {name}", *list(self.links(arn, name).values())[:1]])
+
     def console_url(self, arn: str, name: str) -> str:
         """The job's page in the AWS console."""
         host, region = _console(arn)

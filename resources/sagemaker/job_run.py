@@ -114,8 +114,7 @@ class JobRun:
                 self._exists = False
                 raise start_failure(self.kind, self.name, error) from error
             answer = found
-        links = self.kind.links(answer[self.kind.arn_member], self.name)
-        self._context.log.info(": ".join([f"Started {self.kind.noun} {self.name}", *list(links.values())[:1]]))
+        self._context.log.info(self.kind.started_text(answer[self.kind.arn_member], self.name))
 
     def wait(
         self, see: Callable[[Mapping[str, Any]], object], each: Callable[[], object] | None = None
