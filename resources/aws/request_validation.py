@@ -24,6 +24,8 @@ _UNICODE_CLASSES = {
     r"\p{P}": r"\u0021-\u007e\u00a1-\uffff",
     r"\p{Alnum}": r"a-zA-Z0-9",
 }
+_TYPES: dict[str, Any] = {"structure": Mapping, "map": Mapping, "list": list | tuple, "string": str,
+                          "integer": int, "long": int, "float": int | float, "double": int | float}  # fmt: skip
 _LONG = 60
 
 
@@ -47,9 +49,7 @@ def problems(operation: str, params: Mapping[str, Any]) -> list[str]:
 
     shape = _model().operation_model(operation).input_shape
     report = ParamValidator().validate(params, shape)  # members that are missing or unknown, types, minima
-    if report.has_errors():
-        return [*report.generate_report().splitlines()]
-    return list(_limits(shape, params, "", operation))
+    return [*report.generate_report().splitlines(), *_limits(shape, params, "", operation)]
 
 
 @functools.cache
@@ -60,11 +60,13 @@ def _model() -> Any:
 
 
 def _limits(shape: Any, value: Any, path: str, operation: str) -> Iterator[str]:
-    """Values, of the right types, that the limits of the service model forbid."""
+    """What enumerations, maxima and patterns of the service model forbid, of values that have the right type."""
     kind, limits = shape.type_name, shape.metadata
+    if not isinstance(value, _TYPES.get(kind, object)):
+        return
     if kind == "structure":
-        for name, item in value.items():
-            yield from _limits(shape.members[name], item, f"{path}.{name}" if path else name, operation)
+        for name in [name for name in value if name in shape.members]:
+            yield from _limits(shape.members[name], value[name], f"{path}.{name}" if path else name, operation)
     elif kind == "list":
         for index, item in enumerate(value):
             yield from _limits(shape.member, item, f"{path}[{index}]", operation)

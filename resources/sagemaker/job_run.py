@@ -196,9 +196,7 @@ class JobRun:
             description = kind.describe(self._client, name)
             if description is None or self._tags(description).get(WORK_TAG) != self._work:
                 continue
-            log.info(
-                f"{kind.noun} {name} of another run does the same work; waiting for its lease to be renewed"
-            )
+            log.info(f"{kind.noun} {name} of another run does the same work; waiting for its lease to be renewed")
             if self._lease(name).adopt():
                 return name, description
         return None

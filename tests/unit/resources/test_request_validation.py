@@ -97,9 +97,8 @@ def test_what_the_service_would_refuse_is_named(changes: dict[str, Any], message
 def test_all_problems_are_reported_at_once() -> None:
     request = processing() | {"Environment": {"A": "x" * 257, "B": "y" * 300}, "ProcessingJobName": "-"}
     assert len(problems("CreateProcessingJob", request)) == 3
-    assert len(problems("CreateProcessingJob", request | {"RoleArn": "r", "Colour": "red"})) == 2, (
-        "botocore's come first"
-    )
+    others = {"RoleArn": 7, "Colour": "red", "StoppingCondition": {"MaxRuntimeInSeconds": "1"}}
+    assert len(problems("CreateProcessingJob", request | others)) == 6
 
 
 @settings(deadline=None)
