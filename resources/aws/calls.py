@@ -1,55 +1,40 @@
-"""AWS calls that survive throttling and short outages, for a bounded time."""
+"""Clients of AWS, which botocore retries for a known time, and what the errors of their calls mean."""
 
 from __future__ import annotations
 
-import random
-import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
-_THROTTLING = {
-    "Throttling",
-    "ThrottlingException",
-    "ThrottledException",
-    "RequestThrottled",
-    "RequestThrottledException",
-    "TooManyRequestsException",
-    "RequestLimitExceeded",
-    "BandwidthLimitExceeded",
-    "LimitExceededException",
-    "PriorRequestNotComplete",
-    "SlowDown",
-}
-_OUTAGE = {
-    "InternalFailure",
-    "InternalServerError",
-    "InternalError",
-    "ServiceUnavailable",
-    "ServiceUnavailableException",
-    "RequestTimeout",
-    "RequestTimeoutException",
-}
-_MISSING = {
-    "ResourceNotFound",
-    "ResourceNotFoundException",
-    "EntityNotFoundException",
-    "NoSuchKey",
-    "404",
-    "NotFound",
-}
+import dagster as dg
+
+_MISSING = ("ResourceNotFound", "ResourceNotFoundException", "EntityNotFoundException", "NoSuchKey", "404", "NotFound")
+_MISSING_TEXTS = ("not found", "could not find", "does not exist")
+_LONGEST_PAUSE, _RETRY_QUOTA = 20.0, 100  # of botocore's standard retry mode; seconds, retries
 
 
-def aws_client(service: str, region_name: str | None = None) -> Any:
-    """A boto3 client that does not retry by itself: `AwsCaller` does, visibly and for a known time."""
-    import boto3
-    from botocore.config import Config
+def aws_client(service: str, region_name: str | None = None, *, retry_seconds: float = 900.0) -> Any:
+    """A boto3 client that repeats throttled and unanswered calls for about `retry_seconds`, as botocore does.
 
-    config = Config(
-        retries={"total_max_attempts": 1, "mode": "standard"}, connect_timeout=10, read_timeout=60, tcp_keepalive=True
-    )
-    return boto3.client(service, region_name=region_name, config=config)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    It is shared by all that ask for the same one, in any thread. That a call is repeated is logged once.
+    """
+    from step_scripts.runner.s3_objects import service_client
+
+    client = service_client(service, region_name, attempts=attempts_within(retry_seconds))
+    client.meta.events.register("request-created", _log_retry, unique_id="log-retry")
+    return client
+
+
+def attempts_within(seconds: float) -> int:
+    """How many attempts botocore makes in about `seconds` while it is throttled.
+
+    Before attempt n + 2 it waits `random() * min(2**n, 20)` seconds. Its retry quota allows 100 in a row. Servers that
+    fail or do not answer are asked again sooner, and 35 times at most: after 3 to 5 minutes their error is raised.
+    """
+    attempts, waited = 1, 0.0
+    while waited < seconds and attempts <= _RETRY_QUOTA:
+        waited += 0.5 * min(2.0 ** (attempts - 1), _LONGEST_PAUSE)
+        attempts += 1
+    return attempts
 
 
 def error_code(error: BaseException) -> str:
@@ -71,66 +56,44 @@ def is_transient(error: BaseException) -> bool:
 
     if isinstance(error, ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return error_code(error) in _THROTTLING | _OUTAGE or status == 429 or status >= 500
+        return status == 429 or status >= 500 or "Throttl" in error_code(error)
     return isinstance(error, ConnectionError | HTTPClientError)
 
 
 def is_missing(error: BaseException) -> bool:
-    """Whether the error says that the named job, object, table or log group does not exist.
+    """Whether the error says that the named job, object, table, group or model package does not exist.
 
-    SageMaker answers `ValidationException` for a job that it does not know.
+    Most of SageMaker answers `ValidationException` for a name that it does not know.
     """
     code = error_code(error)
     if code in _MISSING:
         return True
-    text = error_message(error).lower()
-    return code == "ValidationException" and ("not found" in text or "could not find" in text)
+    return code == "ValidationException" and any(text in error_message(error).lower() for text in _MISSING_TEXTS)
 
 
-@dataclass
-class AwsCaller:
-    """Repeats a call while its error is transient, with exponential backoff and full jitter.
+def if_found(function: Callable[..., Any], **params: Any) -> Any:
+    """The answer of a call; None if what it names does not exist."""
+    from botocore.exceptions import ClientError
 
-    `patience_seconds` counts from the first of a row of failures of one call. `warn` is called once for such a row.
-    """
+    try:
+        return function(**params)
+    except ClientError as error:
+        if is_missing(error):
+            return None
+        raise
 
-    patience_seconds: float = 900.0
-    first_delay_seconds: float = 0.5
-    longest_delay_seconds: float = 20.0
-    warn: Callable[[str], None] | None = None
 
-    def __call__(
-        self,
-        function: Callable[..., Any],
-        *,
-        patience_seconds: float | None = None,
-        abandoned: threading.Event | None = None,
-        **params: Any,
-    ) -> Any:
-        """The answer of `function(**params)`. Raises its last error when patience is at an end or `abandoned` is set.
+def already_exists(error: BaseException) -> bool:
+    """Whether the error says that the name is taken."""
+    return error_code(error) == "ResourceInUse" or "already exist" in error_message(error).lower()
 
-        Waits in `time.sleep` in the main thread, which an interrupt of the run ends at once.
-        """
-        from botocore.exceptions import BotoCoreError, ClientError
 
-        patience = self.patience_seconds if patience_seconds is None else patience_seconds
-        deadline = time.monotonic() + patience
-        delay = self.first_delay_seconds
-        warned = False
-        while True:
-            try:
-                return function(**params)
-            except (ClientError, BotoCoreError) as error:
-                left = deadline - time.monotonic()
-                if not is_transient(error) or left <= 0 or (abandoned is not None and abandoned.is_set()):
-                    raise
-                if not warned and self.warn is not None:
-                    name = getattr(function, "__name__", "call")
-                    self.warn(f"{name}: {error}; trying again for up to {patience:.0f} s")
-                    warned = True
-            pause = min(left, random.uniform(delay / 2, delay))
-            if abandoned is None:
-                time.sleep(pause)
-            else:
-                abandoned.wait(pause)
-            delay = min(2 * delay, self.longest_delay_seconds)
+def pages(client: Any, operation: str, member: str, **params: Any) -> Iterator[Any]:
+    """The entries of all pages of a List operation, such as `list_models`; `member` holds them."""
+    for page in client.get_paginator(operation).paginate(**params):
+        yield from page.get(member, [])
+
+
+def _log_retry(request: Any, operation_name: str, **_: Any) -> None:
+    if request.context.get("retries", {}).get("attempt") == 2:
+        dg.get_dagster_logger().warning(f"AWS throttles {operation_name} or does not answer; trying again")

@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import io
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,15 @@ class CodePackage:
     files: dict[str, bytes]
     digest: str
 
-    def upload(self, client: Any, call: Callable[..., Any], code_root: str) -> str:
+    def upload(self, client: Any, code_root: str) -> str:
         """Put the files below `<code_root>/<digest>/` unless they are there. Returns that URI, ending with a slash."""
         bucket, _, root = code_root.removeprefix("s3://").strip("/").partition("/")
         prefix = "/".join(part for part in (root, self.digest) if part) + "/"
-        found = call(client.list_objects_v2, Bucket=bucket, Prefix=prefix).get("Contents", [])
+        found = client.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])
         present = {item["Key"] for item in found}
         for name, content in self.files.items():
             if prefix + name not in present:
-                call(client.put_object, Bucket=bucket, Key=prefix + name, Body=content)
+                client.put_object(Bucket=bucket, Key=prefix + name, Body=content)
         return f"s3://{bucket}/{prefix}"
 
 

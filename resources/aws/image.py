@@ -19,13 +19,13 @@ def job_image(configured: str | None, region: str) -> str:
     except ImportError as error:
         raise dg.Failure(
             "no image is configured, and the package that knows AWS's images is not there: "
-            "pip install 'housing-assets[sagemaker]', or configure an image of your own, built from the Dockerfile",
+            "pip install 'housing-assets[sagemaker]', or configure a custom image, built from the Dockerfile",
             allow_retries=False,
         ) from error
     try:
         return image_uris.retrieve("xgboost", region, version=XGBOOST_IMAGE_VERSION, image_scope="training")
     except ValueError as error:
         raise dg.Failure(
-            f"there is no XGBoost image {XGBOOST_IMAGE_VERSION} for {region}: {error}. Configure an image of your own",
+            f"there is no XGBoost image {XGBOOST_IMAGE_VERSION} for {region}: {error}. Configure a custom image",
             allow_retries=False,
         ) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from resources.aws.calls import error_code, error_message, is_missing
+from resources.aws.calls import is_missing, pages
 from resources.aws.tags import VALUE_LENGTH, sanitised, tag_list
 
 CREATED_BY_TAG = "housing-assets:created-by"
@@ -42,36 +42,33 @@ def belongs_to(tags: Mapping[str, str], root: str) -> bool:
     return is_ours(tags) and tags.get(ROOT_TAG) == root_tags(root)[ROOT_TAG]
 
 
-def tags_of(client: Any, call: Callable[..., Any], arn: str) -> dict[str, str]:
+def tags_of(client: Any, arn: str) -> dict[str, str]:
     """All tags of a SageMaker resource; none if it does not exist."""
     from botocore.exceptions import ClientError
 
     try:
-        return {tag["Key"]: tag["Value"] for tag in pages(call, client.list_tags, "Tags", ResourceArn=arn)}
+        return {tag["Key"]: tag["Value"] for tag in pages(client, "list_tags", "Tags", ResourceArn=arn)}
     except ClientError as error:
-        if is_absent(error):
+        if is_missing(error):
             return {}
         raise
 
 
-def pages(call: Callable[..., Any], function: Callable[..., Any], member: str, **params: Any) -> Iterator[Any]:
-    """The entries of all pages of a List operation."""
-    token: dict[str, str] = {}
-    while True:
-        page = call(function, **params, **token)
-        yield from page.get(member, [])
-        if not page.get("NextToken"):
-            return
-        token = {"NextToken": page["NextToken"]}
+def created_here(
+    client: Any,
+    operation: str,
+    member: str,
+    arn_member: str,
+    root: str,
+    may_be_ours: Callable[[Mapping[str, Any]], bool] = lambda summary: True,
+    **params: Any,
+) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+    """Summary and tags of each resource that a List operation finds and that this very deployment created.
 
-
-def is_absent(error: BaseException) -> bool:
-    """Whether the error says that the named resource does not exist; model packages have words of their own for it."""
-    if is_missing(error):
-        return True
-    return error_code(error) == "ValidationException" and "does not exist" in error_message(error).lower()
-
-
-def already_exists(error: BaseException) -> bool:
-    """Whether the error says that the name is taken."""
-    return error_code(error) == "ResourceInUse" or "already exist" in error_message(error).lower()
+    All are listed before the first one is yielded: removing it would shift the pages. Tags are a call each; they are
+    not asked for where `may_be_ours` rules a resource out.
+    """
+    for summary in [found for found in pages(client, operation, member, **params) if may_be_ours(found)]:
+        tags = tags_of(client, summary[arn_member])
+        if belongs_to(tags, root):
+            yield summary, tags

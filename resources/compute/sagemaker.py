@@ -11,18 +11,16 @@ from typing import Any, Self
 import dagster as dg
 from pydantic import Field, PrivateAttr, model_validator
 
-from resources.aws.calls import AwsCaller
 from resources.aws.code_package import BOOTSTRAP, code_package
 from resources.aws.image import XGBOOST_IMAGE_VERSION, job_image
 from resources.aws.request_validation import check_request
 from resources.compute.base import ComputeBackend, as_metadata, failure_of
 from resources.inventory import NotOwned, OwnedItem, files_at, remove_step_results, remove_tree, step_results
-from resources.sagemaker.job_failures import JobFailure
-from resources.sagemaker.job_files import JobInputs
+from resources.sagemaker.job_files import JobInputs, JobPolling
 from resources.sagemaker.job_inventory import JobInventory
 from resources.sagemaker.job_kinds import PROCESSING, TRAINING, TUNING
 from resources.sagemaker.job_names import digest_of, request_digest
-from resources.sagemaker.job_polling import JobPolling
+from resources.sagemaker.job_reports import JobFailure
 from resources.sagemaker.job_requests import (
     PROCESSING_INPUT,
     TRAINING_INPUT,
@@ -32,8 +30,8 @@ from resources.sagemaker.job_requests import (
     processing_request,
     training_request,
 )
-from resources.sagemaker.native_tuning import NativeTuning
 from resources.sagemaker.pipes_client import PipesSageMakerClient
+from resources.sagemaker.tuning_jobs import NativeTuning
 from resources.sagemaker.tuning_requests import NativeTuningConfig
 from step_scripts.cluster.failure import failure_from
 from step_scripts.parameters import TuneModelSettings
@@ -96,7 +94,7 @@ class SageMakerCompute(ComputeBackend):
     native_tuning: NativeTuningConfig | None = Field(
         default=None,
         description="Trials of tune_model as a SageMaker tuning job, before its training job. Empty: Ray Tune inside "
-        "the training job. Needs an image of your own.",
+        "the training job. Needs a custom image.",
     )
     wheels_uri: str | None = Field(
         default=None, description="s3:// prefix of wheels to install from, for hosts that reach no package index."
@@ -104,9 +102,9 @@ class SageMakerCompute(ComputeBackend):
     name_prefix: str = Field(default="housing", description="First part of the names of jobs.")
     detach: bool = Field(default=False, description="Leave running jobs alone when the run is interrupted or fails.")
     forward_logs: bool = Field(default=True, description="Forward the log lines of all hosts to the run's log.")
-    poll_seconds: float = Field(default=2.0, gt=0, description="Shortest interval between two looks at a job.")
-    patience_seconds: float = Field(
-        default=900.0, gt=0, description="How long throttling and outages of AWS are waited out; seconds."
+    poll_seconds: float = Field(default=2.0, gt=0, description="Shortest interval between two polls of a job.")
+    retry_timeout_seconds: float = Field(
+        default=900.0, gt=0, description="How long calls that AWS throttles or does not answer are repeated; seconds."
     )
 
     _client: PipesSageMakerClient | None = PrivateAttr(default=None)
@@ -131,7 +129,7 @@ class SageMakerCompute(ComputeBackend):
                 self.config_of(step)  # raises for values that do not fit together
         if self.native_tuning is not None and self.image is None:
             raise ValueError(
-                "native_tuning needs an image of your own (image, built from the Dockerfile): SageMaker starts the "
+                "native_tuning needs a custom image (image, built from the Dockerfile): SageMaker starts the "
                 "jobs of a tuning job with the image's own entry point, and AWS's image does not know this project"
             )
         if self.job.network_isolation:
@@ -172,7 +170,9 @@ class SageMakerCompute(ComputeBackend):
                 name_prefix=self.name_prefix,
                 detach=self.detach,
                 forward_logs=self.forward_logs,
-                polling=JobPolling(interval=poll, longest_interval=10 * poll, patience=self.patience_seconds),
+                polling=JobPolling(
+                    interval=poll, longest_interval=5 * poll, lease=7.5 * poll, retry=self.retry_timeout_seconds
+                ),
             )
         return self._client
 
@@ -196,7 +196,7 @@ class SageMakerCompute(ComputeBackend):
 
     def _native_tuning(self, config: NativeTuningConfig, image: str, code_uri: str) -> NativeTuning:
         job = self.config_of("tune_model")
-        return NativeTuning(self.client, config, job, image=image, channels=self._channels(code_uri))
+        return NativeTuning(self.client.settings, config, job, image, self._channels(code_uri))
 
     def _request_of(self, step: str, image: str, code_uri: str, digest: str) -> tuple[str, dict[str, Any]]:
         """Operation and parameters of a step's job, without name and bootstrap."""
@@ -246,8 +246,7 @@ class SageMakerCompute(ComputeBackend):
 
     @property
     def _jobs(self) -> JobInventory:
-        call = AwsCaller(self.patience_seconds, warn=dg.get_dagster_logger().warning)
-        return JobInventory(self.client.client("sagemaker"), self.client.client("s3"), call, self.job_root)
+        return JobInventory(self.client.settings)
 
     def _environment(self) -> dict[str, str]:
         """See `ComputeBackend._environment`. The image decides on Python; other versions are installed."""
@@ -255,12 +254,10 @@ class SageMakerCompute(ComputeBackend):
         return versions | {"image": self.image or f"AWS XGBoost {XGBOOST_IMAGE_VERSION}"}
 
     def _execute(self, context: dg.AssetExecutionContext, request: StepRequest) -> StepResult:
-        client = self.client
-        call = AwsCaller(self.patience_seconds, warn=context.log.warning)
+        settings = self.client.settings
         package = code_package(["step_scripts", "housing_assets"], [request.step] if "." in request.step else [])
-        s3 = client.client("s3")
-        code_uri = package.upload(s3, call, f"{self.job_root}/code")
-        image = job_image(self.image, client.client("sagemaker").meta.region_name)
+        code_uri = package.upload(settings.client("s3"), f"{self.job_root}/code")
+        image = job_image(self.image, settings.client("sagemaker").meta.region_name)
         training = self._is_training(request.step)
         _, params = self._request_of(request.step, image, code_uri, request.digest[:16])
         if training:
@@ -276,7 +273,7 @@ class SageMakerCompute(ComputeBackend):
         if self.native_tuning is not None and request.step == "tune_model" and training:
             metadata = self._native_tuning(self.native_tuning, image, code_uri).run(context, request)
         try:
-            invocation = client.run(
+            invocation = self.client.run(
                 context=context,
                 params=params,
                 inputs=inputs,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from resources.aws.ownership import belongs_to, pages, tags_of
+from resources.aws.calls import if_found
+from resources.aws.ownership import belongs_to, created_here, tags_of
 from resources.endpoints.base import DeploymentLog
 from resources.endpoints.endpoint_parts import EndpointParts
 from resources.endpoints.endpoint_requests import CANDIDATE, ENDPOINT_TAG, ROLE_TAG, VERSION_TAG
@@ -27,22 +28,19 @@ class EndpointInventory:
     def items(self) -> Iterator[OwnedItem]:
         """Endpoints with their candidates, configurations, models."""
         client = self.parts.client
-        listed = pages(self.parts.call, client.list_endpoints, "Endpoints", MaxResults=100)
-        for found in list(listed):
-            tags = self._tags(found["EndpointArn"])
-            if belongs_to(tags, self.root):
-                temporary = tags.get(ROLE_TAG) == CANDIDATE
-                what = f"candidate for {tags.get(ENDPOINT_TAG)}" if temporary else "serves"
-                yield OwnedItem(
-                    kind="endpoint",
-                    name=found["EndpointName"],
-                    location=found["EndpointArn"],
-                    created_at=found["CreationTime"],
-                    temporary=temporary,
-                    detail=f"{found['EndpointStatus']}, {what} {tags.get(VERSION_TAG, '')}",
-                )
-        yield from self._parts_of("endpoint_config", client.list_endpoint_configs, "EndpointConfig")
-        yield from self._parts_of("model", client.list_models, "Model")
+        for found, tags in created_here(client, "list_endpoints", "Endpoints", "EndpointArn", self.root):
+            temporary = tags.get(ROLE_TAG) == CANDIDATE
+            what = f"candidate for {tags.get(ENDPOINT_TAG)}" if temporary else "serves"
+            yield OwnedItem(
+                kind="endpoint",
+                name=found["EndpointName"],
+                location=found["EndpointArn"],
+                created_at=found["CreationTime"],
+                temporary=temporary,
+                detail=f"{found['EndpointStatus']}, {what} {tags.get(VERSION_TAG, '')}",
+            )
+        yield from self._parts_of("endpoint_config", "list_endpoint_configs", "EndpointConfig")
+        yield from self._parts_of("model", "list_models", "Model")
 
     def remove(self, item: OwnedItem, log: DeploymentLog) -> None:
         """Remove one of them. Raises `NotOwned` if what has that name is another's."""
@@ -52,32 +50,28 @@ class EndpointInventory:
             "endpoint_config": (client.describe_endpoint_config, "EndpointConfig"),
             "model": (client.describe_model, "Model"),
         }[item.kind]
-        described = self.parts.if_there(describe, **{f"{member}Name": item.name})
+        described = if_found(describe, **{f"{member}Name": item.name})
         if described is None:
             return
-        if not belongs_to(self._tags(described[f"{member}Arn"]), self.root):
+        if not belongs_to(tags_of(client, described[f"{member}Arn"]), self.root):
             raise NotOwned(f"{item.kind} {item.name} was not created by this deployment; it is left alone")
         if item.kind == "endpoint":
             self.parts.remove_endpoint(item.name, self.removal_seconds, log)
         elif item.kind == "endpoint_config":
             self.parts.remove_config(item.name)
         else:
-            self.parts.if_there(client.delete_model, ModelName=item.name)
+            if_found(client.delete_model, ModelName=item.name)
 
-    def _tags(self, arn: str) -> dict[str, str]:
-        return tags_of(self.parts.client, self.parts.call, arn)
+    def _parts_of(self, kind: Any, operation: str, member: str) -> Iterator[OwnedItem]:
+        def is_part(summary: Mapping[str, Any]) -> bool:
+            return _PART.fullmatch(summary[f"{member}Name"]) is not None
 
-    def _parts_of(self, kind: Any, function: Callable[..., Any], member: str) -> Iterator[OwnedItem]:
-        for found in list(pages(self.parts.call, function, f"{member}s", MaxResults=100)):
-            name = found[f"{member}Name"]
-            if not _PART.fullmatch(name):
-                continue
-            tags = self._tags(found[f"{member}Arn"])
-            if belongs_to(tags, self.root):
-                yield OwnedItem(
-                    kind=kind,
-                    name=name,
-                    location=found[f"{member}Arn"],
-                    created_at=found["CreationTime"],
-                    detail=f"of endpoint {tags.get(ENDPOINT_TAG)}, {tags.get(VERSION_TAG)}",
-                )
+        client = self.parts.client
+        for found, tags in created_here(client, operation, f"{member}s", f"{member}Arn", self.root, is_part):
+            yield OwnedItem(
+                kind=kind,
+                name=found[f"{member}Name"],
+                location=found[f"{member}Arn"],
+                created_at=found["CreationTime"],
+                detail=f"of endpoint {tags.get(ENDPOINT_TAG)}, {tags.get(VERSION_TAG)}",
+            )

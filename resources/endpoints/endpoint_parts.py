@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from resources.aws.calls import error_code, error_message
-from resources.aws.ownership import already_exists, is_absent, is_ours, pages, tags_of
+from resources.aws.calls import already_exists, error_code, error_message, if_found, is_missing, pages
+from resources.aws.ownership import is_ours, tags_of
 from resources.aws.request_validation import check_request
+from resources.aws.waiting import wait_until
 from resources.endpoints.base import DeploymentLog, EndpointDeploymentFailed
 from resources.endpoints.endpoint_requests import CANDIDATE, ENDPOINT_TAG, ROLE_TAG, name_prefix
 
@@ -43,19 +43,18 @@ class FoundEndpoint:
 
 @dataclass(frozen=True)
 class EndpointParts:
-    """Calls on endpoints and what they are made of. `poll_seconds`: shortest interval between two looks."""
+    """Calls on endpoints and what they are made of. `poll_seconds`: shortest interval between two polls."""
 
     client: Any
     logs: Any
-    call: Callable[..., Any]
     poll_seconds: float
 
     def find(self, name: str) -> FoundEndpoint | None:
         """The endpoint, whoever created it; None if there is none."""
-        described = self.if_there(self.client.describe_endpoint, EndpointName=name)
+        described = if_found(self.client.describe_endpoint, EndpointName=name)
         if described is None:
             return None
-        tags = tags_of(self.client, self.call, described["EndpointArn"])
+        tags = tags_of(self.client, described["EndpointArn"])
         if not is_ours(tags):
             return FoundEndpoint(described, tags)
         return FoundEndpoint(described, tags, self.config_tags(described["EndpointConfigName"]))
@@ -68,7 +67,7 @@ class EndpointParts:
     def names(self, contains: str = "") -> list[str]:
         """Names of all endpoints, whoever created them."""
         wanted = {"NameContains": contains} if contains else {}
-        found = pages(self.call, self.client.list_endpoints, "Endpoints", MaxResults=100, SortBy="Name", **wanted)
+        found = pages(self.client, "list_endpoints", "Endpoints", SortBy="Name", **wanted)
         return sorted(item["EndpointName"] for item in found)
 
     def create(self, operation: str, name_member: str, request: Mapping[str, Any]) -> str:
@@ -88,14 +87,14 @@ class EndpointParts:
         create, describe, arn = functions[operation]
         try:
             if operation == "CreateModel":
-                self.call(create, **request)
+                create(**request)
             else:
                 self.with_new_parts(create, **request)
         except ClientError as error:
             if not already_exists(error):
                 raise
-            existing = self.call(describe, **{name_member: name})
-            if not is_ours(tags_of(self.client, self.call, existing[arn])):
+            existing = describe(**{name_member: name})
+            if not is_ours(tags_of(self.client, existing[arn])):
                 raise EndpointDeploymentFailed(
                     f"{name} exists and was not created by this project; it is left alone. Choose another endpoint name"
                 ) from error
@@ -105,47 +104,56 @@ class EndpointParts:
         """A call that names what may have been created a moment ago: not found is waited out for some seconds."""
         from botocore.exceptions import ClientError
 
-        deadline = time.monotonic() + _CONSISTENCY_SECONDS
-        while True:
+        start = time.monotonic()
+
+        def answer() -> tuple[Any] | None:
             try:
-                return self.call(function, **params)
+                return (function(**params),)
             except ClientError as error:
-                if not is_absent(error) or time.monotonic() > deadline:
-                    raise
-            time.sleep(1)
+                if is_missing(error) and time.monotonic() < start + _CONSISTENCY_SECONDS:
+                    return None
+                raise
+
+        return wait_until(answer, timeout=2 * _CONSISTENCY_SECONDS, interval=1.0, what="the answer")[0]
 
     def settled(self, name: str, seconds: float, log: DeploymentLog, *, is_new: bool = False) -> FoundEndpoint | None:
         """The endpoint when nothing is in progress; None if it is gone, or for a new one still not there.
 
         Raises `EndpointDeploymentFailed` after `seconds`. Reports every change of its status.
         """
-        start = time.monotonic()
-        deadline = start + seconds
-        pause, shown = self.poll_seconds, ""
-        while True:
+        start, found, shown = time.monotonic(), None, ""
+
+        def is_settled() -> bool:
+            nonlocal found, shown
             found = self.find(name)
-            if found is None and is_new and time.monotonic() < start + _CONSISTENCY_SECONDS:
-                time.sleep(pause)
-                continue
-            if found is None or found.status not in MOVING:
-                return found
-            if found.status != shown:
+            if found is None:
+                return not is_new or time.monotonic() >= start + _CONSISTENCY_SECONDS
+            if found.status in MOVING and found.status != shown:
                 shown = found.status
                 log.info(f"Endpoint {name} is {shown}.")
-            if time.monotonic() > deadline:
-                raise EndpointDeploymentFailed(
-                    f"endpoint {name} is still {found.status} after {seconds:g} s. See it in the SageMaker console; "
-                    "materialize again when it has settled"
-                )
-            time.sleep(random.uniform(pause / 2, pause))
-            pause = min(1.5 * pause, 8 * self.poll_seconds)
+            return found.status not in MOVING
+
+        try:
+            wait_until(
+                is_settled,
+                timeout=seconds,
+                interval=self.poll_seconds,
+                longest_interval=8 * self.poll_seconds,
+                what=f"the last change of endpoint {name}",
+            )
+        except TimeoutError:
+            raise EndpointDeploymentFailed(
+                f"endpoint {name} is still {shown} after {seconds:g} s. See it in the SageMaker console; "
+                "materialize again when it has settled"
+            ) from None
+        return found
 
     def remove_endpoint(self, name: str, seconds: float, log: DeploymentLog) -> None:
         """Delete the endpoint, which must be this project's, and wait until it is gone."""
         found = self.settled(name, seconds, log)
         if found is None:
             return
-        self.if_there(self.client.delete_endpoint, EndpointName=name)
+        if_found(self.client.delete_endpoint, EndpointName=name)
         self.settled(name, seconds, log)
 
     def remove_parts(self, endpoint: str, keep_configs: set[str], *, candidates: bool = False) -> list[str]:
@@ -155,8 +163,8 @@ class EndpointParts:
         prove them, unless `candidates`. Returns what was removed.
         """
         removed, needed = [], set()
-        for name, arn in self._listed(self.client.list_endpoint_configs, "EndpointConfig", endpoint):
-            tags = tags_of(self.client, self.call, arn)
+        for name, arn in self._listed("list_endpoint_configs", "EndpointConfig", endpoint):
+            tags = tags_of(self.client, arn)
             if not is_ours(tags) or tags.get(ENDPOINT_TAG) != endpoint:
                 continue
             if name in keep_configs or (tags.get(ROLE_TAG) == CANDIDATE and not candidates):
@@ -164,20 +172,20 @@ class EndpointParts:
             else:
                 self.remove_config(name)
                 removed.append(name)
-        for name, arn in self._listed(self.client.list_models, "Model", endpoint):
-            tags = tags_of(self.client, self.call, arn)
+        for name, arn in self._listed("list_models", "Model", endpoint):
+            tags = tags_of(self.client, arn)
             if name not in needed and is_ours(tags) and tags.get(ENDPOINT_TAG) == endpoint:
-                self.if_there(self.client.delete_model, ModelName=name)
+                if_found(self.client.delete_model, ModelName=name)
                 removed.append(name)
         return removed
 
     def remove_config(self, name: str) -> None:
         """Remove a configuration, which must be this project's."""
-        self.if_there(self.client.delete_endpoint_config, EndpointConfigName=name)
+        if_found(self.client.delete_endpoint_config, EndpointConfigName=name)
 
     def models_of(self, config: str) -> set[str]:
         """Names of the models that a configuration serves."""
-        found = self.if_there(self.client.describe_endpoint_config, EndpointConfigName=config) or {}
+        found = if_found(self.client.describe_endpoint_config, EndpointConfigName=config) or {}
         return {variant["ModelName"] for variant in found.get("ProductionVariants", []) if "ModelName" in variant}
 
     def log_tail(self, name: str, since: datetime) -> str:
@@ -187,22 +195,18 @@ class EndpointParts:
         group, lines = f"/aws/sagemaker/Endpoints/{name}", []
         # The log is a help; without it, or without the right to read it, the reason is still shown.
         with contextlib.suppress(ClientError, BotoCoreError):
-            streams = self.call(self.logs.describe_log_streams, logGroupName=group, patience_seconds=20)["logStreams"]
+            streams = self.logs.describe_log_streams(logGroupName=group)["logStreams"]
             started = [s for s in streams if s.get("creationTime", 0) >= since.timestamp() * 1000]
             for stream in sorted(started, key=lambda s: s.get("creationTime", 0))[-2:]:
-                events = self.call(
-                    self.logs.get_log_events,
-                    logGroupName=group,
-                    logStreamName=stream["logStreamName"],
-                    limit=_LOG_LINES,
-                    patience_seconds=20,
+                events = self.logs.get_log_events(
+                    logGroupName=group, logStreamName=stream["logStreamName"], limit=_LOG_LINES
                 )["events"]
                 lines += [event["message"].rstrip() for event in events]
         return "\n".join(lines[-_LOG_LINES:])
 
     def tag(self, arn: str, tags: Mapping[str, str]) -> None:
         """Set tags of an endpoint."""
-        self.call(self.client.add_tags, ResourceArn=arn, Tags=[{"Key": k, "Value": v} for k, v in tags.items()])
+        self.client.add_tags(ResourceArn=arn, Tags=[{"Key": k, "Value": v} for k, v in tags.items()])
 
     def update(self, name: str, config: str, deployment: Mapping[str, Any] | None) -> None:
         """UpdateEndpoint. Raises `EndpointDeploymentFailed` if another change is in progress."""
@@ -221,22 +225,11 @@ class EndpointParts:
 
     def config_tags(self, config: str) -> dict[str, str]:
         """Tags of a configuration; none if it does not exist."""
-        found = self.if_there(self.client.describe_endpoint_config, EndpointConfigName=config)
-        return tags_of(self.client, self.call, found["EndpointConfigArn"]) if found else {}
+        found = if_found(self.client.describe_endpoint_config, EndpointConfigName=config)
+        return tags_of(self.client, found["EndpointConfigArn"]) if found else {}
 
-    def _listed(self, function: Callable[..., Any], kind: str, endpoint: str) -> Iterator[tuple[str, str]]:
+    def _listed(self, operation: str, kind: str, endpoint: str) -> Iterator[tuple[str, str]]:
         """Names and ARNs of all parts that may be the endpoint's; their tags decide."""
-        found = pages(self.call, function, f"{kind}s", NameContains=name_prefix(endpoint), MaxResults=100)
+        found = pages(self.client, operation, f"{kind}s", NameContains=name_prefix(endpoint))
         for item in list(found):  # before anything is removed, which would shift the pages
             yield item[f"{kind}Name"], item[f"{kind}Arn"]
-
-    def if_there(self, function: Callable[..., Any], **params: Any) -> dict[str, Any] | None:
-        """The answer to a call; None if what it names is not there."""
-        from botocore.exceptions import ClientError
-
-        try:
-            return self.call(function, **params)
-        except ClientError as error:
-            if is_absent(error):
-                return None
-            raise

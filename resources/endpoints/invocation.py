@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from resources.aws.calls import error_code, error_message
@@ -14,7 +13,6 @@ _SHOWN = 2000
 
 def send(
     client: Any,
-    call: Callable[..., Any],
     name: str,
     body: bytes,
     content_type: str,
@@ -28,7 +26,7 @@ def send(
         given: dict[str, Any] = {"EndpointName": name, "Body": body, "ContentType": content_type, "Accept": accept}
         if inference_id:
             given["InferenceId"] = inference_id
-        answer = call(client.invoke_endpoint, **given)
+        answer = client.invoke_endpoint(**given)
         return answer["Body"].read()
     except ClientError as error:
         text = error_message(error)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from resources.aws.ownership import already_exists, is_ours, owned
+from resources.aws.calls import already_exists
+from resources.aws.ownership import is_ours, owned
 from resources.aws.request_validation import check_request
 from resources.endpoints.base import (
     DeploymentLog,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import dagster as dg
 from pydantic import Field, PrivateAttr, model_validator
 
-from resources.aws.calls import AwsCaller, aws_client, error_message
+from resources.aws.calls import aws_client, error_message
 from resources.aws.ownership import is_ours, root_tags
 from resources.aws.request_validation import check_request
 from resources.endpoints.base import (
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 _KNOWN_SECONDS = 60.0  # how long an endpoint that was found to be this project's is taken for that
+_LOG_SECONDS = 20.0  # for the log of a failed deployment, which is a help and no more
 _Names = list[str]  # in the class `list` is a method
 
 logger = logging.getLogger(__name__)
@@ -101,15 +102,14 @@ class SageMakerEndpointHost(EndpointHost):
     update_timeout_seconds: float = Field(
         default=3600.0, gt=0, description="How long a change may take beside the waits of `traffic`."
     )
-    poll_seconds: float = Field(default=2.0, gt=0, description="Shortest interval between two looks at an endpoint.")
-    patience_seconds: float = Field(
-        default=300.0, gt=0, description="How long throttling and outages of AWS are waited out; seconds."
+    poll_seconds: float = Field(default=2.0, gt=0, description="Shortest interval between two polls of an endpoint.")
+    retry_timeout_seconds: float = Field(
+        default=300.0, gt=0, description="How long calls that AWS throttles or does not answer are repeated; seconds."
     )
-    invocation_patience_seconds: float = Field(
+    invocation_retry_timeout_seconds: float = Field(
         default=20.0, ge=0, description="The same for requests to the endpoint; seconds."
     )
 
-    _clients: dict[str, Any] = PrivateAttr(default_factory=dict)
     _known: dict[str, float] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
@@ -151,7 +151,7 @@ class SageMakerEndpointHost(EndpointHost):
         require_approved(version)
         _check_name(name)
         since = datetime.now(UTC)
-        parts = self._parts(log)
+        parts = self._parts()
 
         def predict_with(endpoint: str, body: str) -> Sequence[float]:
             answer = self._send(endpoint, body.encode(), "text/csv", "text/csv", PROBE_ID)
@@ -308,14 +308,12 @@ class SageMakerEndpointHost(EndpointHost):
             update_seconds=self.update_timeout_seconds + self.traffic.seconds,
         )
 
-    def _client(self, service: str) -> Any:
-        if service not in self._clients:
-            self._clients[service] = aws_client(service, self.region_name)
-        return self._clients[service]
+    def _client(self, service: str, retry_seconds: float | None = None) -> Any:
+        return aws_client(service, self.region_name, retry_seconds=retry_seconds or self.retry_timeout_seconds)
 
-    def _parts(self, log: DeploymentLog | None = None) -> EndpointParts:
-        call = AwsCaller(self.patience_seconds, warn=(log or logger).warning)
-        return EndpointParts(self._client("sagemaker"), self._client("logs"), call, self.poll_seconds)
+    def _parts(self) -> EndpointParts:
+        logs = self._client("logs", min(_LOG_SECONDS, self.retry_timeout_seconds))
+        return EndpointParts(self._client("sagemaker"), logs, self.poll_seconds)
 
     @property
     def _vpc(self) -> Mapping[str, Sequence[str]] | None:
@@ -332,7 +330,7 @@ class SageMakerEndpointHost(EndpointHost):
 
     def _container(self, version: ModelVersion) -> dict[str, Any]:
         """The container that serves the version. Raises `EndpointDeploymentFailed` if SageMaker does not know it."""
-        packages = ModelPackages(self._client("sagemaker"), AwsCaller(self.patience_seconds))
+        packages = ModelPackages(self._client("sagemaker"))
         arn = packages.arn(version.group, version.version)
         package = packages.describe(arn) if arn else None
         if package is None:
@@ -363,8 +361,9 @@ class SageMakerEndpointHost(EndpointHost):
         return f"{name} is not served; served are: {names or 'none'}"
 
     def _send(self, name: str, body: bytes, content_type: str, accept: str, inference_id: str | None) -> bytes:
-        call = AwsCaller(self.invocation_patience_seconds, warn=logger.warning)
-        return send(self._client("sagemaker-runtime"), call, name, body, content_type, accept, inference_id)
+        seconds = self.invocation_retry_timeout_seconds
+        client = aws_client("sagemaker-runtime", self.region_name, retry_seconds=seconds)
+        return send(client, name, body, content_type, accept, inference_id)
 
 
 def _check_name(name: str) -> None:

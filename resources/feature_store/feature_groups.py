@@ -1,15 +1,16 @@
-"""SageMaker's feature groups: created, awaited, extended, deleted, with bounded waiting."""
+"""SageMaker's feature groups and the Glue tables that it makes for them: created, awaited, extended, deleted."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from resources.aws.calls import AwsCaller, error_code, error_message
-from resources.aws.ownership import already_exists, is_absent
+from resources.aws.calls import already_exists, error_code, error_message, if_found
+from resources.aws.waiting import wait_until
 from step_scripts.runner.contract import StepError
 
 _ADDED_AT_ONCE = 100  # UpdateFeatureGroup's limit
@@ -22,40 +23,27 @@ class FeatureGroups:
     """Calls of SageMaker's control API. `wait_seconds`: for a group to be created, changed or deleted."""
 
     client: Any
-    call: AwsCaller
     wait_seconds: float = 900.0
     poll_seconds: float = 2.0
 
     def describe(self, name: str) -> dict[str, Any] | None:
         """The group's description with all its features; None if there is no such group."""
-        from botocore.exceptions import ClientError
-
-        described: dict[str, Any] | None = None
-        token: dict[str, Any] = {}
-        while True:
-            try:
-                page = self.call(self.client.describe_feature_group, FeatureGroupName=name, **token)
-            except ClientError as error:
-                if is_absent(error):
-                    return None
-                raise _refused("describing", name, error) from error
-            if described is None:
-                described = dict(page)
-            else:
-                described["FeatureDefinitions"] = [*described["FeatureDefinitions"], *page["FeatureDefinitions"]]
-            if not page.get("NextToken"):
-                return described
-            token = {"NextToken": page["NextToken"]}
+        with _refusals(f"describing feature group {name}"):
+            described = if_found(self.client.describe_feature_group, FeatureGroupName=name)
+            while described is not None and (token := described.pop("NextToken", None)):
+                page = self.client.describe_feature_group(FeatureGroupName=name, NextToken=token)
+                definitions = [*described["FeatureDefinitions"], *page["FeatureDefinitions"]]
+                described = {**page, "FeatureDefinitions": definitions}
+            return described
 
     def create(self, request: Mapping[str, Any]) -> None:
         """Create a group. Nothing happens if there is one of this name: another run may have been first."""
-        from botocore.exceptions import ClientError
-
         try:
-            self.call(self.client.create_feature_group, **request)
-        except ClientError as error:
-            if not already_exists(error):
-                raise _refused("creating", request["FeatureGroupName"], error) from error
+            with _refusals(f"creating feature group {request['FeatureGroupName']}"):
+                self.client.create_feature_group(**request)
+        except StepError as error:
+            if not already_exists(error.__cause__ or error):
+                raise
 
     def ready(self, name: str) -> dict[str, Any] | None:
         """The description of a group that can take records; waits for it. None if there is none, or not any more.
@@ -69,21 +57,19 @@ class FeatureGroups:
         self, name: str, missing: Callable[[Mapping[str, Any]], list[dict[str, str]]]
     ) -> dict[str, Any] | None:
         """Add the features that `missing` finds absent from a description; the description that lacks none."""
-        from botocore.exceptions import ClientError
-
         refusal = "the added features do not appear"
         for _ in range(_UPDATE_ATTEMPTS):
             described = self.ready(name)
             if described is None or not (additions := missing(described)):
                 return described
             try:
-                self.call(
-                    self.client.update_feature_group, FeatureGroupName=name, FeatureAdditions=additions[:_ADDED_AT_ONCE]
-                )
-            except ClientError as error:
-                if "Validation" not in error_code(error) and not already_exists(error):
-                    raise _refused("changing", name, error) from error
-                refusal = error_message(error)  # another run may be changing the group: look again
+                with _refusals(f"changing feature group {name}"):
+                    self.client.update_feature_group(FeatureGroupName=name, FeatureAdditions=additions[:_ADDED_AT_ONCE])
+            except StepError as error:
+                cause = error.__cause__ or error
+                if "Validation" not in error_code(cause) and not already_exists(cause):
+                    raise
+                refusal = error_message(cause)  # another run may be changing the group: look again
                 time.sleep(random.uniform(self.poll_seconds / 2, self.poll_seconds))
                 continue
             update = (self.ready(name) or {}).get("LastUpdateStatus", {})
@@ -96,18 +82,13 @@ class FeatureGroups:
 
         `first` is called with the description of a group that is there, and of which nothing is being made any more.
         """
-        from botocore.exceptions import ClientError
-
         described = self._awaited(name, lambda d: d["FeatureGroupStatus"] != "Creating", "be ready for its deletion")
         if described is None:
             return
         first(described)
         if described["FeatureGroupStatus"] != "Deleting":
-            try:
-                self.call(self.client.delete_feature_group, FeatureGroupName=name)
-            except ClientError as error:
-                if not is_absent(error):
-                    raise _refused("deleting", name, error) from error
+            with _refusals(f"deleting feature group {name}"):
+                if_found(self.client.delete_feature_group, FeatureGroupName=name)
         self.gone(name)
 
     def gone(self, name: str) -> None:
@@ -125,20 +106,27 @@ class FeatureGroups:
 
     def _awaited(self, name: str, condition: Callable[[Mapping[str, Any]], bool], what: str) -> dict[str, Any] | None:
         """The description once `condition` holds, or None as soon as the group is not there."""
-        deadline = time.monotonic() + self.wait_seconds
-        pause = self.poll_seconds
-        while True:
+        described: dict[str, Any] | None = None
+
+        def settled() -> bool:
+            nonlocal described
             described = self.describe(name)
-            if described is None or condition(described):
-                return described
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise StepError(
-                    f"feature group {name} has taken more than {self.wait_seconds:.0f} s to {what}; its status is "
-                    f"{described['FeatureGroupStatus']}. Look at it in the SageMaker console, then try again"
-                )
-            time.sleep(min(left, random.uniform(pause / 2, pause)))
-            pause = min(1.5 * pause, _LONGEST_POLL)
+            return described is None or condition(described)
+
+        try:
+            wait_until(
+                settled,
+                timeout=self.wait_seconds,
+                interval=self.poll_seconds,
+                longest_interval=_LONGEST_POLL,
+                what=f"what feature group {name} was waited for",
+            )
+        except TimeoutError:
+            raise StepError(
+                f"feature group {name} has taken more than {self.wait_seconds:.0f} s to {what}; its status is "
+                f"{(described or {}).get('FeatureGroupStatus')}. Look at it in the SageMaker console, then try again"
+            ) from None
+        return described
 
 
 def _is_ready(described: Mapping[str, Any]) -> bool:
@@ -158,5 +146,80 @@ def _is_ready(described: Mapping[str, Any]) -> bool:
     return update.get("Status") != "InProgress"
 
 
-def _refused(doing: str, name: str, error: Exception) -> StepError:
-    return StepError(f"{doing} feature group {name} was refused: {error_code(error)}: {error_message(error)}")
+@dataclass(frozen=True)
+class CatalogTables:
+    """Calls of Glue. `wait_seconds`: for a table to appear."""
+
+    client: Any
+    wait_seconds: float = 900.0
+    poll_seconds: float = 2.0
+
+    def ready(self, described: Mapping[str, Any]) -> str:
+        """`database.table` of a feature group, once the table is there and names its Iceberg metadata.
+
+        Raises `StepError` if the group has no such table, if it takes too long, and for what Glue refuses.
+        """
+        group, place = described["FeatureGroupName"], table_of(described)
+        if place is None:
+            raise StepError(
+                f"feature group {group} names no table in AWS Glue, although its offline store is in Iceberg format: "
+                "look at it in the SageMaker console, or delete the group and try again"
+            )
+
+        def appeared() -> bool:
+            table = self._find(group, place)
+            parameters = (table or {}).get("Parameters", {})
+            if table is not None and parameters.get("table_type", "").upper() != "ICEBERG":
+                raise StepError(
+                    f"{place} in AWS Glue, the table of feature group {group}, is no Iceberg table. Drop it "
+                    "and delete the group, or use another group name"
+                )
+            return bool(parameters.get("metadata_location"))
+
+        try:
+            wait_until(appeared, timeout=self.wait_seconds, interval=self.poll_seconds, what=f"the creation of {place}")
+        except TimeoutError:
+            raise StepError(
+                f"feature group {group} is there, its Iceberg table {place} has not been in AWS Glue for "
+                f"{self.wait_seconds:.0f} s. If somebody has dropped it, delete the group, which removes its "
+                "records for good, or use another group name"
+            ) from None
+        return place
+
+    def drop(self, described: Mapping[str, Any]) -> None:
+        """Remove the table from Glue, where SageMaker leaves it, unless it is not there or not the group's."""
+        group, place = described["FeatureGroupName"], table_of(described)
+        table = self._find(group, place) if place else None
+        if place is None or table is None:
+            return
+        root = described["OfflineStoreConfig"]["S3StorageConfig"]["S3Uri"].rstrip("/")
+        if table.get("StorageDescriptor", {}).get("Location", "").startswith(f"{root}/"):
+            database, name = place.split(".", 1)
+            with _refusals(f"dropping {place} in AWS Glue, the table of feature group {group},"):
+                if_found(self.client.delete_table, DatabaseName=database, Name=name)
+
+    def _find(self, group: str, place: str) -> dict[str, Any] | None:
+        database, name = place.split(".", 1)
+        with _refusals(f"reading {place} in AWS Glue, the table of feature group {group},"):
+            found = if_found(self.client.get_table, DatabaseName=database, Name=name)
+        return found["Table"] if found else None
+
+
+def table_of(described: Mapping[str, Any]) -> str | None:
+    """`database.table` of an offline store in Iceberg format, in lower case as Glue keeps them; None of another."""
+    offline = described.get("OfflineStoreConfig", {})
+    config = offline.get("DataCatalogConfig")
+    if offline.get("TableFormat") != "Iceberg" or not config:
+        return None
+    return f"{config['Database']}.{config['TableName']}".lower()
+
+
+@contextmanager
+def _refusals(doing: str) -> Iterator[None]:
+    """Raise AWS's errors as `StepError` that says what was being done."""
+    from botocore.exceptions import ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        raise StepError(f"{doing} was refused: {error_code(error)}: {error_message(error)}") from error

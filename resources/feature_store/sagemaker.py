@@ -7,14 +7,13 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, field_validator
 
-from resources.aws.calls import AwsCaller, aws_client
-from resources.aws.ownership import belongs_to, is_absent, owned, pages, root_tags, tags_of
+from resources.aws.calls import aws_client, is_missing
+from resources.aws.ownership import created_here, owned, root_tags
 from resources.aws.request_validation import InvalidJobRequest, check_request
 from resources.feature_store.base import FeatureStore, OfflineSnapshot, OnlineComparison, store_item
-from resources.feature_store.catalog_tables import CatalogTables, table_of
-from resources.feature_store.feature_groups import FeatureGroups
+from resources.feature_store.feature_groups import CatalogTables, FeatureGroups, table_of
 from resources.inventory import NotOwned, OwnedItem
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
@@ -50,15 +49,13 @@ class SageMakerFeatureStore(FeatureStore):
     wait_seconds: float = Field(
         default=900.0, gt=0, description="How long a group may take to be created, changed or deleted; seconds."
     )
-    poll_seconds: float = Field(default=2.0, gt=0, description="Shortest interval between two looks at a group.")
-    patience_seconds: float = Field(
-        default=900.0, gt=0, description="How long throttling and outages of AWS are waited out; seconds."
+    poll_seconds: float = Field(default=2.0, gt=0, description="Shortest interval between two polls of a group.")
+    retry_timeout_seconds: float = Field(
+        default=900.0, gt=0, description="How long calls that AWS throttles or does not answer are repeated; seconds."
     )
     calls_in_flight: int = Field(
         default=16, ge=1, le=256, description="Calls to the online store at the same time, of each Ray actor."
     )
-
-    _caller: AwsCaller | None = PrivateAttr(default=None)
 
     @field_validator("root")
     @classmethod
@@ -118,7 +115,7 @@ class SageMakerFeatureStore(FeatureStore):
             "online": self.online_store,
             "region_name": self.region_name,
             "calls_in_flight": self.calls_in_flight,
-            "patience_seconds": self.patience_seconds,
+            "patience_seconds": self.retry_timeout_seconds,
         }
 
     def find_ingestion(self, name: str, dataset_digest: str) -> OfflineSnapshot | None:
@@ -143,11 +140,11 @@ class SageMakerFeatureStore(FeatureStore):
         if not self.online_store:
             return self._store().get_record(name, record_id)
         table = self._store().table(name)
-        client = aws_client("sagemaker-featurestore-runtime", self.region_name)
+        client = self._client("sagemaker-featurestore-runtime")
         try:
-            answer = self._call(client.get_record, FeatureGroupName=name, RecordIdentifierValueAsString=record_id)
+            answer = client.get_record(FeatureGroupName=name, RecordIdentifierValueAsString=record_id)
         except ClientError as error:
-            if is_absent(error):
+            if is_missing(error):
                 raise StepError(f"SageMaker has no feature group {name}; ingest into it first") from error
             raise
         found = features_of(answer.get("Record") or [])
@@ -160,13 +157,13 @@ class SageMakerFeatureStore(FeatureStore):
 
         if not self.online_store:
             return None
-        store, client = self._store(), aws_client("sagemaker-featurestore-runtime", self.region_name)
+        store, client = self._store(), self._client("sagemaker-featurestore-runtime")
         events, differing = store.sample(name, count), list[str]()
         for _ in range(_COMPARISONS):
             expected: dict[str, Any] = dict.fromkeys(events["record_id"])
             live = events.filter(~events["is_deleted"])
             expected |= {record[_RECORD_ID]: record for record in encoded_records(live, store.table(name))}
-            found = read_records(client, name, list(expected), Patience(self.patience_seconds))
+            found = read_records(client, name, list(expected), Patience(self.retry_timeout_seconds))
             differing = sorted(i for i, features in expected.items() if found.get(i) != features)
             if not differing:
                 break
@@ -200,12 +197,12 @@ class SageMakerFeatureStore(FeatureStore):
 
     def inventory(self) -> Sequence[OwnedItem]:
         """See `FeatureStore.inventory`. Groups below `root`, also those that only SageMaker or only S3 still has."""
-        store, groups, call = self._store(), self._groups(), self._call
+        store, groups = self._store(), self._groups()
         unfinished = store.unfinished_removals()
         described = {name: groups.describe(name) for name in {*store.groups(), *unfinished}}
-        for found in list(pages(call, groups.client.list_feature_groups, "FeatureGroupSummaries", MaxResults=100)):
-            name = found["FeatureGroupName"]
-            if name not in described and belongs_to(tags_of(groups.client, call, found["FeatureGroupArn"]), self.root):
+        kind = ("list_feature_groups", "FeatureGroupSummaries", "FeatureGroupArn")
+        for found, _ in created_here(groups.client, *kind, self.root):
+            if (name := found["FeatureGroupName"]) not in described:
                 described[name] = groups.describe(name)
         items = []
         for name, group in sorted(described.items()):
@@ -251,18 +248,14 @@ class SageMakerFeatureStore(FeatureStore):
 
         return OfflineStore(self.root)
 
-    @property
-    def _call(self) -> AwsCaller:
-        if self._caller is None:
-            self._caller = AwsCaller(patience_seconds=self.patience_seconds, warn=dg.get_dagster_logger().warning)
-        return self._caller
+    def _client(self, service: str) -> Any:
+        return aws_client(service, self.region_name, retry_seconds=self.retry_timeout_seconds)
 
     def _groups(self) -> FeatureGroups:
-        client = aws_client("sagemaker", self.region_name)
-        return FeatureGroups(client, self._call, self.wait_seconds, self.poll_seconds)
+        return FeatureGroups(self._client("sagemaker"), self.wait_seconds, self.poll_seconds)
 
     def _tables(self) -> CatalogTables:
-        return CatalogTables(aws_client("glue", self.region_name), self._call, self.wait_seconds, self.poll_seconds)
+        return CatalogTables(self._client("glue"), self.wait_seconds, self.poll_seconds)
 
     def _created(self, name: str, request: Mapping[str, Any]) -> dict[str, Any]:
         groups = self._groups()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from resources.aws.calls import error_code
-from resources.aws.ownership import already_exists, is_absent, is_ours, owned, pages, tags_of
+from resources.aws.calls import already_exists, error_code, if_found, is_missing, pages
+from resources.aws.ownership import is_ours, owned, tags_of
 from resources.aws.request_validation import check_request
+from resources.aws.waiting import wait_until
 
 CONTENT_TYPES = ("text/csv", "application/json", "application/jsonlines")
 GROUP = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
@@ -65,7 +65,6 @@ class ModelPackages:
     """Calls on model packages. `settle_seconds`: how long what was created may take to be there."""
 
     client: Any
-    call: Callable[..., Any]
     settle_seconds: float = 120.0
 
     @property
@@ -75,7 +74,7 @@ class ModelPackages:
 
     def group(self, name: str) -> dict[str, Any] | None:
         """DescribeModelPackageGroup; None if there is no such group."""
-        return self._found(self.client.describe_model_package_group, ModelPackageGroupName=name)
+        return if_found(self.client.describe_model_package_group, ModelPackageGroupName=name)
 
     def arn(self, group: str, version: int) -> str | None:
         """ARN that a version has, whether it exists or not; None if the group does not exist."""
@@ -93,7 +92,7 @@ class ModelPackages:
         request = {"ModelPackageGroupName": name, "Tags": owned(tags)}
         check_request("CreateModelPackageGroup", request)
         try:
-            self.call(self.client.create_model_package_group, **request)
+            self.client.create_model_package_group(**request)
         except ClientError as error:
             if not already_exists(error):  # created by another process meanwhile
                 raise
@@ -102,25 +101,25 @@ class ModelPackages:
     def delete_group(self, name: str) -> None:
         """Remove the group if this project created it and it is empty."""
         found = self.group(name)
-        if found and is_ours(tags_of(self.client, self.call, found["ModelPackageGroupArn"])) and not self.list(name):
-            self.call(self.client.delete_model_package_group, ModelPackageGroupName=name)
+        if found and is_ours(tags_of(self.client, found["ModelPackageGroupArn"])) and not self.list(name):
+            self.client.delete_model_package_group(ModelPackageGroupName=name)
 
     def list(self, group: str, status: str | None = None) -> Sequence[dict[str, Any]]:
         """Summaries of the versions (with an approval status), oldest first; empty if there is no such group."""
         from botocore.exceptions import ClientError
 
-        params = {"ModelPackageGroupName": group, "SortBy": "CreationTime", "SortOrder": "Ascending", "MaxResults": 100}
+        params = {"ModelPackageGroupName": group, "SortBy": "CreationTime", "SortOrder": "Ascending"}
         params |= {"ModelApprovalStatus": status} if status else {}
         try:
-            return [*pages(self.call, self.client.list_model_packages, "ModelPackageSummaryList", **params)]
+            return [*pages(self.client, "list_model_packages", "ModelPackageSummaryList", **params)]
         except ClientError as error:
-            if is_absent(error):
+            if is_missing(error):
                 return []
             raise
 
     def describe(self, arn: str) -> dict[str, Any] | None:
         """DescribeModelPackage; None if there is no such package."""
-        return self._found(self.client.describe_model_package, ModelPackageName=arn)
+        return if_found(self.client.describe_model_package, ModelPackageName=arn)
 
     def create(self, request: Mapping[str, Any], token: str) -> dict[str, Any] | None:
         """Create a version and describe it; None if the token has been used otherwise.
@@ -130,44 +129,32 @@ class ModelPackages:
         from botocore.exceptions import ClientError
 
         try:
-            arn = self.call(self.client.create_model_package, ClientToken=token, **request)["ModelPackageArn"]
+            arn = self.client.create_model_package(ClientToken=token, **request)["ModelPackageArn"]
         except ClientError as error:
             if error_code(error) == "ConflictException":
                 return None
             raise
-        if self.describe(arn) is None:  # a version that the token once made, and that has been deleted
-            time.sleep(1)
-            if self.describe(arn) is None:
-                return None
+        try:
+            wait_until(lambda: self.describe(arn), timeout=1.0, interval=1.0, what=f"the appearance of {arn}")
+        except TimeoutError:  # a version that the token once made, and that has been deleted
+            return None
         return self._await(arn, "ModelPackageStatus", lambda: self.describe(arn))
 
     def update(self, request: Mapping[str, Any]) -> None:
         """UpdateModelPackage."""
         check_request("UpdateModelPackage", request)
-        self.call(self.client.update_model_package, **request)
+        self.client.update_model_package(**request)
 
     def delete(self, arn: str) -> None:
         """Remove a version. Nothing happens if there is none."""
-        self._found(self.client.delete_model_package, ModelPackageName=arn)
-
-    def _found(self, function: Callable[..., Any], **params: Any) -> dict[str, Any] | None:
-        from botocore.exceptions import ClientError
-
-        try:
-            return self.call(function, **params)
-        except ClientError as error:
-            if is_absent(error):
-                return None
-            raise
+        if_found(self.client.delete_model_package, ModelPackageName=arn)
 
     def _await(self, name: str, member: str, describe: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
-        deadline = time.monotonic() + self.settle_seconds
-        while True:
+
+        def ready() -> dict[str, Any] | None:
             found = describe() or {}
-            if found.get(member) == "Completed":
-                return found
             if found.get(member) == "Failed":
                 raise RuntimeError(f"{name} failed: {found.get('ModelPackageStatusDetails', 'no reason given')}")
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{name} is not ready after {self.settle_seconds:g} s: {found.get(member)}")
-            time.sleep(0.5)
+            return found if found.get(member) == "Completed" else None
+
+        return wait_until(ready, timeout=self.settle_seconds, interval=0.5, what=f"the creation of {name}")

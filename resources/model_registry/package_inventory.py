@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from resources.aws.ownership import belongs_to, pages, tags_of
+from resources.aws.calls import pages
+from resources.aws.ownership import belongs_to, tags_of
 from resources.inventory import NotOwned, OwnedItem, files_at, remove_tree
 from resources.model_registry.base import RegistryDamaged
 from resources.model_registry.model_packages import ModelPackages
@@ -31,12 +32,12 @@ class PackageInventory:
         """Versions, groups, files. Groups of others are left out, but not the versions that were put there."""
         from step_scripts.runner.s3_objects import list_folders
 
-        root, client, call = self.root.rstrip("/"), self.packages.client, self.packages.call
+        root, client = self.root.rstrip("/"), self.packages.client
         folders = set(list_folders(root))
-        listed = pages(call, client.list_model_package_groups, "ModelPackageGroupSummaryList", MaxResults=100)
+        listed = pages(client, "list_model_package_groups", "ModelPackageGroupSummaryList")
         for found in list(listed):
             name, arn = found["ModelPackageGroupName"], found["ModelPackageGroupArn"]
-            ours = belongs_to(tags_of(client, call, arn), root)
+            ours = belongs_to(tags_of(client, arn), root)
             if ours or name in folders:
                 yield from self._versions(name)
             if ours:
@@ -74,7 +75,7 @@ class PackageInventory:
         found = self.packages.group(name)
         if found is None:
             return
-        if not belongs_to(tags_of(self.packages.client, self.packages.call, found["ModelPackageGroupArn"]), self.root):
+        if not belongs_to(tags_of(self.packages.client, found["ModelPackageGroupArn"]), self.root):
             raise NotOwned(f"group {name} was not created by this deployment; it is left alone")
         if left := self.packages.list(name):
             raise RegistryDamaged(f"group {name} has {counted(len(left), 'version')}: it cannot be removed before them")

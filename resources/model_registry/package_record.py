@@ -1,4 +1,4 @@
-"""A model version out of what SageMaker and the files on S3 know of a package, and what SageMaker is told of it."""
+"""Builds a model version from SageMaker's record and the files on S3, and the texts that SageMaker keeps of it."""
 
 from __future__ import annotations
 

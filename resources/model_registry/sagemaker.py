@@ -7,10 +7,9 @@ rejected in the SageMaker console, or by anything else, counts: its history show
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import logging
 import re
-import time
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +17,13 @@ from datetime import UTC, datetime
 from typing import Any, Self
 
 import dagster as dg
-from pydantic import Field, JsonValue, PrivateAttr, model_validator
+from pydantic import Field, JsonValue, model_validator
 
-from resources.aws.calls import AwsCaller, aws_client
+from resources.aws.calls import aws_client
 from resources.aws.ownership import root_tags
 from resources.aws.request_validation import check_request
-from resources.inventory import OwnedItem
+from resources.aws.waiting import wait_until
+from resources.inventory import OwnedItem, remove_file
 from resources.model_registry import package_files as files
 from resources.model_registry.base import (
     ApprovalStatus,
@@ -60,8 +60,6 @@ _READERS = 8
 _OTHER_SECONDS = 5.0  # how long the version of a faster process may take to appear in the list
 _Names = list[str]  # in the class `list` is a method
 
-logger = logging.getLogger(__name__)
-
 
 class SageMakerModelRegistry(ModelRegistry):
     """Versions as model packages. Any number of processes may use it at once."""
@@ -87,11 +85,9 @@ class SageMakerModelRegistry(ModelRegistry):
     tags: dict[str, str] = Field(default_factory=dict, description="More tags for the groups that are created.")
     region_name: str | None = Field(default=None, description="AWS region. Empty: boto3's.")
     settle_seconds: float = Field(default=120.0, gt=0, description="How long a new version may take to be there.")
-    patience_seconds: float = Field(
-        default=300.0, gt=0, description="How long throttling and outages of AWS are waited out; seconds."
+    retry_timeout_seconds: float = Field(
+        default=300.0, gt=0, description="How long calls that AWS throttles or does not answer are repeated; seconds."
     )
-
-    _made: ModelPackages | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _check_root(self) -> Self:
@@ -233,13 +229,8 @@ class SageMakerModelRegistry(ModelRegistry):
 
     @property
     def _packages(self) -> ModelPackages:
-        if self._made is None:
-            call = AwsCaller(self.patience_seconds, warn=logger.warning)
-            self._made = ModelPackages(aws_client("sagemaker", self.region_name), call, self.settle_seconds)
-        return self._made
-
-    def _s3(self, operation: str, **params: Any) -> Any:
-        return self._packages.call(getattr(aws_client("s3", self.region_name), operation), **params)
+        client = aws_client("sagemaker", self.region_name, retry_seconds=self.retry_timeout_seconds)
+        return ModelPackages(client, self.settle_seconds)
 
     def _describe(self, group: str, version: int) -> dict[str, Any]:
         """The package of a version registered here. Raises `ModelVersionNotFound`."""
@@ -289,26 +280,23 @@ class SageMakerModelRegistry(ModelRegistry):
             if described is None:
                 # The token was used: by a process that registers the same, or for a version deleted since.
                 if existing := self._await_other(group, artifact, gate):
-                    self._forget(facts_uri)
+                    remove_file(facts_uri)
                     return existing
                 token = uuid.uuid4().hex
                 continue
             if described["CustomerMetadataProperties"].get(FACTS) != facts_uri:
-                self._forget(facts_uri)
+                remove_file(facts_uri)
             return self.get(group, described["ModelPackageVersion"])
 
     def _await_other(self, group: str, artifact: Artifact, gate: GateEvidence) -> ModelVersion | None:
-        deadline = time.monotonic() + min(_OTHER_SECONDS, self.settle_seconds)
-        while True:
-            if existing := self._registered(group, artifact, gate):
-                return existing
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(0.2)
-
-    def _forget(self, facts_uri: str) -> None:
-        bucket, _, key = facts_uri.removeprefix("s3://").partition("/")
-        self._s3("delete_object", Bucket=bucket, Key=key)
+        with contextlib.suppress(TimeoutError):
+            return wait_until(
+                lambda: self._registered(group, artifact, gate),
+                timeout=min(_OTHER_SECONDS, self.settle_seconds),
+                interval=0.2,
+                what=f"the version of another process in {group}",
+            )
+        return None
 
 
 def _check_group(group: str) -> None:

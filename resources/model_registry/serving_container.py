@@ -1,6 +1,6 @@
-"""The container that serves a model: an image of one's own, or AWS's XGBoost image with the project's code.
+"""The container that serves a model: a custom image, or AWS's XGBoost image with the project's code.
 
-An own image (see the `Dockerfile`) holds the code and answers `serve`. AWS's image has a server of its own, which
+A custom image (see the `Dockerfile`) holds the code and answers `serve`. AWS's image has a server of its own, which
 imports a module named by `SAGEMAKER_PROGRAM` from the archive at `SAGEMAKER_SUBMIT_DIRECTORY`, after installing the
 archive and its `requirements.txt`: such endpoints need a package index to start.
 """

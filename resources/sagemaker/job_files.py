@@ -1,17 +1,27 @@
-"""The small files of a job on S3: Pipes context and messages, what the caller adds, the lease."""
+"""The small files of a job on S3: Pipes context and messages, what the caller adds, the lease. Settings of all jobs.
+
+The lease is renewed while a Dagster process waits for the job. So the next run can tell a job whose process was killed,
+which it takes over, from one that another run still waits for.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
-from resources.aws.calls import error_code, is_missing
+from resources.aws.calls import aws_client, error_code, if_found
+from resources.aws.waiting import wait_until
 
 CONTEXT = "context.json"
 BOOTSTRAP = "pipes.json"
 MESSAGES = "messages"
+LEASE = "lease.json"
+SHORT_RETRY_SECONDS = 3.0  # where the same call will be made again soon
 
 
 @dataclass(frozen=True)
@@ -37,15 +47,14 @@ class JobPrefix:
     """`<job root>/<job name>/` on S3, and the calls on the objects below it."""
 
     client: Any
-    call: Callable[..., Any]
     bucket: str
     key: str
 
     @classmethod
-    def of(cls, client: Any, call: Callable[..., Any], job_root: str, name: str) -> JobPrefix:
+    def of(cls, client: Any, job_root: str, name: str) -> JobPrefix:
         """The prefix of job `name`. `job_root` is an `s3://bucket/prefix` URI."""
         bucket, _, prefix = job_root.removeprefix("s3://").strip("/").partition("/")
-        return cls(client, call, bucket, "/".join(part for part in (prefix, name) if part))
+        return cls(client, bucket, "/".join(part for part in (prefix, name) if part))
 
     @property
     def uri(self) -> str:
@@ -56,68 +65,129 @@ class JobPrefix:
         """Key of the object `name`."""
         return f"{self.key}/{name}"
 
-    def put(self, name: str, data: bytes, **params: Any) -> str:
-        """Write an object; returns its entity tag."""
-        answer = self.call(self.client.put_object, Bucket=self.bucket, Key=self.path(name), Body=data, **params)
-        return str(answer["ETag"])
+    def put(self, name: str, data: bytes, **params: Any) -> None:
+        """Write an object."""
+        self.client.put_object(Bucket=self.bucket, Key=self.path(name), Body=data, **params)
 
-    def get(self, name: str, **options: Any) -> tuple[bytes, str] | None:
+    def get(self, name: str) -> tuple[bytes, str] | None:
         """Content and entity tag of an object; `None` if there is none."""
-        from botocore.exceptions import ClientError
-
-        try:
-            answer = self.call(self.client.get_object, Bucket=self.bucket, Key=self.path(name), **options)
-            return answer["Body"].read(), str(answer["ETag"])
-        except ClientError as error:
-            if is_missing(error):
-                return None
-            raise
-
-    def put_if_unchanged(self, name: str, data: bytes, entity_tag: str) -> str | None:
-        """Replace an object if nobody else has since; the new entity tag, or `None` if somebody has."""
-        from botocore.exceptions import ClientError
-
-        try:
-            return self.put(name, data, IfMatch=entity_tag)
-        except ClientError as error:
-            if error_code(error) in ("PreconditionFailed", "ConditionalRequestConflict", "412", "NoSuchKey"):
-                return None
-            raise
+        answer = if_found(self.client.get_object, Bucket=self.bucket, Key=self.path(name))
+        return None if answer is None else (answer["Body"].read(), str(answer["ETag"]))
 
     def delete(self, name: str) -> None:
         """Remove an object; nothing happens if there is none."""
-        self.call(self.client.delete_object, Bucket=self.bucket, Key=self.path(name))
+        self.client.delete_object(Bucket=self.bucket, Key=self.path(name))
 
     def clear_messages(self) -> None:
         """Remove the messages of an earlier use of the same prefix."""
-        while True:
-            found = self.call(self.client.list_objects_v2, Bucket=self.bucket, Prefix=self.path(MESSAGES) + "/")
-            for item in found.get("Contents", []):
-                self.call(self.client.delete_object, Bucket=self.bucket, Key=item["Key"])
-            if not found.get("IsTruncated"):
-                return
+        for page in self.client.get_paginator("list_objects_v2").paginate(
+            Bucket=self.bucket, Prefix=self.path(MESSAGES) + "/"
+        ):
+            for item in page.get("Contents", []):
+                self.client.delete_object(Bucket=self.bucket, Key=item["Key"])
 
-    def message_chunk(self, index: int, **options: Any) -> list[dict[str, Any]] | None:
-        """The Pipes messages of chunk `index` (from 1); `None` if it has not been written."""
-        found = self.get(f"{MESSAGES}/{index}.json", **options)
-        if found is None:
-            return None
-        messages: list[dict[str, Any]] = []
-        for line in found[0].decode(errors="replace").splitlines():
-            try:
-                message = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(message, dict):
-                messages.append(message)
-        return messages
+    def message_chunk(self, index: int) -> str | None:
+        """Chunk `index` (from 1) of the Pipes messages, one JSON object a line; `None` if it has not been written."""
+        found = self.get(f"{MESSAGES}/{index}.json")
+        return None if found is None else found[0].decode(errors="replace")
 
     def has_closed(self) -> bool:
         """Whether the job's messages end with a `closed` that reports no exception."""
         index, closed = 1, False
         while (chunk := self.message_chunk(index)) is not None:
-            for message in chunk:
-                if message.get("method") == "closed":
-                    closed = "exception" not in (message.get("params") or {})
+            for line in chunk.splitlines():
+                with suppress(json.JSONDecodeError):
+                    message = json.loads(line)
+                    if message.get("method") == "closed":
+                        closed = "exception" not in (message.get("params") or {})
             index += 1
         return closed
+
+
+@dataclass(frozen=True)
+class JobPolling:
+    """How often to ask, and how long to wait. Seconds.
+
+    `interval` grows to `longest_interval` while a job runs. `retry` bounds how long throttled or unanswered calls are
+    repeated. `drain` bounds the wait for the last messages and log lines after a job's end; the log is complete when
+    nothing new came for `quiet`. `stop` bounds the wait for a job that was told to stop. `lease`: interval of renewals.
+    """
+
+    interval: float = 2.0
+    longest_interval: float = 10.0
+    retry: float = 900.0
+    drain: float = 20.0
+    quiet: float = 3.0
+    stop: float = 30.0
+    lease: float = 15.0
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """What all jobs of a deployment share. `detach`: leave a running job alone when the Dagster process ends."""
+
+    job_root: str
+    region_name: str | None = None
+    detach: bool = False
+    polling: JobPolling = field(default_factory=JobPolling)
+
+    def client(self, service: str, retry_seconds: float | None = None) -> Any:
+        """The boto3 client of a service."""
+        return aws_client(service, self.region_name, retry_seconds=retry_seconds or self.polling.retry)
+
+    def prefix(self, name: str, retry_seconds: float | None = None) -> JobPrefix:
+        """The S3 prefix of a job's small files."""
+        return JobPrefix.of(self.client("s3", retry_seconds), self.job_root, name)
+
+
+class JobLease:
+    """A run's claim on one job; deleting the object gives it up. Renewed every `interval_seconds`."""
+
+    def __init__(self, prefix: JobPrefix, run_id: str, *, interval_seconds: float = 15.0) -> None:
+        self._prefix = prefix
+        self._run_id = run_id
+        self._interval = interval_seconds
+        self._next = 0.0
+
+    def take(self) -> None:
+        """Claim the job, whoever held it."""
+        self._prefix.put(LEASE, self._content())
+        self._next = time.monotonic() + self._interval
+
+    def renew(self) -> None:
+        """Claim it again if it is time. Errors are ignored: the next call tries again."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        if time.monotonic() >= self._next:
+            with suppress(ClientError, BotoCoreError):
+                self.take()
+
+    def adopt(self) -> bool:
+        """Take the claim over if its holder lets two intervals pass without renewing it. Waits for that.
+
+        Of two processes that try at once one succeeds.
+        """
+        from botocore.exceptions import ClientError
+
+        found = self._prefix.get(LEASE)
+        if found is None:
+            return False  # ended in order, or was left running on purpose
+        tag = found[1]
+        with suppress(TimeoutError):
+            wait_until(
+                lambda: (self._prefix.get(LEASE) or (b"", ""))[1] != tag,
+                timeout=2 * self._interval,
+                interval=min(1.0, self._interval / 4),
+                what=f"a renewal of {self._prefix.uri}{LEASE}",
+            )
+            return False
+        try:
+            self._prefix.put(LEASE, self._content(), IfMatch=tag)
+        except ClientError as error:
+            if error_code(error) in ("PreconditionFailed", "ConditionalRequestConflict", "412", "NoSuchKey"):
+                return False
+            raise
+        return True
+
+    def _content(self) -> bytes:
+        return json.dumps({"run_id": self._run_id, "renewed_at": datetime.now(UTC).isoformat()}).encode()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from urllib.parse import quote, urlsplit
+
+from resources.aws.calls import if_found
 
 TERMINAL = ("Completed", "Failed", "Stopped")
 _CONSOLES = {"aws-cn": "console.amazonaws.cn", "aws-us-gov": "console.amazonaws-us-gov.com"}
@@ -22,7 +25,6 @@ class JobKind:
     console_path: str
     started: str
     ended: str
-    environment_limit: int
     logged_as: str = ""
 
     @property
@@ -50,10 +52,28 @@ class JobKind:
         """CloudWatch log group of all jobs of this kind; for tuning jobs, that of their training jobs."""
         return f"/aws/sagemaker/{self.logged_as or self.operation}s"
 
+    @property
+    def resource(self) -> str:
+        """How ARNs name the kind: `training-job`."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "-", self.operation).lower()
+
+    @property
+    def list_operation(self) -> str:
+        """The client's method that lists jobs; `summaries_member` of its answer holds them."""
+        return f"list_{self.resource.replace('-', '_')}s"
+
+    @property
+    def summaries_member(self) -> str:
+        """`TrainingJobSummaries` or `ProcessingJobSummaries`."""
+        return f"{self.operation}Summaries"
+
     def method(self, client: Any, verb: str) -> Any:
-        """The client's method for `create`, `describe`, `stop` or `list`."""
-        noun = self.noun.replace(" ", "_")
-        return getattr(client, f"{verb}_{noun}s" if verb == "list" else f"{verb}_{noun}")
+        """The client's method for `create`, `describe` or `stop`."""
+        return getattr(client, f"{verb}_{self.resource.replace('-', '_')}")
+
+    def describe(self, client: Any, name: str) -> dict[str, Any] | None:
+        """The job's description; `None` if there is no such job."""
+        return if_found(self.method(client, "describe"), **{self.name_member: name})
 
     def links(self, arn: str, name: str) -> dict[str, str]:
         """The job's pages in the AWS console, `console` and `logs`; none where boto3 is sent elsewhere than to AWS."""
@@ -62,7 +82,7 @@ class JobKind:
         return {"console": self.console_url(arn, name), "logs": self.log_url(arn, name)}
 
     def started_text(self, arn: str, name: str) -> str:
-        """What is said when the job was created, with its page if there is one."""
+        """The message that the job was created, with its page if there is one."""
         return ": ".join([f"Started {self.noun} {name}", *list(self.links(arn, name).values())[:1]])
 
     def console_url(self, arn: str, name: str) -> str:
@@ -99,7 +119,7 @@ class JobKind:
 
 
 def has_console() -> bool:
-    """Whether jobs can be seen in AWS's console: not those of an emulator, which boto3 is told of like this."""
+    """Whether AWS's console shows the jobs. It shows none of an emulator, to which these variables direct boto3."""
     given = os.environ.get("AWS_ENDPOINT_URL_SAGEMAKER") or os.environ.get("AWS_ENDPOINT_URL") or ""
     host = urlsplit(given).hostname or "amazonaws.com"
     return host.endswith(("amazonaws.com", "amazonaws.com.cn"))
@@ -110,16 +130,13 @@ def _console(arn: str) -> tuple[str, str]:
     return _CONSOLES.get(partition, "console.aws.amazon.com"), region
 
 
-TRAINING = JobKind("training job", "TrainingJob", "jobs", "TrainingStartTime", "TrainingEndTime", 512)
-PROCESSING = JobKind(
-    "processing job", "ProcessingJob", "processing-jobs", "ProcessingStartTime", "ProcessingEndTime", 256
-)
+TRAINING = JobKind("training job", "TrainingJob", "jobs", "TrainingStartTime", "TrainingEndTime")
+PROCESSING = JobKind("processing job", "ProcessingJob", "processing-jobs", "ProcessingStartTime", "ProcessingEndTime")
 TUNING = JobKind(
-    "hyper parameter tuning job",
+    "tuning job",
     "HyperParameterTuningJob",
     "hyper-tuning-jobs",
     "CreationTime",
     "HyperParameterTuningEndTime",
-    512,
     "TrainingJob",
 )

@@ -1,7 +1,7 @@
 """The CloudWatch logs of all hosts of a job, live and bounded.
 
-Polled, not streamed: each poll makes a bounded number of calls, streams that have nothing new are asked less often, and
-what a poll leaves is taken by the next. After the job's end `drain` reads on until every stream is at its end.
+Polled, not streamed: each poll makes a bounded number of calls, and the next one goes on where it stopped. After the
+job's end `drain` reads on until every stream is at its end.
 """
 
 from __future__ import annotations
@@ -12,179 +12,125 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from resources.aws.calls import is_missing, is_transient
+from resources.aws.calls import is_missing, is_transient, pages
+from resources.aws.waiting import wait_until
 
+_CALLS_PER_POLL = 10
 _TAIL = 30
 _LINES_PER_EVENT = 50
 
 
 @dataclass
-class LogLimits:
-    """Bounds of one poll, and how often to poll. Seconds."""
-
-    interval: float = 2.0
-    idle_interval: float = 20.0
-    discovery_interval: float = 10.0
-    calls_per_poll: int = 10
-    lines_per_call: int = 1000
-    quiet_seconds: float = 3.0
-
-
-@dataclass
 class _Stream:
-    """One host's stream: where it has been read to, when to ask again."""
+    """One host's stream, and where it has been read to."""
 
     name: str
     host: str
     token: str | None = None
-    due: float = 0.0
-    pause: float = 0.0
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=_TAIL))
     last_event: int = 0
 
 
 class JobLogs:
-    """Forwards the lines of a job's hosts to `emit`, prefixed with `[algo-N]`, and keeps each host's last 30."""
+    """Forwards the lines of a job's hosts to `emit`, prefixed with `[algo-N]`, and keeps each host's last 30.
 
-    def __init__(
-        self, client: Any, log_group: str, job_name: str, emit: Callable[[str], None], limits: LogLimits | None = None
-    ) -> None:
+    `client` should give up after a few attempts: the next poll tries again.
+    """
+
+    def __init__(self, client: Any, log_group: str, job_name: str, emit: Callable[[str], None]) -> None:
         self._client = client
         self._group = log_group
         self._job = job_name
         self._emit = emit
-        self._limits = limits or LogLimits()
-        self._streams: dict[str, _Stream] = {}
-        self._next_discovery = 0.0
-        self._not_before = 0.0
-        self._backoff = 0.0
+        self._streams: deque[_Stream] = deque()  # the next to be read comes first
         self._refused = False
-        self.lines = 0
 
-    def poll(self) -> bool:
-        """Forward what has arrived in the streams that are due. Whether there was anything.
+    def poll(self, calls: float = _CALLS_PER_POLL) -> bool | None:
+        """Forward what has arrived. Whether there was anything; `None` if CloudWatch does not answer.
 
-        Throttling and outages put the next poll off, up to 30 seconds. Any other error (missing permissions) is
-        reported once and ends the forwarding. Neither is raised: a job does not end for its log.
+        An error that a later call will meet too (missing permissions) is reported once and ends the forwarding. None is
+        raised: a job does not end because of its log.
         """
         from botocore.exceptions import BotoCoreError, ClientError
 
-        now = time.monotonic()
-        if self._refused or now < self._not_before:
-            return False
         found = False
-        try:
-            self._discover(now)
-            due = sorted((s for s in self._streams.values() if s.due <= now), key=lambda s: s.due)
-            for stream in due[: self._limits.calls_per_poll]:
-                found = self._read(stream) or found
-        except (ClientError, BotoCoreError) as error:
-            if not is_transient(error):
-                self._refused = True
-                self._emit(f"The job's log lines cannot be read: {error}")
-                return found
-            self._backoff = min(30.0, 2 * self._backoff or 1.0)
-            self._not_before = time.monotonic() + self._backoff
+        if self._refused:
             return found
-        self._backoff = 0.0
+        try:
+            self._discover()
+            for _ in range(len(self._streams)):
+                stream = self._streams[0]
+                while calls > 0 and (arrived := self._read(stream)):
+                    found, calls = arrived, calls - 1
+                if calls <= 0:
+                    break
+                calls -= 1
+                self._streams.rotate(-1)
+        except (ClientError, BotoCoreError) as error:
+            if is_transient(error):
+                return None
+            self._refused = True
+            self._emit(f"The job's log lines cannot be read: {error}")
         return found
 
-    def drain(self, seconds: float, *, expect_lines: bool = True) -> bool:
+    def drain(self, seconds: float, *, quiet_seconds: float, expect_lines: bool = True) -> bool:
         """Read to the end of all streams, for at most `seconds`; whether that succeeded.
 
-        CloudWatch gets lines a moment after they were written, so a stream counts as ended when it has had nothing
-        new for `quiet_seconds`. With `expect_lines`, that there is no stream yet is no end.
+        CloudWatch gets lines a moment after they were written, so the end is reached when there has been nothing new
+        for `quiet_seconds`. With `expect_lines`, a job without streams has not reached it.
         """
-        deadline = time.monotonic() + seconds
         quiet_since = time.monotonic()
-        while not self._refused:
-            self._next_discovery = 0.0
-            for stream in self._streams.values():
-                stream.due = 0.0
-            reached = time.monotonic() >= self._not_before
-            if self.poll():
+
+        def ended() -> bool:
+            nonlocal quiet_since
+            if self.poll(calls=float("inf")) is not False or (expect_lines and not self._streams):
                 quiet_since = time.monotonic()
-            now = time.monotonic()
-            settled = reached and self._backoff == 0.0 and (bool(self._streams) or not expect_lines)
-            if settled and now - quiet_since >= self._limits.quiet_seconds and self._all_asked():
-                return True
-            if now >= deadline:
-                return settled and self._all_asked()
-            time.sleep(min(0.5, max(0.05, deadline - now), max(0.05, self._limits.quiet_seconds / 4)))
-        return True
+            return self._refused or time.monotonic() - quiet_since >= quiet_seconds
+
+        try:
+            return wait_until(ended, timeout=seconds, interval=min(0.5, quiet_seconds / 4), what="the end of the log")
+        except TimeoutError:
+            return False
 
     def tail(self, host: str) -> list[str]:
         """The last lines of one host, at most 30."""
-        lines = [line for stream in self._streams.values() if stream.host == host for line in stream.tail]
+        lines = [line for stream in self._streams if stream.host == host for line in stream.tail]
         return lines[-_TAIL:]
 
     def hosts(self) -> list[str]:
-        """Hosts that have written something, algo-2 before algo-10."""
-        return sorted({s.host for s in self._streams.values()}, key=_natural)
-
-    def silent_first(self) -> list[str]:
-        """Hosts in the order of their last line: one that failed writes nothing after."""
+        """Hosts that have written something, in the order of their last line: one that failed writes nothing after."""
         last: dict[str, int] = {}
-        for stream in self._streams.values():
+        for stream in self._streams:
             last[stream.host] = max(last.get(stream.host, 0), stream.last_event)
-        return sorted(last, key=lambda host: (last[host], _natural(host)))
+        return sorted(last, key=lambda host: (last[host], host))
 
-    def _all_asked(self) -> bool:
-        return all(stream.due > 0.0 for stream in self._streams.values())
-
-    def _discover(self, now: float) -> None:
+    def _discover(self) -> None:
         from botocore.exceptions import ClientError
 
-        if now < self._next_discovery:
-            return
-        self._next_discovery = now + (self._limits.discovery_interval if self._streams else self._limits.interval)
-        token: str | None = None
-        while True:
-            params = {"nextToken": token} if token else {}
-            try:
-                answer = self._client.describe_log_streams(
-                    logGroupName=self._group, logStreamNamePrefix=f"{self._job}/", **params
-                )
-            except ClientError as error:
-                if is_missing(error):  # the group appears with the account's first job
-                    return
+        known = {stream.name for stream in self._streams}
+        names = {"logGroupName": self._group, "logStreamNamePrefix": f"{self._job}/"}
+        try:
+            for item in pages(self._client, "describe_log_streams", "logStreams", **names):
+                if (name := item["logStreamName"]) not in known:
+                    self._streams.appendleft(_Stream(name, name.partition("/")[2].rpartition("-")[0] or name))
+        except ClientError as error:
+            if not is_missing(error):  # the group appears with the account's first job
                 raise
-            for item in answer["logStreams"]:
-                name = item["logStreamName"]
-                host = name.partition("/")[2].rpartition("-")[0] or name
-                self._streams.setdefault(name, _Stream(name, host))
-            token = answer.get("nextToken")
-            if not token:
-                return
 
     def _read(self, stream: _Stream) -> bool:
+        """Forward the next lines of a stream; whether there were any."""
         params = {"nextToken": stream.token} if stream.token else {}
         answer = self._client.get_log_events(
-            logGroupName=self._group,
-            logStreamName=stream.name,
-            startFromHead=True,
-            limit=self._limits.lines_per_call,
-            **params,
+            logGroupName=self._group, logStreamName=stream.name, startFromHead=True, **params
         )
         stream.token = answer.get("nextForwardToken", stream.token)
         events = answer["events"]
         if not events:
-            stream.pause = min(self._limits.idle_interval, 1.5 * (stream.pause or self._limits.interval))
-            stream.due = time.monotonic() + stream.pause
             return False
-        stream.pause = 0.0
-        full = len(events) >= self._limits.lines_per_call
-        stream.due = time.monotonic() + (0.01 if full else self._limits.interval)
         stream.last_event = events[-1]["timestamp"]
         lines = [line for event in events for line in event["message"].splitlines() or [""]]
         stream.tail.extend(lines)
-        self.lines += len(lines)
         for start in range(0, len(lines), _LINES_PER_EVENT):
             block = lines[start : start + _LINES_PER_EVENT]
             self._emit("\n".join(f"[{stream.host}] {line}" for line in block))
         return True
-
-
-def _natural(host: str) -> tuple[str, int]:
-    name, _, number = host.rpartition("-")
-    return (name, int(number)) if number.isdigit() else (host, 0)

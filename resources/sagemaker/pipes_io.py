@@ -1,19 +1,18 @@
 """Pipes context and messages on S3 under keys that depend on the job alone.
 
-dagster-aws's S3 reader and injector choose random keys, so a second Dagster process could not find them.
+dagster-aws's classes choose random keys, so a second Dagster process could not find them. This module imports boto3:
+import it when a job is run.
 """
 
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
-from dagster_pipes import PIPES_PROTOCOL_VERSION_FIELD
+from dagster_aws.pipes import PipesS3ContextInjector, PipesS3MessageReader
 
 from resources.aws.calls import is_transient
 from resources.sagemaker.job_files import CONTEXT, MESSAGES, JobPrefix
@@ -22,136 +21,98 @@ if TYPE_CHECKING:
     from dagster_pipes import PipesContextData, PipesParams
 
 
-class JobContextInjector(dg.PipesContextInjector):
+class JobContextInjector(PipesS3ContextInjector):
     """Writes the context to `<job prefix>/context.json`, for `dagster_pipes.PipesS3ContextLoader`.
 
     With `write=False` (the job runs already) the context that was written when it was started stays.
     """
 
     def __init__(self, prefix: JobPrefix, *, write: bool = True) -> None:
-        self._prefix = prefix
-        self._write = write
+        super().__init__(bucket=prefix.bucket, client=prefix.client)
+        self._prefix, self._write = prefix, write
 
     @contextmanager
-    def inject_context(self, context_data: PipesContextData) -> Iterator[PipesParams]:
+    def inject_context(self, context: PipesContextData) -> Iterator[PipesParams]:
         """Write the context; yields bucket and key. It stays, as a record of what the job was told."""
         if self._write:
-            self._prefix.put(CONTEXT, json.dumps(context_data).encode())
+            self._prefix.put(CONTEXT, json.dumps(context).encode())
         yield {"bucket": self._prefix.bucket, "key": self._prefix.path(CONTEXT)}
 
-    def no_messages_debug_text(self) -> str:
-        """Where the context is and what reads it."""
-        return (
-            f"The context is in {self._prefix.uri}{CONTEXT}. PipesS3ContextLoader has to be given to "
-            "open_dagster_pipes in the job."
-        )
 
+class JobMessageReader(PipesS3MessageReader):
+    """Reads the chunks `<job prefix>/messages/<n>.json` in order, from the first, each once, about every second.
 
-class JobMessageReader(dg.PipesMessageReader):
-    """Reads the chunks `<job prefix>/messages/<n>.json` in order, from the first, each once.
-
-    A thread reads while the job runs. `drain` reads what is left after its end. A message that cannot be handled ends
-    the reading; `check` raises its error in the caller's thread. Throttling and outages only delay it.
+    `closed` holds what the job's Pipes session was closed with, once it has been. A message that cannot be handled ends
+    the reading; `check` raises its error in the caller's thread.
     """
 
-    def __init__(self, prefix: JobPrefix, *, interval_seconds: float = 1.0, idle_seconds: float = 10.0) -> None:
+    def __init__(self, prefix: JobPrefix) -> None:
+        super().__init__(interval=0, bucket=prefix.bucket, client=prefix.client)
         self._prefix = prefix
-        self._interval, self._idle = interval_seconds, idle_seconds
-        self._closing, self._nudge, self._caught_up = threading.Event(), threading.Event(), threading.Event()
-        self._error: BaseException | None = None
-        self._closed: dict[str, Any] | None = None
-        self._next = 1
-        self._thread: threading.Thread | None = None
+        self.closed: dict[str, Any] | None = None
+        self.abandoned = False
+        self.error: BaseException | None = None
+
+    def check(self) -> None:
+        """Raise the error, if any, that ended the reading."""
+        if self.error is not None:
+            raise self.error
 
     @contextmanager
     def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[PipesParams]:
         """Read in a thread while the context is open; yields bucket and key prefix for `PipesS3MessageWriter`."""
-        self._thread = threading.Thread(
-            target=self._run, args=(handler,), name=f"messages of {self._prefix.key}", daemon=True
-        )
-        self._thread.start()
-        try:
-            yield {"bucket": self._prefix.bucket, "key_prefix": self._prefix.path(MESSAGES)}
-        finally:
-            self._closing.set()
-            self._nudge.set()
-            self._thread.join(10.0)
+        observed: Any = _ObservedHandler(handler, self)
+        with super().read_messages(observed) as params:
+            try:
+                yield params
+            finally:
+                self.abandoned = True
 
-    @property
-    def received_closed(self) -> bool:
-        """Whether the job has closed its Pipes session."""
-        return self._closed is not None
+    @contextmanager
+    def get_params(self) -> Iterator[PipesParams]:
+        """Bucket and key prefix of the messages."""
+        yield {"bucket": self._prefix.bucket, "key_prefix": self._prefix.path(MESSAGES)}
 
-    @property
-    def exception(self) -> dict[str, Any] | None:
-        """The exception that the job's Pipes session was closed with, as the protocol carries it."""
-        return (self._closed or {}).get("exception")
+    def messages_are_readable(self, params: PipesParams) -> bool:
+        """Always true: `download_messages_chunk` finds out whether a chunk is there."""
+        return True
 
-    def check(self) -> None:
-        """Raise the error, if any, that ended the reading."""
-        if self._error is not None:
-            raise self._error
+    def download_messages(self, cursor: int | None, params: PipesParams) -> tuple[int, str] | None:
+        """All chunks that have arrived: a run that attaches to a job has to catch up with it."""
+        chunks = []
+        while (chunk := self.download_messages_chunk(self.counter, params)) is not None:
+            chunks.append(chunk)
+            self.counter += 1
+        return (self.counter, "\n".join(chunks)) if chunks else None
 
-    def drain(self, seconds: float) -> bool:
-        """Read on until `closed` has arrived and nothing is left, for at most `seconds`. Whether `closed` arrived.
-
-        Raises the error of a message that could not be handled.
-        """
-        deadline = time.monotonic() + seconds
-        while True:
-            self._caught_up.clear()
-            self._nudge.set()
-            while not self._caught_up.wait(0.05) and self._error is None and time.monotonic() < deadline:
-                pass
-            self.check()
-            if self.received_closed and self._caught_up.is_set():
-                return True
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return self.received_closed
-            time.sleep(min(left, self._interval))
-
-    def no_messages_debug_text(self) -> str:
-        """Where messages are expected and what writes them."""
-        return (
-            f"Messages were expected below {self._prefix.uri}{MESSAGES}/. PipesS3MessageWriter has to be given to "
-            "open_dagster_pipes in the job."
-        )
-
-    def _run(self, handler: dg.PipesMessageHandler) -> None:
-        pause = self._interval
-        try:
-            while True:
-                last_pass = self._closing.is_set()
-                self._nudge.clear()
-                found = self._read_new(handler)
-                self._caught_up.set()
-                if last_pass:
-                    return
-                pause = self._interval if found else min(1.5 * pause, self._idle)
-                self._nudge.wait(pause)
-        except BaseException as error:  # noqa: BLE001  # re-raised in the main thread by `check`
-            self._error = error
-            self._caught_up.set()
-
-    def _read_new(self, handler: dg.PipesMessageHandler) -> bool:
+    def download_messages_chunk(self, index: int, params: PipesParams) -> str | None:
+        """One chunk; `None` if it is not there yet, or S3 does not answer. The base class hides all other errors."""
         from botocore.exceptions import BotoCoreError, ClientError
 
-        found = False
-        while True:
-            try:
-                chunk = self._prefix.message_chunk(self._next, abandoned=self._closing)
-            except (ClientError, BotoCoreError) as error:
-                if self._closing.is_set() and is_transient(error):
-                    return found
-                raise
-            if chunk is None:
-                return found
-            for message in chunk:
-                if PIPES_PROTOCOL_VERSION_FIELD not in message:
-                    continue
-                handler.handle_message(message)  # pyright: ignore[reportArgumentType]  # a TypedDict of these keys
-                if message.get("method") == "closed":
-                    self._closed = message.get("params") or {}
-            self._next += 1
-            found = True
+        try:
+            return self._prefix.message_chunk(index)
+        except (ClientError, BotoCoreError) as error:
+            if is_transient(error):
+                return None
+            raise
+
+
+class _ObservedHandler:
+    """The session's handler as the reader's thread sees it: tells the reader how the session was closed, and errors."""
+
+    def __init__(self, handler: dg.PipesMessageHandler, reader: JobMessageReader) -> None:
+        self._handler, self._reader = handler, reader
+
+    @property
+    def received_closed_message(self) -> bool:
+        """Ends the thread: dagster's own would wait ten seconds for a job that was stopped."""
+        return self._reader.abandoned or self._reader.closed is not None
+
+    def handle_message(self, message: Any) -> None:
+        self._handler.handle_message(message)
+        if message["method"] == "closed":
+            self._reader.closed = message.get("params") or {}
+
+    def report_pipes_framework_exception(self, origin: str, exc_info: Any) -> None:
+        self._reader.error = exc_info[1]
+        self._handler.report_pipes_framework_exception(origin, exc_info)

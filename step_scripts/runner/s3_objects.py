@@ -1,11 +1,9 @@
-"""What S3 can do and Arrow's file system cannot: conditional puts, times of change, deletion without folder markers."""
+"""What S3 can do and Arrow's file system cannot: entity tags, deletion without folder markers; and boto3's clients."""
 
 from __future__ import annotations
 
 import functools
 import os
-import random
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,7 +13,6 @@ from step_scripts.runner.contract import StepError
 from step_scripts.runner.wording import counted
 
 _ATTEMPTS = 10  # of one request, with exponential backoff: about a minute of throttling
-_CONFLICTS = 20  # puts of the same key at the same moment
 _DELETED_AT_ONCE = 1000
 
 
@@ -48,7 +45,7 @@ def service_client(
     return _client(service, region_name or region(), connections, attempts, environment)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=32)
 def _client(
     service: str, region_name: str | None, connections: int, attempts: int, environment: tuple[tuple[str, str], ...]
 ) -> Any:
@@ -60,33 +57,11 @@ def _client(
         connect_timeout=10,
         read_timeout=60,
         max_pool_connections=connections,
+        tcp_keepalive=True,
     )
     # A session of its own: boto3's default session must not be used by several threads at once.
     session = boto3.Session(region_name=region_name)
     return session.client(service, config=config)  # pyright: ignore[reportCallIssue, reportArgumentType]
-
-
-def put_if_absent(uri: str, data: bytes) -> bool:
-    """Write an object unless there is one. False if another one is there. Of several writers, one gets True.
-
-    An object with the very same bytes counts as written by this call, whose answer may have been lost.
-    """
-    from botocore.exceptions import ClientError
-
-    bucket, key = split_uri(uri)
-    s3 = service_client("s3")
-    for _ in range(_CONFLICTS):
-        try:
-            s3.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-            return True
-        except ClientError as error:
-            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            if status == 412:
-                return s3.get_object(Bucket=bucket, Key=key)["Body"].read() == data
-            if status != 409:  # another put of the key is under way: who was first is not decided yet
-                raise
-            time.sleep(random.uniform(0.05, 0.5))
-    raise StepError(f"{uri} could not be written: others write it at the same time, again and again. Try again later")
 
 
 def list_objects(uri: str, *, deep: bool = True) -> Iterator[S3Object]:

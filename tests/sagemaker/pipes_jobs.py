@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from resources.sagemaker.job_logs import LogLimits
-from resources.sagemaker.job_polling import JobPolling
+from resources.sagemaker.job_files import JobPolling
 
 ROLE = "arn:aws:iam::123456789012:role/housing-assets"
 IMAGE = "123456789012.dkr.ecr.us-east-1.amazonaws.com/jobs:1"
-FAST = JobPolling(
-    interval=0.1,
-    longest_interval=0.5,
-    patience=30.0,
-    message_interval=0.1,
-    drain=6.0,
-    stop=10.0,
-    lease=0.5,
-    logs=LogLimits(interval=0.1, idle_interval=0.5, discovery_interval=0.3, quiet_seconds=0.3),
-)
+FAST = JobPolling(interval=0.1, longest_interval=0.5, retry=60.0, drain=6.0, quiet=0.3, stop=10.0, lease=2.0)
 # Only the first host speaks Pipes, as Ray's head does.
 PREAMBLE = """
 import contextlib, json, os, sys, time

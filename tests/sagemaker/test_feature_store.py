@@ -236,7 +236,7 @@ def test_bad_configuration_is_found_before_anything_is_made(aws: Aws) -> None:
     with pytest.raises(ValidationError, match="must be an s3:// prefix"):
         SageMakerFeatureStore(root="/tmp/features", role_arn=ROLE)
     store = SageMakerFeatureStore(root=aws.uri("features"), role_arn="no role", offline_kms_key_id="no key")
-    with pytest.raises(InvalidJobRequest, match=r"KmsKeyId is 'no key'.*RoleArn has 7 characters"):
+    with pytest.raises(InvalidJobRequest, match=r"(?s)RoleArn, value: 7, valid min length: 20.*KmsKeyId is 'no key'"):
         store.setup_for_execution(dg.build_init_resource_context())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from resources.feature_store.catalog_tables import CatalogTables
+from resources.feature_store.feature_groups import CatalogTables
 from resources.feature_store.sagemaker import SageMakerFeatureStore
 from step_scripts.feature_store.feature_values import feature_types
 from step_scripts.ingest_features import _TARGET
@@ -107,4 +107,4 @@ def test_what_glue_refuses_is_said(aws: Aws, monkeypatch: pytest.MonkeyPatch) ->
     aws.faults.throttle("glue:GetTable", count=10_000)
     message = "reading sagemaker_featurestore.iced_.* in AWS Glue, .*was refused: ThrottlingException"
     with pytest.raises(StepError, match=message):
-        store(aws, patience_seconds=0.2).ensure_group("iced", TABLE)
+        store(aws, retry_timeout_seconds=0.2).ensure_group("iced", TABLE)

@@ -1,4 +1,4 @@
-"""Trials as training jobs of a SageMaker tuning job, with an image of one's own."""
+"""Trials as training jobs of a SageMaker tuning job, with a custom image."""
 
 import json
 import os
@@ -149,8 +149,8 @@ def compute(**options: Any) -> SageMakerCompute:
     return SageMakerCompute(artifact_root="s3://bucket/a", job_root="s3://bucket/j", **given)
 
 
-def test_native_tuning_without_an_image_of_ones_own_is_refused() -> None:
-    with pytest.raises(ValidationError, match="native_tuning needs an image of your own"):
+def test_native_tuning_without_a_custom_image_is_refused() -> None:
+    with pytest.raises(ValidationError, match="native_tuning needs a custom image"):
         compute(image=None, native_tuning=NATIVE)
 
 

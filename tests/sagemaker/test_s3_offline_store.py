@@ -6,7 +6,6 @@ import contextlib
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from step_scripts.feature_store.feature_values import feature_types
 from step_scripts.feature_store.group import Group, GroupInfo
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.s3_objects import put_if_absent
 from tests.feature_rows import TABLE, ingest_rows, record_id, records, row, write_rows
 from tests.sagemaker_emulator import SageMakerEmulator
 from tests.sagemaker_emulator.iceberg_tables import create_table
@@ -177,25 +175,6 @@ def test_a_writer_whose_files_may_be_taken_for_leftovers_gives_up(
         ingest_rows(store, write_rows(tmp_path, [row(0)]))
     assert store.commits("sales") == []
     assert not data_files(aws)
-
-
-def test_one_of_many_gets_the_commit(aws: Aws, aws_environment: SageMakerEmulator) -> None:
-    wins: list[int] = []
-    barrier = threading.Barrier(8)
-
-    def put(number: int) -> None:
-        barrier.wait()
-        if put_if_absent(aws.uri("log/1"), str(number).encode()):
-            wins.append(number)
-
-    threads = [threading.Thread(target=put, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(wins) == 1
-    assert aws.get("log/1") == str(wins[0]).encode()
-    assert put_if_absent(aws.uri("log/1"), str(wins[0]).encode()), "the answer to the winner's put may have been lost"
 
 
 def test_lost_files_are_named(store: OfflineStore, aws: Aws, tmp_path: Path) -> None:

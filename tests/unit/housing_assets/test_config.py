@@ -144,6 +144,7 @@ def sagemaker(folder: Path, sections: dict[str, Any], **variables: str) -> dict[
             "compute.job.instance_groups[0].type is unknown",
         ),
         ({"feature_store": {"online": True}}, "feature_store.online is unknown; did you mean online_store?"),
+        ({"compute": {"patience_seconds": 9}}, "compute.patience_seconds is now called retry_timeout_seconds"),
         ({"model_registry": {"images": "x"}}, "model_registry.images is unknown; did you mean image?"),
         ({"endpoint_host": {"data_capture": {"percentage": 20}}}, "did you mean sampling_percentage?"),
         ({"endpoint_host": {"traffic": {"percent": 10, "alarms": []}}}, "endpoint_host.traffic.alarms is unknown"),

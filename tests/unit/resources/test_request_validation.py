@@ -78,18 +78,15 @@ def test_requests_with_every_setting_are_valid_and_hold_it() -> None:
         ({"Environment": {"A": "x" * 513}}, r"Environment\['A'\] has 513 characters; .* at most 512"),
         ({"TrainingJobName": "my_job"}, "TrainingJobName is 'my_job', which does not match"),
         ({"TrainingJobName": "x" * 64}, "TrainingJobName has 64 characters; CreateTrainingJob allows at most 63"),
-        ({"RoleArn": "housing-role"}, "RoleArn has 12 characters"),
+        ({"RoleArn": "housing-role"}, "RoleArn, value: 12, valid min length: 20"),
         ({"RoleArn": "arn:aws:iam::12:role/housing"}, "RoleArn is 'arn:aws:iam::12:.*does not match"),
-        ({"Tags": [{"Key": "aws:owner", "Value": ""}]}, "keys that start with aws:"),
         ({"Tags": [{"Key": f"k{n}", "Value": ""} for n in range(51)]}, "Tags has 51 entries"),
-        ({"Colour": "red"}, "Colour is not a member of CreateTrainingJobRequest"),
-        ({"StoppingCondition": {"MaxRuntimeInSeconds": "10"}}, "MaxRuntimeInSeconds must be a number, not '10'"),
-        ({"StoppingCondition": {"MaxRuntimeInSeconds": 10, "MaxWaitTimeInSeconds": 20}}, "managed spot training only"),
-        ({"EnableManagedSpotTraining": True}, "must be at least MaxRuntimeInSeconds"),
+        ({"Colour": "red"}, 'Unknown parameter in input: "Colour"'),
+        ({"StoppingCondition": {"MaxRuntimeInSeconds": "10"}}, "MaxRuntimeInSeconds, value: 10, type: .*str"),
         ({"ResourceConfig": {"InstanceType": "ml.m5.huge", "InstanceCount": 1, "VolumeSizeInGB": 1}}, "one of ml.m5"),
-        ({"OutputDataConfig": {}}, "OutputDataConfig.S3OutputPath is missing"),
-        ({"VpcConfig": {"Subnets": [], "SecurityGroupIds": ["sg-1"]}}, "needs at least 1"),
-        ({"EnableNetworkIsolation": "yes"}, "must be true or false"),
+        ({"OutputDataConfig": {}}, 'Missing required parameter in OutputDataConfig: "S3OutputPath"'),
+        ({"VpcConfig": {"Subnets": [], "SecurityGroupIds": ["sg-1"]}}, "VpcConfig.Subnets, value: 0, valid min"),
+        ({"EnableNetworkIsolation": "yes"}, "EnableNetworkIsolation, value: yes, type: .*bool"),
     ],
 )  # fmt: skip
 def test_what_the_service_would_refuse_is_named(changes: dict[str, Any], message: str) -> None:
@@ -100,6 +97,8 @@ def test_what_the_service_would_refuse_is_named(changes: dict[str, Any], message
 def test_all_problems_are_reported_at_once() -> None:
     request = processing() | {"Environment": {"A": "x" * 257, "B": "y" * 300}, "ProcessingJobName": "-"}
     assert len(problems("CreateProcessingJob", request)) == 3
+    others = {"RoleArn": 7, "Colour": "red", "StoppingCondition": {"MaxRuntimeInSeconds": "1"}}
+    assert len(problems("CreateProcessingJob", request | others)) == 6
 
 
 @settings(deadline=None)
