@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-import ray._private.state
-import ray._private.worker
+import ray._private.state  # the public API has the free CPUs of all nodes together only
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from step_scripts.runner.background import repeated
 from step_scripts.runner.contract import Reporter, StepError
-from step_scripts.runner.ports import is_open
+from step_scripts.runner.ray_join import is_open
+from step_scripts.runner.ray_session import private_folder_of_session
 
 WAIT_VARIABLE = "HOUSING_RESOURCE_WAIT_SECONDS"
 _DEFAULT_WAIT_SECONDS = 1800.0
@@ -27,9 +27,8 @@ _MESSAGE_SECONDS = 15.0
 
 @contextlib.contextmanager
 def scratch_folder(prefix: str) -> Iterator[str]:
-    """A folder for the block, inside the folder of the Ray session, with which it goes if the process is killed."""
-    node = ray._private.worker._global_node
-    parent = node.get_session_dir_path() if node is not None else None
+    """A folder for the block. It lies in the folder of a private session, which is removed if the process is killed."""
+    parent = private_folder_of_session()
     with tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True) as folder:
         yield folder
 
@@ -48,11 +47,10 @@ def wait_seconds() -> float:
 def free_cpus(what: str, needed: int, log: Reporter | None) -> list[int]:
     """CPUs of each node that nobody uses, most first, as soon as `needed` of them are free for `what`.
 
-    In a session of our own those are all: what is in use is ours and about to end. Raises `StepError` if too few are
-    free within `wait_seconds`.
+    In a private session these are all: what is in use is ours and about to end. Raises `StepError` if too few are free
+    within `wait_seconds`.
     """
-    node = ray._private.worker._global_node
-    if node is not None and node.head:
+    if private_folder_of_session() is not None:
         return node_cpus()
     start = time.monotonic()
     limit, next_message = wait_seconds(), 0.0
@@ -75,12 +73,11 @@ def free_cpus(what: str, needed: int, log: Reporter | None) -> list[int]:
 
 @contextlib.contextmanager
 def reserved(what: str, cpus: int, log: Reporter | None) -> Iterator[dict[str, Any]]:
-    """Options for a task that is to have that many CPUs of one node, which are its own as soon as the block begins.
+    """Options for a task that gets that many CPUs of one node. They are reserved when the block begins.
 
-    Raises `StepError` if they are not free within `wait_seconds`. In a session of our own nobody else could use them.
+    Raises `StepError` if they are not free within `wait_seconds`. In a private session nobody else could use them.
     """
-    node = ray._private.worker._global_node
-    if node is not None and node.head:
+    if private_folder_of_session() is not None:
         yield {"num_cpus": cpus}
         return
     group = None

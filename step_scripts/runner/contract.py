@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -42,6 +43,17 @@ class StepError(Exception):
         super().__init__(message)
         self.details: dict[str, JsonValue] = details or {}
         self.keep = keep or {}
+
+
+def failure_of(error: BaseException) -> dict[str, Any]:
+    """An exception as plain data: `kind`, `message`, and `details` or `traceback`.
+
+    `kind` is `input` for a `StepError`, `crash` for any other.
+    """
+    if isinstance(error, StepError):
+        return {"kind": "input", "message": str(error), "details": error.details}
+    message = f"{type(error).__name__}: {error}"
+    return {"kind": "crash", "message": message, "traceback": "".join(traceback.format_exception(error))}
 
 
 class DamagedArtifactError(ValueError):

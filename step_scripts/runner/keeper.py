@@ -3,8 +3,8 @@
 Started by the local backend as `python -m step_scripts.runner.keeper <control descriptor> <lock descriptor> <seconds>`.
 It forks the driver (`step_scripts.runner.worker`), adopts what the driver's processes leave behind, and waits: for the
 driver's end, for the other end of the control descriptor to close, or for SIGTERM. Then the driver has so many seconds
-to end in order, everything that is left is killed, and the folder of the session removed. This process ends as the
-driver did.
+to shut down, everything that is left is killed, and the folder of the session is removed. This process ends with the
+driver's status.
 
 It imports next to nothing before it forks, so that it costs a few milliseconds and megabytes.
 """
@@ -26,7 +26,7 @@ _LONGEST_END_SECONDS = 10.0
 
 def main(descriptor: int, lock: int, seconds: float) -> None:
     """Keep the driver; see the module. Returns in the driver process only, with the driver's work done."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     keeper = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # it waits until this process can handle it
     driver = os.fork()
@@ -122,6 +122,11 @@ def _end_like(code: int) -> None:
     with contextlib.suppress(OSError):  # there is no other handler for SIGKILL
         signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of descendants that lose theirs. On Linux only."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def _prctl(option: int, value: int) -> None:

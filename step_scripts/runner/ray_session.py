@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
@@ -18,7 +19,7 @@ from step_scripts.runner.code_version import library_versions
 from step_scripts.runner.environment import environment_set
 from step_scripts.runner.loaded_code import JOURNAL, digest_of
 from step_scripts.runner.private_files import write_private
-from step_scripts.runner.ray_join import join_cluster, read_token_settings
+from step_scripts.runner.ray_join import join_cluster
 from step_scripts.runner.ray_watch import RayWatch
 from step_scripts.runner.session_folder import FOLDER_VARIABLE, SessionFolder, make_folder, remove_abandoned
 
@@ -43,6 +44,14 @@ _WORKER_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(64 << 20),
     _POLARS_ALLOCATOR: "dirty_decay_ms:10000",
 }
+
+
+_private_folders: list[Path] = []
+
+
+def private_folder_of_session() -> Path | None:
+    """The folder of the private session that this process has started. None: there is none, or a given cluster."""
+    return _private_folders[-1] if _private_folders else None
 
 
 class RaySettings(BaseModel):
@@ -85,7 +94,6 @@ class RaySession:
     _own_folder: SessionFolder | None = None
     _watch: RayWatch | None = None
     _started: bool = False
-    _afterwards: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _reports: dict[str, NodeReport] | None = None
 
     @property
@@ -113,7 +121,7 @@ class RaySession:
                 self.temporary_folder = self._own_folder.path
             if self.on_loss is not None and self._watch is None:
                 self._watch = RayWatch(self.temporary_folder, self.on_loss)
-            self._require_token(self.temporary_folder)
+            _require_token(self.temporary_folder)
             own = {FOLDER_VARIABLE: str(self.temporary_folder), JOURNAL: str(self.temporary_folder / "loaded-code")}
             cpus = self.settings.num_cpus or available_cpus()
             with environment_set(_session_environment(cpus) | own):
@@ -126,21 +134,8 @@ class RaySession:
                     _temp_dir=str(self.temporary_folder / "r"),
                     **common,
                 )
+            _private_folders.append(self.temporary_folder)
         self._started = True
-
-    def _require_token(self, folder: Path) -> None:
-        """Have Ray refuse who does not know a secret in a file in `folder`: its ports are open to the network.
-
-        Whatever the user has set is for other clusters; it is there again after `stop`.
-        """
-        path = folder / "ray_token"
-        if not path.exists():
-            write_private(path, secrets.token_hex(32).encode())
-        if (given := os.environ.pop("RAY_AUTH_TOKEN", None)) is not None:  # it would win over the file
-            self._afterwards.callback(os.environ.__setitem__, "RAY_AUTH_TOKEN", given)
-        self._afterwards.callback(read_token_settings)
-        self._afterwards.enter_context(environment_set({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}))
-        read_token_settings()
 
     def stop(self) -> None:
         """Disconnect; end a private session and remove its folder."""
@@ -152,8 +147,9 @@ class RaySession:
 
             ray.shutdown()
             self._started = False
-        self._afterwards.close()
         if self.temporary_folder is not None:
+            if self.temporary_folder in _private_folders:
+                _private_folders.remove(self.temporary_folder)
             shutil.rmtree(self.temporary_folder, ignore_errors=True)
             self.temporary_folder = None
         if self._own_folder is not None:
@@ -209,6 +205,22 @@ class RaySession:
         import ray
 
         return float(ray.cluster_resources().get("CPU", 1.0))
+
+
+def _require_token(folder: Path) -> None:
+    """Have Ray refuse whoever does not know a secret in a file in `folder`: its ports are open to the network.
+
+    Unless `RAY_AUTH_MODE` says otherwise, Ray wants a token for a cluster that `ray.init` starts. What the user has set
+    is for other clusters.
+    """
+    path = folder / "ray_token"
+    if not path.exists():
+        write_private(path, secrets.token_hex(32).encode())
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # the token itself would win over the file
+        os.environ.pop(name, None)
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    # Ray recommends to choose a mode.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
 
 
 def worker_environment() -> dict[str, str]:

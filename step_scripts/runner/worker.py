@@ -18,15 +18,15 @@ import signal
 import socket
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultMessageWriter, PipesMappingParamsLoader
 
-from step_scripts.runner.contract import StepError, StepRequest
+from step_scripts.runner.contract import StepRequest, failure_of
 from step_scripts.runner.execution import run_step
+from step_scripts.runner.ray_join import use_token_if_present
 from step_scripts.runner.ray_session import RaySession, RaySettings
 
 _SHUTDOWN_SECONDS = 3.0
@@ -69,11 +69,11 @@ def answer(message: dict[str, Any], session: RaySession) -> dict[str, Any]:
         ) as pipes:
             reporter, waited = PipesReporter(pipes), message.get("waited", 0.0)
             result = run_step(request, reporter, session, attempt=message["attempt"], waited=waited)
-    except StepError as error:
-        return {"error": {"kind": "input", "message": str(error), "details": error.details}}
     except Exception as error:  # noqa: BLE001  # the process's boundary: becomes the other side's exception
-        summary = session.loss() or f"{type(error).__name__}: {error}"
-        return {"error": {"kind": "crash", "message": summary, "traceback": traceback.format_exc()}}
+        failure = failure_of(error)
+        if failure["kind"] == "crash" and (loss := session.loss()) is not None:
+            failure["message"] = loss
+        return {"error": failure}
     return {"result": result.model_dump(mode="json")}
 
 
@@ -104,6 +104,8 @@ def main(descriptor: int) -> None:
             channel.sendall(json.dumps(reply).encode() + b"\n")
         os._exit(1)
 
+    if settings.address:
+        use_token_if_present()  # before anything imports Ray
     session = RaySession(settings, on_loss=lost)
     if folder := os.environ.get("HOUSING_RAY_FOLDER"):
         session.temporary_folder = Path(folder)
