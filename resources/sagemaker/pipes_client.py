@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
-from dagster._core.definitions.resource_annotation import TreatAsResourceParam
+from dagster._core.definitions.resource_annotation import TreatAsResourceParam  # has no public name
 
 from resources.aws.calls import AwsCaller, aws_client, error_code
 from resources.aws.ownership import creation_tags

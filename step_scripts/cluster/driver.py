@@ -68,7 +68,7 @@ class _Messages(PipesS3MessageWriter):
         for page in pages.paginate(Bucket=params["bucket"], Prefix=params.get("key_prefix") or ""):
             names = (item["Key"].rpartition("/")[2].partition(".")[0] for item in page.get("Contents", []))
             numbers += [int(name) for name in names if name.isdigit()]
-        channel._counter = max(numbers) + 1
+        channel._counter = max(numbers) + 1  # the writer has no option for its first number
         return channel
 
 

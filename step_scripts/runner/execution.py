@@ -21,8 +21,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from step_scripts.runner import storage
-from step_scripts.runner.code_check import CodeCheck
-from step_scripts.runner.code_version import library_versions
+from step_scripts.runner.code_version import CodeCheck, library_versions
 from step_scripts.runner.contract import (
     DamagedArtifactError,
     Reporter,

@@ -30,7 +30,7 @@ def materialize(
     folder: Path,
     *actions: str,
     values: list[int] | None = None,
-    meanwhile: Callable[[], object] | None = None,
+    in_background: Callable[[], object] | None = None,
     **options: Any,
 ) -> tuple[dg.ExecuteInProcessResult, list[Any]]:
     results: list[Any] = []
@@ -41,7 +41,7 @@ def materialize(
             params = ProbeParams.model_validate(
                 {"action": action, "value": values[index] if values else 0, "marker": str(folder / "marker")}
             )
-            results.append(compute.run(context, PROBE, params, meanwhile=meanwhile))
+            results.append(compute.run(context, PROBE, params, in_background=in_background))
         return dg.MaterializeResult()
 
     compute = backend(folder, **options)
@@ -306,12 +306,12 @@ def nothing(compute: LocalRay) -> None:
     """Needs no driver."""
 
 
-def test_what_is_to_be_done_meanwhile_is_not_done_for_a_reused_result(tmp_path: Path) -> None:
+def test_work_in_the_background_is_not_done_for_a_reused_result(tmp_path: Path) -> None:
     called = threading.Event()
-    materialize(tmp_path, "write", meanwhile=called.set)
+    materialize(tmp_path, "write", in_background=called.set)
     assert called.wait(10)
     called.clear()
-    _, results = materialize(tmp_path, "write", meanwhile=called.set)
+    _, results = materialize(tmp_path, "write", in_background=called.set)
     assert results[0].reused
     assert not called.wait(0.2)
 
