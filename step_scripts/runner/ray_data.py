@@ -239,11 +239,8 @@ def _call(numbers: pa.Table, function: Callable[..., Any], calls: ray.ObjectRef)
 def _report(block: pa.Table, function: Callable[..., Any], args: tuple[Any, ...]) -> pa.Table:
     try:
         report = function(block, *args)
-    except (
-        StepError,
-        OSError,
-    ) as error:  # as a result: Ray Data would add to the message, and an OSError would lose its file
-        report = error
+    except (StepError, OSError) as error:
+        report = error  # the driver raises it: Ray Data would change the message, and an OSError would lose its file
     return pa.table({"report": [pickle_by_value(report)]})  # Ray Data would turn tuples into lists
 
 
