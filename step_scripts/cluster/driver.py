@@ -42,7 +42,6 @@ from step_scripts.runner import interruption
 from step_scripts.runner.contract import Reporter, StepRequest
 from step_scripts.runner.execution import PrintReporter, run_step
 from step_scripts.runner.ray_session import RaySession, RaySettings
-from step_scripts.runner.worker import PipesReporter
 
 INTERRUPTED = 128 + signal.SIGTERM
 _MESSAGES_SECONDS = 1.0
@@ -137,7 +136,7 @@ class Driver:
             yield None
             return
         with _pipes(self._task.pipes) as pipes:
-            self._reporter = PipesReporter(pipes)
+            self._reporter = pipes.log
             yield pipes
 
 

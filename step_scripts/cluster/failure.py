@@ -1,4 +1,4 @@
-"""Why a job failed: as plain data (see `step_scripts.runner.contract.failure_of`), as text for SageMaker's failure
+"""Why a job failed: as plain data (see `step_scripts.runner.execution.failure_of`), as text for SageMaker's failure
 file, and back.
 """
 
@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from step_scripts.runner import contract
+from step_scripts.runner import execution
 
 LONGEST = 960
 """Characters. SageMaker keeps 1024, and adds text of its own before and after."""
@@ -22,7 +22,7 @@ class ClusterError(Exception):
 
 def failure_of(error: BaseException) -> dict[str, Any]:
     """An exception as plain data."""
-    return {"kind": "crash", "message": str(error)} if isinstance(error, ClusterError) else contract.failure_of(error)
+    return {"kind": "crash", "message": str(error)} if isinstance(error, ClusterError) else execution.failure_of(error)
 
 
 def failure_text(failure: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -24,14 +25,13 @@ def run_in_thread(
     seconds to end; without it, the thread is left to end with the process. Raises `TimeoutError` after `timeout`
     seconds.
     """
-    results: list[Result] = []
-    errors: list[BaseException] = []
+    outcome: Future[Result] = Future()
 
     def call() -> None:
         try:
-            results.append(function())
+            outcome.set_result(function())
         except BaseException as error:  # noqa: BLE001  # raised again, in the thread that waits
-            errors.append(error)
+            outcome.set_exception(error)
 
     thread = threading.Thread(target=call, name="ray-driver", daemon=True)
     thread.start()
@@ -46,9 +46,7 @@ def run_in_thread(
             on_interrupt()
             thread.join(_END_SECONDS)
         raise
-    if errors:
-        raise errors[0]
-    return results[0]
+    return outcome.result()
 
 
 @contextlib.contextmanager

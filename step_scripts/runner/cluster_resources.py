@@ -1,4 +1,4 @@
-"""What the Ray cluster has, and how to divide it among workers."""
+"""The CPUs of the Ray cluster: which are free, and how to divide them among workers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from step_scripts.runner.ray_session import private_folder_of_session
 
 WAIT_VARIABLE = "HOUSING_RESOURCE_WAIT_SECONDS"
 _DEFAULT_WAIT_SECONDS = 1800.0
-_SETTLE_SECONDS = 5.0  # CPUs of actors that have just been ended are free a little later
+_SETTLE_SECONDS = 5.0  # the CPUs of actors that have just ended become free a little later
 _MESSAGE_SECONDS = 15.0
 
 
@@ -82,7 +82,7 @@ def reserved(what: str, cpus: int, log: Reporter | None) -> Iterator[dict[str, A
         return
     group = None
     try:
-        with waiting_is_told(what, log):  # begun before, or the group may be one of those that were there already
+        with waiting_is_told(what, log):  # begins before the group is created, or would not count it
             group = placement_group([{"CPU": cpus}])
             if not group.wait(wait_seconds()):
                 raise no_room(what)
@@ -93,7 +93,7 @@ def reserved(what: str, cpus: int, log: Reporter | None) -> Iterator[dict[str, A
 
 
 def no_room(what: str) -> StepError:
-    """For what has waited as long as it may."""
+    """The error for work that has waited for CPUs as long as it may."""
     return StepError(
         f"the Ray cluster had no room for {what} within {wait_seconds():g} s: end what uses it, or wait longer by "
         f"{WAIT_VARIABLE}"
@@ -102,7 +102,7 @@ def no_room(what: str) -> StepError:
 
 @contextlib.contextmanager
 def waiting_is_told(what: str, log: Reporter | None) -> Iterator[None]:
-    """Tell `log` in the block now and then if a placement group that is asked for in it waits for CPUs."""
+    """Log now and then, during the block, that a placement group created in it waits for CPUs."""
     known = set(placement_group_table())
 
     def look() -> None:
@@ -128,9 +128,9 @@ def cpus_per_worker(num_workers: int, nodes: list[int]) -> int:
 
 
 def await_lost_nodes(seconds: float) -> None:
-    """Wait until Ray knows of every node that cannot be reached any more that it is gone, for at most `seconds`.
+    """Wait, for at most `seconds`, until Ray has marked every unreachable node as dead.
 
-    Ray takes its time to be sure; until then it would wait for workers on such a node.
+    Until then Ray would wait for workers on such a node.
     """
     deadline = time.monotonic() + seconds
     suspects = {n["NodeID"] for n in ray.nodes() if n["Alive"] and not _answers(n)}
