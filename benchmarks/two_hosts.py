@@ -52,7 +52,7 @@ def on_hosts(folder: str, rounds: int, hosts: int) -> dict[str, Any]:
 def _hosts(count: int) -> Iterator[None]:
     """A Ray cluster of so many nodes with one CPU, each bound to a core; the driver has the first host's.
 
-    The nodes run what those of a job do (`step_scripts.cluster.roles`).
+    The nodes run what those of a job do (`step_scripts.cluster.node`).
     """
     import ray
     from ray.cluster_utils import Cluster

@@ -15,10 +15,9 @@ import sys
 from pathlib import Path
 
 from step_scripts.cluster.failure import failure_of, write_failure
-from step_scripts.cluster.job_files import JobFiles
-from step_scripts.cluster.job_hosts import ml_root
+from step_scripts.cluster.job import JobFiles, ml_root
 from step_scripts.parameters import TuneModelParams
-from step_scripts.runner.code_check import CodeCheck
+from step_scripts.runner.code_version import CodeCheck
 from step_scripts.training.boosting import TrialBoosting, quantile_matrices, useful_threads, xgboost_parameters
 from step_scripts.training.training_data import read_splits
 from step_scripts.training.trial_records import TUNED

@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 
 from resources.aws.code_package import requirements
-from resources.file_lock import file_lock
 from resources.model_registry.serving_container import serving_requirements
+from step_scripts.runner.locking import file_lock
 from tests.sagemaker_emulator import Image
 
 PATTERN = "*/sagemaker-xgboost:3.2-0*"

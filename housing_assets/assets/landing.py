@@ -21,7 +21,7 @@ from resources.sources.folder_search import SetAside
 from resources.sources.listing import Listing, ends_within_a_line
 from step_scripts.parameters import SourceFile
 from step_scripts.runner import storage
-from step_scripts.runner.file_state import lasting
+from step_scripts.runner.storage import lasting
 
 WITHIN_A_LINE = 10
 _DATE = re.compile(r"(?<!\d)(\d{4})-(\d{2})-(\d{2})(?!\d)|year=(\d{4})/month=(\d{1,2})/day=(\d{1,2})(?!\d)")

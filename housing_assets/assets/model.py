@@ -45,7 +45,7 @@ def tuned_model(
         "tune_model",
         TuneModelParams(**config.resolved(), table=HOUSING_TABLE),
         {"train": train_split.rows, "validation": validation_split.rows, "statistics": train_split.statistics},
-        meanwhile=load_matplotlib,
+        in_background=load_matplotlib,
     )
     model, details = result.outputs["model"], result.details
     tracked = experiments.try_to_record(

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import dagster as dg
-from dagster._core.errors import DagsterExecutionInterruptedError  # has no public name
 
 from resources.compute.base import as_metadata
 
@@ -16,7 +15,7 @@ def judged(check: Callable[[], dg.AssetCheckResult], remedy: str) -> dg.AssetChe
     """The result of `check`; a failed one that warns, with the reason and what people can do, if it raises."""
     try:
         return check()
-    except (DagsterExecutionInterruptedError, KeyboardInterrupt, SystemExit):
+    except (dg.DagsterExecutionInterruptedError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # noqa: BLE001  # becomes the result; a panic of Polars is no Exception
         reason = f"{type(error).__name__}: {error}"

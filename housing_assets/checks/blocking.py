@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
+
+# Has no public name.
 from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluationTargetMaterializationData
 
 from housing_assets.checks.gate import EVIDENCE, JUDGED, SUBJECT

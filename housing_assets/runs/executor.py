@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import dagster as dg
-from dagster._core.errors import DagsterExecutionInterruptedError  # has no public name
 
 from housing_assets.runs.lost_runs import end_lost_runs, record_process
 from housing_assets.runs.writable_root import check_root_is_writable
@@ -25,7 +24,7 @@ from housing_assets.runs.writable_root import check_root_is_writable
 # Concurrency pool of the assets that run on Ray; dagster.yaml says how many runs may have it at once.
 RAY_POOL = "ray"
 _GRACEFUL = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
-_INTERRUPTIONS = (DagsterExecutionInterruptedError, KeyboardInterrupt)
+_INTERRUPTIONS = (dg.DagsterExecutionInterruptedError, KeyboardInterrupt)
 # Until then the callback that ignored the exception has long returned.
 _RESEND_SECONDS = 0.1
 

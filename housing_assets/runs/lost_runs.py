@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 import dagster as dg
 import psutil
 from dagster._core.launcher import CheckRunHealthResult, WorkerStatus  # have no public names
-from dagster._serdes import ConfigurableClassData
+from dagster._serdes import ConfigurableClassData  # nor has this
 
 PROCESS_TAG = ".dagster/housing_process"  # the prefix hides it in the UI
 _STATUSES = (dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING)

@@ -22,6 +22,7 @@ REQUIRED = {
     "boto3": "",
     "cachetools": "",
     "dagster-pipes": "",
+    "filelock": "",
     "numpy": "",
     "optuna": "",
     "pandas": "",

@@ -12,8 +12,7 @@ import dagster as dg
 from pydantic import Field
 
 from resources.inventory import OwnedItem
-from step_scripts.runner.code_check import require_unchanged
-from step_scripts.runner.code_version import library_versions, step_sources, version_of
+from step_scripts.runner.code_version import library_versions, require_unchanged, step_sources, version_of
 from step_scripts.runner.contract import Artifact, StepError, StepParams, StepRequest, StepResult
 from step_scripts.runner.execution import find_result
 from step_scripts.runner.wording import rounded
@@ -39,14 +38,14 @@ class ComputeBackend(dg.ConfigurableResource, ABC):
         inputs: dict[str, Artifact] | None = None,
         *,
         cacheable: bool = True,
-        meanwhile: Callable[[], object] | None = None,
+        in_background: Callable[[], object] | None = None,
     ) -> StepResult:
         """Run `step`, or reuse its result if request, code and inputs are unchanged.
 
         `cacheable=False`: the step changes something beyond its outputs, so that a manifest does not prove that its
-        work is still there. `meanwhile` is called in a thread while the step runs elsewhere, for imports of what the
-        asset does with the result; not for a result that is reused. Raises `dagster.Failure` without retries for bad
-        input, with the figures as metadata.
+        work is still there. `in_background` is called in a thread while the step runs elsewhere, for imports that the
+        asset needs for the result; it is not called for a reused result. Raises `dagster.Failure` without retries for
+        bad input, with the figures as metadata.
         """
         reusable = cacheable and self.use_cache
         now = datetime.now(UTC)
@@ -74,8 +73,8 @@ class ComputeBackend(dg.ConfigurableResource, ABC):
             require_unchanged(request)
         except StepError as error:
             raise dg.Failure(str(error), allow_retries=False) from error
-        if meanwhile is not None:
-            threading.Thread(target=meanwhile, daemon=True).start()
+        if in_background is not None:
+            threading.Thread(target=in_background, daemon=True).start()
         return self._execute(context, request)
 
     def prepare(self, context: dg.AssetExecutionContext) -> None:

@@ -42,8 +42,6 @@ from step_scripts.runner.session_folder import (
     end_processes,
     make_folder,
     processes_of,
-    recorded_process,
-    recorded_sessions,
     remove_abandoned,
 )
 
@@ -171,26 +169,23 @@ class LocalRay(ComputeBackend):
             raise NotOwned(f"{item.location} is not below {self.artifact_root}")
 
     def _sessions(self) -> list[_Session]:
-        """Sessions with this backend's artifacts, of whatever run.
+        """Sessions with this backend's artifacts, of any run, by the environment of their processes.
 
-        By what was recorded when they were started, and by the environment of their processes: what is left of a
-        session is found without its first process, or its folder.
+        So what is left of a session is found without its first process, or its folder.
         """
         found: dict[tuple[str, str | None], list[psutil.Process]] = {}
-        for folder, record in recorded_sessions():
-            if record.get("artifacts") == self.artifact_root:
-                first = recorded_process(record)
-                found[str(folder), record.get("run_id")] = [first] if first else processes_of(folder)
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 environment = process.environ()
                 folder = environment.get(FOLDER_VARIABLE)
                 if folder is None or environment.get("HOUSING_ARTIFACTS") != self.artifact_root:
                     continue
-                members = found.setdefault((folder, environment.get("HOUSING_RUN_ID")), [])
-                if process not in members and process.status() != psutil.STATUS_ZOMBIE:
-                    members.append(process)
-        return [_Session(Path(folder), run_id, members) for (folder, run_id), members in found.items() if members]
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    found.setdefault((folder, environment.get("HOUSING_RUN_ID")), []).append(process)
+        return [
+            _Session(Path(folder), run_id, sorted(members, key=lambda process: process.create_time()))
+            for (folder, run_id), members in found.items()
+        ]
 
     def _stop(self) -> None:
         worker, self._worker = self._worker, None
@@ -216,18 +211,17 @@ class LocalRay(ComputeBackend):
         environment.pop("RAY_ADDRESS", None)
         if environment.get("PYTHONOPTIMIZE", "") not in ("", "0", "1"):
             environment["PYTHONOPTIMIZE"] = "1"  # Ray cannot start without docstrings
-        patience = 0.0 if self.address is None else _TERMINATION_SECONDS - 1.0
-        facts = {"artifacts": self.artifact_root, "run_id": run_id}
+        time_to_end = 0.0 if self.address is None else _TERMINATION_SECONDS - 1.0
         keeper = [
             sys.executable,
             "-m",
             "step_scripts.runner.keeper",
             str(theirs.fileno()),
             str(folder.lock),
-            str(patience),
+            str(time_to_end),
         ]
         try:
-            with theirs, folder.recording(facts) as record:
+            with theirs:
                 process = subprocess.Popen(
                     keeper,
                     pass_fds=[theirs.fileno(), folder.lock],
@@ -235,7 +229,6 @@ class LocalRay(ComputeBackend):
                     env=environment,
                     start_new_session=True,  # Ctrl-C reaches the run alone, which then ends this process in order
                 )
-                record |= {"pid": process.pid, "started": psutil.Process(process.pid).create_time()}
         except BaseException:
             ours.close()  # a keeper that has been started ends when it sees this
             folder.remove()
@@ -250,7 +243,7 @@ class LocalRay(ComputeBackend):
 
     def _execute(self, context: dg.AssetExecutionContext, request: StepRequest) -> StepResult:
         reply = self._reply(context, request)
-        if reply.get("starting"):  # on a machine that is very busy Ray's processes lose patience with each other
+        if reply.get("starting"):  # on a very busy machine Ray's processes time out waiting for each other
             context.log.warning(f"{reply['error']['message']}, while Ray was being started. Starting it once more")
             reply = self._reply(context, request)
         if "error" in reply:

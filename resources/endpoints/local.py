@@ -49,11 +49,11 @@ from resources.endpoints.server_process import (
     stray_servers,
     wait_until_serving,
 )
-from resources.file_lock import file_lock
 from resources.inventory import NotOwned, OwnedItem, discarded_items, remove_discarded
 from resources.model_registry.base import ModelVersion
 from step_scripts.runner import storage
 from step_scripts.runner.contract import DamagedArtifactError, check_files
+from step_scripts.runner.locking import file_lock
 from step_scripts.runner.private_files import private_folder
 from step_scripts.runner.wording import counted
 from step_scripts.serving.deployment import (

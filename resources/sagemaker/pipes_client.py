@@ -8,9 +8,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
-from dagster._core.definitions.resource_annotation import (
-    TreatAsResourceParam,  # no public way: as dagster-aws's clients
-)
+from dagster._core.definitions.resource_annotation import TreatAsResourceParam  # has no public name
 
 from resources.aws.waiting import wait_until
 from resources.pipes_session import pipes_session

@@ -1,4 +1,5 @@
 """The Ray cluster inside a SageMaker job, formed by the job's hosts: `python -m step_scripts.cluster` on each.
 
-Begin with `program` (a host's life), then `head`, `roles` and `driver`. Imports `runner` only.
+Begin with `program` (a host from start to end), then `head`, `node` and `driver`. `job` has the job's hosts,
+files and limits. Imports `runner` only.
 """

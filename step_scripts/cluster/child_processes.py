@@ -1,36 +1,32 @@
-"""Processes started here, and all that those start: ended and reaped, and no others.
+"""Starts, ends and reaps this host's processes and everything that they start.
 
-On Linux this process adopts the orphans among its descendants, so that none is out of reach, also when it is not the
+On Linux this process adopts the orphans among its descendants, so that it can end them even when it is not the
 container's first process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
-from step_scripts.cluster.limits import Deadline
-from step_scripts.runner.interruption import Alarm
-
-_PR_SET_CHILD_SUBREAPER = 36
+from step_scripts.cluster.job import Deadline
+from step_scripts.runner.interruption import StopSignal
+from step_scripts.runner.keeper import adopt_orphans
 
 
 class ChildProcesses:
     """The processes of this host's part of the job."""
 
-    def __init__(self, alarm: Alarm) -> None:
-        self._alarm = alarm
+    def __init__(self, stop: StopSignal) -> None:
+        self._stop = stop
         self._started: list[subprocess.Popen[bytes]] = []
-        if sys.platform.startswith("linux"):
-            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        adopt_orphans()
 
     def start(
         self, command: Sequence[str], environment: Mapping[str, str], output: Path | None = None
@@ -50,7 +46,7 @@ class ChildProcesses:
         return process
 
     def reap(self) -> None:
-        """Take note of ended processes: those started here, and adopted ones, which nobody else would wait for."""
+        """Collect the status of ended processes: of those started here, and of adopted ones."""
         waited = {process.pid for process in self._started if process.poll() is None}
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.NoSuchProcess, ChildProcessError):
@@ -62,29 +58,29 @@ class ChildProcesses:
         _send(process.pid, signal.SIGTERM)
         deadline = Deadline(seconds)
         while process.poll() is None and not deadline.passed:
-            self._alarm.wait(min(0.2, deadline.left))
+            self._stop.wait(min(0.2, deadline.left))
         if process.poll() is None:
             process.kill()
             process.wait()
 
     def end_all(self, seconds: float) -> None:
-        """SIGTERM what was started here, SIGKILL all that is left after so many seconds; returns when none is left.
+        """SIGTERM all processes, SIGKILL those left after so many seconds; returns when none is left.
 
-        Orphans, which a process has not taken along at its end, get their SIGTERM when they turn up.
+        Orphans that turn up meanwhile get a SIGTERM too.
         """
-        told: set[int] = set()
+        signalled: set[int] = set()
         deadline = Deadline(seconds)
         while self._left() and not deadline.passed:
             for child in psutil.Process().children():
-                if child.pid not in told:
-                    told.add(child.pid)
+                if child.pid not in signalled:
+                    signalled.add(child.pid)
                     _send(child.pid, signal.SIGTERM)
-            self._alarm.wait(min(0.1, deadline.left))
+            self._stop.wait(min(0.1, deadline.left))
         kill_deadline = Deadline(seconds)
         while (left := self._left()) and not kill_deadline.passed:
             for child in left:
                 _send(child.pid, signal.SIGKILL)
-            self._alarm.wait(0.05)
+            self._stop.wait(0.05)
 
     def _left(self) -> list[psutil.Process]:
         self.reap()

@@ -1,9 +1,9 @@
 """The process on the head that runs the step, as the driver of the cluster. Started by `step_scripts.cluster` only.
 
-Standard input carries JSON lines. The first is an `Assignment`. While the cluster forms, the process imports what it
-needs. The line `{"address": …, "note": …}` starts the step; `{"warning": …}` passes something on to Dagster; the
-end of the input ends the process. How the step ended is written to the file `Assignment.outcome`: `{"failure": null}`,
-or the failure as `step_scripts.cluster.failure` describes it.
+Standard input carries JSON lines. The first is a `DriverTask`. While the cluster forms, the process imports what it
+needs. The line `{"address": …, "note": …}` starts the step; `{"warning": …}` is passed on to Dagster; the end of the
+input ends the process. How the step ended is written to the file `DriverTask.outcome`: `{"failure": null}`, or the
+failure as `step_scripts.cluster.failure` describes it.
 
 SIGTERM: the step saves what it can (see `step_scripts.runner.interruption`), then the process ends with status 143.
 Dagster is told, but the Pipes session is not closed: the step may go on in the job's next attempt.
@@ -42,14 +42,13 @@ from step_scripts.runner import interruption
 from step_scripts.runner.contract import Reporter, StepRequest
 from step_scripts.runner.execution import PrintReporter, run_step
 from step_scripts.runner.ray_session import RaySession, RaySettings
-from step_scripts.runner.worker import PipesReporter
 
 INTERRUPTED = 128 + signal.SIGTERM
 _MESSAGES_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 
-class Assignment(BaseModel):
+class DriverTask(BaseModel):
     """What the driver is to do."""
 
     request: StepRequest
@@ -68,15 +67,15 @@ class _Messages(PipesS3MessageWriter):
         for page in pages.paginate(Bucket=params["bucket"], Prefix=params.get("key_prefix") or ""):
             names = (item["Key"].rpartition("/")[2].partition(".")[0] for item in page.get("Contents", []))
             numbers += [int(name) for name in names if name.isdigit()]
-        channel._counter = max(numbers) + 1
+        channel._counter = max(numbers) + 1  # the writer has no option for its first number
         return channel
 
 
 class Driver:
     """One step, run in a thread, so that the main thread is free for signals and standard input."""
 
-    def __init__(self, assignment: Assignment) -> None:
-        self._assignment = assignment
+    def __init__(self, task: DriverTask) -> None:
+        self._task = task
         self._reporter: Reporter = PrintReporter()
         self._stopping = False
 
@@ -89,7 +88,7 @@ class Driver:
         self._reporter.warning(message)
 
     def stop(self, *_: int | FrameType | None) -> None:
-        """Let the step save its work; end the process. The handler of SIGTERM."""
+        """Let the step save its work, then end the process. The handler of SIGTERM."""
         if self._stopping:
             return
         self._stopping = True
@@ -106,10 +105,10 @@ class Driver:
                     self._reporter.info(note)
                     settings = RaySettings(address=address, ship_code=False)
                     run_step(
-                        self._assignment.request,
+                        self._task.request,
                         self._reporter,
                         RaySession(settings),
-                        attempt=self._assignment.attempt,
+                        attempt=self._task.attempt,
                     )
                 except Exception as error:
                     failure = failure_of(error)
@@ -126,18 +125,18 @@ class Driver:
         _exit(0 if failure is None else 1)
 
     def _write_outcome(self, failure: dict[str, Any] | None) -> None:
-        path = self._assignment.outcome
+        path = self._task.outcome
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps({"failure": failure}, default=str))
         temporary.replace(path)
 
     @contextmanager
     def _reporting(self) -> Iterator[PipesContext | None]:
-        if self._assignment.pipes is None:
+        if self._task.pipes is None:
             yield None
             return
-        with _pipes(self._assignment.pipes) as pipes:
-            self._reporter = PipesReporter(pipes)
+        with _pipes(self._task.pipes) as pipes:
+            self._reporter = pipes.log
             yield pipes
 
 
@@ -156,12 +155,12 @@ def _s3_client() -> Any:
     import boto3
     from botocore.config import Config
 
-    # The writer's thread ends at the first error that gets through.
+    # The writer's thread ends at the first error.
     return boto3.client("s3", config=Config(retries={"mode": "standard", "max_attempts": 10}))
 
 
 def _exit(status: int) -> None:
-    """End at once: Ray's and other libraries' threads are not waited for; the supervisor ends what is left."""
+    """End at once: Ray's and other libraries' threads are not waited for; the supervisor ends all that is left."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -171,8 +170,8 @@ def _exit(status: int) -> None:
 def main() -> None:
     """Follow standard input to its end."""
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
-    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it would like to have SIGTERM for itself
-    driver = Driver(Assignment.model_validate_json(sys.stdin.readline()))
+    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that it cannot handle SIGTERM
+    driver = Driver(DriverTask.model_validate_json(sys.stdin.readline()))
     signal.signal(signal.SIGTERM, driver.stop)
     import ray  # noqa: F401  # while the cluster forms
 

@@ -1,43 +1,34 @@
-"""Why a job failed: as plain data, as text for SageMaker's failure file, and back.
-
-The data has the form that `step_scripts.runner.worker` answers with: `kind` (`input`: trying again does not help;
-`crash`), `message`, and optionally `details` and `traceback`.
+"""Why a job failed: as plain data (see `step_scripts.runner.execution.failure_of`), as text for SageMaker's failure
+file, and back.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import traceback
 from pathlib import Path
 from typing import Any
 
-from step_scripts.cluster.job_hosts import HostsError
-from step_scripts.runner.contract import StepError
+from step_scripts.runner import execution
 
 LONGEST = 960
-"""Characters. SageMaker keeps 1024, and puts words of its own before and behind."""
+"""Characters. SageMaker keeps 1024, and adds text of its own before and after."""
 _KEY = "step_error"
 
 
 class ClusterError(Exception):
-    """The cluster of the job's hosts did not form, or broke."""
+    """The cluster of the job's hosts could not be formed, or broke. The message says it all: no traceback is kept."""
 
 
 def failure_of(error: BaseException) -> dict[str, Any]:
     """An exception as plain data."""
-    if isinstance(error, StepError):
-        return {"kind": "input", "message": str(error), "details": error.details}
-    if isinstance(error, ClusterError | HostsError):
-        return {"kind": "crash", "message": str(error)}
-    message = f"{type(error).__name__}: {error}"
-    return {"kind": "crash", "message": message, "traceback": "".join(traceback.format_exception(error))}
+    return {"kind": "crash", "message": str(error)} if isinstance(error, ClusterError) else execution.failure_of(error)
 
 
 def failure_text(failure: dict[str, Any]) -> str:
     """The failure in at most `LONGEST` characters, reason first.
 
-    A fault of the input is JSON, `{"step_error": {…}}`, without the details if they do not fit; anything else is the
+    An input error is JSON, `{"step_error": {…}}`, without the details if they do not fit. Any other failure is the
     message, followed by the end of the traceback if there is one.
     """
     if failure["kind"] != "input":
@@ -48,13 +39,13 @@ def failure_text(failure: dict[str, Any]) -> str:
     message, details = str(failure["message"]), failure.get("details") or {}
     if details and len(text := _json(message, details)) <= LONGEST:
         return text
-    while len(text := _json(message, None)) > LONGEST:  # escaping makes a character longer: by trial
+    while len(text := _json(message, None)) > LONGEST:  # escaping lengthens characters, hence a loop
         message = message[: len(message) - max(1, (len(text) - LONGEST) // 6) - 1] + "…"
     return text
 
 
 def failure_from(text: str) -> dict[str, Any] | None:
-    """The fault of the input in a text that holds one, such as a job's FailureReason; None if it holds none."""
+    """The input error in a text such as a job's FailureReason; None if the text holds none."""
     start = text.find(f'{{"{_KEY}"')
     if start < 0:
         return None

@@ -5,14 +5,13 @@
 
 - `request.json`: the `StepRequest`;
 - `pipes.json`: bootstrap of the Dagster Pipes session (without it, messages are printed);
-- `ray_token`: a secret that the hosts share (may be absent if there is one host);
-- `cluster.json`: time limits that differ from the defaults (may be absent).
+- `ray_token`: a secret that the hosts share (a single host needs none).
 
 The head (the first host in natural order; with instance groups, of the group `HOUSING_CLUSTER_HEAD_GROUP`, or of the
 first group) starts Ray, waits until all hosts have joined, runs the step in a process of its own
-(`step_scripts.cluster.driver`), and publishes how it ended. The others join, and leave when they know the end.
+(`step_scripts.cluster.driver`), and publishes how it ended. The others join, and leave when they have read the outcome.
 
-Every wait has a limit: see `step_scripts.cluster.limits` for their names and defaults. Other variables:
+Every wait has a limit: see `step_scripts.cluster.job.ClusterLimits` for names and defaults. Other variables:
 `HOUSING_NODE_CPUS` and `HOUSING_OBJECT_STORE_BYTES` (per host; the default is Ray's), `HOUSING_RAY_PORT` (6379),
 `SAGEMAKER_BASE_DIR` (another root than `/opt/ml`).
 
@@ -37,11 +36,9 @@ from pathlib import Path
 
 from step_scripts.cluster.child_processes import ChildProcesses
 from step_scripts.cluster.failure import failure_of, write_failure
-from step_scripts.cluster.job_files import JobFiles
-from step_scripts.cluster.job_hosts import JobHosts, ml_root, read_hosts
-from step_scripts.cluster.limits import ClusterLimits
+from step_scripts.cluster.job import ClusterLimits, JobFiles, JobHosts, ml_root, read_hosts
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.interruption import Alarm
+from step_scripts.runner.interruption import StopSignal
 from step_scripts.runner.private_files import write_private
 from step_scripts.runner.ray_session import worker_environment
 
@@ -52,28 +49,28 @@ _log = logging.getLogger("step_scripts.cluster")
 
 def main() -> int:
     """Do this host's part of the job. Returns the exit status."""
-    alarm = Alarm()
+    stop = StopSignal()
     started = time.monotonic()
     root = ml_root()
     hosts: JobHosts | None = None
     folder: Path | None = None
-    children = ChildProcesses(alarm)
+    children = ChildProcesses(stop)
     limits = ClusterLimits()
     try:
         hosts = read_hosts(root, os.environ.get("HOUSING_CLUSTER_HEAD_GROUP"))
         _start_log(hosts, started)
-        files = JobFiles(os.environ["HOUSING_JOB_URI"], alarm)
-        limits = files.limits(os.environ)
+        files = JobFiles(os.environ["HOUSING_JOB_URI"])
+        limits = ClusterLimits.from_environment(os.environ)
         folder = _own_folder()
         _prepare_environment(hosts, files, folder)
         # Imported only now: Ray reads its environment when it is imported.
         from step_scripts.cluster.head import Head
-        from step_scripts.cluster.roles import HostTools, Worker
+        from step_scripts.cluster.node import NodeContext, Worker
 
-        tools = HostTools(hosts, files, limits, alarm, children, folder)
-        status = (Head if hosts.is_head else Worker)(tools).run()
+        context = NodeContext(hosts, files, limits, stop, children, folder)
+        status = (Head if hosts.is_head else Worker)(context).run()
     except Exception as error:  # noqa: BLE001  # the process's boundary: becomes the job's failure
-        if alarm.stop_requested:
+        if stop.stop_requested:
             _log.warning("stopped: %s: %s", type(error).__name__, error)
             status = STOPPED
         else:
@@ -129,6 +126,7 @@ def _prepare_environment(hosts: JobHosts, files: JobFiles, folder: Path) -> None
         "RAY_AUTH_TOKEN_PATH": str(path),
         # SIGTERM ends Ray's processes at once: when it comes, the step has ended or saved its work.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "TMPDIR": str(folder),  # temporary files of the step are removed with it
         **worker_environment(),
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
     }

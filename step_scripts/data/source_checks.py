@@ -12,7 +12,7 @@ from step_scripts.data.csv_chunks import Chunk
 from step_scripts.data.rejected_rows import LineNumbers
 from step_scripts.parameters import SourceFile
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.file_state import file_state, lasting
+from step_scripts.runner.storage import file_state, lasting
 from step_scripts.runner.wording import counted
 
 _THREADS = 16

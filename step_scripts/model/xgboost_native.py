@@ -19,7 +19,7 @@ def _hidden(package: str) -> Iterator[None]:
     if package in sys.modules:
         yield
         return
-    sys.modules[package] = None  # pyright: ignore[reportArgumentType]  # the import system's sign for it
+    sys.modules[package] = None  # pyright: ignore[reportArgumentType]  # documented: then its import fails
     try:
         yield
     finally:

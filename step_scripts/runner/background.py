@@ -1,10 +1,13 @@
-"""Threads beside a step: long calls into Ray that can be interrupted, and what is told while something lasts."""
+"""Threads beside a step: long calls into Ray that can be interrupted, and repeated calls while something lasts."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -12,35 +15,38 @@ _POLL_SECONDS = 0.2
 _END_SECONDS = 4.0
 
 
-def run_in_thread(function: Callable[[], Result], on_interrupt: Callable[[], None] | None = None) -> Result:
+def run_in_thread(
+    function: Callable[[], Result], on_interrupt: Callable[[], None] | None = None, timeout: float | None = None
+) -> Result:
     """The result of `function`, which runs in a second thread; its exception is raised here.
 
     A signal reaches Python only when the main thread is not inside Ray, and in the main thread Ray Tune and Ray Train
     install signal handlers that they leave behind. On an interrupt `on_interrupt` is called, and the thread has a few
-    seconds to end; without it, the thread is left to end with the process.
+    seconds to end; without it, the thread is left to end with the process. Raises `TimeoutError` after `timeout`
+    seconds.
     """
-    results: list[Result] = []
-    errors: list[BaseException] = []
+    outcome: Future[Result] = Future()
 
     def call() -> None:
         try:
-            results.append(function())
+            outcome.set_result(function())
         except BaseException as error:  # noqa: BLE001  # raised again, in the thread that waits
-            errors.append(error)
+            outcome.set_exception(error)
 
     thread = threading.Thread(target=call, name="ray-driver", daemon=True)
     thread.start()
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
     try:
         while thread.is_alive():
             thread.join(_POLL_SECONDS)
+            if time.monotonic() > deadline and thread.is_alive():
+                raise TimeoutError(f"no answer within {timeout:g} s")
     except BaseException:
         if on_interrupt is not None:
             on_interrupt()
             thread.join(_END_SECONDS)
         raise
-    if errors:
-        raise errors[0]
-    return results[0]
+    return outcome.result()
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What the Ray cluster has, and how to divide it among workers."""
+"""The CPUs of the Ray cluster: which are free, and how to divide them among workers."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-import ray._private.state
-import ray._private.worker
+import ray._private.state  # the public API has the free CPUs of all nodes together only
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from step_scripts.runner.background import repeated
 from step_scripts.runner.contract import Reporter, StepError
-from step_scripts.runner.ports import is_open
+from step_scripts.runner.ray_join import is_open
+from step_scripts.runner.ray_session import private_folder_of_session
 
 WAIT_VARIABLE = "HOUSING_RESOURCE_WAIT_SECONDS"
 _DEFAULT_WAIT_SECONDS = 1800.0
-_SETTLE_SECONDS = 5.0  # CPUs of actors that have just been ended are free a little later
+_SETTLE_SECONDS = 5.0  # the CPUs of actors that have just ended become free a little later
 _MESSAGE_SECONDS = 15.0
 
 
 @contextlib.contextmanager
 def scratch_folder(prefix: str) -> Iterator[str]:
-    """A folder for the block, inside the folder of the Ray session, with which it goes if the process is killed."""
-    node = ray._private.worker._global_node
-    parent = node.get_session_dir_path() if node is not None else None
+    """A folder for the block. It lies in the folder of a private session, which is removed if the process is killed."""
+    parent = private_folder_of_session()
     with tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True) as folder:
         yield folder
 
@@ -48,11 +47,10 @@ def wait_seconds() -> float:
 def free_cpus(what: str, needed: int, log: Reporter | None) -> list[int]:
     """CPUs of each node that nobody uses, most first, as soon as `needed` of them are free for `what`.
 
-    In a session of our own those are all: what is in use is ours and about to end. Raises `StepError` if too few are
-    free within `wait_seconds`.
+    In a private session these are all: what is in use is ours and about to end. Raises `StepError` if too few are free
+    within `wait_seconds`.
     """
-    node = ray._private.worker._global_node
-    if node is not None and node.head:
+    if private_folder_of_session() is not None:
         return node_cpus()
     start = time.monotonic()
     limit, next_message = wait_seconds(), 0.0
@@ -75,17 +73,16 @@ def free_cpus(what: str, needed: int, log: Reporter | None) -> list[int]:
 
 @contextlib.contextmanager
 def reserved(what: str, cpus: int, log: Reporter | None) -> Iterator[dict[str, Any]]:
-    """Options for a task that is to have that many CPUs of one node, which are its own as soon as the block begins.
+    """Options for a task that gets that many CPUs of one node. They are reserved when the block begins.
 
-    Raises `StepError` if they are not free within `wait_seconds`. In a session of our own nobody else could use them.
+    Raises `StepError` if they are not free within `wait_seconds`. In a private session nobody else could use them.
     """
-    node = ray._private.worker._global_node
-    if node is not None and node.head:
+    if private_folder_of_session() is not None:
         yield {"num_cpus": cpus}
         return
     group = None
     try:
-        with waiting_is_told(what, log):  # begun before, or the group may be one of those that were there already
+        with waiting_is_told(what, log):  # begins before the group is created, or would not count it
             group = placement_group([{"CPU": cpus}])
             if not group.wait(wait_seconds()):
                 raise no_room(what)
@@ -96,7 +93,7 @@ def reserved(what: str, cpus: int, log: Reporter | None) -> Iterator[dict[str, A
 
 
 def no_room(what: str) -> StepError:
-    """For what has waited as long as it may."""
+    """The error for work that has waited for CPUs as long as it may."""
     return StepError(
         f"the Ray cluster had no room for {what} within {wait_seconds():g} s: end what uses it, or wait longer by "
         f"{WAIT_VARIABLE}"
@@ -105,7 +102,7 @@ def no_room(what: str) -> StepError:
 
 @contextlib.contextmanager
 def waiting_is_told(what: str, log: Reporter | None) -> Iterator[None]:
-    """Tell `log` in the block now and then if a placement group that is asked for in it waits for CPUs."""
+    """Log now and then, during the block, that a placement group created in it waits for CPUs."""
     known = set(placement_group_table())
 
     def look() -> None:
@@ -131,9 +128,9 @@ def cpus_per_worker(num_workers: int, nodes: list[int]) -> int:
 
 
 def await_lost_nodes(seconds: float) -> None:
-    """Wait until Ray knows of every node that cannot be reached any more that it is gone, for at most `seconds`.
+    """Wait, for at most `seconds`, until Ray has marked every unreachable node as dead.
 
-    Ray takes its time to be sure; until then it would wait for workers on such a node.
+    Until then Ray would wait for workers on such a node.
     """
     deadline = time.monotonic() + seconds
     suspects = {n["NodeID"] for n in ray.nodes() if n["Alive"] and not _answers(n)}

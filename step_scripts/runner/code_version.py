@@ -1,8 +1,11 @@
-"""The version of a step's code: a digest of all of the project's modules that can take part in running it.
+"""The version of a step's code, and whether a step runs with the code and the libraries that were asked for.
 
-Modules are followed from file to file: by import statements wherever they stand, by dotted names in strings (as
-engines and child processes are named), and by literal arguments of `import_module`. Nothing is imported. Modules of the
-project count wherever they lie; installed libraries count by their versions, which a request states beside the code.
+The version is a digest of all of the project's modules that can take part in running the step. Modules are followed
+from file to file: by import statements wherever they stand, by dotted names in strings (as engines and child processes
+are named), and by literal arguments of `import_module`. Nothing is imported. Modules of the project count wherever they
+lie; installed libraries count by their versions, which a request states beside the code.
+
+The process that runs the step compares the request with what it has loaded (`step_scripts.runner.loaded_code`).
 """
 
 from __future__ import annotations
@@ -10,12 +13,17 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from step_scripts.runner.loaded_code import PACKAGE, digest_of, own_places
+from step_scripts.runner.contract import StepError, StepRequest
+from step_scripts.runner.loaded_code import PACKAGE, digest_of, loaded_here, own_places, read_journal
+
+if TYPE_CHECKING:
+    from step_scripts.runner.ray_session import RaySession
 
 # What runs every step, locally and in a job.
 _RUNNERS = tuple(f"{PACKAGE}.{name}" for name in ("runner.execution", "runner.worker", "cluster.__main__"))
@@ -28,6 +36,13 @@ _CALL = re.compile(r"""(?:_module|__)\(\s*["']([\w.]+)["']""")  # the end of `im
 _DOTTED = re.compile(r"""["'](\w+(?:\.\w+)+)["']""")
 _NAME = re.compile(r"[\w.]+")
 _COMMENT = re.compile(r"#[^\n]*")
+
+
+class NodeReport(NamedTuple):
+    """What a node of a cluster has: digests of this package's sources by module, versions of libraries."""
+
+    sources: dict[str, str]
+    libraries: dict[str, str]
 
 
 def step_version(step: str) -> str:
@@ -76,6 +91,16 @@ def library_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def report_of_node() -> NodeReport:
+    """The report of the machine that calls this. Other packages of the project are not part of it."""
+    folder = Path(__file__).parents[1]
+    sources = {}
+    for path in folder.rglob("*.py"):
+        module = ".".join(path.relative_to(folder.parent).with_suffix("").parts)
+        sources[module.removesuffix(".__init__")] = digest_of(path.read_bytes())
+    return NodeReport(sources, library_versions())
 
 
 def _sources(*roots: str) -> dict[str, str]:
@@ -156,3 +181,72 @@ def _imported(origin: str | None, listed: str, package: str) -> Iterator[str]:
         origin = ".".join([*parents[: len(parents) - level + 1], *filter(None, [origin[level:]])])
     yield origin
     yield from (f"{origin}.{name}" for name in names)
+
+
+def require_unchanged(request: StepRequest) -> None:
+    """Raise `StepError` if a file of the request's code has changed since. For before the step starts."""
+    _require_same(request, sources_now(request.sources))
+
+
+def _require_same(request: StepRequest, found: Mapping[str, Collection[str]]) -> None:
+    asked = request.sources
+    if changed := sorted(name for name, digests in found.items() if name in asked and set(digests) != {asked[name]}):
+        raise StepError(
+            f"the code of step {request.step} has changed since Dagster loaded it: {', '.join(changed)} would be, or "
+            f"were, other sources than those asked for (code version {request.code_version}). Nothing was stored. Run "
+            "it again; if Dagster was started before the change, reload the code location first"
+        )
+
+
+def _require_libraries(request: StepRequest, here: Mapping[str, str], where: str) -> None:
+    differing = [
+        f"{name} {here.get(name, 'is missing')}, asked for was {version}"
+        for name, version in sorted(request.environment.items())
+        if name != "image" and here.get(name) != version
+    ]
+    if differing:
+        raise StepError(
+            f"step {request.step} runs with other libraries than those asked for{where}: {'; '.join(differing)}. "
+            "Nothing was stored. Install the same versions there and where Dagster runs; restart Dagster if they have "
+            "changed"
+        )
+
+
+class CodeCheck:
+    """Compares a request with what this process and the workers of `session` load while it is served.
+
+    Workers of a private session record what they load. Nodes of a given cluster are asked once what they have: their
+    code is a copy that was made for this session, or for the job.
+    """
+
+    def __init__(self, request: StepRequest, session: RaySession | None = None) -> None:
+        self._request = request
+        self._session = session
+        self._known = set(loaded_here())
+        self._start = journal.stat().st_size if (journal := self._journal) is not None and journal.exists() else 0
+
+    @property
+    def _journal(self) -> Path | None:
+        return self._session.journal if self._session is not None else None
+
+    def require(self) -> None:
+        """Raise `StepError` if a module was loaded that is not the one asked for, or a library has another version.
+
+        Modules count from the start of the processes on: they serve one request after the other.
+        """
+        loaded = loaded_here()
+        for module, digest in read_journal(self._journal):
+            loaded.setdefault(module, set()).add(digest)
+        _require_same(self._request, loaded)
+        _require_libraries(self._request, library_versions(), "")
+        for node, report in (self._session.node_reports() if self._session is not None else {}).items():
+            _require_same(self._request, {module: {digest} for module, digest in report.sources.items()})
+            _require_libraries(self._request, report.libraries, f" on Ray node {node}")
+
+    def unversioned(self) -> list[str]:
+        """Modules of the project that have been loaded since, and that the request's code version does not cover."""
+        if not self._request.sources:
+            return []
+        since = set(loaded_here()) - self._known
+        since.update(module for module, _ in read_journal(self._journal, self._start))
+        return sorted(since - self._request.sources.keys())

@@ -1,4 +1,4 @@
-"""The contract between a step and whoever runs it: request, context, artifacts, manifest.
+"""The contract between a step and its runner: request, context, artifacts, manifest.
 
 A step module `step_scripts/<name>.py` defines `STEP = StepDefinition(...)`. It reads the artifacts named in the
 request, writes new ones below `StepContext.output_uri(name)`, and returns a `StepOutcome`. The runner
@@ -32,8 +32,8 @@ _PARQUET = b"PAR1"
 class StepError(Exception):
     """What is wrong with the input or the parameters, and what to do about it. Trying again does not help.
 
-    `details` holds figures and small tables to show beside the message. `keep` maps names to URIs of files written so
-    far that people need to find the fault: they are kept although the step failed.
+    `details` holds figures and small tables to show beside the message. `keep` maps names to URIs of written files that
+    help to find the fault: they are kept although the step failed.
     """
 
     def __init__(
@@ -152,11 +152,11 @@ class StepRequest(BaseModel):
 
     @property
     def manifest_uri(self) -> str:
-        """Where the manifest of this request stands once the step has finished."""
+        """Where the manifest of this request is once the step has finished."""
         return storage.join(self.output_uri, MANIFEST)
 
     def kept_uri(self, name: str) -> str:
-        """Where a file stands that a failed attempt leaves for people to read (`StepError.keep`)."""
+        """Where a file is kept that a failed attempt leaves for people to read (`StepError.keep`)."""
         return storage.join(self.output_uri, "failed", name)
 
     @property
@@ -205,14 +205,14 @@ class StepOutcome:
 
 
 class Reporter(Protocol):
-    """Where a step's messages go."""
+    """Where a step's messages go: a logger, for example."""
 
-    def info(self, message: str) -> None:
+    def info(self, message: str, /) -> None:
         """Report progress, or a fact worth reading."""
         ...
 
-    def warning(self, message: str) -> None:
-        """Report something that people should look at."""
+    def warning(self, message: str, /) -> None:
+        """Report something that needs attention."""
         ...
 
 
@@ -236,7 +236,7 @@ class StepContext:
 
     @property
     def attempt_checkpoint_uri(self) -> str | None:
-        """Prefix for what only this attempt may go on with, after its machines were replaced. None: nothing is kept."""
+        """Prefix for what only this attempt may continue, after its machines were replaced. None: nothing is kept."""
         if self.request.checkpoint_uri is None:
             return None
         return storage.join(self.request.checkpoint_uri, self.attempt_uri.rstrip("/").rpartition("/")[2])
@@ -268,7 +268,7 @@ class StepDefinition:
 
 
 def file_info(uri: str, relative_to: str, rows: int | None = None) -> FileInfo:
-    """`FileInfo` of the file at `uri`, by reading it once. Call it where the file was written: it is then in memory."""
+    """`FileInfo` of the file at `uri`, by reading it once. Cheapest where it was written: it is cached there."""
     digest, size = hashlib.sha256(), 0
     opened = storage.open_input(uri) if storage.is_remote(uri) else storage.local_path(uri).open("rb")  # without Arrow
     with opened as file:
@@ -282,9 +282,9 @@ def file_info(uri: str, relative_to: str, rows: int | None = None) -> FileInfo:
 def check_files(artifact: Artifact, contents: Literal["small", "local", "all"] = "small") -> None:
     """Raise `DamagedArtifactError` naming the first file that is missing, cut, or without the end of a Parquet file.
 
-    `contents`: which files are read and compared with their digests: local ones of up to 1 MiB; local ones, of an
-    artifact of up to 1 GiB (about a second); all. On S3, where an object is there as a whole or not at all, one listing
-    tells the sizes, and whoever reads a file sees its end.
+    `contents` says which files are read and compared with their digests. `small`: local files of up to 1 MiB; `local`:
+    all local files, if the artifact has up to 1 GiB (about a second); `all`: all files. On S3 an object is complete or
+    absent, so one listing of the sizes is enough.
     """
     sizes = storage.sizes(artifact.uri, [file.path for file in artifact.files])
     remote = storage.is_remote(artifact.uri)

@@ -1,4 +1,4 @@
-"""What is said when a disk is full: which file, how much is free there, what to do."""
+"""Messages for a full disk: which file, how much space is free there, what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# Libraries in other languages pass the reason on as text only; NumPy only counts what it could not write.
+# Libraries in other languages pass on the reason as text only; NumPy only counts the items that it could not write.
 _TEXTS = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|os error (28|122|27)\b|\d+ requested and \d+ written"
 )
@@ -19,7 +19,7 @@ _TEXTS = re.compile(
 
 @contextmanager
 def file_named(path: Path) -> Iterator[None]:
-    """Within the block `path` is written: an error says so, if it comes from a full disk and names no file."""
+    """For a block that writes `path`: adds the file to an error that comes from a full disk and names none."""
     try:
         yield
     except OSError as error:
@@ -30,9 +30,9 @@ def file_named(path: Path) -> Iterator[None]:
 
 
 def explain_full_disk(error: BaseException, places: Iterable[str | Path]) -> str | None:
-    """What to tell people if `error` comes from a full disk, wherever in its chain of causes; else None.
+    """The message if `error`, or anything in its chain of causes, comes from a full disk; else None.
 
-    `places` are folders that may have been meant, where the error names no file.
+    `places` are the folders that may be meant if the error names no file.
     """
     seen: list[BaseException] = []
     following: list[BaseException | None] = [error]
@@ -46,7 +46,7 @@ def explain_full_disk(error: BaseException, places: Iterable[str | Path]) -> str
     if not full:
         return None
     names = [str(one.filename) for one in full if isinstance(one, OSError) and one.filename]
-    named = next((name for name in names if Path(name).is_absolute()), None)  # Ray Data puts words of its own there
+    named = next((name for name in names if Path(name).is_absolute()), None)  # Ray Data puts other text there
     if named is not None:
         what = f"{named} could not be written: {_reason(full)} ({_room(Path(named))})"
     else:

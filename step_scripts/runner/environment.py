@@ -1,4 +1,4 @@
-"""Environment variables for what starts meanwhile."""
+"""Environment variables for processes that are started in a block."""
 
 from __future__ import annotations
 

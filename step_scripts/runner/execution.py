@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -21,8 +22,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from step_scripts.runner import storage
-from step_scripts.runner.code_check import CodeCheck
-from step_scripts.runner.code_version import library_versions
+from step_scripts.runner.code_version import CodeCheck, library_versions
 from step_scripts.runner.contract import (
     DamagedArtifactError,
     Reporter,
@@ -63,7 +63,7 @@ def find_result(request: StepRequest, unusable: Callable[[str], None] | None = N
         manifest = StepResult.model_validate_json(storage.read_bytes(request.manifest_uri))
     except FileNotFoundError:
         return None
-    except ValidationError:  # written by another version of this module: as good as absent
+    except ValidationError:  # written by another version of this module
         return None
     if manifest.request_digest != request.digest:
         return None
@@ -91,7 +91,7 @@ def run_step(
 
     Raises `StepError` for bad input or parameters. On any failure the attempt's files are removed, other than those
     that the error says to keep, which then stand below `<output_uri>/failed/`. `attempt` names the folder of the files,
-    for a caller that cleans up after a killed process. `waited` is how long the request waited for Ray, seconds.
+    for a caller that cleans up after a killed process. `waited`: how long the request has waited for Ray, seconds.
     """
     attempt = attempt or uuid.uuid4().hex[:12]
     context = StepContext(request, storage.join(request.output_uri, attempt), reporter)
@@ -137,8 +137,19 @@ def run_step(
     return result
 
 
+def failure_of(error: BaseException) -> dict[str, Any]:
+    """An exception as plain data: `kind`, `message`, and `details` or `traceback`.
+
+    `kind` is `input` for a `StepError`, `crash` for any other.
+    """
+    if isinstance(error, StepError):
+        return {"kind": "input", "message": str(error), "details": error.details}
+    message = f"{type(error).__name__}: {error}"
+    return {"kind": "crash", "message": message, "traceback": "".join(traceback.format_exception(error))}
+
+
 def _forget_checkpoints(context: StepContext) -> None:
-    """Remove what was kept for later attempts: the work is done. One that runs at the same time keeps its own."""
+    """Remove what was kept for later attempts. An attempt that runs at the same time keeps its own."""
     for uri in (context.checkpoint_uri, context.attempt_checkpoint_uri):
         if uri is not None:
             try:
@@ -154,7 +165,7 @@ def _check_inputs(request: StepRequest) -> None:
         except DamagedArtifactError as error:
             raise StepError(
                 f"input {name} of step {request.step} is damaged: {error}. Materialize the asset that made it again: "
-                "what is damaged is made anew"
+                "damaged files are replaced"
             ) from error
 
 
@@ -196,7 +207,7 @@ def _commit(
         unversioned=unversioned,
         operators=operators,
     )
-    # In the order of the fields, which is what people see: also where the result is read again.
+    # Keeps the order of the fields, which is the order in the UI.
     storage.write_bytes(request.manifest_uri, json.dumps(result.model_dump(mode="json"), indent=2).encode())
     return result
 

@@ -1,8 +1,8 @@
 """SIGTERM: how a supervising process notices it at once, and how a step saves its work.
 
-A step that can save unfinished work registers a function with `on_interruption`. It is called, in the driver's main
-thread while the step's own thread still runs, when the job is stopped or its machine is taken away. It has
-`checkpoint_seconds` (see `step_scripts.cluster.limits`). The process ends when the functions have returned.
+A step that can save unfinished work registers a function with `on_interruption`. The driver calls it in its main
+thread, while the step's own thread still runs, when the job is stopped or its machine is taken away. It has
+`checkpoint_seconds` (see `step_scripts.cluster.job.ClusterLimits`). The process ends when the functions have returned.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def interrupt() -> list[Exception]:
     return errors
 
 
-class Alarm:
-    """Waits that end early on SIGTERM, SIGINT, or the end of a child process. For a process's main thread, once."""
+class StopSignal:
+    """Waits that end early on SIGTERM, SIGINT, or the end of a child process. One object, in the main thread."""
 
     def __init__(self) -> None:
         self.stop_requested = False

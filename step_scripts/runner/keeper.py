@@ -3,8 +3,8 @@
 Started by the local backend as `python -m step_scripts.runner.keeper <control descriptor> <lock descriptor> <seconds>`.
 It forks the driver (`step_scripts.runner.worker`), adopts what the driver's processes leave behind, and waits: for the
 driver's end, for the other end of the control descriptor to close, or for SIGTERM. Then the driver has so many seconds
-to end in order, everything that is left is killed, and the folder of the session removed. This process ends as the
-driver did.
+to shut down, everything that is left is killed, and the folder of the session is removed. This process ends with the
+driver's status.
 
 It imports next to nothing before it forks, so that it costs a few milliseconds and megabytes.
 """
@@ -26,7 +26,7 @@ _LONGEST_END_SECONDS = 10.0
 
 def main(descriptor: int, lock: int, seconds: float) -> None:
     """Keep the driver; see the module. Returns in the driver process only, with the driver's work done."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     keeper = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # it waits until this process can handle it
     driver = os.fork()
@@ -50,7 +50,7 @@ def main(descriptor: int, lock: int, seconds: float) -> None:
 
 
 def _until_end(driver: int, descriptor: int, seconds: float) -> int | None:
-    """Wait for the driver's end. None if it has been told to end, or nobody needs it, and `seconds` have passed."""
+    """Wait for the driver's end. None if it was told to end, or its run has gone, and `seconds` have passed."""
     awake, wake = os.pipe()
     os.set_blocking(wake, False)
     terminated: list[int] = []
@@ -60,7 +60,7 @@ def _until_end(driver: int, descriptor: int, seconds: float) -> int | None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     poll = select.poll()
     poll.register(awake, select.POLLIN)
-    # That the other end is closed is always reported. What comes through it is the driver's.
+    # The close of the other end is always reported. The data are the driver's.
     poll.register(descriptor, getattr(select, "POLLRDHUP", 0))
     deadline = None
     while True:
@@ -75,13 +75,13 @@ def _until_end(driver: int, descriptor: int, seconds: float) -> int | None:
         for ready, event in poll.poll(20 if deadline is not None else None):
             if ready == awake:
                 os.read(awake, 512)
-            elif event and deadline is None:  # the driver sees this too, and ends in order
+            elif event and deadline is None:  # the driver sees this too, and shuts down
                 deadline = time.monotonic() + seconds
                 poll.unregister(descriptor)
 
 
 def _reap(driver: int) -> int | None:
-    """The driver's status, if it has just ended. Adopted processes that have ended are taken note of."""
+    """The driver's status, if it has just ended. Ended processes that were adopted are reaped."""
     found = None
     with contextlib.suppress(ChildProcessError):
         while True:
@@ -96,7 +96,7 @@ def _reap(driver: int) -> int | None:
 def _kill_all(driver: int, status: int | None) -> int:
     """Kill all descendants, which are all children of this process in the end. Returns the driver's status.
 
-    Comes back when none is left, or after a time in which the system should have ended them.
+    Returns when none is left, or after a time in which the system should have ended them.
     """
     import psutil
 
@@ -122,6 +122,11 @@ def _end_like(code: int) -> None:
     with contextlib.suppress(OSError):  # there is no other handler for SIGKILL
         signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of descendants that lose theirs. On Linux only."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def _prctl(option: int, value: int) -> None:

@@ -1,8 +1,7 @@
 """Which sources this process has loaded: the digest of each of the project's modules, taken while it was loaded.
 
-Installed by the package itself, before any other of its modules is loaded, in every process: a step's driver, Ray's
-workers. Files may change while a run is on; what counts is what a process read. Imports nothing but the standard
-library.
+The package itself installs the recorder before it loads any other of its modules, in every process: a step's driver,
+Ray's workers. Files may change during a run; what counts is what a process has read. Imports only the standard library.
 """
 
 from __future__ import annotations
@@ -48,8 +47,7 @@ def read_journal(path: Path | None, start: int = 0) -> Iterator[tuple[str, str]]
 def own_places(package: str) -> tuple[Path, ...]:
     """Folders of a top-level package of the project, or the file of a module; empty for a library.
 
-    A library is what belongs to Python, or lies among the installed packages. This package is the project's, wherever
-    it lies.
+    A library belongs to Python, or lies among the installed packages. This package always belongs to the project.
     """
     if package in sys.stdlib_module_names or package in sys.builtin_module_names:
         return ()
@@ -68,7 +66,7 @@ def _found_by_others(package: str) -> ModuleSpec | None:
         if finder is not _recorder and hasattr(finder, "find_spec"):
             try:
                 spec = finder.find_spec(package, None)
-            except Exception:  # noqa: BLE001  # a finder of somebody else's: what it cannot find is not the project's
+            except Exception:  # noqa: BLE001  # another package's finder: what it cannot find is not the project's
                 continue
             if spec is not None:
                 return spec
@@ -100,7 +98,7 @@ def _record(module: str, digest: str) -> None:
 
 
 class _Recorder:
-    """Finds what Python's own finder finds, for the project's modules, and has it loaded with a record."""
+    """Finds the project's modules as Python's own finder does, with a loader that records them."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -118,8 +116,8 @@ _recorder = _Recorder()
 
 
 def install() -> None:
-    """Record what is loaded from now on, and what came before: this package, its room and this module; in Ray's workers
-    those of a step elsewhere, which imports this package.
+    """Record what is loaded from now on, and what was loaded before: this package, its room and this module; in Ray's
+    workers also the modules of a step outside this package, which imports it.
     """
     if any(type(finder).__name__ == _Recorder.__name__ for finder in sys.meta_path):
         return

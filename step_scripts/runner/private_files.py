@@ -1,4 +1,4 @@
-"""Folders and files that only their user may read. What is there already keeps its mode. Imports nothing heavy."""
+"""Folders and files that only their user may read. Existing ones keep their mode. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import IO
 
 
 def private_folder(path: Path) -> None:
-    """Make the folder and the missing ones above it, each with mode 0700. Nothing happens if it is there."""
+    """Create the folder and its missing parents, each with mode 0700. Does nothing if it exists."""
     missing = []
     folder = path
     while not folder.exists():

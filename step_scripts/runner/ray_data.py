@@ -1,7 +1,7 @@
-"""Ray Data, set up in one place: passes over the blocks of a dataset, each of which gives back one report a block.
+"""Ray Data, set up in one place: passes over the blocks of a dataset that return one report a block.
 
-A pass is one fused operator: it reads a block, works on all of it, writes what it has to write under names that depend
-on the block alone, and returns a report. The driver goes through the reports while the pass is on.
+A pass is one fused operator: it reads a block, works on all of it, writes its output under names that depend on the
+block alone, and returns a report. The driver reads the reports while the pass is running.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from step_scripts.runner.contract import Artifact, Reporter, StepError
 from step_scripts.runner.operators import note_operators
 from step_scripts.runner.wording import counted
 
-_RETRIES = 3  # of what a process did that has ended; Ray Data's default is for ever
+_RETRIES = 3  # of a task whose process has ended; Ray Data's default is for ever
 BOUNDED: dict[str, Any] = {"max_retries": _RETRIES}
 """Ray options of all tasks."""
 _BOUNDED_ACTORS = {"max_restarts": _RETRIES, "max_task_retries": _RETRIES}
@@ -40,7 +40,7 @@ _LARGEST_BLOCK_CELLS = 6_000_000
 _SMALLEST_BLOCK_ROWS = 25_000
 _BLOCKS_WANTED = 8
 _FOOTER_THREADS = 16
-# What Ray Data says of each execution, of progress bars that are off, and of errors that are raised here anyway.
+# Loggers of Ray Data that report each execution, missing progress bars, and errors that are raised here anyway.
 _QUIET = {
     "ray.data": logging.WARNING,
     "ray.data._internal.progress": logging.ERROR,
@@ -161,9 +161,9 @@ def reports(
 ) -> Iterator[Any]:
     """What `function(table, *args)` returns for each block, an Arrow table, as they are finished.
 
-    A `StepError` or `OSError` of the function is raised as such. Whatever ends the loop early, the tasks under way are
+    A `StepError` or `OSError` of the function is raised unchanged. If the loop ends early, the remaining tasks are
     ended by force and waited for: one that went on would write below a folder that its step has removed. Raises
-    `StepError` if the process of a task ends again and again.
+    `StepError` if the process of a task keeps ending.
     """
     configure()
     call: Any = _report if compute is None else _Reporting  # `map_batches` has types for one argument only
@@ -177,7 +177,7 @@ def reports(
         compute=compute,
         **limits,
     )
-    # Held until the end: Ray Data ends tasks, without waiting for them, when nobody refers to the iterator any more.
+    # The name holds the iterator until `_end_tasks`.
     batches = iter(passing.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     try:
         found: Any
@@ -214,9 +214,9 @@ def source_reports(source: Datasource, count: int, function: Callable[..., Any],
 def each_call(
     function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], *, actors: int | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """`function(*call)` for each call, for work that is told where its data lie; (index, result) as they are finished.
+    """`function(*call)` for each call; yields (index, result) as they are finished. For work that finds its own data.
 
-    In tasks, or in so many `actors`, at most one a CPU. See `reports` for errors.
+    In tasks, or in that many `actors`, at most one a CPU. See `reports` for errors.
     """
     listed = list(calls)
     if not listed:
@@ -239,8 +239,8 @@ def _call(numbers: pa.Table, function: Callable[..., Any], calls: ray.ObjectRef)
 def _report(block: pa.Table, function: Callable[..., Any], args: tuple[Any, ...]) -> pa.Table:
     try:
         report = function(block, *args)
-    except (StepError, OSError) as error:  # as a result: Ray Data would add words of its own, an OSError lose its file
-        report = error
+    except (StepError, OSError) as error:
+        report = error  # the driver raises it: Ray Data would change the message, and an OSError would lose its file
     return pa.table({"report": [pickle_by_value(report)]})  # Ray Data would turn tuples into lists
 
 
@@ -256,11 +256,16 @@ class _Reporting:
 
 
 def _end_tasks(dataset: Dataset) -> None:
+    """End the tasks of a pass, and wait for them.
+
+    Ray Data has no public way: it ends tasks when nobody refers to the iterator any more, without waiting for them, and
+    after an error it only asks them to end.
+    """
     executor: Any = dataset._current_executor
     if executor is not None:
         executor.shutdown(force=True)
         for operator in executor._topology:
-            operator._cancel_active_tasks(force=True)  # after an error they have only been asked to end
+            operator._cancel_active_tasks(force=True)
 
 
 class Progress:

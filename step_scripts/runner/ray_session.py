@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
@@ -10,39 +11,43 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from pydantic import BaseModel
 
-from step_scripts.runner.code_version import library_versions
+from step_scripts.runner.code_version import NodeReport, report_of_node
 from step_scripts.runner.environment import environment_set
-from step_scripts.runner.loaded_code import JOURNAL, digest_of
+from step_scripts.runner.loaded_code import JOURNAL
 from step_scripts.runner.private_files import write_private
-from step_scripts.runner.ray_join import join_cluster, read_token_settings
+from step_scripts.runner.ray_join import join_cluster
 from step_scripts.runner.ray_watch import RayWatch
 from step_scripts.runner.session_folder import FOLDER_VARIABLE, SessionFolder, make_folder, remove_abandoned
 
 _PACKAGE_FOLDER = Path(__file__).parents[1]
 _REPORT_SECONDS = 60.0
 _POLARS_ALLOCATOR = "_RJEM_MALLOC_CONF"
-# Polars puts this before what it finds in the variable, in every process that imports it, and children inherit it.
-_DECAY_BY_POLARS = "500"
 # Of the processes that Ray starts.
 _WORKER_ENVIRONMENT = {
-    # XGBoost's threads would otherwise spin while they wait for each other: where other processes use the same cores, a
+    # XGBoost's threads would otherwise spin while they wait for each other. If other processes use the same cores, a
     # fit on two threads then takes up to 30 times as long.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # There is a worker for each CPU already.
+    # There is a worker for each CPU.
     "POLARS_MAX_THREADS": "1",
-    # glibc would give the memory of large columns back to the system at once. To get it again, zeroed page by page, was
-    # most of the system's time in ingestion, over a quarter of its CPU time on a virtual machine. Workers keep up to
-    # 256 MiB. Polars has an allocator of its own, which would keep what is freed for half a second, and
-    # then fill as many pages with zeros again.
+    # glibc would return the memory of large columns to the system at once. Getting it back, zeroed page by page, took
+    # over a quarter of the CPU time of ingestion on a virtual machine. Workers keep up to 256 MiB. Polars has its own
+    # allocator, which would return freed memory after half a second.
     "MALLOC_MMAP_THRESHOLD_": str(256 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
     "MALLOC_TOP_PAD_": str(64 << 20),
     _POLARS_ALLOCATOR: "dirty_decay_ms:10000",
 }
+
+
+_private_folders: list[Path] = []
+
+
+def private_folder_of_session() -> Path | None:
+    """The folder of the private session that this process has started. None: there is none, or a given cluster."""
+    return _private_folders[-1] if _private_folders else None
 
 
 class RaySettings(BaseModel):
@@ -55,21 +60,6 @@ class RaySettings(BaseModel):
     ship_code: bool = True
     num_cpus: int | None = None
     object_store_memory: int | None = None
-
-
-class NodeReport(NamedTuple):
-    """What lies on a node of a cluster: digests of this package's sources by module, versions of libraries."""
-
-    sources: dict[str, str]
-    libraries: dict[str, str]
-
-
-def _report() -> NodeReport:
-    sources = {}
-    for path in _PACKAGE_FOLDER.rglob("*.py"):
-        module = ".".join(path.relative_to(_PACKAGE_FOLDER.parent).with_suffix("").parts)
-        sources[module.removesuffix(".__init__")] = digest_of(path.read_bytes())
-    return NodeReport(sources, library_versions())
 
 
 @dataclass
@@ -85,7 +75,6 @@ class RaySession:
     _own_folder: SessionFolder | None = None
     _watch: RayWatch | None = None
     _started: bool = False
-    _afterwards: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _reports: dict[str, NodeReport] | None = None
 
     @property
@@ -113,7 +102,7 @@ class RaySession:
                 self.temporary_folder = self._own_folder.path
             if self.on_loss is not None and self._watch is None:
                 self._watch = RayWatch(self.temporary_folder, self.on_loss)
-            self._require_token(self.temporary_folder)
+            _require_token(self.temporary_folder)
             own = {FOLDER_VARIABLE: str(self.temporary_folder), JOURNAL: str(self.temporary_folder / "loaded-code")}
             cpus = self.settings.num_cpus or available_cpus()
             with environment_set(_session_environment(cpus) | own):
@@ -126,21 +115,8 @@ class RaySession:
                     _temp_dir=str(self.temporary_folder / "r"),
                     **common,
                 )
+            _private_folders.append(self.temporary_folder)
         self._started = True
-
-    def _require_token(self, folder: Path) -> None:
-        """Have Ray refuse who does not know a secret in a file in `folder`: its ports are open to the network.
-
-        Whatever the user has set is for other clusters; it is there again after `stop`.
-        """
-        path = folder / "ray_token"
-        if not path.exists():
-            write_private(path, secrets.token_hex(32).encode())
-        if (given := os.environ.pop("RAY_AUTH_TOKEN", None)) is not None:  # it would win over the file
-            self._afterwards.callback(os.environ.__setitem__, "RAY_AUTH_TOKEN", given)
-        self._afterwards.callback(read_token_settings)
-        self._afterwards.enter_context(environment_set({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}))
-        read_token_settings()
 
     def stop(self) -> None:
         """Disconnect; end a private session and remove its folder."""
@@ -152,8 +128,9 @@ class RaySession:
 
             ray.shutdown()
             self._started = False
-        self._afterwards.close()
         if self.temporary_folder is not None:
+            if self.temporary_folder in _private_folders:
+                _private_folders.remove(self.temporary_folder)
             shutil.rmtree(self.temporary_folder, ignore_errors=True)
             self.temporary_folder = None
         if self._own_folder is not None:
@@ -170,9 +147,9 @@ class RaySession:
         return None if self._watch is None else self._watch.loss()
 
     def node_reports(self) -> dict[str, NodeReport]:
-        """What lies on the nodes of a given cluster, by their addresses; nothing for a session of this machine's own.
+        """What the nodes of a given cluster have, by address; empty for a private session.
 
-        Asked once. A node that does not answer within a minute is left out: it is lost, or takes no task.
+        They are asked once. A node that does not answer within a minute is left out: it is lost, or takes no task.
         """
         if not self._started or not self.settings.address:
             return {}
@@ -181,7 +158,7 @@ class RaySession:
             from ray.exceptions import RayError
             from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-            remote = ray.remote(_report)
+            remote = ray.remote(report_of_node)
             asked = {}
             for node in ray.nodes():
                 if node["Alive"]:
@@ -211,25 +188,37 @@ class RaySession:
         return float(ray.cluster_resources().get("CPU", 1.0))
 
 
+def _require_token(folder: Path) -> None:
+    """Have Ray refuse whoever does not know a secret in a file in `folder`: its ports are open to the network.
+
+    Unless `RAY_AUTH_MODE` says otherwise, Ray wants a token for a cluster that `ray.init` starts. What the user has set
+    is for other clusters.
+    """
+    path = folder / "ray_token"
+    if not path.exists():
+        write_private(path, secrets.token_hex(32).encode())
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # the token itself would win over the file
+        os.environ.pop(name, None)
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    # Ray recommends to choose a mode.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+
+
 def worker_environment() -> dict[str, str]:
-    """Settings of the processes that Ray starts, as environment variables; what the user has set is kept."""
+    """Settings of the processes that Ray starts, as environment variables. What the user has set is kept, except how
+    soon Polars gives memory back.
+    """
     chosen = {name: os.environ.get(name, value) for name, value in _WORKER_ENVIRONMENT.items()}
-    given = os.environ.get(_POLARS_ALLOCATOR, "")
-    if _decay_of(given) in (None, _DECAY_BY_POLARS):
-        chosen[_POLARS_ALLOCATOR] = ",".join(filter(None, (given, _WORKER_ENVIRONMENT[_POLARS_ALLOCATOR])))
+    # Polars sets this variable when it is imported, and child processes inherit it. Of several values the last counts.
+    given = os.environ.get(_POLARS_ALLOCATOR)
+    chosen[_POLARS_ALLOCATOR] = ",".join(filter(None, (given, _WORKER_ENVIRONMENT[_POLARS_ALLOCATOR])))
     return chosen
 
 
-def _decay_of(settings: str) -> str | None:
-    """The last `dirty_decay_ms` of jemalloc's settings, which is the one that counts; None if there is none."""
-    values = {name: value for name, _, value in (setting.partition(":") for setting in settings.split(","))}
-    return values.get("dirty_decay_ms")
-
-
 def available_cpus() -> int:
-    """CPUs that this process may use, at least 1: Ray itself would count all of the machine's.
+    """CPUs that this process may use, at least 1. Ray itself would count all CPUs of the machine.
 
-    By affinity (`taskset`) and by the quotas of its control groups, as containers and systemd set them.
+    Affinity (`taskset`) limits them, and the quotas of control groups, which containers and systemd set.
     """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([count, *map(int, _cpu_quotas(Path("/")))]))
@@ -260,7 +249,7 @@ def _cpu_quotas(root: Path) -> Iterator[float]:
 def _session_environment(num_cpus: int) -> dict[str, str]:
     """`worker_environment`, and how many idle workers are kept.
 
-    Ray ends idle workers when there are more processes than CPUs, so the actors of a search would drive out those that
+    Ray ends idle workers when there are more processes than CPUs, so the actors of a search would displace those that
     the next step uses. Twice as many are kept.
     """
     idle = "RAY_num_workers_soft_limit"

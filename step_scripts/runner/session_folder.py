@@ -1,59 +1,44 @@
 """Temporary folders of Ray sessions, and the processes that belong to them.
 
-A folder is private (mode 0700), carries a marker, and is locked for as long as a process needs it. The operating system
-releases the lock with that process, however it ends and whatever process gets its number later: a marked folder that is
-not locked is abandoned. Nothing else is ever removed.
+A folder is private (mode 0700), carries a marker, and is locked as long as a process needs it. The operating system
+releases the lock with that process, however it ends. A marked folder that is not locked is abandoned. Nothing else is
+ever removed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
+from step_scripts.runner.locking import try_lock
+
 PREFIXES = ("housing-", "ray-")
 FOLDER_VARIABLE = "HOUSING_RAY_FOLDER"  # in the environment of every process of the session
-MARKER = ".housing-session.json"
-_CREATE_TIME_TOLERANCE = 0.05  # seconds; psutil derives it from the boot time, which may be adjusted slightly
+MARKER = ".housing-session"
 _END_SECONDS = 5.0
 
 
 @dataclass
 class SessionFolder:
-    """A folder made by this process. `lock` is an open descriptor: whoever has it keeps the folder from removal."""
+    """A folder made by this process. `lock` is an open descriptor: a process that inherits it holds the lock too."""
 
     path: Path
     lock: int
 
-    @contextlib.contextmanager
-    def recording(self, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Within the block the session's first process is started; `pid` and `started` are added to what is yielded.
-
-        Who reads the record meanwhile waits: there is no moment at which the process is there and nobody can know.
-        """
-        with (self.path / MARKER).open("r+") as file, _locked(file.fileno(), fcntl.LOCK_EX):
-            yield facts
-            file.seek(0)
-            file.truncate()
-            json.dump(facts, file)
-            file.flush()
-
     def remove(self) -> None:
-        """Remove the folder, and let go of it."""
+        """Remove the folder, and release its lock."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.release()
 
     def release(self) -> None:
-        """Let go of the folder, which another process may still need."""
+        """Release the lock. Another process may still hold it."""
         if self.lock >= 0:
             os.close(self.lock)
             self.lock = -1
@@ -63,10 +48,10 @@ def make_folder(prefix: str, parent: str | None = None) -> SessionFolder:
     """A new folder with a marker, locked. `prefix` is one of `PREFIXES`; `parent` is Python's choice if None."""
     path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))  # mode 0700
     lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    # A file system without locks cannot tell who is alive: the folder is then never taken for abandoned.
+    # Without locks nobody can tell which folders are in use, so none is ever removed as abandoned.
     with contextlib.suppress(OSError):
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    (path / MARKER).write_text("{}")
+        try_lock(lock, path)
+    (path / MARKER).touch()
     return SessionFolder(path, lock)
 
 
@@ -81,36 +66,13 @@ def remove_abandoned() -> list[Path]:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:
             continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            end_processes(processes_of(path))
-            shutil.rmtree(path)
-            removed.append(path)
-        except OSError:
-            continue
-        finally:
-            os.close(descriptor)
+        with contextlib.suppress(OSError):
+            if try_lock(descriptor, path):
+                end_processes(processes_of(path))
+                shutil.rmtree(path)
+                removed.append(path)
+        os.close(descriptor)
     return removed
-
-
-def recorded_sessions() -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Folders of this user's sessions, with what was recorded of each. Waits for a session that is being started."""
-    for path in _marked_folders():
-        with contextlib.suppress(OSError, ValueError):
-            with (path / MARKER).open() as file, _locked(file.fileno(), fcntl.LOCK_SH):
-                record = json.load(file)
-            if record:
-                yield path, record
-
-
-def recorded_process(record: dict[str, Any]) -> psutil.Process | None:
-    """The session's first process, if it is alive. A later process with its number is not taken for it."""
-    with contextlib.suppress(psutil.Error, KeyError):
-        process = psutil.Process(record["pid"])
-        same = abs(process.create_time() - record["started"]) <= _CREATE_TIME_TOLERANCE
-        if same and process.status() != psutil.STATUS_ZOMBIE:
-            return process
-    return None
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
@@ -132,7 +94,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 
 
 def end_processes(processes: list[psutil.Process], seconds: float = 0.0) -> None:
-    """End processes: with SIGTERM if they have `seconds` for it, then by force. Those that have ended do not matter."""
+    """End processes: with SIGTERM if they have `seconds` for it, then by force. Processes that are gone are ignored."""
     alive = processes
     if seconds:
         for process in processes:
@@ -153,10 +115,3 @@ def _marked_folders() -> Iterator[Path]:
                     own = path.lstat().st_uid == os.geteuid()
                     if own and path.is_dir() and not path.is_symlink() and (path / MARKER).is_file():
                         yield path
-
-
-@contextlib.contextmanager
-def _locked(descriptor: int, kind: int) -> Iterator[None]:
-    with contextlib.suppress(OSError):  # see `make_folder`
-        fcntl.flock(descriptor, kind)
-    yield

@@ -1,6 +1,7 @@
 """Files behind URIs: a local path, or `s3://bucket/prefix`. The same calls serve both, through Arrow's file systems.
 
-Small objects are written atomically: a reader sees the old bytes or the new ones, never a part of them.
+Small objects are written atomically: a reader sees the old bytes or the new ones, never a part of them. Whether a file
+has changed is told without reading it, by `FileState`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from pyarrow import fs
 
 
+_INODE = " inode "
 _DISCARDED = re.compile(r"\..+\.[0-9a-f]{32}\.deleted")
 # What Arrow takes credentials from, other than files and services that renew them.
 _CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
@@ -84,7 +87,7 @@ def read_bytes(uri: str) -> bytes:
 def write_bytes(uri: str, data: bytes) -> None:
     """Write `data` atomically: locally by renaming a temporary file, on S3 because a put is atomic."""
     if is_remote(uri):
-        content = memoryview(data)  # whatever cannot be written must fail before: Arrow stores what it has got
+        content = memoryview(data)  # fails before anything is written: Arrow would store a part
         filesystem_, path = filesystem(uri)
         # Without `compression` Arrow compresses what goes into a file whose name ends with .gz.
         with filesystem_.open_output_stream(path, compression=None) as stream:
@@ -115,7 +118,7 @@ def upload(file: Path, uri: str) -> None:
             while chunk := source.read(8 << 20):
                 stream.write(chunk)
     except BaseException:
-        delete(uri)  # Arrow stores what it has got
+        delete(uri)  # Arrow stores the part that was written
         raise
 
 
@@ -148,12 +151,33 @@ def exists(uri: str) -> bool:
 
 def list_files(uri: str) -> list[str]:
     """URIs of all files below `uri`, sorted; empty if there is nothing."""
+    return sorted(_scheme(uri) + info.path for info in _listed(uri) if info.is_file)
+
+
+def list_folders(uri: str) -> list[str]:
+    """URIs of the folders directly below `uri`, sorted; empty if there is nothing."""
+    return sorted(_scheme(uri) + info.path for info in _listed(uri, recursive=False) if not info.is_file)
+
+
+def list_details(uri: str) -> list[tuple[str, int, float]]:
+    """All files below `uri`: path relative to it, size in bytes, time of modification in seconds since 1970."""
+    _, root = filesystem(uri)
+    return sorted(
+        (info.path.removeprefix(root.rstrip("/") + "/"), info.size or 0, (info.mtime_ns or 0) / 1e9)
+        for info in _listed(uri)
+        if info.is_file
+    )
+
+
+def _listed(uri: str, *, recursive: bool = True) -> list[fs.FileInfo]:
     from pyarrow import fs
 
     filesystem_, path = filesystem(uri)
-    selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
-    prefix = uri.partition("://")[0] + "://" if is_remote(uri) else ""
-    return sorted(prefix + info.path for info in filesystem_.get_file_info(selector) if info.type == fs.FileType.File)
+    return filesystem_.get_file_info(fs.FileSelector(path, recursive=recursive, allow_not_found=True))
+
+
+def _scheme(uri: str) -> str:
+    return uri.partition("://")[0] + "://" if is_remote(uri) else ""
 
 
 def sizes(uri: str, paths: Sequence[str]) -> dict[str, int]:
@@ -171,9 +195,9 @@ def sizes(uri: str, paths: Sequence[str]) -> dict[str, int]:
 
 
 def sync(uri: str, paths: Iterable[str]) -> None:
-    """See that local files at `paths` below `uri`, whoever has written them, and their folders survive a power cut.
+    """Sync the local files at `paths` below `uri` and their folders to disk, so that they survive a power cut.
 
-    Nothing has to be done on S3. Call it before the file that commits them is written.
+    Does nothing on S3. Call it before the file that commits them is written.
     """
     if is_remote(uri):
         return
@@ -195,31 +219,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def list_folders(uri: str) -> list[str]:
-    """URIs of the folders directly below `uri`, sorted; empty if there is nothing."""
-    from pyarrow import fs
-
-    filesystem_, path = filesystem(uri)
-    found = filesystem_.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    prefix = uri.partition("://")[0] + "://" if is_remote(uri) else ""
-    return sorted(prefix + info.path for info in found if info.type == fs.FileType.Directory)
-
-
-def list_details(uri: str) -> list[tuple[str, int, float]]:
-    """All files below `uri`: path relative to it, size in bytes, time of modification in seconds since 1970."""
-    from pyarrow import fs
-
-    filesystem_, path = filesystem(uri)
-    found = filesystem_.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
-    return sorted(
-        (info.path.removeprefix(path.rstrip("/") + "/"), info.size or 0, (info.mtime_ns or 0) / 1e9)
-        for info in found
-        if info.type == fs.FileType.File
-    )
-
-
 def delete(uri: str) -> None:
-    """Remove the file, or everything below the prefix. Nothing happens if there is nothing."""
+    """Remove the file, or everything below the prefix. Does nothing if there is nothing."""
     from pyarrow import fs
 
     filesystem_, path = filesystem(uri)
@@ -231,10 +232,10 @@ def delete(uri: str) -> None:
 
 
 def discard_folder(folder: Path) -> None:
-    """Remove a local folder: it is gone from its place at once, however long the removal takes.
+    """Remove a local folder. It is renamed first, so that it is gone from its place at once.
 
-    Raises `OSError` if something in it cannot be removed; `discarded_folders` then lists what is left. Nothing happens
-    if there is no such folder.
+    Raises `OSError` if something in it cannot be removed; `discarded_folders` then lists what is left. Does nothing if
+    there is no such folder.
     """
     doomed = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.deleted")
     try:
@@ -247,3 +248,49 @@ def discard_folder(folder: Path) -> None:
 def discarded_folders(parent: Path) -> list[Path]:
     """What is left, directly in `parent`, of folders whose removal was interrupted or has failed."""
     return sorted(p for p in parent.iterdir() if _DISCARDED.fullmatch(p.name)) if parent.is_dir() else []
+
+
+@dataclass(frozen=True)
+class FileState:
+    """The state of a file. `modified`: seconds since 1970. `change` differs whenever the file is written or replaced.
+
+    Size and time of modification do not tell: `cp -p`, `rsync --times` and `touch -r` keep both. The writer of a file
+    cannot keep the time of change and the inode of a local file, or the ETag of an object on S3. S3's version id would add
+    nothing: versions with the same ETag have the same content, and a listing does not include it.
+    """
+
+    bytes: int
+    modified: float
+    change: str
+
+
+def file_state(uri: str) -> FileState:
+    """The state of the file at `uri` now. Raises `FileNotFoundError`, or `OSError` if it cannot be asked for."""
+    if not is_remote(uri):
+        return local_state(local_path(uri).stat())
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    from step_scripts.runner.s3_objects import service_client, split_uri
+
+    bucket, key = split_uri(uri)
+    try:
+        found = service_client("s3").head_object(Bucket=bucket, Key=key)
+    except (ClientError, BotoCoreError) as error:
+        response = getattr(error, "response", {})
+        if response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404:
+            raise FileNotFoundError(f"{uri} does not exist") from error
+        raise OSError(str(error)) from error
+    return FileState(found["ContentLength"], found["LastModified"].timestamp(), found["ETag"].strip('"'))
+
+
+def local_state(found: os.stat_result) -> FileState:
+    """The state of a local file: `change` is the time of change in ns and the inode."""
+    return FileState(found.st_size, found.st_mtime_ns / 1e9, f"{found.st_ctime_ns}{_INODE}{found.st_ino}")
+
+
+def lasting(change: str) -> str:
+    """`change` without the inode, which some file systems (sshfs, s3fs) make up anew for each call.
+
+    For comparisons of a file that has not been replaced. There the inode would only cause a needless read.
+    """
+    return change.partition(_INODE)[0]

@@ -2,9 +2,9 @@
 
 Forked by `step_scripts.runner.keeper`, which also ends what this process leaves behind. The control descriptor is one
 end of a socket pair that carries JSON lines: in `{"request": …, "attempt": …, "pipes": {…}}`, out `{"result": …}` or
-`{"error": …}`. `{"prepare": true}` says that a request will follow; there is no answer. When the other end closes, or
-on SIGTERM, the process ends Ray and itself; also when Ray has lost a process that it cannot work without, after an
-error with `"ended": true`, and with `"starting": true` if no step has begun.
+`{"error": …}`. `{"prepare": true}` announces a request, and has no answer. The process ends Ray and itself when the
+other end closes, on SIGTERM, and when Ray has lost a process that it needs. In the last case it first sends an error
+with `"ended": true`, and with `"starting": true` if no step has begun.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import signal
 import socket
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultMessageWriter, PipesMappingParamsLoader
 
-from step_scripts.runner.contract import StepError, StepRequest
-from step_scripts.runner.execution import run_step
+from step_scripts.runner.contract import StepRequest
+from step_scripts.runner.execution import failure_of, run_step
+from step_scripts.runner.ray_join import use_token_if_present
 from step_scripts.runner.ray_session import RaySession, RaySettings
 
 _SHUTDOWN_SECONDS = 3.0
-# What later steps import, in small portions: a request that comes in the meantime waits for the one under way.
-# Relative names: by full ones all of it would belong to the code of every step (`step_scripts.runner.code_version`).
+# What later steps import, one module at a time: a request that comes meanwhile waits for one import at most. The names
+# are relative, because full names would belong to the code of every step (`step_scripts.runner.code_version`).
 _LATER_IMPORTS = (
     "..ingest_features",
     "..prepare_splits",
@@ -43,21 +43,6 @@ _LATER_IMPORTS = (
 )
 
 
-class PipesReporter:
-    """Sends messages to Dagster."""
-
-    def __init__(self, pipes: PipesContext) -> None:
-        self._pipes = pipes
-
-    def info(self, message: str) -> None:
-        """Log `message` in the Dagster run."""
-        self._pipes.log.info(message)
-
-    def warning(self, message: str) -> None:
-        """Log `message` as a warning."""
-        self._pipes.log.warning(message)
-
-
 def answer(message: dict[str, Any], session: RaySession) -> dict[str, Any]:
     """Run the request in `message`; its result or its error as plain data."""
     request = StepRequest.model_validate(message["request"])
@@ -67,13 +52,14 @@ def answer(message: dict[str, Any], session: RaySession) -> dict[str, Any]:
             context_loader=PipesDefaultContextLoader(),
             message_writer=PipesDefaultMessageWriter(),
         ) as pipes:
-            reporter, waited = PipesReporter(pipes), message.get("waited", 0.0)
-            result = run_step(request, reporter, session, attempt=message["attempt"], waited=waited)
-    except StepError as error:
-        return {"error": {"kind": "input", "message": str(error), "details": error.details}}
+            result = run_step(
+                request, pipes.log, session, attempt=message["attempt"], waited=message.get("waited", 0.0)
+            )
     except Exception as error:  # noqa: BLE001  # the process's boundary: becomes the other side's exception
-        summary = session.loss() or f"{type(error).__name__}: {error}"
-        return {"error": {"kind": "crash", "message": summary, "traceback": traceback.format_exc()}}
+        failure = failure_of(error)
+        if failure["kind"] == "crash" and (loss := session.loss()) is not None:
+            failure["message"] = loss
+        return {"error": failure}
     return {"result": result.model_dump(mode="json")}
 
 
@@ -86,7 +72,7 @@ def _end(session: RaySession) -> None:
 
 
 def _next_request(requests: queue.SimpleQueue[dict[str, Any]], imports: Iterator[str]) -> dict[str, Any]:
-    """The next request. While there is none, the time goes into what later steps will import."""
+    """The next request. While there is none, import what later steps need."""
     while requests.empty() and (module := next(imports, None)) is not None:
         importlib.import_module(module, __package__)
     return requests.get()
@@ -104,6 +90,8 @@ def main(descriptor: int) -> None:
             channel.sendall(json.dumps(reply).encode() + b"\n")
         os._exit(1)
 
+    if settings.address:
+        use_token_if_present()  # before anything imports Ray
     session = RaySession(settings, on_loss=lost)
     if folder := os.environ.get("HOUSING_RAY_FOLDER"):
         session.temporary_folder = Path(folder)
@@ -122,7 +110,7 @@ def main(descriptor: int) -> None:
     while True:
         request = _next_request(requests, imports)
         if "prepare" in request:
-            # An error comes again with the request, and is reported then.
+            # The request would raise the error again; it is reported then.
             with contextlib.suppress(Exception):
                 session.ensure()
             ready = time.monotonic()

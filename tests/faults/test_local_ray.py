@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from resources.compute.local_ray import LocalRay, _Worker
-from step_scripts.runner.session_folder import recorded_sessions, remove_abandoned
+from step_scripts.runner.session_folder import remove_abandoned
 from tests.probe_step import ProbeParams
 
 PROBE = "tests.probe_step"
@@ -30,7 +30,7 @@ def materialize(
     folder: Path,
     *actions: str,
     values: list[int] | None = None,
-    meanwhile: Callable[[], object] | None = None,
+    in_background: Callable[[], object] | None = None,
     **options: Any,
 ) -> tuple[dg.ExecuteInProcessResult, list[Any]]:
     results: list[Any] = []
@@ -41,7 +41,7 @@ def materialize(
             params = ProbeParams.model_validate(
                 {"action": action, "value": values[index] if values else 0, "marker": str(folder / "marker")}
             )
-            results.append(compute.run(context, PROBE, params, meanwhile=meanwhile))
+            results.append(compute.run(context, PROBE, params, in_background=in_background))
         return dg.MaterializeResult()
 
     compute = backend(folder, **options)
@@ -165,13 +165,13 @@ def test_a_driver_that_was_started_ahead_ends_with_a_run_that_fails(tmp_path: Pa
     def fails(context: dg.AssetExecutionContext, compute: LocalRay) -> None:
         compute.prepare(context)
         keepers.extend(psutil.Process(int(i.name.removeprefix("process "))) for i in compute.inventory())
-        folders.extend(folder for folder, record in recorded_sessions() if record["artifacts"] == compute.artifact_root)
+        folders.append(Path(keepers[0].environ()["HOUSING_RAY_FOLDER"]))
         assert folders[0].stat().st_mode & 0o777 == 0o700
         raise dg.Failure("there is no such file")
 
     done = dg.materialize([fails], resources={"compute": backend(tmp_path)}, raise_on_error=False)
     assert not done.success
-    assert len(keepers) == len(folders) == 1
+    assert len(keepers) == 1
     assert not keepers[0].is_running()
     assert not folders[0].exists()
 
@@ -306,12 +306,12 @@ def nothing(compute: LocalRay) -> None:
     """Needs no driver."""
 
 
-def test_what_is_to_be_done_meanwhile_is_not_done_for_a_reused_result(tmp_path: Path) -> None:
+def test_work_in_the_background_is_not_done_for_a_reused_result(tmp_path: Path) -> None:
     called = threading.Event()
-    materialize(tmp_path, "write", meanwhile=called.set)
+    materialize(tmp_path, "write", in_background=called.set)
     assert called.wait(10)
     called.clear()
-    _, results = materialize(tmp_path, "write", meanwhile=called.set)
+    _, results = materialize(tmp_path, "write", in_background=called.set)
     assert results[0].reused
     assert not called.wait(0.2)
 

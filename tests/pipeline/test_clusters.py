@@ -287,7 +287,7 @@ def test_what_listens_and_says_nothing_is_left(tmp_path: Path) -> None:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         found = _join(address, tmp_path, HOUSING_RAY_CONNECT_SECONDS="2")
     assert isinstance(found, str), found
-    assert f"the Ray cluster at {address} (RAY_ADDRESS) is silent for 2 s" in found
+    assert f"the Ray cluster at {address} (RAY_ADDRESS) does not answer within 2 s" in found
 
 
 def test_a_dead_address_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

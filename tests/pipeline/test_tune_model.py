@@ -22,7 +22,7 @@ import xgboost as xgb
 from step_scripts.model.artifact import load_model
 from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepResult
 from step_scripts.runner.execution import run_step
-from step_scripts.runner.ray_session import RaySession
+from step_scripts.runner.ray_session import RaySession, private_folder_of_session
 from step_scripts.training import search
 from step_scripts.training.short_trials import are_short
 from step_scripts.training.trial_records import TrialRecord, TrialStore
@@ -109,8 +109,9 @@ def _kill_the_worker(title: str) -> int:
 
 def _leftovers() -> list[Path]:
     """Files of a search in this Ray session's folder, where Ray Tune and the search put theirs."""
-    session = Path(ray._private.worker._global_node.get_session_dir_path())  # pyright: ignore
-    return [*session.glob("tune-*"), *session.glob("artifacts/*/search-*")]
+    session = private_folder_of_session()
+    assert session is not None
+    return [*session.glob("tune-*"), *session.glob("r/session_2*/artifacts/*/search-*")]
 
 
 def _wait_for_free_cpus() -> None:

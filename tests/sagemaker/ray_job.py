@@ -64,7 +64,7 @@ class RayJob:
         )
         aws.put(f"{self._prefix}/request.json", self.request.model_dump_json())
         aws.put(f"{self._prefix}/ray_token", secrets.token_hex(32))
-        aws.put(f"{self._prefix}/cluster.json", json.dumps({"join_seconds": 150, "stop_seconds": 5, **(limits or {})}))
+        wanted = {"join_seconds": 150, "stop_seconds": 5, **(limits or {})}
         self._environment = {
             "HOUSING_JOB_URI": self.uri,
             "HOUSING_ATTEMPT": "attempt-1",
@@ -76,6 +76,7 @@ class RayJob:
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "2000",
             "RAY_health_check_failure_threshold": "4",
+            **{f"HOUSING_CLUSTER_{name.upper()}": f"{value}" for name, value in wanted.items()},
             **(environment or {}),
         }
         self.output: dict[str, list[str]] = {name: [] for name in self.names}

@@ -125,7 +125,7 @@ def test_step_that_cannot_survive_a_lost_host_says_so(aws: Aws) -> None:
         assert job.result() is None
 
 
-def test_step_that_does_not_end_after_a_lost_host_is_given_up(aws: Aws) -> None:
+def test_step_that_does_not_end_after_a_lost_host_fails(aws: Aws) -> None:
     with RayJob(aws, 2, tasks=2, signals="?", limits={"lost_host_seconds": 1}) as job:
         job.start()
         job.await_tasks(2)
@@ -136,7 +136,7 @@ def test_step_that_does_not_end_after_a_lost_host_is_given_up(aws: Aws) -> None:
 
 
 def test_lost_head(aws: Aws) -> None:
-    with RayJob(aws, 2, tasks=2, signals="?", limits={"unreachable_seconds": 2, "silent_seconds": 2}) as job:
+    with RayJob(aws, 2, tasks=2, signals="?", limits={"unreachable_seconds": 2, "head_unresponsive_timeout": 2}) as job:
         job.start()
         job.await_tasks(2)
         job.await_output("algo-2", "joined as")
@@ -145,8 +145,13 @@ def test_lost_head(aws: Aws) -> None:
         assert (job.failure("algo-2") or "").startswith("algo-2: lost the head algo-1: ")
 
 
-def test_silent_head(aws: Aws) -> None:
-    limits = {"unreachable_seconds": 60, "silent_seconds": 3, "farewell_seconds": 3, "stop_seconds": 2}
+def test_unresponsive_head(aws: Aws) -> None:
+    limits = {
+        "unreachable_seconds": 60,
+        "head_unresponsive_timeout": 3,
+        "shutdown_ack_timeout": 3,
+        "stop_seconds": 2,
+    }
     with RayJob(aws, 2, tasks=2, signals="?", limits=limits) as job:
         job.start()
         job.await_tasks(2)
@@ -170,7 +175,7 @@ def test_host_that_never_comes(aws: Aws) -> None:
         assert job.failure("algo-2") is not None
 
 
-def test_wrong_token_and_a_head_that_is_stopped_meanwhile(aws: Aws) -> None:
+def test_wrong_token_and_a_head_that_is_stopped_then(aws: Aws) -> None:
     with RayJob(aws, 2) as job:
         job.put("other/ray_token", secrets.token_hex(32))
         job.start("algo-1")

@@ -14,7 +14,7 @@ from resources.references.types import SplitRef
 from resources.sources.listing import find_source_files, list_landing
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact
-from step_scripts.runner.file_state import file_state
+from step_scripts.runner.storage import file_state
 from tests.unit.step_scripts.runner.test_storage import (
     test_a_failed_write_keeps_the_old_content as test_a_failed_write_keeps_the_old_content,
 )

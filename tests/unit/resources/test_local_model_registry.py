@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from resources.file_lock import file_lock
 from resources.model_registry.base import RegistryDamaged
 from resources.model_registry.local import LocalModelRegistry
 from step_scripts.runner.contract import DamagedArtifactError
+from step_scripts.runner.locking import file_lock
 from tests import ROOT
 from tests.registry_contract import RegistryContract, artifact, register
 

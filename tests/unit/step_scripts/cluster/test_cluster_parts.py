@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import textwrap
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from step_scripts.cluster.failure import LONGEST, ClusterError, failure_from, failure_of, failure_text, write_failure
-from step_scripts.cluster.limits import ClusterLimits, limits_from, pauses
+from step_scripts.cluster.job import ClusterLimits, pauses
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.interruption import interrupt, on_interruption
 from tests import ROOT
@@ -64,20 +63,29 @@ def test_other_reasons_are_no_faults_of_the_input(text: str) -> None:
     assert failure_from(text) is None
 
 
-def test_limits_from_file_and_environment() -> None:
-    document = json.dumps({"join_seconds": 5, "silent_seconds": 7}).encode()
-    limits = limits_from(document, {"HOUSING_CLUSTER_JOIN_SECONDS": "9.5", "HOUSING_CLUSTER_HEAD_GROUP": "big"})
-    assert (limits.join_seconds, limits.silent_seconds) == (9.5, 7)
-    assert limits_from(None, {}) == ClusterLimits()
-    with pytest.raises(ValidationError, match="join_secs"):
-        limits_from(b'{"join_secs": 5}', {})
+def test_limits_from_the_environment() -> None:
+    limits = ClusterLimits.from_environment(
+        {"HOUSING_CLUSTER_JOIN_SECONDS": "9.5", "HOUSING_CLUSTER_HEAD_GROUP": "big"}
+    )
+    assert limits == ClusterLimits(join_seconds=9.5)
+    assert ClusterLimits.from_environment({}) == ClusterLimits()
     with pytest.raises(ValidationError, match="join_seconds"):
-        limits_from(None, {"HOUSING_CLUSTER_JOIN_SECONDS": "soon"})
+        ClusterLimits.from_environment({"HOUSING_CLUSTER_JOIN_SECONDS": "soon"})
+
+
+@pytest.mark.parametrize(
+    ("former", "name"),
+    [("FAREWELL_SECONDS", "SHUTDOWN_ACK_TIMEOUT"), ("SILENT_SECONDS", "HEAD_UNRESPONSIVE_TIMEOUT")],
+)
+def test_a_limit_under_its_former_name_is_refused_with_the_new_one(former: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"HOUSING_CLUSTER_{former} is now HOUSING_CLUSTER_{name}"):
+        ClusterLimits.from_environment({f"HOUSING_CLUSTER_{former}": "1"})
+    assert ClusterLimits.from_environment({f"HOUSING_CLUSTER_{name}": "1"}) != ClusterLimits()
 
 
 def test_default_limits_after_sigterm_fit_into_the_platforms_two_minutes() -> None:
     limits = ClusterLimits()
-    assert limits.checkpoint_seconds + limits.farewell_seconds + 2 * limits.stop_seconds <= 90
+    assert limits.checkpoint_seconds + limits.shutdown_ack_timeout + 2 * limits.stop_seconds <= 90
 
 
 def test_pauses_grow_to_their_limit() -> None:
@@ -106,11 +114,11 @@ _SUPERVISOR = """
     from pathlib import Path
     import psutil
     from step_scripts.cluster.child_processes import ChildProcesses
-    from step_scripts.runner.interruption import Alarm
+    from step_scripts.runner.interruption import StopSignal
 
     signal.alarm(90)  # ends a test that hangs
-    alarm = Alarm()
-    children = ChildProcesses(alarm)
+    stop = StopSignal()
+    children = ChildProcesses(stop)
     # A process that leaves an orphan in a session of its own, which ignores SIGTERM, and one that ends by itself.
     ready = Path(sys.argv[1])
     stubborn = f"import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open({str(ready)!r}, 'w'); "
@@ -120,15 +128,15 @@ _SUPERVISOR = """
         children.start([sys.executable, "-c", script], os.environ) for script in (parent, "import sys; sys.exit(3)")
     ]
     while not ready.exists() or any(process.poll() is None for process in started):
-        alarm.wait(0.1)
+        stop.wait(0.1)
         children.reap()
     assert [process.returncode for process in started] == [0, 3]
     [orphan] = psutil.Process().children()
     children.end_all(0.5)
     assert not psutil.pid_exists(orphan.pid)
     print("ended", flush=True)
-    while not alarm.stop_requested:
-        alarm.wait(60)
+    while not stop.stop_requested:
+        stop.wait(60)
     print("noticed", flush=True)
 """
 

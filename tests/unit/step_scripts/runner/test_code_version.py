@@ -16,13 +16,21 @@ import ray
 
 from housing_assets.sample_data import write_sample
 from housing_assets.schema import HOUSING_TABLE
-from step_scripts.runner import code_check, code_version, loaded_code
-from step_scripts.runner.code_check import CodeCheck, require_unchanged
-from step_scripts.runner.code_version import library_versions, module_version, step_sources, step_version, version_of
+from step_scripts.runner import code_version, loaded_code
+from step_scripts.runner.code_version import (
+    CodeCheck,
+    NodeReport,
+    library_versions,
+    module_version,
+    require_unchanged,
+    step_sources,
+    step_version,
+    version_of,
+)
 from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepResult
 from step_scripts.runner.execution import find_result, run_step
 from step_scripts.runner.loaded_code import own_places
-from step_scripts.runner.ray_session import NodeReport, RaySession, RaySettings
+from step_scripts.runner.ray_session import RaySession, RaySettings
 from tests import ROOT
 from tests.source_steps import CollectingReporter, source_file
 
@@ -324,6 +332,6 @@ def test_nodes_of_a_cluster_are_asked_for_their_code_and_libraries(
         CodeCheck(asked, joined).require()
     asked = asked.model_copy(update={"environment": {"xgboost": "0.1"}})
     joined._reports = {"10.0.0.1": NodeReport({}, {"xgboost": "0.1"}), "10.0.0.2": report}
-    monkeypatch.setattr(code_check, "library_versions", lambda: {"xgboost": "0.1"})
+    monkeypatch.setattr(code_version, "library_versions", lambda: {"xgboost": "0.1"})
     with pytest.raises(StepError, match=r"on Ray node 10\.0\.0\.2: xgboost .*, asked for was 0\.1"):
         CodeCheck(asked, joined).require()

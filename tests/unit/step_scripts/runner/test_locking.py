@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from resources.file_lock import file_lock
-from step_scripts.runner.locking import NoLocks
+from step_scripts.runner.locking import NoLocks, file_lock
 from step_scripts.runner.session_folder import make_folder, remove_abandoned
 
 

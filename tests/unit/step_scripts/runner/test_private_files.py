@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from resources.file_lock import file_lock
 from step_scripts.runner import storage
+from step_scripts.runner.locking import file_lock
 from step_scripts.runner.private_files import open_private, private_folder, write_private
 from step_scripts.runner.ray_session import RaySession
 from step_scripts.serving.capture import Exchange, RequestCapture

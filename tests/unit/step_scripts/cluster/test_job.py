@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_scripts.cluster.job_hosts import (
+from step_scripts.cluster.failure import ClusterError
+from step_scripts.cluster.job import (
     ADDRESSES_VARIABLE,
-    HostsError,
     JobHosts,
     ml_root,
     natural_order,
@@ -108,12 +108,12 @@ def test_head_is_in_the_first_or_the_configured_group(
 )
 def test_bad_description(tmp_path: Path, config: dict[str, Any], group: str | None, message: str) -> None:
     _write(tmp_path, "config", **config)
-    with pytest.raises(HostsError, match=message):
+    with pytest.raises(ClusterError, match=message):
         read_hosts(tmp_path, group)
 
 
 def test_no_description_names_both_places(tmp_path: Path) -> None:
-    with pytest.raises(HostsError, match=r"neither .*/input/config/.* nor .*/config/resourceconfig.json"):
+    with pytest.raises(ClusterError, match=r"neither .*/input/config/.* nor .*/config/resourceconfig.json"):
         read_hosts(tmp_path)
 
 

@@ -1,7 +1,6 @@
-"""What the hosts of a Ray cluster tell each other through Ray's control store (GCS), without a Ray driver.
+"""The status of a job's cluster in Ray's control store (GCS) on the head: its members, and how the step ended.
 
-The head's supervisor writes there how the step ended; the others read it and write that they have. Who is part of the
-cluster is read there too.
+The head publishes the outcome there; the workers read it and acknowledge it.
 """
 
 from __future__ import annotations
@@ -10,22 +9,28 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+# Ray's public API reaches the control store only from a driver, which Ray kills when the head is lost; a host has to
+# live on to report that loss.
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # a compiled module
 from ray.exceptions import AuthenticationError, RayError
 
-from step_scripts.runner.ports import is_open
+from step_scripts.runner.ray_join import is_open
 
 _NAMESPACE = b"housing_cluster"
-_END = b"end"
-_KNOWS = b"knows/"
+_OUTCOME = b"outcome"
+_ACKNOWLEDGED = b"acknowledged/"
 _ALIVE = 0  # GcsNodeInfo.ALIVE
 
 
-class HeadUnreachable(Exception):
+class HeadUnavailable(Exception):
+    """The head cannot be asked at the moment."""
+
+
+class HeadUnreachable(HeadUnavailable):
     """Nothing accepts connections at the head's address."""
 
 
-class HeadSilent(Exception):
+class HeadUnresponsive(HeadUnavailable):
     """The head accepts connections, and does not answer in time."""
 
 
@@ -34,14 +39,17 @@ class TokenRefused(Exception):
 
 
 @dataclass(frozen=True)
-class End:
+class JobOutcome:
     """How the step ended. `failure` is None if it succeeded."""
 
     failure: dict[str, Any] | None
 
 
-class HeadLink:
-    """Access to the head's control store. Each call takes about `seconds` at most, and may raise the errors above."""
+class ClusterStatusClient:
+    """Reads and writes the status. A call takes about `seconds` at most.
+
+    Every method raises `HeadUnavailable` or `TokenRefused` if the head does not answer.
+    """
 
     def __init__(self, address: str, port: int, seconds: float = 2.0) -> None:
         self.address, self.port = address, port
@@ -50,9 +58,9 @@ class HeadLink:
         self.node_ports: dict[str, int] = {}
 
     def nodes(self) -> dict[str, str | None]:
-        """Address of each host that has ever joined, by its name; None for one that is gone.
+        """Address of each host that has ever joined, by name; None for a host that is gone.
 
-        `node_ports` then has the ports of Ray on the hosts that are there.
+        Sets `node_ports` to the ports of Ray on the hosts that are alive.
         """
         found: dict[str, str | None] = {}
         for node in self._call("get_all_node_info").values():
@@ -63,27 +71,27 @@ class HeadLink:
                 found.setdefault(node.node_name, None)
         return found
 
-    def publish(self, end: End) -> None:
-        """Tell all hosts that the step has ended."""
-        value = json.dumps({"failure": end.failure}).encode()
-        self._call("internal_kv_put", _END, value, True, _NAMESPACE)
+    def publish(self, outcome: JobOutcome) -> None:
+        """Tell all hosts how the step has ended."""
+        value = json.dumps({"failure": outcome.failure}).encode()
+        self._call("internal_kv_put", _OUTCOME, value, True, _NAMESPACE)
 
-    def end(self) -> End | None:
+    def outcome(self) -> JobOutcome | None:
         """How the step ended; None while it runs."""
-        value = self._call("internal_kv_get", _END, _NAMESPACE)
-        return None if value is None else End(json.loads(value)["failure"])
+        value = self._call("internal_kv_get", _OUTCOME, _NAMESPACE)
+        return None if value is None else JobOutcome(json.loads(value)["failure"])
 
-    def confirm(self, host: str) -> None:
-        """Tell the head that `host` knows the end."""
-        self._call("internal_kv_put", _KNOWS + host.encode(), b"1", True, _NAMESPACE)
+    def acknowledge(self, host: str) -> None:
+        """Tell the head that `host` has read the outcome."""
+        self._call("internal_kv_put", _ACKNOWLEDGED + host.encode(), b"1", True, _NAMESPACE)
 
-    def confirmed(self) -> set[str]:
-        """The hosts that know the end."""
-        keys = self._call("internal_kv_keys", _KNOWS, _NAMESPACE)
-        return {key.removeprefix(_KNOWS).decode() for key in keys}
+    def acknowledged(self) -> set[str]:
+        """The hosts that have read the outcome."""
+        keys = self._call("internal_kv_keys", _ACKNOWLEDGED, _NAMESPACE)
+        return {key.removeprefix(_ACKNOWLEDGED).decode() for key in keys}
 
     def _call(self, method: str, *arguments: object) -> Any:
-        # Ray's client waits long for a head that is gone, and in the end takes the whole process with it.
+        # Ray's client waits long for a head that is gone, and finally ends the whole process.
         if not is_open(self.address, self.port, self._seconds):
             self._client = None
             raise HeadUnreachable(f"nothing answers at {self.address}:{self.port}")
@@ -95,4 +103,4 @@ class HeadLink:
             raise TokenRefused(str(error)) from error
         except (RayError, TimeoutError, OSError) as error:
             self._client = None
-            raise HeadSilent(f"{type(error).__name__}: {error}") from error
+            raise HeadUnresponsive(f"{type(error).__name__}: {error}") from error
