@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import random
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,7 +13,6 @@ from step_scripts.runner.contract import StepError
 from step_scripts.runner.wording import counted
 
 _ATTEMPTS = 10  # of one request, with exponential backoff: about a minute of throttling
-_CONFLICTS = 20  # puts of the same key at the same moment
 _DELETED_AT_ONCE = 1000
 
 
@@ -64,29 +61,6 @@ def _client(
     # A session of its own: boto3's default session must not be used by several threads at once.
     session = boto3.Session(region_name=region_name)
     return session.client(service, config=config)  # pyright: ignore[reportCallIssue, reportArgumentType]
-
-
-def put_if_absent(uri: str, data: bytes) -> bool:
-    """Write an object unless there is one. False if another one is there. Of several writers, one gets True.
-
-    An object with the very same bytes counts as written by this call, whose answer may have been lost.
-    """
-    from botocore.exceptions import ClientError
-
-    bucket, key = split_uri(uri)
-    s3 = service_client("s3")
-    for _ in range(_CONFLICTS):
-        try:
-            s3.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-            return True
-        except ClientError as error:
-            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            if status == 412:
-                return s3.get_object(Bucket=bucket, Key=key)["Body"].read() == data
-            if status != 409:  # another put of the key is under way: who was first is not decided yet
-                raise
-            time.sleep(random.uniform(0.05, 0.5))
-    raise StepError(f"{uri} could not be written: others write it at the same time, again and again. Try again later")
 
 
 def list_objects(uri: str, *, deep: bool = True) -> Iterator[S3Object]:

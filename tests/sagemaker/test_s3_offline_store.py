@@ -6,7 +6,6 @@ import contextlib
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ import polars as pl
 import pytest
 from pyiceberg.exceptions import TableAlreadyExistsError
 
-from step_scripts.feature_store import glue_group, iceberg_table, ingestion_plan
-from step_scripts.feature_store.feature_ingestion import run_here
+from step_scripts.feature_store import comparison, glue_group, iceberg_table, ingestion
 from step_scripts.feature_store.feature_values import feature_types
 from step_scripts.feature_store.group import Group, GroupInfo
+from step_scripts.feature_store.ingestion import run_here
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.s3_objects import put_if_absent
 from tests.feature_rows import TABLE, ingest_rows, record_id, records, row, write_rows
 from tests.sagemaker_emulator import SageMakerEmulator
 from tests.sagemaker_emulator.iceberg_tables import create_table
@@ -49,7 +47,7 @@ from tests.unit.step_scripts.feature_store.test_offline_store import (  # noqa: 
 HOOKED = """
 import os, signal, sys
 from pathlib import Path
-from step_scripts.feature_store.feature_ingestion import run_here
+from step_scripts.feature_store.ingestion import run_here
 from step_scripts.feature_store.offline_store import OfflineStore
 from tests.feature_rows import ingest_rows, row, write_rows
 
@@ -160,10 +158,10 @@ def test_a_killed_ingestion_is_invisible_and_tidied_up_when_it_is_old(
     assert set(records(store.scan("sales"))) == {record_id(0)}
     assert store.get_record("sales", record_id(1)) is None
     # They could be those of a writer that is at work.
-    assert ingest_rows(store, write_rows(tmp_path, [row(1)])).strays_removed == 0
+    assert ingest_rows(store, write_rows(tmp_path, [row(1)])).orphan_files_deleted == 0
     assert len(data_files(aws)) == 4
-    monkeypatch.setattr(glue_group, "STRAY_SECONDS", -60.0)
-    assert store.folder("sales").remove_strays() == 2
+    monkeypatch.setattr(glue_group, "ORPHAN_SECONDS", -60.0)
+    assert store.folder("sales").delete_orphan_files() == 2
     assert data_files(aws) == committed_files(store)
     assert not aws.keys("store/sales/_staging")
     assert set(records(store.scan("sales"))) == {record_id(0), record_id(1)}
@@ -172,30 +170,11 @@ def test_a_killed_ingestion_is_invisible_and_tidied_up_when_it_is_old(
 def test_a_writer_whose_files_may_be_taken_for_leftovers_gives_up(
     store: OfflineStore, aws: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(glue_group, "STRAY_SECONDS", 0.0)
+    monkeypatch.setattr(glue_group, "ORPHAN_SECONDS", 0.0)
     with pytest.raises(StepError, match="Nothing was committed; ingest with more actors"):
         ingest_rows(store, write_rows(tmp_path, [row(0)]))
     assert store.commits("sales") == []
     assert not data_files(aws)
-
-
-def test_one_of_many_gets_the_commit(aws: Aws, aws_environment: SageMakerEmulator) -> None:
-    wins: list[int] = []
-    barrier = threading.Barrier(8)
-
-    def put(number: int) -> None:
-        barrier.wait()
-        if put_if_absent(aws.uri("log/1"), str(number).encode()):
-            wins.append(number)
-
-    threads = [threading.Thread(target=put, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(wins) == 1
-    assert aws.get("log/1") == str(wins[0]).encode()
-    assert put_if_absent(aws.uri("log/1"), str(wins[0]).encode()), "the answer to the winner's put may have been lost"
 
 
 def test_lost_files_are_named(store: OfflineStore, aws: Aws, tmp_path: Path) -> None:
@@ -221,8 +200,8 @@ def test_small_pieces_store_what_one_piece_stores_locally(
     ]
     for rows in batches:
         ingest_rows(local, write_rows(tmp_path, rows), mirror=True)
-    monkeypatch.setattr(ingestion_plan, "BUCKET_EVENTS", 4)
-    monkeypatch.setattr(ingestion_plan, "_PIECE_ROWS", (2, 4))
+    monkeypatch.setattr(comparison, "_PARTITION_EVENTS", 4)
+    monkeypatch.setattr(ingestion, "_PIECE_ROWS", (2, 4))
     for rows in batches:
         ingest_rows(store, write_rows(tmp_path, rows, parts=3), mirror=True, workers=2)
     assert records(store.scan("sales")) == records(local.scan("sales"))
