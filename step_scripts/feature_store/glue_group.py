@@ -2,7 +2,7 @@
 
 Glue accepts a change of a table only on top of the version that it was based on; the loser compares its rows again with
 what the winner stored. Files of a killed writer cannot be told from those of one that is at work, except by their age:
-what no snapshot has is deleted after `ORPHAN_SECONDS`, and a writer that took more than half as long gives up instead
+what no snapshot has is deleted after `ORPHAN_AGE`, and a writer that took more than half as long gives up instead
 of committing.
 """
 
@@ -13,22 +13,21 @@ import re
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from pyiceberg.exceptions import NoSuchIcebergTableError, NoSuchPropertyException
 from pyiceberg.table import Table
 
 from step_scripts.feature_store import iceberg_table
 from step_scripts.feature_store.commits import Commit
-from step_scripts.feature_store.group import LOCK_SECONDS, Attempt, Group, GroupInfo
+from step_scripts.feature_store.group import LOCK_SECONDS, ORPHAN_AGE, Attempt, Group, GroupInfo
 from step_scripts.feature_store.group_state import path_in
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.s3_objects import delete_objects, delete_prefix, list_objects
 from step_scripts.table.spec import TableSpec
 
-ORPHAN_SECONDS = 72 * 3600.0
-_OWN_NAME = re.compile(r"(^|/)[A-Z0-9]{6}-[0-9a-f]{64}\.parquet$")
+_OWN_NAME = re.compile(r"/[A-Z0-9]{6}-[0-9a-f]{64}\.parquet$")
 _REMOVAL = "removal.json"  # there while the group is being deleted
 
 
@@ -64,9 +63,10 @@ class GlueGroup(Group):
 
     def append(self, attempt: Attempt, commit: Commit, paths: Sequence[str]) -> Commit:
         """See `Group.append`. Raises `StepError` also if this writer took too long."""
-        if self._began is not None and time.monotonic() - self._began > ORPHAN_SECONDS / 2:
+        longest = ORPHAN_AGE.total_seconds() / 2
+        if self._began is not None and time.monotonic() - self._began > longest:
             raise StepError(
-                f"writing to feature group {self.name} took more than {ORPHAN_SECONDS / 7200:.0f} hours, after which "
+                f"writing to feature group {self.name} took more than {longest / 3600:.0f} hours, after which "
                 "its files may be taken for leftovers. Nothing was committed; ingest with more actors or hosts"
             )
         if self.info() is None:
@@ -94,17 +94,10 @@ class GlueGroup(Group):
             delete_prefix(uri)
 
     def delete_orphan_files(self) -> int:
-        """Delete uncommitted files and scratch that are older than `ORPHAN_SECONDS`."""
-        oldest = datetime.now(UTC) - timedelta(seconds=ORPHAN_SECONDS)
+        """See `Group.delete_orphan_files`. Only files older than `ORPHAN_AGE`, and none of SageMaker's and Athena's."""
+        oldest = datetime.now(UTC) - ORPHAN_AGE
         delete_objects(self._staging, [o.path for o in list_objects(self._staging) if o.modified < oldest])
-        # Files of SageMaker and Athena are theirs.
-        old = [o.path for o in list_objects(self.data_uri) if o.modified < oldest and _OWN_NAME.search(o.path)]
-        if not old:
-            return 0
-        # Read after the listing: a file that was committed in between counts as committed.
-        table = self._load()
-        known = {path_in(u, self.data_uri) for u in iceberg_table.data_uris(table)} if table is not None else set[str]()
-        orphans = [path for path in old if path not in known]
+        orphans = [path_in(uri, self.data_uri) for uri, _ in self.orphan_files(oldest) if _OWN_NAME.search(uri)]
         delete_objects(self.data_uri, orphans)
         return len(orphans)
 

@@ -34,7 +34,7 @@ from step_scripts.feature_store import commits, iceberg_table
 from step_scripts.feature_store.commits import FORMAT, INGESTION_KEY, Commit, summary_of
 from step_scripts.feature_store.data_files import WriteTarget, attempt_token
 from step_scripts.feature_store.event_schema import missing_columns
-from step_scripts.feature_store.group_state import GroupState, StoredFile, reading
+from step_scripts.feature_store.group_state import GroupState, StoredFile, path_in, reading
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, FileInfo, StepError
 from step_scripts.runner.wording import counted
@@ -42,6 +42,7 @@ from step_scripts.table.spec import TableSpec
 
 GROUP_NAME = re.compile(r"[a-zA-Z0-9]([_-]*[a-zA-Z0-9]){0,63}")  # SageMaker's rule for feature groups
 LOCK_SECONDS = 600.0
+ORPHAN_AGE = timedelta(days=3)  # a younger file may belong to a writer that is at work
 COMMAND = "python -m step_scripts.feature_store"
 _REFUSED_CHARACTERS = "#?%"  # pyiceberg takes places for URLs and would write beside the root
 _COMMIT_ATTEMPTS = 12
@@ -117,7 +118,7 @@ class Group(ABC):
 
     @abstractmethod
     def delete_orphan_files(self) -> int:
-        """Delete what killed writers left: data files that no snapshot has, scratch. Returns the number of files."""
+        """Delete what killed writers left: data files that no snapshot has, scratch. Returns how many data files."""
 
     @abstractmethod
     def remove(self) -> None:
@@ -228,6 +229,25 @@ class Group(ABC):
         """The files as an artifact whose URI is the `data` folder; `rows` counts records, not events."""
         listed = [FileInfo(path=f.path, rows=f.rows, bytes=f.bytes, sha256=f.sha256) for f in files]
         return Artifact.of(self.data_uri, listed, digest=digest).model_copy(update={"rows": rows})
+
+    def orphan_files(self, before: datetime, *, metadata_uri: str | None = None) -> list[tuple[str, int]]:
+        """Data files that no snapshot has and that are older than a time: URI and bytes.
+
+        Also those of the table's metadata, if it is said where they are.
+        """
+        found = [
+            (storage.join(place, path), size)
+            for place in (self.data_uri, *([metadata_uri] if metadata_uri else []))
+            for path, size, modified in storage.list_details(place)
+            if modified < before.timestamp()
+        ]
+        # Read after the listing: a file that was committed in between counts as committed.
+        table = self._load() if found else None
+        if table is None:
+            return found
+        known = iceberg_table.referenced_uris(table) if metadata_uri else iceberg_table.data_uris(table)
+        plain = {path_in(uri, "") for uri in known}
+        return [(uri, size) for uri, size in found if uri.lstrip("/") not in plain]
 
     def file_location(self, path: str) -> str:
         """What the table calls a data file."""

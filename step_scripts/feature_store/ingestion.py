@@ -120,35 +120,33 @@ def ingest(
     return replace(result, orphan_files_deleted=deleted)
 
 
+@dataclass
 class _Ingestion:
-    def __init__(
-        self,
-        group: Group,
-        table: TableSpec,
-        dataset: Artifact,
-        run: ParallelRun,
-        log: Reporter,
-        options: IngestionOptions,
-    ) -> None:
-        self._group, self._table, self._dataset = group, table, dataset
-        self._run, self._log, self._options = run, log, options
-        self._inputs = dataset_sources(dataset, self._piece_rows(dataset.rows or 0))
-        self._rows_in = sum(source.rows for source in self._inputs)
-        if not self._rows_in:
-            raise StepError(f"the dataset {dataset.uri} has no rows, so there is nothing to ingest")
+    group: Group
+    table: TableSpec
+    dataset: Artifact
+    run: ParallelRun
+    log: Reporter
+    options: IngestionOptions
+
+    def __post_init__(self) -> None:
+        self.inputs = dataset_sources(self.dataset, self._piece_rows(self.dataset.rows or 0))
+        self.rows_in = sum(source.rows for source in self.inputs)
+        if not self.rows_in:
+            raise StepError(f"the dataset {self.dataset.uri} has no rows, so there is nothing to ingest")
 
     def attempt(self) -> IngestionResult:
         """Ingest into the group as it is now. Raises `CommitTaken` if another writer commits first."""
-        group, table, options, phase = self._group, self._table, self._options, self._options.phase
+        group, table, options, phase = self.group, self.table, self.options, self.options.phase
         state = group.state()
         has_new_columns = state.last is not None and validate_schema_change(group.name, state.last.table, table)
         if state.last is None:
             group.create(table)
             state = group.state()
         self._refuse_lost_files(state)
-        last, rows = state.last, self._rows_in
-        if last and not has_new_columns and ingested_by(state.commits, self._dataset.digest, mirror=options.mirror):
-            self._log.info(f"feature group {group.name} holds this dataset already")
+        last, rows = state.last, self.rows_in
+        if last and not has_new_columns and ingested_by(state.commits, self.dataset.digest, mirror=options.mirror):
+            self.log.info(f"feature group {group.name} holds this dataset already")
             return IngestionResult(last, tuple(state.files), rows, rows, unchanged=rows, already_ingested=True)
         with group.staging() as scratch, group.attempt(state, table) as attempt:
             with phase("compare"):
@@ -165,12 +163,12 @@ class _Ingestion:
                 before = f"its latest commit is still {last.number}" if last else "it has no commit"
                 with phase("write online"):
                     bring_online(
-                        self._run,
+                        self.run,
                         items,
                         table,
                         options.online,
                         found.latest,
-                        self._log,
+                        self.log,
                         scratch=scratch,
                         offline=f"the offline store is as before: {before}",
                         missing_uri=options.missing_uri,
@@ -195,12 +193,12 @@ class _Ingestion:
             number=len(state.commits) + 1,
             created_at=target.write_time,
             write_time=target.write_time,
-            dataset_digest=self._dataset.digest,
-            table=self._table,
+            dataset_digest=self.dataset.digest,
+            table=self.table,
             **{name: getattr(found, name) for name in COUNTS if name != "outdated"},
             live_rows=(last.live_rows if last else 0) + found.live_rows,
             live_digest=digest_of(subtract_sums(live, found.live_removed)),
-            mirrors=self._options.mirror or not state.files,
+            mirrors=self.options.mirror or not state.files,
             deduplicate=found.deduplicate or bool(last and last.deduplicate),
         )
 
@@ -208,22 +206,22 @@ class _Ingestion:
         """What the dataset changes, and what is to be written."""
         stored_rows = sum(file.rows for file in state.files)
         # A small dataset is compared with the events of its own records only.
-        known_only = not self._options.mirror and self._rows_in * 4 < stored_rows
-        partitions = partition_count(self._rows_in + (self._rows_in if known_only else stored_rows))
-        calls = [(source, self._table, partitions, scratch, False) for source in self._inputs]
-        times = self._all(hash_source, calls, "rows read", [source.rows for source in self._inputs])
+        known_only = not self.options.mirror and self.rows_in * 4 < stored_rows
+        partitions = partition_count(self.rows_in + (self.rows_in if known_only else stored_rows))
+        calls = [(source, self.table, partitions, scratch, False) for source in self.inputs]
+        times = self._all(hash_source, calls, "rows read", [source.rows for source in self.inputs])
         stored = stored_sources(
-            len(self._inputs),
-            [(storage.join(self._group.data_uri, file.path), file.rows) for file in state.files],
+            len(self.inputs),
+            [(storage.join(self.group.data_uri, file.path), file.rows) for file in state.files],
             self._piece_rows(stored_rows),
             file_types(target.schema),
         )
-        calls = [(source, self._table, partitions, scratch, known_only) for source in stored]
+        calls = [(source, self.table, partitions, scratch, known_only) for source in stored]
         self._all(hash_source, calls, "stored rows compared", [source.rows for source in stored])
-        mirror_time = max(times) if self._options.mirror else None
+        mirror_time = max(times) if self.options.mirror else None
         compared = self._all(compare_partition, [(n, scratch, mirror_time) for n in range(partitions)])
         found = sum((changes for changes, _ in compared), Changes())
-        sources = [*self._inputs, *stored]
+        sources = [*self.inputs, *stored]
         if found.conflicts:
             raise self._contradiction(found, sources)
         counts = pl.concat(rows for _, rows in compared).group_by("day", "source").agg(pl.col("rows").sum())
@@ -237,20 +235,20 @@ class _Ingestion:
     def _read_back(self, target: WriteTarget, written: list[str], found: Changes, rows: int, state: GroupState) -> None:
         """Raise `StepError` unless the written files hold exactly the events to store."""
         a_piece = len(written) * self._piece_rows(rows) // max(rows, 1)
-        size = max(1, min(_FILES_READ_AT_ONCE, a_piece, -(-len(written) // self._options.workers)))
+        size = max(1, min(_FILES_READ_AT_ONCE, a_piece, -(-len(written) // self.options.workers)))
         read = self._all(read_back, [(written[at : at + size], target) for at in range(0, len(written), size)])
         readable = [file for files, _ in read for file in files]
         count = sum(held for _, held in readable)
         if count != rows or add_sums(*(sums for _, sums in read)) != found.stored_sums:
             raise self._unreadable(
-                f"{counted(rows, 'row')} written to feature group {self._group.name}, {count:,} can be read back"
+                f"{counted(rows, 'row')} written to feature group {self.group.name}, {count:,} can be read back"
                 + (" but not as they were" if count == rows else ""),
                 [*(file.path for file in state.files), *(path for path, _ in readable)],
                 "nothing was committed; check the storage, then ingest again",
             )
 
     def _refuse_lost_files(self, state: GroupState) -> None:
-        lost, sentence = self._group.lost_files(state.files)
+        lost, sentence = self.group.lost_files(state.files)
         if lost:
             raise self._unreadable(
                 sentence,
@@ -260,21 +258,21 @@ class _Ingestion:
 
     def _unreadable(self, what: str, readable: list[str], remedy: str) -> StepError:
         """The error for rows that cannot be read, with the records of the dataset that are in no readable file."""
-        stored = [_record_ids(storage.join(self._group.data_uri, path)) for path in readable]
+        stored = [_record_ids(storage.join(self.group.data_uri, path)) for path in readable]
         found = pl.concat(stored).unique() if stored else None
         lost: set[str] = set()
-        for uri in dict.fromkeys(uri for source in self._inputs for uri in source.uris):
+        for uri in dict.fromkeys(uri for source in self.inputs for uri in source.uris):
             ids = _record_ids(uri).unique()
             lost.update((ids.join(found, on="record_id", how="anti") if found is not None else ids)["record_id"])
         shown = sorted(lost)[:SHOWN]
         named = f"; {counted(len(lost), 'record')} of the dataset cannot be read: {', '.join(shown)}" if lost else ""
         more = " and others" if len(lost) > len(shown) else ""
-        details: dict[str, Any] = {"rows_in": self._rows_in, "records_missing": len(lost), "missing_record_ids": shown}
+        details: dict[str, Any] = {"rows_in": self.rows_in, "records_missing": len(lost), "missing_record_ids": shown}
         return StepError(f"{what}{named}{more}. Remedy: {remedy}", details=details)
 
     def _contradiction(self, found: Changes, sources: Sequence[Source]) -> StepError:
         places = found.conflicts[:SHOWN]
-        ids = {read_source(sources[n], ["record_id"], self._table)["record_id"][row] for n, row in places}
+        ids = {read_source(sources[n], ["record_id"], self.table)["record_id"][row] for n, row in places}
         return StepError(
             f"the dataset has different rows for the same record and event time, so that none of them is the latest: "
             f"record ids {', '.join(sorted(ids))}{' and maybe others' if len(places) == SHOWN else ''}. "
@@ -285,17 +283,17 @@ class _Ingestion:
     def _piece_rows(self, rows: int) -> int:
         """Rows of a piece, so that all workers have one and none has too much to hold."""
         fewest, most = _PIECE_ROWS
-        return max(fewest, min(most, -(-rows // self._options.workers)))
+        return max(fewest, min(most, -(-rows // self.options.workers)))
 
     def _all(
         self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], what: str = "", rows: Sequence[int] = ()
     ) -> list[Any]:
         """Results of all calls, in order; reports how many of the `rows` of the calls are done."""
         results: dict[int, Any] = {}
-        for index, result in self._run(function, calls):
+        for index, result in self.run(function, calls):
             results[index] = result
             if what:
-                self._log.info(f"{sum(rows[n] for n in results):,} of {sum(rows):,} {what}")
+                self.log.info(f"{sum(rows[n] for n in results):,} of {sum(rows):,} {what}")
         return [results[n] for n in range(len(calls))]
 
 

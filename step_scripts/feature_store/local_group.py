@@ -11,6 +11,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 from pyiceberg.catalog import Catalog
@@ -101,23 +102,14 @@ class LocalGroup(Group):
             shutil.rmtree(self._staging, ignore_errors=True)
 
     def delete_orphan_files(self) -> int:
-        """Delete what killed writers left: data files that no snapshot has, scratch. The caller holds the lock."""
+        """See `Group.delete_orphan_files`. The caller holds the lock, so whatever is not committed is a leftover."""
         shutil.rmtree(self._staging, ignore_errors=True)
         for temporary in self.path.glob(".*.tmp"):
             temporary.unlink(missing_ok=True)
-        if not self.data.is_dir():
-            return 0
-        table = self._load()
-        known = iceberg_table.data_uris(table) if table is not None else set[str]()
-        deleted = 0
-        for folder, _, names in os.walk(self.data, topdown=False):
-            for path in [Path(folder) / name for name in names]:
-                if f"file://{path}" not in known:
-                    path.unlink()
-                    deleted += path.suffix == ".parquet"
-            with contextlib.suppress(OSError):  # not empty
-                Path(folder).rmdir()
-        return deleted
+        orphans = self.orphan_files(datetime.max.replace(tzinfo=UTC))
+        for uri, _ in orphans:
+            storage.delete(uri)
+        return len(orphans)
 
     def remove(self) -> None:
         """Delete the group. The caller holds the lock; it is gone at once, however long the removal takes."""

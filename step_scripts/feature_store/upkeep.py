@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import polars as pl
-from pyiceberg.table import Table
 
 from step_scripts.feature_store import iceberg_table
 from step_scripts.feature_store.commits import COMPACTED_KEY, INGESTION_KEY, number_of, own_snapshots
 from step_scripts.feature_store.data_files import WriteTarget, events_digest, read_back, write_events
 from step_scripts.feature_store.event_schema import event_types, file_types
 from step_scripts.feature_store.event_sources import Source, read_source
-from step_scripts.feature_store.group import Group
-from step_scripts.feature_store.group_state import GroupState, StoredFile, path_in, reading
+from step_scripts.feature_store.group import ORPHAN_AGE, Group
+from step_scripts.feature_store.group_state import GroupState, StoredFile, reading
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.wording import counted
 
-ORPHAN_AGE = timedelta(days=3)  # a younger file may belong to a writer that is at work
 _TAG = "kept-"
 _LARGEST_FILE = 1 << 20  # rows
 
@@ -53,9 +51,9 @@ def tidy(group: Group, kept: Collection[int], before: datetime, *, dry_run: bool
         surplus = _surplus(state, kept, before)
         if surplus and not dry_run:
             _expire(group, state, set(surplus))
-        table = group.state().iceberg
-        assert table is not None
-        orphans = _orphans(group, table, datetime.now(UTC) - ORPHAN_AGE)
+        # On S3 the metadata are where SageMaker wants them.
+        metadata_uri = None if storage.is_remote(group.uri) else storage.join(group.uri, "metadata")
+        orphans = group.orphan_files(datetime.now(UTC) - ORPHAN_AGE, metadata_uri=metadata_uri)
         if not dry_run:
             for uri, _ in orphans:
                 storage.delete(uri)
@@ -97,21 +95,6 @@ def _expire(group: Group, state: GroupState, surplus: set[int]) -> None:
     facts = [history[number].model_dump(mode="json", exclude_defaults=True) for number in sorted(history)]
     storage.write_bytes(group.expired_uri, json.dumps(facts, indent=1).encode())
     state.iceberg.maintenance.expire_snapshots().by_ids(list(surplus)).commit()
-
-
-def _orphans(group: Group, table: Table, before: datetime) -> list[tuple[str, int]]:
-    """Old files beside the table's own, in its folders, that no snapshot has: URI and size."""
-    places = [group.data_uri]
-    if not storage.is_remote(group.uri):  # on S3 the metadata are where SageMaker wants them
-        places.append(storage.join(group.uri, "metadata"))
-    found = [
-        (storage.join(place, path), size)
-        for place in places
-        for path, size, modified in storage.list_details(place)
-        if modified < before.timestamp()
-    ]
-    known = {path_in(uri, "") for uri in iceberg_table.referenced_uris(table)} if found else set[str]()
-    return [(uri, size) for uri, size in found if uri.lstrip("/") not in known]
 
 
 def compact(group: Group) -> dict[str, int]:

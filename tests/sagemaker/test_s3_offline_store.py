@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from tests.unit.step_scripts.feature_store.test_offline_store import (  # noqa: 
 
 HOOKED = """
 import os, signal, sys
+from datetime import timedelta
 from pathlib import Path
 from step_scripts.feature_store.ingestion import run_here
 from step_scripts.feature_store.offline_store import OfflineStore
@@ -160,7 +162,7 @@ def test_a_killed_ingestion_is_invisible_and_tidied_up_when_it_is_old(
     # They could be those of a writer that is at work.
     assert ingest_rows(store, write_rows(tmp_path, [row(1)])).orphan_files_deleted == 0
     assert len(data_files(aws)) == 4
-    monkeypatch.setattr(glue_group, "ORPHAN_SECONDS", -60.0)
+    monkeypatch.setattr(glue_group, "ORPHAN_AGE", timedelta(seconds=-60))
     assert store.folder("sales").delete_orphan_files() == 2
     assert data_files(aws) == committed_files(store)
     assert not aws.keys("store/sales/_staging")
@@ -170,7 +172,7 @@ def test_a_killed_ingestion_is_invisible_and_tidied_up_when_it_is_old(
 def test_a_writer_whose_files_may_be_taken_for_leftovers_gives_up(
     store: OfflineStore, aws: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(glue_group, "ORPHAN_SECONDS", 0.0)
+    monkeypatch.setattr(glue_group, "ORPHAN_AGE", timedelta(0))
     with pytest.raises(StepError, match="Nothing was committed; ingest with more actors"):
         ingest_rows(store, write_rows(tmp_path, [row(0)]))
     assert store.commits("sales") == []

@@ -46,6 +46,7 @@ from tests.feature_rows import (
     write_frame,
     write_rows,
 )
+from tests.other_engines import opened
 
 # --- model ---------------------------------------------------------------------------------------------------------
 
@@ -323,6 +324,36 @@ def test_order_of_rows_and_parts_does_not_matter(tmp_path: Path) -> None:
     one, two = (s.commits("sales")[-1] for s in stores)
     assert (one.live_digest, one.live_rows, one.added) == (two.live_digest, two.live_rows, two.added)
     assert records(stores[0].scan("sales")) == records(stores[1].scan("sales"))
+
+
+def test_a_small_dataset_is_compared_with_its_own_records_only(
+    store: OfflineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "_PARTITION_EVENTS", 2)
+    ingest_rows(store, write_rows(tmp_path, [row(n) for n in range(50)]))
+    compared: list[int] = []
+    changes = comparison.changes
+
+    def counted(incoming: pl.DataFrame, stored: pl.DataFrame, mirror_time: int | None) -> Any:
+        compared.append(stored.height)
+        return changes(incoming, stored, mirror_time)
+
+    monkeypatch.setattr(comparison, "changes", counted)
+    result = ingest_rows(store, write_rows(tmp_path, [row(0, 2.0, hours=1), row(1), row(99)]))
+    assert (result.superseded, result.unchanged, result.added, sum(compared)) == (1, 1, 1, 2)
+    assert result.commit.live_digest == _digest(store.scan("sales").collect())
+
+
+def test_rows_of_other_programs_are_left_alone(store: OfflineStore, tmp_path: Path) -> None:
+    ingest_rows(store, write_rows(tmp_path, [row(0)]))
+    table = opened(store.root)
+    events = table.scan().to_arrow()
+    table.append(events.set_column(events.column_names.index("record_id"), "record_id", [["theirs"]]))
+    assert (set(records(store.scan("sales"))), len(store.files("sales"))) == ({record_id(0)}, 1)
+    assert store.get_record("sales", "theirs") is None
+    changed = ingest_rows(store, write_rows(tmp_path, [row(0, 2.0, hours=1)]))
+    assert (changed.commit.number, changed.superseded, len(store.files("sales"))) == (2, 1, 2)
+    assert opened(store.root).scan().to_arrow().num_rows == 3
 
 
 def test_rows_that_contradict_each_other_are_named(store: OfflineStore, tmp_path: Path) -> None:
