@@ -13,11 +13,10 @@ from typing import Annotated, Literal
 import ray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from step_scripts.feature_store.feature_ingestion import IngestionResult, ingest
 from step_scripts.feature_store.group import LOCK_SECONDS, Group
+from step_scripts.feature_store.ingestion import COUNTS, IngestionOptions, IngestionResult, ingest
 from step_scripts.feature_store.offline_store import OfflineStore
-from step_scripts.feature_store.online_ingestion import MISSING_RECORDS
-from step_scripts.feature_store.online_store import OnlineTarget
+from step_scripts.feature_store.online_store import MISSING_RECORDS, OnlineTarget
 from step_scripts.parameters import IngestFeaturesParams
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepContext, StepDefinition, StepError, StepOutcome
@@ -52,7 +51,9 @@ class SageMakerTarget(BaseModel):
     online: bool = Field(default=False, description="Whether the group has an online store.")
     region_name: str | None = None
     calls_in_flight: int = Field(default=16, ge=1, le=256, description="Calls at the same time, of each actor.")
-    patience_seconds: float = Field(default=300.0, gt=0, description="How long throttling is waited out; seconds.")
+    retry_timeout_seconds: float = Field(
+        default=300.0, gt=0, description="How long calls are repeated while none is accepted; seconds."
+    )
 
 
 _TARGET: TypeAdapter[LocalTarget | SageMakerTarget] = TypeAdapter(
@@ -75,13 +76,10 @@ def run(context: StepContext, params: IngestFeaturesParams) -> StepOutcome:
     else:
         folder = store.folder(params.group, target.data_uri, target.glue_table)
         if target.online:
-            online = OnlineTarget(params.group, target.region_name, target.calls_in_flight, target.patience_seconds)
-    result = ingest(
-        folder,
-        params.table,
-        context.inputs["rows"],
-        partial(each_call, actors=params.num_actors),
-        context.log,
+            online = OnlineTarget(
+                params.group, target.region_name, target.calls_in_flight, target.retry_timeout_seconds
+            )
+    options = IngestionOptions(
         mirror=target.mirror,
         workers=params.num_actors or max(1, int(ray.cluster_resources().get("CPU", 1))),
         lock_seconds=target.lock_seconds if isinstance(target, LocalTarget) else LOCK_SECONDS,
@@ -90,12 +88,14 @@ def run(context: StepContext, params: IngestFeaturesParams) -> StepOutcome:
         phase=context.phase,
         confirm=context.confirm,
     )
+    run_calls = partial(each_call, actors=params.num_actors)
+    result = ingest(folder, params.table, context.inputs["rows"], run_calls, context.log, options)
     return _outcome(context, folder, result, online=online is not None)
 
 
 def _outcome(context: StepContext, folder: Group, result: IngestionResult, *, online: bool) -> StepOutcome:
     commit = result.commit
-    counts = {name: getattr(result, name) for name in ("added", "unchanged", "superseded", "deleted")}
+    counts = {name: getattr(result, name) for name in COUNTS if name != "outdated"}
     context.log.info(
         f"feature group {folder.name}: {counted(result.rows_in, 'row')} in, {result.rows_readable:,} readable; "
         + ", ".join(f"{count:,} {name}" for name, count in counts.items())
@@ -113,14 +113,14 @@ def _outcome(context: StepContext, folder: Group, result: IngestionResult, *, on
             "group": folder.name,
             "commit": commit.number,
             "snapshot_id": str(commit.snapshot_id),
-            "committed": result.committed,
+            "committed": not result.already_ingested,
             "already_ingested": result.already_ingested,
             "deduplicate": commit.deduplicate,
             "outdated_rows": result.outdated,
             "day_partitions_written": result.day_partitions,
             "live_rows": commit.live_rows,
             "files": len(result.files),
-            "stray_files_removed": result.strays_removed,
+            "orphan_files_deleted": result.orphan_files_deleted,
             "timings": {name: round(seconds, 3) for name, seconds in context.seconds.items()},
         },
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from step_scripts.feature_store.feature_ingestion import IngestionResult, ingest, run_here
+from step_scripts.feature_store.ingestion import IngestionOptions, IngestionResult, ingest, run_here
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.runner.contract import Artifact, file_info
 from step_scripts.table.column_types import polars_schema
@@ -87,7 +87,7 @@ def ingest_rows(
     **options: Any,
 ) -> IngestionResult:
     """Ingest in this process."""
-    return ingest(store.folder(group), table, dataset, run, log or Log(), **options)
+    return ingest(store.folder(group), table, dataset, run, log or Log(), IngestionOptions(**options))
 
 
 def records(frame: pl.LazyFrame) -> dict[str, tuple[Any, ...]]:

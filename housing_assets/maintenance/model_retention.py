@@ -55,6 +55,12 @@ def find_versions(
     return found
 
 
+def registered_versions(registry: ModelRegistry) -> list[ModelVersion]:
+    """All versions of all groups. Raises what the registry does if one cannot be read."""
+    groups = {item.name for item in registry.inventory() if item.kind == "model_package_group"}
+    return [version for group in sorted(groups) for version in registry.list(group)]
+
+
 def served_versions(endpoint_host: EndpointHost) -> dict[str, str]:
     """Versions that endpoints serve, or would go back to, with the reason to keep them."""
     endpoints = endpoint_host.list()

@@ -1,6 +1,6 @@
 """Which reference files may go: those that no reader can come upon any more."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -83,17 +83,14 @@ def find_references(
     return found
 
 
-def uris_in(references: Collection[StoredReference]) -> set[str]:
+def uris_in(references: Iterable[StoredReference]) -> set[str]:
     """All URIs in the values of references: what lies there is in use."""
+    values = nested([stored.value for stored in references])
+    return {value["uri"] for value in values if isinstance(value, dict) and isinstance(value.get("uri"), str)}
 
-    def uris(value: Any) -> Iterator[str]:
-        if isinstance(value, dict):
-            for name, item in value.items():
-                if name == "uri" and isinstance(item, str):
-                    yield item
-                yield from uris(item)
-        elif isinstance(value, list):
-            for item in value:
-                yield from uris(item)
 
-    return {uri for stored in references for uri in uris(stored.value)}
+def nested(value: Any) -> Iterator[Any]:
+    """A JSON value, and all values in it."""
+    yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from nested(item)

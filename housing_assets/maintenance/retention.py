@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from housing_assets.checks.watching import watch_endpoint
 from housing_assets.code_location import asset_keys, whole
-from housing_assets.maintenance.model_retention import VersionsFound, find_versions
+from housing_assets.maintenance.model_retention import VersionsFound, find_versions, registered_versions
 from housing_assets.maintenance.owners import resource_owners
-from housing_assets.maintenance.reference_retention import ReferencesFound, find_references, uris_in
+from housing_assets.maintenance.reference_retention import ReferencesFound, find_references, nested, uris_in
 from housing_assets.maintenance.snapshot_retention import compact, kept_commits
 from housing_assets.maintenance.sweeper import sweep
 from housing_assets.runs.statuses import BUSY, FINISHED
@@ -108,27 +108,13 @@ def unused(results: list[StoredResult], referenced: set[str], before: datetime) 
     ]
 
 
-def mentioned(resources: Any) -> set[str]:
+def mentioned(resources: Any, versions: Sequence[ModelVersion]) -> set[str]:
     """All texts in references and registered versions, and the datasets of feature groups: digests among them."""
-
-    def texts(value: Any) -> Iterator[str]:
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict):
-            yield from (text for item in value.values() for text in texts(item))
-        elif isinstance(value, list):
-            yield from (text for item in value for text in texts(item))
-
-    found = {
-        text
-        for files in reference_files(resources.io_manager.root, asset_keys()).values()
-        for file in files
-        for text in texts(json.loads(storage.read_bytes(file)))
-    }
-    registry, store = resources.model_registry, resources.feature_store
-    for group in {item.name for item in registry.inventory() if item.kind == "model_package_group"}:
-        for version in registry.list(group):
-            found |= {version.artifact.digest, version.gate.evaluation_digest, *texts(dict(version.lineage))}
+    files = [file for found in reference_files(resources.io_manager.root, asset_keys()).values() for file in found]
+    values = [json.loads(storage.read_bytes(file)) for file in files]
+    values += [[v.artifact.digest, v.gate.evaluation_digest, dict(v.lineage)] for v in versions]
+    found = {value for value in nested(values) if isinstance(value, str)}
+    store = resources.feature_store
     for item in [item for item in store.inventory() if not item.discarded]:
         if not store.describe(item.name)["commits"]:
             continue
@@ -239,11 +225,13 @@ def _unneeded(
     found += [Removal("reference", uri, "replaced since", partial(remove_file, uri)) for uri in references.surplus]
     in_use = current | uris_in(references.waiting.values())
     found += [_of_result(r) for r in unused(stored_results(resources.compute.artifact_root), in_use, results_before)]
-    with _noted("evidence", problems):
-        unneeded = [] if running else unneeded_evidence(resources.evidence, mentioned(resources), results_before)
-        found += [Removal("evidence", uri, why, partial(resources.evidence.remove_file, uri)) for uri, why in unneeded]
-    with _noted("snapshots of feature groups", problems):
-        kept = kept_commits(resources.model_registry, [*references.current.values(), *references.waiting.values()])
+    with _noted("evidence and snapshots of feature groups", problems):
+        registered = registered_versions(resources.model_registry)
+        with _noted("evidence", problems):
+            known = set() if running else mentioned(resources, registered)
+            for uri, why in [] if running else unneeded_evidence(resources.evidence, known, results_before):
+                found.append(Removal("evidence", uri, why, partial(resources.evidence.remove_file, uri)))
+        kept = kept_commits(registered, [*references.current.values(), *references.waiting.values()])
         for item in [item for item in resources.feature_store.inventory() if not item.discarded]:
             with _noted(f"snapshots of feature group {item.name}", problems):
                 commits = kept.get(item.name, set())
@@ -291,12 +279,12 @@ def _of_snapshots(
     store: FeatureStore, group: str, kept: set[int], before: datetime, dry_run: bool
 ) -> Iterator[Removal]:
     """One removal of a feature group, if any: old snapshots that nothing names, and files that no snapshot has."""
-    if not dry_run:
-        store.keep_commits(group, kept)
     found = store.tidy(group, kept, before, dry_run=True)
     if found.expired or found.orphans:
         detail = f"{counted(len(found.expired), 'old snapshot')}, {counted(len(found.orphans), 'orphan file')}"
         yield Removal("snapshots", group, detail, partial(store.tidy, group, kept, before), found.bytes)
+    elif not dry_run:
+        store.tidy(group, kept, before)  # nothing but to tag the snapshots that are kept
 
 
 def _remove(found: Sequence[Removal], log: Any, *, dry_run: bool) -> dict[str, str]:

@@ -1,37 +1,27 @@
 """Snapshots of feature groups: which stay for splits and model versions. The job that compacts the groups' files."""
 
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import dagster as dg
 from pydantic import Field
 
+from housing_assets.maintenance.reference_retention import nested
 from resources.compute.base import table
 from resources.feature_store.base import FeatureStore
-from resources.model_registry.base import ModelRegistry
+from resources.model_registry.base import ModelVersion
 from resources.references.files import StoredReference
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.wording import counted
 
 
-def kept_commits(registry: ModelRegistry, references: Collection[StoredReference]) -> dict[str, set[int]]:
+def kept_commits(versions: Iterable[ModelVersion], references: Iterable[StoredReference]) -> dict[str, set[int]]:
     """Commits, by feature group, that references which a step may read or registered versions name."""
-
-    def commits(value: Any) -> Iterator[tuple[str, int]]:
+    kept: dict[str, set[int]] = {}
+    for value in nested([*(stored.value for stored in references), *(dict(version.lineage) for version in versions)]):
         if isinstance(value, dict):
             group, commit = value.get("group"), value.get("commit")
             if isinstance(group, str) and isinstance(commit, int):
-                yield group, commit
-            value = list(value.values())
-        if isinstance(value, list):
-            for item in value:
-                yield from commits(item)
-
-    groups = {item.name for item in registry.inventory() if item.kind == "model_package_group"}
-    lineages = [dict(version.lineage) for group in sorted(groups) for version in registry.list(group)]
-    kept: dict[str, set[int]] = {}
-    for group, commit in commits([*(stored.value for stored in references), *lineages]):
-        kept.setdefault(group, set()).add(commit)
+                kept.setdefault(group, set()).add(commit)
     return kept
 
 

@@ -20,7 +20,6 @@ ARCHIVE, REQUIREMENTS, BOOTSTRAP = "source.tar.gz", "requirements.txt", "bootstr
 # What steps import. The versions are those of the Dagster process, so that both sides of a job agree.
 REQUIRED = {
     "boto3": "",
-    "cachetools": "",
     "dagster-pipes": "",
     "filelock": "",
     "numpy": "",
@@ -33,6 +32,7 @@ REQUIRED = {
     "pydantic": "",
     "pyiceberg": "[glue]",
     "ray": "[data,train,tune]",
+    "tenacity": "",
     "threadpoolctl": "",
     "xgboost": "",
     "xgboost-ray": "",

@@ -43,14 +43,7 @@ class OfflineSnapshot(Reference):
     @classmethod
     def of(cls, group: str, snapshot: Snapshot) -> OfflineSnapshot:
         """As a value that assets pass on."""
-        return cls(
-            group=group,
-            artifact=snapshot.artifact,
-            deduplicate=snapshot.deduplicate,
-            as_of=snapshot.as_of,
-            commit=snapshot.commit,
-            snapshot_id=snapshot.snapshot_id,
-        )
+        return cls(group=group, **vars(snapshot))
 
 
 @dataclass(frozen=True)
@@ -74,16 +67,17 @@ class FeatureStore(dg.ConfigurableResource, ABC):
     def ensure_group(self, name: str, table: TableSpec) -> dict[str, Any]:
         """Create the group, or check that its schema accepts rows of `table`. Returns the step's `target`."""
 
-    @abstractmethod
     def find_ingestion(self, name: str, dataset_digest: str) -> OfflineSnapshot | None:
-        """The records of now, if the group holds exactly this dataset and nothing has changed since."""
+        """The records of now, if to ingest the dataset would change nothing, whether mirrored or appended."""
+        found = self._store().find_ingestion(name, dataset_digest, mirror=True)
+        return OfflineSnapshot.of(name, found) if found else None
 
-    @abstractmethod
     def offline(self, name: str, as_of: datetime | None = None, commit: int | None = None) -> OfflineSnapshot:
         """The records of now, or of `as_of` (inclusive; in UTC if it has no time zone).
 
         `commit`: as if later commits, which other runs may make at any time, had not been made.
         """
+        return OfflineSnapshot.of(name, self._store().snapshot(name, as_of, commit))
 
     @abstractmethod
     def get_record(self, name: str, record_id: str) -> dict[str, Any] | None:
@@ -113,14 +107,11 @@ class FeatureStore(dg.ConfigurableResource, ABC):
     def _store(self) -> OfflineStore:
         """The files of the groups."""
 
-    def keep_commits(self, name: str, commits: Collection[int]) -> None:
-        """Tag the Iceberg snapshots of these commits, and no others, so that nobody's expiry removes them."""
-        from step_scripts.feature_store.upkeep import keep
-
-        keep(self._store().folder(name), commits)
-
     def tidy(self, name: str, kept: Collection[int], before: datetime, *, dry_run: bool = False) -> Upkeep:
-        """Expire snapshots made `before` that no commit in `kept` has; remove orphan files older than three days."""
+        """Tag the snapshots of the commits in `kept`, expire others made `before`, remove orphan files after 3 days.
+
+        With `dry_run`, nothing is changed.
+        """
         from step_scripts.feature_store.upkeep import tidy
 
         return tidy(self._store().folder(name), kept, before, dry_run=dry_run)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from resources.feature_store.base import FeatureStore, OfflineSnapshot, store_item
+from resources.feature_store.base import FeatureStore, store_item
 from resources.inventory import NotOwned, OwnedItem, discarded_items, remove_discarded
 from step_scripts.table.spec import TableSpec
 
@@ -29,15 +28,6 @@ class LocalFeatureStore(FeatureStore):
         """Create the group, or check its schema. Returns the step's `target`."""
         self._store().ensure_group(name, table)
         return {"kind": "local", "root": self.root, "mirror": self.mirror}
-
-    def find_ingestion(self, name: str, dataset_digest: str) -> OfflineSnapshot | None:
-        """The records of now, if to ingest the dataset would change nothing, whether mirrored or appended."""
-        found = self._store().find_ingestion(name, dataset_digest, mirror=True)
-        return OfflineSnapshot.of(name, found) if found else None
-
-    def offline(self, name: str, as_of: datetime | None = None, commit: int | None = None) -> OfflineSnapshot:
-        """The records of now, of `as_of`, or after `commit`."""
-        return OfflineSnapshot.of(name, self._store().snapshot(name, as_of, commit))
 
     def get_record(self, name: str, record_id: str) -> dict[str, Any] | None:
         """The latest state of one record; None if unknown or deleted."""

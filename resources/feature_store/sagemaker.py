@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -12,7 +11,7 @@ from pydantic import Field, field_validator
 from resources.aws.calls import aws_client, is_missing
 from resources.aws.ownership import created_here, owned, root_tags
 from resources.aws.request_validation import InvalidJobRequest, check_request
-from resources.feature_store.base import FeatureStore, OfflineSnapshot, OnlineComparison, store_item
+from resources.feature_store.base import FeatureStore, OnlineComparison, store_item
 from resources.feature_store.feature_groups import CatalogTables, FeatureGroups, table_of
 from resources.inventory import NotOwned, OwnedItem
 from step_scripts.runner import storage
@@ -115,17 +114,8 @@ class SageMakerFeatureStore(FeatureStore):
             "online": self.online_store,
             "region_name": self.region_name,
             "calls_in_flight": self.calls_in_flight,
-            "patience_seconds": self.retry_timeout_seconds,
+            "retry_timeout_seconds": self.retry_timeout_seconds,
         }
-
-    def find_ingestion(self, name: str, dataset_digest: str) -> OfflineSnapshot | None:
-        """The records of now, if to ingest the dataset would change nothing, whether mirrored or appended."""
-        found = self._store().find_ingestion(name, dataset_digest, mirror=True)
-        return OfflineSnapshot.of(name, found) if found else None
-
-    def offline(self, name: str, as_of: datetime | None = None, commit: int | None = None) -> OfflineSnapshot:
-        """The records of now, of `as_of`, or after `commit`."""
-        return OfflineSnapshot.of(name, self._store().snapshot(name, as_of, commit))
 
     def get_record(self, name: str, record_id: str) -> dict[str, Any] | None:
         """The latest state of one record, from the online store if there is one; None if unknown or deleted.
@@ -135,7 +125,7 @@ class SageMakerFeatureStore(FeatureStore):
         from botocore.exceptions import ClientError
 
         from step_scripts.feature_store.feature_values import decoded_record
-        from step_scripts.feature_store.online_calls import features_of
+        from step_scripts.feature_store.online_client import features_of
 
         if not self.online_store:
             return self._store().get_record(name, record_id)
@@ -153,17 +143,18 @@ class SageMakerFeatureStore(FeatureStore):
     def compare_online(self, name: str, count: int) -> OnlineComparison | None:
         """See `FeatureStore.compare_online`. Raises `StepError` if the online store does not answer."""
         from step_scripts.feature_store.feature_values import encoded_records
-        from step_scripts.feature_store.online_calls import Patience, read_records
+        from step_scripts.feature_store.online_client import OnlineClient
 
         if not self.online_store:
             return None
         store, client = self._store(), self._client("sagemaker-featurestore-runtime")
+        online = OnlineClient(client, name, self.retry_timeout_seconds)
         events, differing = store.sample(name, count), list[str]()
         for _ in range(_COMPARISONS):
             expected: dict[str, Any] = dict.fromkeys(events["record_id"])
             live = events.filter(~events["is_deleted"])
             expected |= {record[_RECORD_ID]: record for record in encoded_records(live, store.table(name))}
-            found = read_records(client, name, list(expected), Patience(self.retry_timeout_seconds))
+            found = online.read(list(expected))
             differing = sorted(i for i, features in expected.items() if found.get(i) != features)
             if not differing:
                 break

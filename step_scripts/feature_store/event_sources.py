@@ -1,4 +1,4 @@
-"""Where events are read from: pieces of a dataset's files and of a feature group's."""
+"""Where events are read from: some Parquet files of a dataset, or of a feature group."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
-from step_scripts.feature_store.stored_types import FLAGS, decoded, event_types
+from step_scripts.feature_store.event_schema import event_types, row_types
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, StepError
 from step_scripts.runner.wording import counted
+from step_scripts.table.column_types import columns_as
 from step_scripts.table.spec import TableSpec
 
 
@@ -33,36 +33,32 @@ class Source:
 
 
 def dataset_sources(dataset: Artifact, most_rows: int) -> list[Source]:
-    """The Parquet files of a dataset, divided and grouped into pieces of up to `most_rows` rows."""
+    """The Parquet files of a dataset, divided and grouped into sources of up to `most_rows` rows."""
     files = [(storage.join(dataset.uri, f.path), f.rows) for f in dataset.files if f.path.endswith(".parquet")]
-    counted = [(uri, rows if rows is not None else _rows_of(uri)) for uri, rows in files]
-    pieces: list[tuple[tuple[str, ...], int, int]] = []
-    for group in _grouped(counted, most_rows):
-        rows = sum(count for _, count in group)
-        uris = tuple(uri for uri, _ in group)
-        pieces += [(uris, at, min(most_rows, rows - at)) for at in range(0, rows, most_rows)]
-    return [Source(index, uris, at, rows) for index, (uris, at, rows) in enumerate(pieces)]
+    sources: list[Source] = []
+    for uris, rows in _grouped([(uri, _rows_of(uri) if rows is None else rows) for uri, rows in files], most_rows):
+        for offset in range(0, rows, most_rows):
+            sources.append(Source(len(sources), uris, offset, min(most_rows, rows - offset)))
+    return sources
 
 
 def stored_sources(
     first_index: int, files: Sequence[tuple[str, int]], most_rows: int, stored: Mapping[str, Any]
 ) -> list[Source]:
-    """Stored files, given as (path, rows), grouped into pieces of up to `most_rows` rows, or of one file."""
-    return [
-        Source(first_index + n, tuple(path for path, _ in group), 0, sum(rows for _, rows in group), stored)
-        for n, group in enumerate(_grouped(files, most_rows))
-    ]
+    """Stored files, given as (URI, rows), grouped into sources of up to `most_rows` rows, or of one file."""
+    groups = enumerate(_grouped(files, most_rows), first_index)
+    return [Source(index, uris, 0, rows, stored) for index, (uris, rows) in groups]
 
 
 def read_source(
-    source: Source, columns: Sequence[str], table: TableSpec, rows: np.ndarray | None = None
+    source: Source, columns: Sequence[str], table: TableSpec, rows: pl.Series | None = None
 ) -> pl.DataFrame:
-    """Columns of `source`, all its rows or those given. Columns that stored files lack are null.
+    """Columns of `source`, all its rows or those at given positions. Columns that stored files lack are null.
 
     Raises `StepError` if a file cannot be read, lacks a column, or has one of another type.
     """
+    types = source.stored if source.stored is not None else row_types(table)
     wanted = event_types(table)
-    types = source.stored if source.stored is not None else {n: kind for n, kind in wanted.items() if n not in FLAGS}
     try:
         events = pl.scan_parquet(
             [_file(uri) for uri in source.uris],  # pyright: ignore[reportArgumentType]
@@ -72,7 +68,7 @@ def read_source(
             hive_partitioning=False,
             glob=False,
         )
-        chosen = [decoded(name, types, wanted) for name in columns]
+        chosen = columns_as(types, {name: wanted[name] for name in columns})
         result = events.slice(source.offset, source.rows).select(chosen).collect()
     except (FileNotFoundError, pl.exceptions.PolarsError) as error:
         raise StepError(_explained(source, types, error)) from error
@@ -90,17 +86,18 @@ def check_complete(ids: pl.DataFrame, source: Source) -> None:
             )
 
 
-def _grouped(files: Sequence[tuple[str, int]], most_rows: int) -> Iterator[list[tuple[str, int]]]:
-    group: list[tuple[str, int]] = []
+def _grouped(files: Sequence[tuple[str, int]], most_rows: int) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Consecutive files with up to `most_rows` rows together, or one file: their URIs and rows."""
+    group: list[str] = []
     held = 0
     for uri, rows in files:
         if group and held + rows > most_rows:
-            yield group
+            yield tuple(group), held
             group, held = [], 0
-        group.append((uri, rows))
+        group.append(uri)
         held += rows
     if group:
-        yield group
+        yield tuple(group), held
 
 
 def _file(uri: str) -> Any:

@@ -2,8 +2,8 @@
 
 Glue accepts a change of a table only on top of the version that it was based on; the loser compares its rows again with
 what the winner stored. Files of a killed writer cannot be told from those of one that is at work, except by their age:
-what no snapshot has is removed after `STRAY_SECONDS`, and a writer that took more than half as long gives up instead of
-committing.
+what no snapshot has is deleted after `ORPHAN_AGE`, and a writer that took more than half as long gives up instead
+of committing.
 """
 
 from __future__ import annotations
@@ -13,28 +13,21 @@ import re
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from pyiceberg.exceptions import NoSuchIcebergTableError, NoSuchPropertyException
 from pyiceberg.table import Table
 
 from step_scripts.feature_store import iceberg_table
-from step_scripts.feature_store.group import (
-    LOCK_SECONDS,
-    Commit,
-    Group,
-    GroupInfo,
-    StoredFile,
-    Writing,
-    path_in,
-)
+from step_scripts.feature_store.commits import Commit
+from step_scripts.feature_store.group import LOCK_SECONDS, ORPHAN_AGE, Attempt, Group, GroupInfo
+from step_scripts.feature_store.group_state import path_in
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.s3_objects import delete_objects, delete_prefix, list_objects
 from step_scripts.table.spec import TableSpec
 
-STRAY_SECONDS = 72 * 3600.0
-_OWN_NAME = re.compile(r"[A-Z0-9]{6}-[0-9a-f]{64}\.parquet")
+_OWN_NAME = re.compile(r"/[A-Z0-9]{6}-[0-9a-f]{64}\.parquet$")
 _REMOVAL = "removal.json"  # there while the group is being deleted
 
 
@@ -55,22 +48,30 @@ class GlueGroup(Group):
             self._data_uri = (self.described() or {}).get("data_uri") or storage.join(self.uri, "data")
         return self._data_uri
 
-    def create(self, table: TableSpec, data_uri: str | None = None, glue_table: str | None = None) -> GroupInfo:
+    @property
+    def identifier(self) -> tuple[str, ...] | None:
+        """Database and name of the table in Glue; None before the group is made."""
+        if self._glue_table is None:
+            self._glue_table = (self.described() or {}).get("glue_table")
+        return tuple(self._glue_table.split(".", 1)) if self._glue_table is not None else None
+
+    def create(self, table: TableSpec, data_uri: str | None = None, glue_table: str | None = None) -> None:
         """Describe the group, as long as it has no commits. Its data and its table stay unless others are given."""
         self._data_uri = data_uri or self.data_uri
         self._glue_table = glue_table or self._glue_table
-        return super().create(table, self._data_uri, self._glue_table)
+        super().create(table, self._data_uri, self._glue_table)
 
-    def append(self, writing: Writing, commit: Commit, files: Sequence[StoredFile], token: str) -> Commit:
+    def append(self, attempt: Attempt, commit: Commit, paths: Sequence[str]) -> Commit:
         """See `Group.append`. Raises `StepError` also if this writer took too long."""
-        if self._began is not None and time.monotonic() - self._began > STRAY_SECONDS / 2:
+        longest = ORPHAN_AGE.total_seconds() / 2
+        if self._began is not None and time.monotonic() - self._began > longest:
             raise StepError(
-                f"writing to feature group {self.name} took more than {STRAY_SECONDS / 7200:.0f} hours, after which "
+                f"writing to feature group {self.name} took more than {longest / 3600:.0f} hours, after which "
                 "its files may be taken for leftovers. Nothing was committed; ingest with more actors or hosts"
             )
         if self.info() is None:
             raise self._deleted()
-        return super().append(writing, commit, files, token)
+        return super().append(attempt, commit, paths)
 
     @contextlib.contextmanager
     def lock(self, seconds: float = LOCK_SECONDS, *, create: bool = False) -> Iterator[None]:
@@ -92,19 +93,13 @@ class GlueGroup(Group):
         finally:
             delete_prefix(uri)
 
-    def remove_strays(self) -> int:
-        """Remove uncommitted files and scratch that are older than `STRAY_SECONDS`."""
-        oldest = datetime.now(UTC) - timedelta(seconds=STRAY_SECONDS)
+    def delete_orphan_files(self) -> int:
+        """See `Group.delete_orphan_files`. Only files older than `ORPHAN_AGE`, and none of SageMaker's and Athena's."""
+        oldest = datetime.now(UTC) - ORPHAN_AGE
         delete_objects(self._staging, [o.path for o in list_objects(self._staging) if o.modified < oldest])
-        old = [o.path for o in list_objects(self.data_uri) if o.modified < oldest]
-        if not old:
-            return 0
-        # Read after the listing: a file that was committed in between counts as committed.
-        table = self._load()
-        known = {path_in(u, self.data_uri) for u in iceberg_table.data_uris(table)} if table is not None else set[str]()
-        strays = [path for path in old if path not in known and _is_ours(path)]
-        delete_objects(self.data_uri, strays)
-        return len(strays)
+        orphans = [path_in(uri, self.data_uri) for uri, _ in self.orphan_files(oldest) if _OWN_NAME.search(uri)]
+        delete_objects(self.data_uri, orphans)
+        return len(orphans)
 
     def remove(self) -> None:
         """Delete the group's files: its description first, so that nobody sees a half of it.
@@ -122,13 +117,6 @@ class GlueGroup(Group):
     def removal_is_incomplete(self) -> bool:
         """Whether the group was to be deleted, and something of it is left."""
         return not self.is_there() and storage.exists(storage.join(self.uri, _REMOVAL))
-
-    @property
-    def identifier(self) -> tuple[str, ...] | None:
-        """Database and name of the table in Glue; None before the group is made."""
-        if self._glue_table is None:
-            self._glue_table = (self.described() or {}).get("glue_table")
-        return tuple(self._glue_table.split(".", 1)) if self._glue_table is not None else None
 
     def _load(self) -> Table | None:
         if (identifier := self.identifier) is None:
@@ -156,11 +144,6 @@ class GlueGroup(Group):
                 "made. Look at the group in the SageMaker console, delete it, and try again"
             )
 
-    def _remove_files_of(self, token: str) -> None:
+    def _delete_files_of(self, token: str) -> None:
         paths = (o.path for o in list_objects(self.data_uri))
         delete_objects(self.data_uri, [p for p in paths if p.rpartition("/")[2].startswith(f"{token}-")])
-
-
-def _is_ours(path: str) -> bool:
-    """Whether the store has written a data file, and not SageMaker or Athena."""
-    return _OWN_NAME.fullmatch(path.rpartition("/")[2]) is not None

@@ -11,12 +11,14 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 from pyiceberg.catalog import Catalog
 from pyiceberg.table import Table
 
 from step_scripts.feature_store import iceberg_table
+from step_scripts.feature_store.event_schema import iceberg_schema
 from step_scripts.feature_store.group import COMMAND, LOCK_SECONDS, Group, GroupInfo
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
@@ -57,6 +59,7 @@ class LocalGroup(Group):
             os.close(descriptor)
 
     def _locked_descriptor(self, deadline: float, create: bool) -> int:
+        """The group's folder, open and locked. A folder that was deleted meanwhile is opened, or made, again."""
         while True:
             if create:
                 private_folder(self.path.parent)
@@ -65,24 +68,21 @@ class LocalGroup(Group):
             try:
                 descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
             except FileNotFoundError:
-                if create:  # deleted since it was made
+                if create:
                     continue
                 raise StepError(f"there is no feature group {self.name} in {self.path.parent}") from None
-            locked = False
             try:
-                while not (locked := try_lock(descriptor, self.path) and self._is_at_path(descriptor)):
-                    if not self._is_at_path(descriptor):
-                        break
-                    if time.monotonic() > deadline:
-                        raise StepError(
-                            f"feature group {self.name} is being written to by another run; wait for it, or end it"
-                        )
-                    time.sleep(_POLL_SECONDS)
-            finally:
-                if not locked:
-                    os.close(descriptor)
-            if locked:
-                return descriptor
+                if try_lock(descriptor, self.path) and self._is_at_path(descriptor):
+                    return descriptor
+                if time.monotonic() > deadline and self._is_at_path(descriptor):
+                    raise StepError(
+                        f"feature group {self.name} is being written to by another run; wait for it, or end it"
+                    )
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+            time.sleep(_POLL_SECONDS)
 
     def _is_at_path(self, descriptor: int) -> bool:
         """Whether the open folder is still the one at the group's path: a deletion may have come first."""
@@ -101,66 +101,50 @@ class LocalGroup(Group):
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
 
-    def remove_strays(self) -> int:
-        """Remove what killed writers left: data files that no snapshot has, scratch. The caller holds the lock."""
+    def delete_orphan_files(self) -> int:
+        """See `Group.delete_orphan_files`. The caller holds the lock, so whatever is not committed is a leftover."""
         shutil.rmtree(self._staging, ignore_errors=True)
         for temporary in self.path.glob(".*.tmp"):
             temporary.unlink(missing_ok=True)
-        if not self.data.is_dir():
-            return 0
-        table = self._load()
-        known = iceberg_table.data_uris(table) if table is not None else set[str]()
-        strays = 0
-        for folder, _, names in os.walk(self.data, topdown=False):
-            for name in names:
-                path = Path(folder) / name
-                if f"file://{path}" not in known:
-                    path.unlink()
-                    strays += name.endswith(".parquet")
-            with contextlib.suppress(OSError):  # not empty
-                Path(folder).rmdir()
-        return strays
+        orphans = self.orphan_files(datetime.max.replace(tzinfo=UTC))
+        for uri, _ in orphans:
+            storage.delete(uri)
+        return len(orphans)
 
     def remove(self) -> None:
         """Delete the group. The caller holds the lock; it is gone at once, however long the removal takes."""
         storage.discard_folder(self.path)
 
+    def catalog(self) -> Catalog:
+        """The catalog in the group's folder."""
+        return iceberg_table.local_catalog(self.path, self.database)
+
     def _load(self) -> Table | None:
-        place = iceberg_table.metadata_place(self.path, self.database)
-        if place is None:
+        command = f"{COMMAND} replay {shlex.quote(self.root)} {self.name}"
+        location = iceberg_table.metadata_location(self.path, self.database)
+        if location is None:
             if self.database == iceberg_table.DATABASE and any(self.metadata.glob("*.metadata.json")):
                 raise StepError(
                     f"the catalog {self.path / iceberg_table.DATABASE} of feature group {self.name} is missing. "
-                    "Restore it from a backup, or make it again from the table's metadata by\n"
-                    f"    {self.replay_command}"
+                    f"Restore it from a backup, or make it again from the table's metadata by\n    {command}"
                 )
             return None
-        if not place.startswith(f"file://{self.metadata}/"):
+        if not location.startswith(f"file://{self.metadata}/"):
             raise StepError(
                 f"feature group {self.name} has been moved or copied: it is at {self.path}, and its table, which "
-                f"holds full paths, says that it is at {place.removeprefix('file://').partition('/metadata/')[0]}. "
-                "Remedy: move it back, or replay its snapshots where it is, which reads no data, by\n"
-                f"    {self.replay_command}"
+                f"holds full paths, says that it is at {location.removeprefix('file://').partition('/metadata/')[0]}. "
+                f"Remedy: move it back, or replay its snapshots where it is, which reads no data, by\n    {command}"
             )
-        return iceberg_table.load(self._catalog(), self.identifier)
-
-    def _catalog(self) -> Catalog:
-        return iceberg_table.local_catalog(self.path, self.database)
-
-    @property
-    def replay_command(self) -> str:
-        """What puts the table right after the group has been moved."""
-        return f"{COMMAND} replay {shlex.quote(self.root)} {self.name}"
+        return iceberg_table.load(self.catalog(), self.identifier)
 
     def _make_table(self, info: GroupInfo) -> None:
         table = self._load()
-        if table is not None and table.schema() == iceberg_table.schema_of(info.table):
+        if table is not None and table.schema() == iceberg_schema(info.table):
             return
         if table is not None:  # of other columns, and without events
             table.catalog.drop_table(self.identifier)
             shutil.rmtree(self.metadata, ignore_errors=True)
-        catalog = self._catalog()
-        iceberg_table.create(catalog, self.identifier, info.table, f"file://{self.path}")
+        iceberg_table.create(self.catalog(), self.identifier, info.table, f"file://{self.path}")
 
-    def _remove_files_of(self, token: str) -> None:
-        self.remove_strays()  # nobody else's files are uncommitted: the caller holds the lock
+    def _delete_files_of(self, token: str) -> None:
+        self.delete_orphan_files()  # nobody else's files are uncommitted: the caller holds the lock

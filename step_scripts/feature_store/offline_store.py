@@ -1,53 +1,35 @@
 """The offline store: groups of records, each an Iceberg table of events, read at a point in time.
 
 There is no second copy for look-ups: stored files are sorted by record id, so that one record is found by the
-statistics in the files' footers. The online view cannot disagree with the offline one. For the layout on disk see
-`step_scripts.feature_store.group`, for ingestion `step_scripts.feature_store.feature_ingestion`.
+statistics in the files' footers. The online view cannot disagree with the offline one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 import polars as pl
-import pyarrow.dataset as ds
+from pyiceberg.expressions import AlwaysTrue, In
+from pyiceberg.io.pyarrow import ArrowScan
 
-from step_scripts.feature_store.feature_files import (
-    attempt_token,
-    content_columns,
-    read_back,
-    to_microseconds,
-    tombstones,
-    write_events,
-)
-from step_scripts.feature_store.feature_ingestion import ingested_by
+from step_scripts.feature_store.commits import EMPTY_DIGEST, Commit, digest_of
+from step_scripts.feature_store.data_files import events_digest, read_back, tombstones, write_events
+from step_scripts.feature_store.event_schema import event_types, row_types, validate_columns, validate_schema_change
 from step_scripts.feature_store.glue_group import GlueGroup
-from step_scripts.feature_store.group import (
-    EMPTY_DIGEST,
-    GROUP_NAME,
-    Commit,
-    Group,
-    GroupState,
-    StoredFile,
-    digest_of,
-    until_committed,
-)
-from step_scripts.feature_store.group_schema import adopts, check_columns
-from step_scripts.feature_store.ingestion_plan import WriteTarget
+from step_scripts.feature_store.group import GROUP_NAME, Group, retry_on_commit_conflict
+from step_scripts.feature_store.group_state import GroupState, StoredFile
+from step_scripts.feature_store.ingestion import ingested_by
 from step_scripts.feature_store.local_group import LocalGroup
-from step_scripts.feature_store.stored_types import decoded, event_types, file_types
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, StepError
 from step_scripts.runner.s3_objects import list_folders
-from step_scripts.runner.wording import counted
-from step_scripts.table.column_types import TIMESTAMP
-from step_scripts.table.event_hash import content_hashes, event_hashes, lane_sums, subtract_sums, text_hashes
+from step_scripts.table.column_types import columns_as
+from step_scripts.table.event_hash import subtract_sums
 from step_scripts.table.spec import TableSpec
 
 _SAMPLED_FILES = 10
@@ -132,9 +114,9 @@ class OfflineStore:
 
     def check_table(self, group: str, table: TableSpec) -> None:
         """Raise `StepError` if the group is there and does not accept rows of `table`; it names what does not fit."""
-        check_columns(group, table)
+        validate_columns(group, table)
         if commits := self.folder(group).commits():
-            adopts(group, commits[-1].table, table)
+            validate_schema_change(group, commits[-1].table, table)
 
     def commits(self, group: str, upto: int | None = None) -> list[Commit]:
         """The group's commits in order, all or up to a number."""
@@ -144,22 +126,25 @@ class OfflineStore:
         """Files that make up the group after `commit`, or now."""
         return self._existing(group).state(commit).files
 
+    def table(self, group: str) -> TableSpec:
+        """The group's columns."""
+        folder = self._existing(group)
+        if commits := folder.commits():
+            return commits[-1].table
+        info = folder.info()
+        assert info is not None
+        return info.table
+
     def scan(self, group: str, as_of: datetime | None = None, commit: int | None = None) -> pl.LazyFrame:
         """Records at a point in time: record_id, event_time and the table's columns, no order.
 
         `as_of`: the latest event of each record up to this time, inclusive. `commit`: as if later commits had not
-        been made. Deleted records are left out.
+        been made. Deleted records are left out. Holds all events in memory; steps read the files of `snapshot`.
         """
         folder = self._existing(group)
         state = folder.state(commit)
         table = state.last.table if state.last else self.table(group)
-        columns = ["record_id", "event_time", *table.column_names]
-        events = _scan(folder, state, table)
-        if state.last and state.last.deduplicate:
-            events = latest_events(events, as_of)
-        elif as_of is not None:
-            events = events.filter(pl.col("event_time") <= as_utc(as_of))
-        return events.select(columns)
+        return latest_events(_events(folder, state, table).lazy(), as_of).select(*row_types(table))
 
     def snapshot(self, group: str, as_of: datetime | None = None, commit: int | None = None) -> Snapshot:
         """The files to read for the records of now, or of `as_of`. Raises `StepError` if the group has no commit.
@@ -170,14 +155,14 @@ class OfflineStore:
         state = folder.state(commit)
         last, files = state.last, state.files
         if last is None:
-            raise StepError(f"nothing has been ingested into feature group {group} yet")
-        if as_of is None or all(f.last_event_time <= as_utc(as_of) for f in files):
+            raise self._empty(group)
+        moment = as_utc(as_of) if as_of else None
+        if moment is None or all(f.last_event_time <= moment for f in files):
             artifact = folder.artifact(files, last.live_digest, last.live_rows)
-            return Snapshot(artifact, last.deduplicate, last.number, last.snapshot_id, as_utc(as_of) if as_of else None)
-        moment = as_utc(as_of)
-        files = [f for f in files if f.first_event_time <= moment]
-        names = "\n".join([moment.isoformat(), *sorted(f.sha256 for f in files)])
-        artifact = folder.artifact(files, hashlib.sha256(names.encode()).hexdigest(), None)
+        else:
+            files = [f for f in files if f.first_event_time <= moment]
+            names = "\n".join([moment.isoformat(), *sorted(f.sha256 for f in files)])
+            artifact = folder.artifact(files, hashlib.sha256(names.encode()).hexdigest(), None)
         return Snapshot(artifact, last.deduplicate, last.number, last.snapshot_id, moment)
 
     def find_ingestion(self, group: str, dataset_digest: str, *, mirror: bool) -> Snapshot | None:
@@ -186,19 +171,9 @@ class OfflineStore:
         if folder.info() is None:
             return None
         state = folder.state()
-        if not ingested_by(state.commits, dataset_digest, mirror=mirror) or folder.missing_files(state.files):
+        if not ingested_by(state.commits, dataset_digest, mirror=mirror) or folder.lost_files(state.files)[0]:
             return None
         return self.snapshot(group, commit=len(state.commits))
-
-    def table(self, group: str) -> TableSpec:
-        """The group's columns."""
-        folder = self._existing(group)
-        commits = folder.commits()
-        if commits:
-            return commits[-1].table
-        info = folder.info()
-        assert info is not None
-        return info.table
 
     def get_record(self, group: str, record_id: str) -> dict[str, Any] | None:
         """The record's latest event (record_id, event_time, the table's columns); None if unknown or deleted."""
@@ -207,11 +182,9 @@ class OfflineStore:
         if state.last is None:
             return None
         table = state.last.table
-        found = _events(folder, state, record_id, table)
-        latest = found.sort(_EVENT_ORDER).tail(1)
-        if not latest.height or latest["is_deleted"].item():
-            return None
-        return latest.select("record_id", "event_time", *table.column_names).row(0, named=True)
+        found = _events(folder, state, table, [record_id]).sort(_EVENT_ORDER).tail(1)
+        live = found.filter(~pl.col("is_deleted")).select(*row_types(table))
+        return live.row(0, named=True) if live.height else None
 
     def sample(self, group: str, count: int) -> pl.DataFrame:
         """The latest events of about `count` records, deletions among them: the first ids of up to ten files.
@@ -221,73 +194,21 @@ class OfflineStore:
         folder = self._existing(group)
         state = folder.state()
         if state.last is None:
-            raise StepError(f"nothing has been ingested into feature group {group} yet")
+            raise self._empty(group)
         table = state.last.table
         files = state.files[:: -(-len(state.files) // _SAMPLED_FILES)]
-        share = -(-count // len(files))
-        ids = pl.concat(
-            _scan(folder, state, table, [file]).select("record_id").head(share).collect()["record_id"] for file in files
-        ).unique()
-        # Files are sorted by record id: the bound spares the row groups behind it.
-        events = _scan(folder, state, table).filter(pl.col("record_id") <= ids.max(), pl.col("record_id").is_in(ids))
-        latest = events.sort(_EVENT_ORDER).unique("record_id", keep="last").collect()
-        return latest.select("record_id", "event_time", *table.column_names, "is_deleted")
+        ids = set[str]()
+        for file in files:
+            with storage.open_input(storage.join(folder.data_uri, file.path)) as opened:
+                ids.update(pl.read_parquet(opened, columns=["record_id"], n_rows=-(-count // len(files)))["record_id"])
+        latest = _events(folder, state, table, ids).sort(_EVENT_ORDER).unique("record_id", keep="last")
+        return latest.select(*row_types(table), "is_deleted")
 
     def delete_record(self, group: str, record_id: str, event_time: datetime) -> bool:
         """Store that the record does not exist from `event_time` on. False, and nothing stored, if it did not then."""
-        with self._existing(group).lock():
-            return until_committed(lambda: self._delete_record(group, record_id, event_time), logging.info)
-
-    def _delete_record(self, group: str, record_id: str, event_time: datetime) -> bool:
-        folder, token = self._existing(group), attempt_token()
-        try:
-            state = folder.state()
-            last = state.last
-            if last is None:
-                return False
-            table = last.table
-            events = _events(folder, state, record_id, table).sort(_EVENT_ORDER)
-            before = events.filter(pl.col("event_time") <= as_utc(event_time))
-            if not before.height or before["is_deleted"].last():
-                return False
-            was_live, becomes_latest = not events["is_deleted"].last(), before.height == events.height
-            dies = was_live and becomes_latest
-            write_time = max(datetime.now(UTC), last.write_time + timedelta(microseconds=1))
-            time = np.array([to_microseconds(as_utc(event_time))])
-            stamp = pl.lit(write_time, TIMESTAMP)
-            stone = tombstones(pl.Series([record_id]), time, table).with_columns(
-                stamp.alias("write_time"), stamp.alias("api_invocation_time")
-            )
-            writing = folder.begin(state, table)
-            target = WriteTarget(folder.data_uri, table, write_time, token, writing.schema, writing.partition)
-            path = write_events(stone, target)
-            live_digest = last.live_digest
-            if dies:
-                live_digest = digest_of(subtract_sums(last.live_sums, _sums(events.tail(1), table)))
-            folder.append(
-                writing,
-                Commit(
-                    number=last.number + 1,
-                    created_at=datetime.now(UTC),
-                    write_time=write_time,
-                    dataset_digest=None,
-                    table=table,
-                    added=0,
-                    unchanged=0,
-                    superseded=0,
-                    deleted=1,
-                    live_rows=last.live_rows - dies,
-                    live_digest=live_digest,
-                    mirrors=False,
-                    deduplicate=True,
-                ),
-                read_back(folder.data_uri, [path], table, writing.schema)[0],
-                token,
-            )
-        except BaseException:
-            folder.remove_attempt(token)
-            raise
-        return True
+        folder = self._existing(group)
+        with folder.lock():
+            return retry_on_commit_conflict(lambda: _delete_record(folder, record_id, as_utc(event_time)), logging.info)
 
     def delete_group(self, group: str) -> None:
         """Remove the group and all its records. Waits for a writer to finish."""
@@ -308,7 +229,7 @@ class OfflineStore:
             "path": folder.uri,
             "data": folder.data_uri,
             "created_at": info.created_at.isoformat(),
-            "columns": {c.name: c.dtype for c in self.table(group).columns},
+            "columns": {c.name: c.dtype for c in (last.table if last else info.table).columns},
             "commits": len(state.commits),
             "snapshot_id": last.snapshot_id if last else None,
             "last_commit_at": last.created_at.isoformat() if last else None,
@@ -331,41 +252,61 @@ class OfflineStore:
     def _absent(self, group: str) -> StepError:
         return StepError(f"there is no feature group {group} in {self.root}; it has {self.groups() or 'none'}")
 
-
-def _events(folder: Group, state: GroupState, record_id: str, table: TableSpec) -> pl.DataFrame:
-    """All events of one record."""
-    events = _scan(folder, state, table)
-    return events.filter(pl.col("record_id") == record_id).collect()
+    def _empty(self, group: str) -> StepError:
+        return StepError(f"nothing has been ingested into feature group {group} yet")
 
 
-def _scan(
-    folder: Group, state: GroupState, table: TableSpec, files: Sequence[StoredFile] | None = None
-) -> pl.LazyFrame:
-    """All events of the group, or those of some files; columns that older files lack are null."""
-    wanted, files = event_types(table), state.files if files is None else files
-    if not files:
-        return pl.LazyFrame(schema=wanted)
-    schema = file_types(folder.begin(state, table).schema)
-    if missing := folder.missing_files(files):
-        raise StepError(
-            f"{len(missing)} of {counted(len(files), 'file')} of feature group {folder.name} missing or cut off, the "
-            f"first is {storage.join(folder.data_uri, missing[0].path)}: restore them from a backup, or "
-            "delete the group and ingest again"
+def _events(
+    folder: Group, state: GroupState, table: TableSpec, record_ids: Collection[str] | None = None
+) -> pl.DataFrame:
+    """Events of the group, all or those of some records. Columns that older files lack are null.
+
+    Of the files only those row groups are read that may have one of the records.
+    """
+    lost, sentence = folder.lost_files(state.files)
+    if lost:
+        raise StepError(f"{sentence}: restore them from a backup, or delete the group and ingest again")
+    wanted = event_types(table)
+    if state.iceberg is None or state.last is None:
+        return pl.DataFrame(schema=wanted)
+    row_filter = AlwaysTrue() if record_ids is None else In("record_id", record_ids)  # pyright: ignore[reportCallIssue]
+    scan = state.iceberg.scan(row_filter, snapshot_id=state.last.snapshot_id, selected_fields=tuple(wanted))
+    own = {file.file_path for file in state.data_files}  # other programs may have added some
+    tasks = [task for task in scan.plan_files() if task.file.file_path in own]
+    reader = ArrowScan(state.iceberg.metadata, state.iceberg.io, scan.projection(), row_filter)
+    events = pl.DataFrame(reader.to_table(tasks))
+    return events.select(columns_as(events.schema, wanted))
+
+
+def _delete_record(folder: Group, record_id: str, event_time: datetime) -> bool:
+    state = folder.state()
+    last = state.last
+    if last is None:
+        return False
+    table = last.table
+    events = _events(folder, state, table, [record_id]).sort(_EVENT_ORDER)
+    before = events.filter(pl.col("event_time") <= event_time)
+    if not before.height or before["is_deleted"].last():
+        return False
+    latest, live_digest = events.tail(1), last.live_digest
+    dies = before.height == events.height and not latest["is_deleted"].item()
+    if dies:
+        live_digest = digest_of(subtract_sums(last.live_sums, events_digest(latest, table)))
+    with folder.attempt(state, table) as attempt:
+        stone = tombstones(pl.Series([record_id]), pl.Series([event_time]).cast(pl.Datetime("us", "UTC")), table)
+        path = write_events(stone, attempt.target)
+        if not read_back([path], attempt.target)[0]:
+            raise StepError(f"the deletion of {record_id} cannot be read back from feature group {folder.name}")
+        commit = Commit(
+            number=last.number + 1,
+            created_at=attempt.target.write_time,
+            write_time=attempt.target.write_time,
+            table=table,
+            deleted=1,
+            live_rows=last.live_rows - dies,
+            live_digest=live_digest,
+            mirrors=False,
+            deduplicate=True,
         )
-    paths = [storage.join(folder.data_uri, f.path) for f in files]
-    if storage.is_remote(paths[0]):
-        # Arrow reads footers first, then only the row groups whose statistics may match; Polars' own reader of S3 knows
-        # nothing of `step_scripts.runner.storage`.
-        filesystem, _ = storage.filesystem(paths[0])
-        arrow_schema = pl.DataFrame(schema=schema).to_arrow(compat_level=pl.CompatLevel.oldest()).schema
-        keys = [path.partition("://")[2] for path in paths]
-        events = pl.scan_pyarrow_dataset(ds.dataset(keys, arrow_schema, "parquet", filesystem))
-    else:
-        events = pl.scan_parquet(paths, schema=schema, missing_columns="insert", hive_partitioning=False, glob=False)
-    return events.select(decoded(name, schema, wanted) for name in wanted)
-
-
-def _sums(events: pl.DataFrame, table: TableSpec) -> tuple[int, int]:
-    time = events["event_time"].to_physical().to_numpy()
-    content = content_hashes(events, content_columns(table))
-    return lane_sums(event_hashes(text_hashes(events["record_id"]), time, content))
+        folder.append(attempt, commit, [path])
+    return True

@@ -7,16 +7,18 @@ holds in another state although it has no later event is removed for good and wr
 
 from __future__ import annotations
 
+import contextlib
+import heapq
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import polars as pl
 
-from step_scripts.feature_store.feature_files import selected_rows
+from step_scripts.feature_store.data_files import WriteItem, item_events
 from step_scripts.feature_store.feature_values import (
     EVENT_TIME,
     decoded_record,
@@ -25,20 +27,25 @@ from step_scripts.feature_store.feature_values import (
     encoded_time,
     online_time,
 )
-from step_scripts.feature_store.ingestion_plan import WriteItem
-from step_scripts.feature_store.online_calls import Patience, delete_records, read_records, write_records
-from step_scripts.feature_store.online_progress import PiecePlace, PieceReport
-from step_scripts.runner.contract import StepError
+from step_scripts.feature_store.online_client import OnlineClient
+from step_scripts.runner import storage
+from step_scripts.runner.background import repeated
+from step_scripts.runner.contract import Reporter, StepError
 from step_scripts.runner.s3_objects import service_client
 from step_scripts.runner.wording import counted
 from step_scripts.table.spec import TableSpec
 
-_FIRST = 10  # ids of a piece that a message may show
-_LOOKUP_SECONDS = 5.0  # patience when the state is looked up after a failure
+MISSING_RECORDS = "missing_record_ids.csv"
+_SHOWN = 10  # ids in a message
+_PART_RECORDS = 20_000  # of a call: people see how far it is after each
+_REPORTED_EVERY = 30.0  # seconds
+_LOOKUP_SECONDS = 5.0  # how long calls are repeated when the state is looked up after a failure
 _BATCH = 100  # records a thread writes and reads back; one BatchGetRecord
 _SECOND = 1_000_000  # microseconds
 _CONSISTENT_AFTER = (0.2, 0.8, 2.0)  # seconds between readings: the store is eventually consistent
 
+# Runs `function(*call)` for each call, in any order and anywhere; yields (index of the call, result).
+ParallelRun = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterator[tuple[int, Any]]]
 _T = TypeVar("_T")
 
 
@@ -46,13 +53,14 @@ _T = TypeVar("_T")
 class OnlineTarget:
     """Where an online store is, and how hard to press it.
 
-    `in_flight`: calls at the same time, of each actor. `patience_seconds`: how long it may accept no entry of a batch.
+    `in_flight`: calls at the same time, of each actor. `retry_timeout_seconds`: how long it may accept no entry of a
+    batch.
     """
 
     group: str
     region_name: str | None = None
     in_flight: int = 16
-    patience_seconds: float = 300.0
+    retry_timeout_seconds: float = 300.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,54 +74,121 @@ class OnlineRecord:
 
 @dataclass(frozen=True)
 class OnlineOutcome:
-    """What became of the records of one piece: how many are as they should be, how many are not, and why.
+    """What became of some records: how many are as they should be, the ids of those that are not, and why.
 
-    Of `unread` of the missing ones nothing is known: they cannot be read. `missing_uri`: a file with the ids of all,
-    one a line. `problem` is empty where all is well, and where another piece's ended this one.
+    Of `unread` of the missing ones nothing is known: they cannot be read. `problem` is empty where all is well, and
+    where another part's ended this one.
     """
 
     written: int
-    missing: int = 0
+    missing: tuple[str, ...] = ()
     unread: int = 0
     problem: str = ""
-    first_missing: tuple[str, ...] = ()
-    missing_uri: str | None = None
 
 
-def write_online(item: WriteItem, table: TableSpec, target: OnlineTarget, place: PiecePlace) -> OnlineOutcome:
-    """Write those events of `item` that are their records' latest.
+def bring_online(
+    run: ParallelRun,
+    items: Sequence[WriteItem],
+    table: TableSpec,
+    target: OnlineTarget,
+    expected: int,
+    log: Reporter,
+    *,
+    scratch: str,
+    offline: str,
+    missing_uri: str | None,
+) -> None:
+    """Have the online store hold the `expected` records of the pieces `items`.
 
-    After what the store refuses, does not accept in time, or does not hold afterwards, and once another piece has met
-    with that, nothing more is written; it is then looked up what the store holds.
+    Raises `StepError` if it does not: with how many it holds, what is `offline`, and the first ids of the others; all
+    of them are written to `missing_uri`.
     """
-    frames = [selected_rows(source, selections, item, table) for source, selections in item.sources]
-    events = pl.concat(frames).filter("is_latest").drop("is_latest")
-    store = service_client("sagemaker-featurestore-runtime", target.region_name, target.in_flight, attempts=1)
+    given_up_uri = storage.join(scratch, "given-up")
+    parts = [(item, -(-item.rows // _PART_RECORDS)) for item in items]
+    calls = [(item, part, count, table, target, given_up_uri) for item, count in parts for part in range(count)]
+    written = missing = unread = 0
+    problem, first = "", list[str]()
+    since = time.monotonic()
+
+    def report() -> None:
+        if (waited := time.monotonic() - since) >= _REPORTED_EVERY:
+            log.info(
+                f"online store: {written:,} of {counted(expected, 'record')}, nothing more for {waited:.0f} s; "
+                f"throttling and outages are waited out for up to {target.retry_timeout_seconds:.0f} s"
+            )
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(repeated(report, _REPORTED_EVERY, "online-progress"))
+        listing = None
+        for _, outcome in run(write_online, calls):
+            since = time.monotonic()
+            written, missing, unread = (
+                written + outcome.written,
+                missing + len(outcome.missing),
+                unread + outcome.unread,
+            )
+            problem = problem or outcome.problem
+            first = heapq.nsmallest(_SHOWN, [*first, *outcome.missing])
+            if outcome.missing and missing_uri is not None:
+                if listing is None:
+                    listing = stack.enter_context(storage.open_output(missing_uri))
+                    listing.write(b"record_id\n")
+                listing.write("".join(f"{record_id}\n" for record_id in outcome.missing).encode())
+            log.info(f"{written:,} of {counted(expected, 'record')} in the online store")
+    if written == expected and not missing:
+        return
+    keep = {MISSING_RECORDS: missing_uri} if listing is not None and missing_uri is not None else {}
+    named = f": {', '.join(first)}{' and others' if missing > len(first) else ''}" if first else ""
+    unknown = f" (nothing is known of {unread:,} of these: they cannot be read now)" if unread else ""
+    listed = f". {MISSING_RECORDS} lists them all" if keep else ""
+    raise StepError(
+        f"{problem or 'not all records were written'}. Online: {written:,} of {counted(expected, 'record')} as this "
+        f"ingestion has them, {missing:,} not{unknown}{named}{listed}. Offline: none of them; {offline}. Nothing was "
+        "committed. Remedy: ingest again when the online store answers, which writes what is missing, or with fewer "
+        "calls in flight",
+        details={
+            "records_online": written,
+            "records_missing_online": missing,
+            "records_unread_online": unread,
+            "missing_record_ids": list[Any](first),
+            "records_offline": 0,
+        },
+        keep=keep,
+    )
+
+
+def write_online(
+    item: WriteItem, part: int, parts: int, table: TableSpec, target: OnlineTarget, given_up_uri: str
+) -> OnlineOutcome:
+    """Write those events of `item` that are their records' latest, of its `parts` parts the one of number `part`.
+
+    After what the store refuses, does not accept in time, or does not hold afterwards, there is a file at
+    `given_up_uri`, and nothing more is written; it is then looked up what the store holds.
+    """
+    events = item_events(item, table).filter("is_latest")
+    size = -(-events.height // parts)
+    events = events[part * size : (part + 1) * size]
     # A batch is encoded by the thread that sends it: the text of all records at once would take much memory.
     batches = [events[at : at + _BATCH] for at in range(0, events.height, _BATCH)]
-    report = PieceReport(place)
-    keeper = _Synchronizer(store, target, Patience(target.patience_seconds, report.waiting, report.stop), table)
-
-    def write(batch: pl.DataFrame) -> None:
-        report.written(keeper.synchronize(_records(batch, table)))
-
-    written, problem = _in_parallel(write, batches, target.in_flight, report.stop)
+    client = service_client("sagemaker-featurestore-runtime", target.region_name, target.in_flight, attempts=1)
+    store = OnlineClient(client, target.group, target.retry_timeout_seconds)
+    if storage.exists(given_up_uri):
+        store.stop.set()
+    writer = _Synchronizer(store, table)
+    written, problem = _in_parallel(
+        lambda batch: writer.synchronize(_records(batch, table)), batches, target.in_flight, store.stop
+    )
     if len(written) == len(batches):
         return OnlineOutcome(events.height)
-    report.give_up()
-    reader = _Synchronizer(store, target, Patience(_LOOKUP_SECONDS), table)
+    storage.write_bytes(given_up_uri, b"")
+    reader = _Synchronizer(OnlineClient(client, target.group, _LOOKUP_SECONDS), table)
     left = [batch for number, batch in enumerate(batches) if number not in written]
-    found, _ = _in_parallel(lambda batch: reader.wrong_ids(_records(batch, table)), left, target.in_flight)
-    unread = [batch["record_id"].to_list() for number, batch in enumerate(left) if number not in found]
-    missing = sorted(record_id for ids in (*found.values(), *unread) for record_id in ids)
-    return OnlineOutcome(
-        written=events.height - len(missing),
-        missing=len(missing),
-        unread=sum(map(len, unread)),
-        problem=problem,
-        first_missing=tuple(missing[:_FIRST]),
-        missing_uri=place.write_missing(missing),
+    found, _ = _in_parallel(
+        lambda batch: reader.wrong_ids(_records(batch, table)), left, target.in_flight, threading.Event()
     )
+    unread = [batch["record_id"].to_list() for number, batch in enumerate(left) if number not in found]
+    missing = tuple(sorted(record_id for ids in (*found.values(), *unread) for record_id in ids))
+    return OnlineOutcome(events.height - len(missing), missing, sum(map(len, unread)), problem)
 
 
 def _records(events: pl.DataFrame, table: TableSpec) -> list[OnlineRecord]:
@@ -129,8 +204,8 @@ def _records(events: pl.DataFrame, table: TableSpec) -> list[OnlineRecord]:
 class _Synchronizer:
     """Brings records into their states."""
 
-    def __init__(self, store: Any, target: OnlineTarget, patience: Patience, table: TableSpec) -> None:
-        self._store, self._group, self._patience, self._table = store, target.group, patience, table
+    def __init__(self, store: OnlineClient, table: TableSpec) -> None:
+        self._store, self._table = store, table
 
     def synchronize(self, records: Sequence[OnlineRecord]) -> int:
         """Write and read back. Returns the number of records; raises `StepError` for those that stay different."""
@@ -146,7 +221,7 @@ class _Synchronizer:
         if wrong:
             raise StepError(
                 f"{len(wrong):,} of {counted(len(records), 'record')} written to the online store of feature group "
-                f"{self._group} cannot be read from it as they were"
+                f"{self._store.group} cannot be read from it as they were"
             )
         return len(records)
 
@@ -165,15 +240,14 @@ class _Synchronizer:
 
     def _send(self, records: Sequence[OnlineRecord]) -> None:
         puts = [record.features for record in records if record.features is not None]
-        write_records(self._store, self._group, puts, self._patience)
-        deletions = [(r.record_id, encoded_time(r.event_time)) for r in records if r.features is None]
-        delete_records(self._store, self._group, deletions, self._patience)
+        self._store.write(puts)
+        self._store.delete([(r.record_id, encoded_time(r.event_time)) for r in records if r.features is None])
 
     def _replace(self, wrong: Mapping[OnlineRecord, int | None]) -> None:
         """Remove for good what is in the way, a record or the trace of a deletion, and write again."""
         known = [moment for record, present in wrong.items() for moment in (record.event_time, present or 0)]
         later = encoded_time(max(time.time_ns() // 1000, *known) + _SECOND)
-        delete_records(self._store, self._group, [(r.record_id, later) for r in wrong], self._patience, hard=True)
+        self._store.delete([(r.record_id, later) for r in wrong], hard=True)
         self._send([record for record in wrong if record.features is not None])
 
     def _different(self, records: Sequence[OnlineRecord]) -> dict[OnlineRecord, int | None]:
@@ -181,7 +255,7 @@ class _Synchronizer:
 
         A later event is that of another writer, who commits after this one or has failed and will be repeated.
         """
-        found = read_records(self._store, self._group, [r.record_id for r in records], self._patience)
+        found = self._store.read([r.record_id for r in records])
         wrong: dict[OnlineRecord, int | None] = {}
         for record in records:
             present = found.get(record.record_id)
@@ -200,13 +274,9 @@ class _Synchronizer:
 
 
 def _in_parallel(
-    function: Callable[[pl.DataFrame], _T],
-    batches: Sequence[pl.DataFrame],
-    threads: int,
-    stop: threading.Event | None = None,
+    function: Callable[[pl.DataFrame], _T], batches: Sequence[pl.DataFrame], threads: int, stop: threading.Event
 ) -> tuple[dict[int, _T], str]:
     """Results by number of batch, and the first problem. After a `StepError`, or `stop`, no more calls are begun."""
-    stop = stop or threading.Event()
     done: dict[int, _T] = {}
     problems: list[str] = []
 

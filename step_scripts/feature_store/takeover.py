@@ -8,27 +8,29 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-from pyiceberg.manifest import ManifestFile, read_manifest_list
+from pyiceberg.manifest import read_manifest_list
 from pyiceberg.serializers import FromInputFile
+from pyiceberg.table import Table
 from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.table.refs import SnapshotRefType
 from pyiceberg.table.snapshots import Snapshot
 
 from step_scripts.feature_store import iceberg_table
-from step_scripts.feature_store.feature_files import attempt_token, events_digest, read_back, write_events
-from step_scripts.feature_store.group import FORMAT, REPLAYED_KEY, Commit, GroupInfo, reading
-from step_scripts.feature_store.ingestion_plan import WriteTarget
+from step_scripts.feature_store.commits import FORMAT, REPLAYED_KEY, Commit, summary_of
+from step_scripts.feature_store.data_files import write_events
+from step_scripts.feature_store.event_schema import event_types
+from step_scripts.feature_store.group import GroupInfo
+from step_scripts.feature_store.group_state import reading
 from step_scripts.feature_store.local_group import LocalGroup
-from step_scripts.feature_store.stored_types import event_types
+from step_scripts.feature_store.upkeep import verify_events
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.wording import counted
-from step_scripts.table.event_hash import add_sums
+from step_scripts.table.column_types import columns_as
 from step_scripts.table.spec import TableSpec
 
 _BUILDING = "_building.db"
@@ -45,59 +47,35 @@ def replay(group: LocalGroup) -> int:
             raise StepError(f"there is no feature group {group.name} in {group.root}")
         before = sorted(group.metadata.iterdir())
         old = _metadata(group)
-        building = _fresh(group)
-        catalog = iceberg_table.local_catalog(group.path, _BUILDING)
-        snapshots = sorted(old.snapshots, key=lambda s: s.sequence_number or 0)
         schemas = {schema.schema_id: schema for schema in old.schemas}
-        first = schemas[min(schemas)]
+        building = _fresh(group)
+        catalog = building.catalog()
         catalog.create_namespace_if_not_exists(iceberg_table.NAMESPACE)
-        catalog.create_table(
-            group.identifier,
-            first,
-            location=f"file://{group.path}",
-            partition_spec=old.spec(),
-            properties=old.properties,
-        )
-        present: set[str] = set()
+        place: dict[str, Any] = {"location": f"file://{group.path}", "properties": old.properties}
+        catalog.create_table(group.identifier, schemas[min(schemas)], partition_spec=old.spec(), **place)
         ids: dict[int, int] = {}
-        for snapshot in snapshots:
-            table = iceberg_table.load(catalog, group.identifier)
-            assert table is not None
-            files = set(_paths(group, old, snapshot, table.io))
-            sizes = storage.sizes(group.data_uri, sorted(files))
-            if lost := sorted(files - sizes.keys()):
-                raise StepError(
-                    f"{counted(len(lost), 'file')} of feature group {group.name} missing, the first is "
-                    f"{storage.join(group.data_uri, lost[0])}: move the whole folder, or restore it from a backup"
-                )
+        present: set[str] = set()
+        for snapshot in sorted(old.snapshots, key=lambda s: s.sequence_number or 0):
+            table = _loaded(building)
+            files = _files(group, old, snapshot)
             transaction = table.transaction()
-            schema = schemas[snapshot.schema_id if snapshot.schema_id is not None else old.current_schema_id]
             with transaction.update_schema() as update:
-                update.union_by_name(schema)
-            schema = transaction.table_metadata.schema()
-
-            def described(path: str, schema: Any = schema, table: Any = table, sizes: Any = sizes) -> Any:
-                uri = storage.join(group.data_uri, path)
-                return iceberg_table.described(schema, table.spec(), group.location(uri), uri, sizes[path])
-
-            kept = {k: v for k, v in iceberg_table.summary_of(snapshot).items() if k.startswith("housing.")}
-            summary = kept | {REPLAYED_KEY: str(snapshot.snapshot_id)}
-            added = [described(path) for path in sorted(files - present)]
-            if present - files:
-                transaction.commit_transaction()
-                current = table.current_snapshot()
-                assert current is not None
-                gone = {group.location(storage.join(group.data_uri, path)) for path in present - files}
-                removed = [f for f in iceberg_table.data_files(table, current) if f.file_path in gone]
-                iceberg_table.replace_files(table, removed, added, summary)
-            else:
-                iceberg_table.append(table, transaction, added, summary)
+                update.union_by_name(
+                    schemas[snapshot.schema_id if snapshot.schema_id is not None else old.current_schema_id]
+                )
+            kept = {name: value for name, value in summary_of(snapshot).items() if name.startswith("housing.")}
             current = table.current_snapshot()
-            assert current is not None
-            ids[snapshot.snapshot_id] = current.snapshot_id
+            entries = iceberg_table.entries(table, current) if current is not None else ()
+            gone = present - files
+            ids[snapshot.snapshot_id] = iceberg_table.commit(
+                table,
+                transaction,
+                sorted(files - present),
+                kept | {REPLAYED_KEY: str(snapshot.snapshot_id)},
+                removed=[entry.data_file for entry in entries if entry.data_file.file_path in gone],
+            )
             present = files
-        table = iceberg_table.load(catalog, group.identifier)
-        assert table is not None
+        table = _loaded(building)
         tags = {name: ref for name, ref in old.refs.items() if ref.snapshot_ref_type == SnapshotRefType.TAG}
         if tags:
             with table.manage_snapshots() as manage:
@@ -108,7 +86,7 @@ def replay(group: LocalGroup) -> int:
         _put_in_place(building)
         for path in before:
             path.unlink(missing_ok=True)
-    return len(snapshots)
+    return len(ids)
 
 
 def take_over(group: LocalGroup) -> int:
@@ -118,71 +96,57 @@ def take_over(group: LocalGroup) -> int:
     to be taken over, or a file is missing or does not hold what its commit says.
     """
     log = group.path / "_commits"
-    info_path = group.path / "group.json"
     with group.lock():
-        if not info_path.exists():
+        described = group.described()
+        if described is None:
             raise StepError(f"there is no feature group {group.name} in {group.root}")
-        old_info = json.loads(info_path.read_text())
-        if "format" in old_info:
+        if "format" in described:
             raise StepError(f"feature group {group.name} in {group.root} has been taken over already")
-        texts = [json.loads(path.read_text()) for path in sorted(log.glob("[0-9]*.json"))]
         building = _fresh(group)
         shutil.rmtree(group.metadata, ignore_errors=True)
-        old_files = sorted(group.data.rglob("*.parquet")) if group.data.is_dir() else []
-        for path in [p for p in old_files if p.parent.name.startswith("event_time_day=")]:
-            path.unlink()  # of an attempt before
-        created = GroupInfo(
-            format=FORMAT,
-            name=group.name,
-            table=TableSpec.model_validate(texts[0]["table"] if texts else old_info["table"]),
-            created_at=old_info["created_at"],
-        )
-        building._make_table(created)
-        for text in texts:
-            _take_over_commit(building, text)
+        for folder in group.data.glob("event_time_day=*"):
+            shutil.rmtree(folder)  # of an attempt before
+        old = [json.loads(path.read_text()) for path in sorted(log.glob("[0-9]*.json"))]
+        table = TableSpec.model_validate(old[0]["table"] if old else described["table"])
+        info = GroupInfo(format=FORMAT, name=group.name, table=table, created_at=described["created_at"])
+        building._make_table(info)
+        for facts in old:
+            _take_over_commit(building, facts)
         _put_in_place(building)
-        info = (
-            created.model_copy(update={"table": TableSpec.model_validate(old_info["table"])}) if not texts else created
-        )
-        storage.write_bytes(str(info_path), info.model_dump_json(indent=2).encode())
+        storage.write_bytes(str(group.path / "group.json"), info.model_dump_json(indent=2).encode())
         shutil.rmtree(log, ignore_errors=True)
         for folder in group.data.glob("year=*"):
             shutil.rmtree(folder)
-    return len(texts)
+    return len(old)
 
 
-def _take_over_commit(group: LocalGroup, text: dict[str, Any]) -> None:
-    files = text.pop("files")
-    commit = Commit.model_validate(text)
-    token = attempt_token()
-    writing = group.begin(group.state(), commit.table)
-    target = WriteTarget(group.data_uri, commit.table, commit.write_time, token, writing.schema, writing.partition)
-    types = event_types(commit.table)
-    by_day: dict[str, list[str]] = {}
-    for file in files:
-        by_day.setdefault(file["last_event_time"][:10], []).append(file["path"])
-    written, before = [], (0, 0)
-    for paths in by_day.values():
-        events = pl.concat([_old_events(group, path, types) for path in paths]).sort("record_id", "event_time")
-        before = add_sums(before, events_digest(events, commit.table))
-        written.append(write_events(events, target))
-    stored, after = read_back(group.data_uri, written, commit.table, writing.schema)
-    if sum(f.rows for f in stored) != sum(f["rows"] for f in files) or before != after:
-        raise StepError(
-            f"commit {commit.number} of feature group {group.name} has other events than it should: restore "
-            f"{group.data_uri} from a backup, or delete the group and ingest its sources again"
-        )
-    group.append(writing, commit, stored, token)
+def _take_over_commit(group: LocalGroup, facts: dict[str, Any]) -> None:
+    by_day: dict[str, list[dict[str, Any]]] = {}
+    for file in facts.pop("files"):
+        by_day.setdefault(file["last_event_time"][:10], []).append(file)
+    commit = Commit.model_validate(facts)
+    attempt = group.begin(group.state(), commit.table, commit.write_time)
+    written: list[str] = []
+    for files in by_day.values():
+        events = pl.concat(_old_events(group, file["path"], commit.table) for file in files)
+        if events.height != sum(file["rows"] for file in files):
+            raise StepError(
+                f"commit {commit.number} of feature group {group.name} has other events than it should: restore "
+                f"{group.data_uri} from a backup, or delete the group and ingest its sources again"
+            )
+        path = write_events(events.sort("record_id", "event_time"), attempt.target)
+        verify_events([path], events, attempt.target, group.name)
+        written.append(path)
+    group.append(attempt, commit, written)
 
 
-def _old_events(group: LocalGroup, path: str, types: dict[str, Any]) -> pl.DataFrame:
+def _old_events(group: LocalGroup, path: str, table: TableSpec) -> pl.DataFrame:
     uri = storage.join(group.data_uri, path)
     try:
         frame = pl.read_parquet(uri, hive_partitioning=False, glob=False)
     except (FileNotFoundError, pl.exceptions.PolarsError) as error:
         raise StepError(f"{uri} cannot be read ({error}): restore it from a backup, or delete the group") from error
-    absent = (pl.lit(None, kind).alias(name) for name, kind in types.items() if name not in frame.columns)
-    return frame.with_columns(*absent).select(pl.col(name).cast(kind) for name, kind in types.items())
+    return frame.select(columns_as(frame.schema, event_types(table)))
 
 
 def _fresh(group: LocalGroup) -> LocalGroup:
@@ -194,6 +158,12 @@ def _fresh(group: LocalGroup) -> LocalGroup:
     return building
 
 
+def _loaded(building: LocalGroup) -> Table:
+    table = building.state().iceberg
+    assert table is not None
+    return table
+
+
 def _put_in_place(building: LocalGroup) -> None:
     (building.path / _BUILDING).replace(building.path / iceberg_table.DATABASE)
     storage.sync(building.uri, [])
@@ -201,29 +171,30 @@ def _put_in_place(building: LocalGroup) -> None:
 
 def _metadata(group: LocalGroup) -> TableMetadata:
     """The newest metadata of the table: those that the catalog names, or, without it, of the highest version."""
-    place = iceberg_table.metadata_place(group.path)
+    named = iceberg_table.metadata_location(group.path)
     found = sorted(
         group.metadata.glob("*.metadata.json"), key=lambda p: (int(p.name.partition("-")[0]), p.stat().st_mtime)
     )
-    named = group.metadata / Path(place).name if place else (found[-1] if found else None)
-    if named is None or not named.exists():
+    newest = group.metadata / Path(named).name if named else (found[-1] if found else None)
+    if newest is None or not newest.exists():
         raise StepError(f"feature group {group.name} has no metadata in {group.metadata}: move the whole folder")
+    return FromInputFile.table_metadata(iceberg_table.LocalFileIO({}).new_input(f"file://{newest}"))
+
+
+def _files(group: LocalGroup, old: TableMetadata, snapshot: Snapshot) -> set[str]:
+    """Where the data files of a snapshot are now. Raises `StepError` if one is not there."""
     io = iceberg_table.LocalFileIO({})
-    return FromInputFile.table_metadata(io.new_input(f"file://{named}"))
-
-
-def _paths(group: LocalGroup, old: TableMetadata, snapshot: Snapshot, io: Any) -> Iterator[str]:
-    """Data files of a snapshot of moved metadata, relative to the group's `data` folder."""
 
     def here(place: str) -> str:
         return f"file://{group.path}" + place.removeprefix(old.location.rstrip("/"))
 
+    files: set[str] = set()
     for manifest in read_manifest_list(io.new_input(here(snapshot.manifest_list))):
-        moved = _at(manifest, here(manifest.manifest_path))
-        for entry in moved.fetch_manifest_entry(io, discard_deleted=True):
-            yield here(entry.data_file.file_path).removeprefix(f"file://{group.data}/")
-
-
-def _at(manifest: ManifestFile, place: str) -> ManifestFile:
-    manifest[0] = place
-    return manifest
+        manifest[0] = here(manifest.manifest_path)  # its fields have no other way to be changed
+        files |= {here(entry.data_file.file_path) for entry in manifest.fetch_manifest_entry(io, discard_deleted=True)}
+    if lost := sorted(uri for uri in files if not storage.exists(uri)):
+        raise StepError(
+            f"{counted(len(lost), 'file')} of feature group {group.name} missing, the first is "
+            f"{storage.local_path(lost[0])}: move the whole folder, or restore it from a backup"
+        )
+    return files

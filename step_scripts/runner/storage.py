@@ -255,8 +255,8 @@ class FileState:
     """The state of a file. `modified`: seconds since 1970. `change` differs whenever the file is written or replaced.
 
     Size and time of modification do not tell: `cp -p`, `rsync --times` and `touch -r` keep both. The writer of a file
-    cannot keep the time of change and the inode of a local file, or the ETag of an object on S3. S3's version id would add
-    nothing: versions with the same ETag have the same content, and a listing does not include it.
+    cannot keep the time of change and the inode of a local file, or the ETag of an object on S3. S3's version id would
+    add nothing: versions with the same ETag have the same content, and a listing does not include it.
     """
 
     bytes: int

@@ -133,15 +133,6 @@ def _columns(column: pl.Series, seed: np.uint64) -> list[_Column]:
     return [_Column(numbers.fill_null(0).to_numpy(), seed, null)]
 
 
-def text_prefixes(column: pl.Series) -> np.ndarray:
-    """The first 8 bytes of texts as numbers (uint64) that sort as the texts do. Shorter texts end in zeros."""
-    data, starts, lengths = _text_bytes(column)
-    words = _words_of_equal_lengths(data, starts, lengths)
-    if words is not None:
-        return words[:, 0].byteswap()  # the first byte was the lowest
-    return _words_at(_padded(data), starts, lengths).byteswap()
-
-
 def _text_bytes(column: pl.Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The bytes of all texts, where each text begins, and how many it has."""
     array = column.to_arrow(compat_level=pl.CompatLevel.oldest())

@@ -18,7 +18,7 @@ import pytest
 import ray
 import ray.data
 
-from step_scripts.feature_store.feature_ingestion import run_here
+from step_scripts.feature_store.ingestion import run_here
 from step_scripts.feature_store.offline_store import OfflineStore, latest_events
 from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepResult
 from step_scripts.runner.execution import run_step

@@ -24,7 +24,6 @@ from resources.aws.request_validation import InvalidJobRequest
 from resources.feature_store.base import OfflineSnapshot
 from resources.feature_store.sagemaker import SageMakerFeatureStore
 from step_scripts.feature_store import online_store
-from step_scripts.feature_store.feature_ingestion import IngestionResult
 from step_scripts.feature_store.feature_values import (
     decoded_record,
     decoded_time,
@@ -32,6 +31,7 @@ from step_scripts.feature_store.feature_values import (
     encoded_time,
     online_time,
 )
+from step_scripts.feature_store.ingestion import IngestionResult
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.feature_store.online_store import OnlineTarget
 from step_scripts.runner import storage
@@ -55,7 +55,7 @@ from tests.sagemaker_emulator import SageMakerEmulator
 from tests.sagemaker_emulator.testing import ROLE, Aws
 from tests.unit.housing_assets.checks.test_advisory import functions
 
-ONLINE = OnlineTarget("sales", patience_seconds=120)
+ONLINE = OnlineTarget("sales", retry_timeout_seconds=120)
 
 
 class Group:
@@ -301,7 +301,7 @@ def test_an_ingestion_that_fails_online_commits_nothing_and_a_repeat_heals_it(gr
     group.ingest([row(n) for n in range(3)])
     aws.faults.unprocessed_records(10_000)
     with pytest.raises(StepError, match=r"accepted no request for 1 s \(40 entries not processed\)|25 entries"):
-        group.ingest([row(n, 2.0, hours=1) for n in range(50)], online=OnlineTarget("sales", patience_seconds=1))
+        group.ingest([row(n, 2.0, hours=1) for n in range(50)], online=OnlineTarget("sales", retry_timeout_seconds=1))
     aws.faults.clear()
     assert len(group.store.commits("sales")) == 1
     assert {v[1] for v in records(group.store.scan("sales")).values()} == {1.0}
@@ -324,7 +324,7 @@ def test_an_outage_of_the_online_store_says_what_is_where(
 
     monkeypatch.setattr(online_store._Synchronizer, "synchronize", synchronize_then_break)
     rows = [row(n, 2.0, hours=1) for n in range(250)]
-    target = OnlineTarget("sales", in_flight=1, patience_seconds=1)
+    target = OnlineTarget("sales", in_flight=1, retry_timeout_seconds=1)
     listed = str(tmp_path / "missing.csv")
     with pytest.raises(StepError) as failure:
         group.ingest(rows, online=target, missing_uri=listed)

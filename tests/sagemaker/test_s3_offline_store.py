@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ import polars as pl
 import pytest
 from pyiceberg.exceptions import TableAlreadyExistsError
 
-from step_scripts.feature_store import glue_group, iceberg_table, ingestion_plan
-from step_scripts.feature_store.feature_ingestion import run_here
+from step_scripts.feature_store import comparison, glue_group, iceberg_table, ingestion
 from step_scripts.feature_store.feature_values import feature_types
 from step_scripts.feature_store.group import Group, GroupInfo
+from step_scripts.feature_store.ingestion import run_here
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.runner.contract import StepError
 from tests.feature_rows import TABLE, ingest_rows, record_id, records, row, write_rows
@@ -46,8 +47,9 @@ from tests.unit.step_scripts.feature_store.test_offline_store import (  # noqa: 
 
 HOOKED = """
 import os, signal, sys
+from datetime import timedelta
 from pathlib import Path
-from step_scripts.feature_store.feature_ingestion import run_here
+from step_scripts.feature_store.ingestion import run_here
 from step_scripts.feature_store.offline_store import OfflineStore
 from tests.feature_rows import ingest_rows, row, write_rows
 
@@ -158,10 +160,10 @@ def test_a_killed_ingestion_is_invisible_and_tidied_up_when_it_is_old(
     assert set(records(store.scan("sales"))) == {record_id(0)}
     assert store.get_record("sales", record_id(1)) is None
     # They could be those of a writer that is at work.
-    assert ingest_rows(store, write_rows(tmp_path, [row(1)])).strays_removed == 0
+    assert ingest_rows(store, write_rows(tmp_path, [row(1)])).orphan_files_deleted == 0
     assert len(data_files(aws)) == 4
-    monkeypatch.setattr(glue_group, "STRAY_SECONDS", -60.0)
-    assert store.folder("sales").remove_strays() == 2
+    monkeypatch.setattr(glue_group, "ORPHAN_AGE", timedelta(seconds=-60))
+    assert store.folder("sales").delete_orphan_files() == 2
     assert data_files(aws) == committed_files(store)
     assert not aws.keys("store/sales/_staging")
     assert set(records(store.scan("sales"))) == {record_id(0), record_id(1)}
@@ -170,7 +172,7 @@ def test_a_killed_ingestion_is_invisible_and_tidied_up_when_it_is_old(
 def test_a_writer_whose_files_may_be_taken_for_leftovers_gives_up(
     store: OfflineStore, aws: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(glue_group, "STRAY_SECONDS", 0.0)
+    monkeypatch.setattr(glue_group, "ORPHAN_AGE", timedelta(0))
     with pytest.raises(StepError, match="Nothing was committed; ingest with more actors"):
         ingest_rows(store, write_rows(tmp_path, [row(0)]))
     assert store.commits("sales") == []
@@ -200,8 +202,8 @@ def test_small_pieces_store_what_one_piece_stores_locally(
     ]
     for rows in batches:
         ingest_rows(local, write_rows(tmp_path, rows), mirror=True)
-    monkeypatch.setattr(ingestion_plan, "BUCKET_EVENTS", 4)
-    monkeypatch.setattr(ingestion_plan, "_PIECE_ROWS", (2, 4))
+    monkeypatch.setattr(comparison, "_PARTITION_EVENTS", 4)
+    monkeypatch.setattr(ingestion, "_PIECE_ROWS", (2, 4))
     for rows in batches:
         ingest_rows(store, write_rows(tmp_path, rows, parts=3), mirror=True, workers=2)
     assert records(store.scan("sales")) == records(local.scan("sales"))

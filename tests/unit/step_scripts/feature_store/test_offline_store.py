@@ -23,15 +23,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_scripts.feature_store import feature_ingestion, iceberg_table, ingestion_plan
-from step_scripts.feature_store.feature_ingestion import run_here
-from step_scripts.feature_store.group import CommitTaken, digest_of
-from step_scripts.feature_store.ingestion_plan import write_groups
+from step_scripts.feature_store import comparison, ingestion
+from step_scripts.feature_store.commits import digest_of
+from step_scripts.feature_store.group import CommitTaken
+from step_scripts.feature_store.ingestion import divided, run_here
 from step_scripts.feature_store.local_group import LocalGroup
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
-from step_scripts.table.event_hash import content_hashes, event_hashes, lane_sums, text_hashes, text_prefixes
+from step_scripts.table.event_hash import content_hashes, event_hashes, lane_sums, text_hashes
 from step_scripts.table.spec import ColumnSpec, TableSpec
 from tests import ROOT
 from tests.feature_rows import (
@@ -46,6 +46,7 @@ from tests.feature_rows import (
     write_frame,
     write_rows,
 )
+from tests.other_engines import opened
 
 # --- model ---------------------------------------------------------------------------------------------------------
 
@@ -134,8 +135,8 @@ _operations = st.one_of(
 def test_any_history_reads_as_the_model_says(operations: list[tuple[Any, ...]], small_pieces: bool) -> None:
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         if small_pieces:  # as large data is worked on: many buckets, many pieces
-            patch.setattr(ingestion_plan, "BUCKET_EVENTS", 2)
-            patch.setattr(ingestion_plan, "_PIECE_ROWS", (1, 2))
+            patch.setattr(comparison, "_PARTITION_EVENTS", 2)
+            patch.setattr(ingestion, "_PIECE_ROWS", (1, 2))
         folder = Path(name)
         store, model = OfflineStore(str(folder / "store")), Model()
         for kind, *arguments in operations:
@@ -184,29 +185,6 @@ def test_data_that_arrives_in_order_reads_as_its_last_event_says(batches: list[t
             state = {key: content for time, key, content in log if time <= moment}
             expected = {key: content for key, content in state.items() if content is not None}
             assert {k: v[1:] for k, v in records(store.scan("sales", as_of=moment)).items()} == expected
-
-
-@settings(max_examples=12, deadline=None)
-@given(st.dictionaries(st.integers(0, 40), st.tuples(_times, st.none() | st.integers(0, 3)), min_size=1))
-def test_a_first_ingestion_stores_what_a_full_comparison_would(rows: dict[int, tuple[float, int | None]]) -> None:
-    """Where every record occurs once, with and without the shorter way."""
-    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ingestion_plan, "BUCKET_EVENTS", 4)
-        patch.setattr(ingestion_plan, "_PIECE_ROWS", (1, 6))
-        given = [row(n, hours=hours, rooms=rooms) for n, (hours, rooms) in rows.items()]
-        dataset = write_rows(Path(name), given, parts=2, digest=uuid.uuid4().hex)
-        found = []
-        for way in ("shorter", "longer"):
-            store = OfflineStore(str(Path(name) / way))
-            if way == "longer":
-                patch.setattr(feature_ingestion._Ingestion, "_compare_with_nothing", lambda self, scratch: None)
-            result = ingest_rows(store, dataset)
-            assert result.added == result.rows_readable == len(rows)
-            # In any order: the names of files of one day differ by chance.
-            files = sorted((f.first_event_time, f.last_event_time, f.rows) for f in store.files("sales"))
-            commit = result.commit.model_dump(exclude={"created_at", "write_time", "snapshot_id"})
-            found.append((commit, files, result.day_partitions, records(store.scan("sales"))))
-        assert found[0] == found[1]
 
 
 def _assert_same(store: OfflineStore, model: Model) -> None:
@@ -272,8 +250,8 @@ def test_the_same_dataset_adds_nothing_and_makes_no_commit(store: OfflineStore, 
     dataset = write_rows(tmp_path, [row(n) for n in range(5)])
     first = ingest_rows(store, dataset)
     again = ingest_rows(store, dataset)
-    assert (first.added, first.committed) == (5, True)
-    assert (again.unchanged, again.rows_readable, again.committed, again.already_ingested) == (5, 5, False, True)
+    assert (first.added, first.already_ingested) == (5, False)
+    assert (again.unchanged, again.rows_readable, again.already_ingested) == (5, 5, True)
     assert len(store.commits("sales")) == 1
     assert len(_parquet_files(store)) == 1
 
@@ -346,6 +324,36 @@ def test_order_of_rows_and_parts_does_not_matter(tmp_path: Path) -> None:
     one, two = (s.commits("sales")[-1] for s in stores)
     assert (one.live_digest, one.live_rows, one.added) == (two.live_digest, two.live_rows, two.added)
     assert records(stores[0].scan("sales")) == records(stores[1].scan("sales"))
+
+
+def test_a_small_dataset_is_compared_with_its_own_records_only(
+    store: OfflineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "_PARTITION_EVENTS", 2)
+    ingest_rows(store, write_rows(tmp_path, [row(n) for n in range(50)]))
+    compared: list[int] = []
+    changes = comparison.changes
+
+    def counted(incoming: pl.DataFrame, stored: pl.DataFrame, mirror_time: int | None) -> Any:
+        compared.append(stored.height)
+        return changes(incoming, stored, mirror_time)
+
+    monkeypatch.setattr(comparison, "changes", counted)
+    result = ingest_rows(store, write_rows(tmp_path, [row(0, 2.0, hours=1), row(1), row(99)]))
+    assert (result.superseded, result.unchanged, result.added, sum(compared)) == (1, 1, 1, 2)
+    assert result.commit.live_digest == _digest(store.scan("sales").collect())
+
+
+def test_rows_of_other_programs_are_left_alone(store: OfflineStore, tmp_path: Path) -> None:
+    ingest_rows(store, write_rows(tmp_path, [row(0)]))
+    table = opened(store.root)
+    events = table.scan().to_arrow()
+    table.append(events.set_column(events.column_names.index("record_id"), "record_id", [["theirs"]]))
+    assert (set(records(store.scan("sales"))), len(store.files("sales"))) == ({record_id(0)}, 1)
+    assert store.get_record("sales", "theirs") is None
+    changed = ingest_rows(store, write_rows(tmp_path, [row(0, 2.0, hours=1)]))
+    assert (changed.commit.number, changed.superseded, len(store.files("sales"))) == (2, 1, 2)
+    assert opened(store.root).scan().to_arrow().num_rows == 3
 
 
 def test_rows_that_contradict_each_other_are_named(store: OfflineStore, tmp_path: Path) -> None:
@@ -458,7 +466,7 @@ def test_a_failure_before_the_commit_changes_and_leaves_nothing(store: OfflineSt
 KILLED = """
 import os, sys, signal
 from pathlib import Path
-from step_scripts.feature_store.feature_ingestion import run_here
+from step_scripts.feature_store.ingestion import run_here
 from step_scripts.feature_store.offline_store import OfflineStore
 from tests.feature_rows import ingest_rows, row, write_rows
 
@@ -495,7 +503,7 @@ def test_a_killed_ingestion_is_invisible_and_the_next_one_tidies_up(store: Offli
     assert set(records(store.scan("sales"))) == {record_id(0)}
     assert store.get_record("sales", record_id(1)) is None
     after = ingest_rows(store, write_rows(tmp_path, [row(1)]))
-    assert (after.strays_removed, after.added) == (2, 1)
+    assert (after.orphan_files_deleted, after.added) == (2, 1)
     assert len(_data_files(store)) == 2
     assert not (_group(store).path / "_staging").exists()
 
@@ -519,7 +527,7 @@ def test_a_stale_writer_cannot_commit(store: OfflineStore, tmp_path: Path) -> No
     stale = folder.begin(state, TABLE)
     commit = ingest_rows(store, write_rows(tmp_path, [row(1)])).commit
     with pytest.raises(CommitTaken, match="another writer has made commit 2"):
-        folder.append(stale, commit.model_copy(update={"live_rows": 99}), state.files, "STALE0")
+        folder.append(stale, commit.model_copy(update={"live_rows": 99}), [file.path for file in state.files])
     assert folder.commits()[-1] == commit
     assert set(records(store.scan("sales"))) == {record_id(0), record_id(1)}
 
@@ -588,7 +596,6 @@ def test_a_lost_manifest_is_found_by_readers(store: OfflineStore, tmp_path: Path
     for number in range(2):
         ingest_rows(store, write_rows(tmp_path, [row(number)]))
     next(_group(store).metadata.glob("*-m0.avro")).unlink()
-    iceberg_table._MANIFESTS.clear()  # as in another process
     with pytest.raises(StepError, match=r"the table of the feature group at .* cannot be read"):
         store.scan("sales")
 
@@ -685,9 +692,6 @@ def test_a_rows_hash_depends_on_the_row_alone(rows: list[tuple[Any, ...]]) -> No
     keys = [(a, b + 0.0 if isinstance(b, float) else b) for a, b in keys]
     assert len({int(v) for v in content[0]}) == len({int(v) for v in content[1]}) == len(set(keys))
     assert len({int(v) for v in ids[0]}) == len({r[0] for r in rows})
-    by_prefix = np.argsort(text_prefixes(frame["id"]), kind="stable")
-    cut = [r[0].encode()[:8].ljust(8, b"\0") for r in rows]
-    assert [cut[i] for i in by_prefix] == sorted(cut)
 
 
 @given(
@@ -695,14 +699,14 @@ def test_a_rows_hash_depends_on_the_row_alone(rows: list[tuple[Any, ...]]) -> No
     st.integers(10, 30),
 )
 def test_work_is_divided_without_loss(counts: dict[tuple[int, int], int], most: int) -> None:
-    groups = write_groups([(source, hour, rows) for (source, hour), rows in counts.items()], most)
+    pieces = list(divided([(day, source, rows) for (day, source), rows in sorted(counts.items())], most))
     covered = [
-        (source, hour)
-        for first, last, sources, _ in groups
-        for source in sources
-        for hour in range(first, last + 1)
-        if (source, hour) in counts
+        (day, source)
+        for days, _ in pieces
+        for source, (first, last) in days.items()
+        for day in range(first, last + 1)
+        if (day, source) in counts
     ]
     assert sorted(covered) == sorted(counts)
-    assert all(rows <= most for *_, rows in groups)
-    assert sum(rows for *_, rows in groups) == sum(counts.values())
+    assert all(rows <= most for _, rows in pieces)
+    assert sum(rows for _, rows in pieces) == sum(counts.values())

@@ -11,13 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pytest
 from ray.exceptions import RayTaskError
 
 from housing_assets.sample_data import write_sample
-from step_scripts.feature_store.scratch_arrays import save_lanes
 from step_scripts.runner import execution as runner
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepDefinition, StepError, StepParams, StepRequest
@@ -55,11 +53,10 @@ def test_generated_data_for_which_there_is_no_room(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "write",
     [
-        lambda uri: save_lanes(uri, np.zeros((2, 10_000))),
         lambda uri: storage.write_bytes(uri, bytes(100_000)),
         write_stream,
     ],
-    ids=["scratch", "small file", "stream"],
+    ids=["small file", "stream"],
 )
 def test_an_error_while_writing_names_the_file_and_the_room(tmp_path: Path, write: Callable[[str], None]) -> None:
     path = tmp_path / "folder" / "file"

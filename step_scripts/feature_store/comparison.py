@@ -1,0 +1,286 @@
+"""Which rows of a dataset are news to a feature group: incoming events against stored ones, record by record.
+
+The events of a record form a timeline, ordered by event time and then by commit. A row adds nothing if the timeline
+says the same already: the event in force at the row's time, or the record's latest event, has the same content and is
+stored. Ingesting the same rows twice therefore adds nothing the second time.
+
+Records are divided into partitions by the hash of their id. The hashes of events meet in files by partition, and the
+places of the rows to store go to files by source, so that memory depends on the size of a partition and not of the
+group. Every function can be repeated: it overwrites what an earlier attempt has left.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any, cast
+
+import polars as pl
+
+from step_scripts.feature_store.event_schema import content_columns
+from step_scripts.feature_store.event_sources import Source, check_complete, read_source
+from step_scripts.runner import storage
+from step_scripts.table.event_hash import add_sums, content_hashes, event_hashes, lane_sums, text_hashes
+from step_scripts.table.spec import TableSpec
+
+DAY = 24 * 3_600_000_000  # microseconds
+_PARTITION_EVENTS = 1 << 20
+_MOST_PARTITIONS = 1 << 12
+SHOWN = 20  # record ids in a message
+_INCOMING, _STORED = "incoming", "stored"  # folders of hashed events
+_RECORD, _CONTENT = ("record_hi", "record_lo"), ("content_hi", "content_lo")
+_LATEST = 2**63 - 1
+# Hashes of record id and content, when the event happened and was committed, and where it can be read.
+_EVENTS: dict[str, pl.DataType] = {
+    **dict.fromkeys(_RECORD, pl.UInt64()),
+    "time": pl.Int64(),  # microseconds since 1970, UTC
+    **dict.fromkeys(_CONTENT, pl.UInt64()),
+    "is_deleted": pl.Boolean(),
+    "commit": pl.Int64(),  # the write time
+    "source": pl.UInt32(),
+    "row": pl.UInt32(),
+}
+_SELECTED = pl.DataFrame(
+    schema={"source": pl.UInt32(), "row": pl.UInt32(), "time": pl.Int64(), "is_latest": pl.Boolean()}
+)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a set of incoming events changes.
+
+    Counts of rows as in `Commit`; `outdated`: rows that are not the record's latest state; `latest`: events to store
+    that are their records' latest from then on. `live_rows`: how many live records there are more. Digests, two sums
+    each, of the events to store and of the live events that come and go. `conflicts`: source and row of rows that
+    contradict another row of the dataset (same record and event time, other content); if there are any, nothing else
+    is filled in.
+    """
+
+    added: int = 0
+    unchanged: int = 0
+    superseded: int = 0
+    deleted: int = 0
+    outdated: int = 0
+    latest: int = 0
+    live_rows: int = 0
+    stored_sums: tuple[int, int] = (0, 0)
+    live_added: tuple[int, int] = (0, 0)
+    live_removed: tuple[int, int] = (0, 0)
+    deduplicate: bool = False
+    conflicts: tuple[tuple[int, int], ...] = ()
+
+    def __add__(self, other: Changes) -> Changes:
+        """Both, of different records."""
+        return Changes(
+            added=self.added + other.added,
+            unchanged=self.unchanged + other.unchanged,
+            superseded=self.superseded + other.superseded,
+            deleted=self.deleted + other.deleted,
+            outdated=self.outdated + other.outdated,
+            latest=self.latest + other.latest,
+            live_rows=self.live_rows + other.live_rows,
+            stored_sums=add_sums(self.stored_sums, other.stored_sums),
+            live_added=add_sums(self.live_added, other.live_added),
+            live_removed=add_sums(self.live_removed, other.live_removed),
+            deduplicate=self.deduplicate or other.deduplicate,
+            conflicts=self.conflicts + other.conflicts,
+        )
+
+
+def partition_count(events: int) -> int:
+    """Number of partitions, a power of two, for so many events to compare."""
+    partitions = 1
+    while partitions < _MOST_PARTITIONS and partitions * _PARTITION_EVENTS < events:
+        partitions *= 2
+    return partitions
+
+
+def hash_source(source: Source, table: TableSpec, partitions: int, folder: str, known_only: bool) -> int | None:
+    """Hash the events of `source` into files by partition. Returns their latest event time; None without events.
+
+    `known_only`: only events of records that the dataset has, too; its sources have been hashed before. Raises
+    `StepError` if the source lacks a column, has one of another type, or has empty record ids or event times.
+    """
+    ids = read_source(source, ["record_id", "event_time"], table)
+    check_complete(ids, source)
+    record = text_hashes(ids["record_id"])
+    events = ids.select(
+        pl.Series("record_hi", record[0]),
+        pl.Series("record_lo", record[1]),
+        pl.col("event_time").to_physical().alias("time"),
+        pl.lit(source.index, pl.UInt32).alias("source"),
+        pl.int_range(pl.len(), dtype=pl.UInt32).alias("row"),
+    )
+    if known_only:
+        known = pl.concat(_read_events(folder, _INCOMING, n)["record_hi"] for n in range(partitions))
+        events = events.filter(pl.col("record_hi").is_in(known.implode()))
+    names = content_columns(table)
+    flags = ["is_deleted", "write_time"] if source.stored is not None else []
+    frame = read_source(source, [*names, *flags], table, events["row"])
+    content = content_hashes(frame, names)
+    events = events.with_columns(
+        pl.Series("content_hi", content[0]),
+        pl.Series("content_lo", content[1]),
+        (frame["is_deleted"] if flags else pl.lit(False)).alias("is_deleted"),
+        (frame["write_time"].to_physical() if flags else pl.lit(_LATEST)).alias("commit"),
+    ).select(*_EVENTS)
+    partition = pl.lit(0) if partitions == 1 else pl.col("record_hi") // pl.lit(2**64 // partitions, pl.UInt64)
+    parts = events.with_columns(partition.alias("partition")).partition_by("partition", as_dict=True, include_key=False)
+    for (number,), part in parts.items():
+        kind = _INCOMING if source.stored is None else _STORED
+        _write(part, storage.join(folder, kind, str(number), f"{source.index}.arrow"))
+    return cast("int | None", events["time"].max())
+
+
+def compare_partition(number: int, folder: str, mirror_time: int | None) -> tuple[Changes, pl.DataFrame]:
+    """Compare the events of one partition whose sources have been hashed to `folder`.
+
+    Writes which rows are to be stored, for `selected_rows`, and returns how many they are by source and day. Raises
+    nothing for conflicts: they are returned.
+    """
+    found, news = changes(_read_events(folder, _INCOMING, number), _read_events(folder, _STORED, number), mirror_time)
+    for (source,), rows in news.partition_by("source", as_dict=True, include_key=False).items():
+        _write(rows, storage.join(folder, "selected", str(source), f"{number}.arrow"))
+    return found, news.group_by("source", day=pl.col("time") // DAY).len("rows")
+
+
+def selected_rows(folder: str, source: Source) -> pl.DataFrame:
+    """Which rows of a source are to be stored: `row`, `time` of the event, whether it is its record's latest."""
+    uris = storage.list_files(storage.join(folder, "selected", str(source.index)))
+    return pl.concat(pl.read_ipc(storage.read_bytes(uri)) for uri in uris)
+
+
+def changes(incoming: pl.DataFrame, stored: pl.DataFrame, mirror_time: int | None) -> tuple[Changes, pl.DataFrame]:
+    """What `incoming` changes, where `stored` holds all events of the same records; and the events to store.
+
+    Those have columns `source`, `row`, `time` and `is_latest`. With `mirror_time` (microseconds), `stored` holds the
+    whole group, whose live records become those of `incoming`: others are deleted at that time, or just after their
+    latest event if that is later; a record's latest row counts even if it is older than what is stored, and is then
+    stored as of just after that.
+    """
+    if mirror_time is not None:
+        incoming = _moved_behind(incoming, stored)
+    line = _timelines(incoming, stored)
+    if line["is_conflict"].any():
+        places = line.filter("is_conflict").select("source", "row").head(SHOWN).rows()
+        return Changes(conflicts=tuple(places)), _SELECTED
+    records = line.filter("is_last")
+    was_live = (records["before"] >= 0) & ~line["is_deleted"].gather(records["before"].clip(0))
+    is_live = ~line["is_deleted"].gather(records["after"])
+    changed = records["before"] != records["after"]
+    news = line.filter("is_new", "kept")
+    superseded = records.filter(was_live & changed)
+    found = Changes(
+        added=news.height - superseded.height,
+        unchanged=incoming.height - news.height,
+        superseded=superseded.height,
+        outdated=line.select((pl.col("is_new") & ~pl.col("as_latest")).sum()).item(),
+        latest=int(news["is_latest"].sum()),
+        live_rows=int(is_live.sum()) - int(was_live.sum()),
+        stored_sums=_sums(news),
+        live_added=_sums(line[records.filter(changed & is_live)["after"]]),
+        live_removed=_sums(line[superseded["before"]]),
+        deduplicate=int(line["kept"].sum()) > records.height,
+    )
+    if mirror_time is None:
+        return found, news.select(_SELECTED.columns)
+    absent = line[records.filter(was_live & ~records["in_dataset"])["before"]]
+    stones = absent.with_columns(
+        pl.max_horizontal(pl.col("time") + 1, mirror_time).alias("time"),
+        *(pl.lit(0, pl.UInt64).alias(name) for name in _CONTENT),
+        pl.lit(True).alias("is_deleted"),
+        pl.lit(True).alias("is_latest"),
+    )
+    found += Changes(
+        deleted=stones.height,
+        latest=stones.height,
+        live_rows=-stones.height,
+        stored_sums=_sums(stones),
+        live_removed=_sums(absent),
+        deduplicate=stones.height > 0,
+    )
+    return found, pl.concat([news.select(_SELECTED.columns), stones.select(_SELECTED.columns)])
+
+
+def _moved_behind(incoming: pl.DataFrame, stored: pl.DataFrame) -> pl.DataFrame:
+    """`incoming` with each record's latest event no earlier than the record's latest stored one, if they differ."""
+    last_stored, first_incoming = stored.select(pl.max("time")).item(), incoming.select(pl.min("time")).item()
+    if last_stored is None or first_incoming is None or last_stored <= first_incoming:
+        return incoming
+    latest = stored.sort("time", "commit").unique(_RECORD, keep="last")
+    latest = latest.select(*_RECORD, pl.col("time", *_CONTENT, "is_deleted").name.suffix("_stored"))
+    differs = pl.any_horizontal("is_deleted_stored", *(pl.col(name) != pl.col(f"{name}_stored") for name in _CONTENT))
+    joined = incoming.join(latest, on=_RECORD, how="left", maintain_order="left")
+    behind = differs & (pl.col("time") < pl.col("time_stored"))
+    if not joined.select(behind.any()).item():
+        return incoming
+    is_last = pl.col("time") == pl.col("time").max().over(_RECORD)
+    time = pl.when(behind & is_last).then(pl.col("time_stored") + 1).otherwise("time")
+    return joined.with_columns(time.alias("time")).select(*_EVENTS)
+
+
+def _timelines(incoming: pl.DataFrame, stored: pl.DataFrame) -> pl.DataFrame:
+    """All events in order of their records' timelines, and what is to become of them, in added columns.
+
+    `is_new`: incoming. `is_conflict`: contradicts the incoming event before it. `as_latest`: has the content of the
+    record's latest event. `kept`: stored, already or from now on. `is_latest`: the record's last kept one. `is_last`:
+    the last one of its record, which also has `in_dataset`, whether any is incoming, and the positions of the record's
+    latest event `before` (-1 without any) and `after`.
+    """
+    both = pl.concat([stored.with_columns(is_new=pl.lit(False)), incoming.with_columns(is_new=pl.lit(True))])
+    is_new = pl.col("is_new")
+
+    def as_before(*columns: str) -> pl.Expr:
+        same = (pl.col(name) == pl.col(name).shift() for name in columns)
+        return pl.all_horizontal(*same).fill_null(False)
+
+    def of_last(expression: pl.Expr) -> pl.Expr:
+        """The value at the last event of the same record."""
+        return pl.when("is_last").then(expression).backward_fill()
+
+    def so_far(first: pl.Expr, condition: pl.Expr, value: pl.Expr, otherwise: Any) -> pl.Expr:
+        """The value at the latest event with the condition, since the one where `first` is true."""
+        return pl.when(condition).then(value).when(first).then(pl.lit(otherwise)).forward_fill()
+
+    line = both.sort(*_RECORD, "time", "commit", maintain_order=True).with_columns(
+        at=pl.int_range(pl.len(), dtype=pl.Int64),
+        starts=~as_before(*_RECORD),
+        starts_run=~as_before(*_RECORD, *_CONTENT, "is_deleted"),  # of events that say the same
+        is_again=as_before(*_RECORD, "time", "is_new") & is_new,
+    )
+    line = line.with_columns(
+        is_last=pl.col("starts").shift(-1, fill_value=True),
+        # Whether the event, or one before it in its run, is stored already.
+        is_known=so_far(pl.col("starts_run"), ~is_new, pl.lit(True), False),
+        is_conflict=pl.col("is_again") & pl.col("starts_run"),
+        in_dataset=so_far(pl.col("starts"), is_new, pl.lit(True), False),
+        before=so_far(pl.col("starts"), ~is_new, pl.col("at"), -1),
+    )
+    as_latest = pl.all_horizontal(
+        *(pl.col(name) == of_last(pl.col(name)) for name in _CONTENT), ~of_last(pl.col("is_deleted"))
+    )
+    line = line.with_columns(as_latest=as_latest).with_columns(
+        kept=~(is_new & (pl.col("is_known") | pl.col("is_again") | pl.col("as_latest") & of_last(pl.col("is_known"))))
+    )
+    line = line.with_columns(after=so_far(pl.col("starts"), pl.col("kept"), pl.col("at"), -1))
+    return line.with_columns(is_latest=pl.col("at") == of_last(pl.col("after")))
+
+
+def _sums(events: pl.DataFrame) -> tuple[int, int]:
+    """Digest of events."""
+    record, content = ((events[hi].to_numpy(), events[lo].to_numpy()) for hi, lo in (_RECORD, _CONTENT))
+    return lane_sums(event_hashes(record, events["time"].to_numpy(), content, events["is_deleted"].to_numpy()))
+
+
+def _write(frame: pl.DataFrame, uri: str) -> None:
+    content = io.BytesIO()
+    frame.write_ipc(content)
+    with storage.open_output(uri) as file:
+        file.write(content.getbuffer())
+
+
+def _read_events(folder: str, kind: str, number: int) -> pl.DataFrame:
+    """Hashed events of a partition, incoming or stored ones, in the order of their sources."""
+    uris = storage.list_files(storage.join(folder, kind, str(number)))
+    ordered = sorted(uris, key=lambda uri: int(uri.rpartition("/")[2].partition(".")[0]))
+    return pl.concat([pl.DataFrame(schema=_EVENTS), *(pl.read_ipc(storage.read_bytes(uri)) for uri in ordered)])

@@ -1,0 +1,170 @@
+"""Calls of SageMaker's feature store runtime for many records, repeated until each has been accepted or refused."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from step_scripts.runner.contract import StepError
+from step_scripts.runner.wording import counted
+
+_WRITTEN_AT_ONCE = 25  # the service's limits
+_READ_AT_ONCE = 100
+_LONGEST_PAUSE = 10.0  # seconds
+_SHOWN = 400  # characters of a reason, which may quote a whole record
+_TRANSIENT = {
+    "InternalFailure",
+    "InternalServerError",
+    "RequestTimeout",
+    "ServiceUnavailable",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequestsException",
+}
+
+
+class _Refused(StepError):
+    """The service refuses a request as it is."""
+
+
+@dataclass(frozen=True)
+class OnlineClient:
+    """The online store of one group. `client`: boto3's, of the runtime.
+
+    Calls are repeated until nothing has been accepted for `retry_timeout_seconds`, or `stop` is set by another thread:
+    then they raise `StepError`. So they do, naming it, for a record that the store refuses.
+    """
+
+    client: Any
+    group: str
+    retry_timeout_seconds: float
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def write(self, records: Sequence[Mapping[str, str]]) -> None:
+        """Write records, given by their features, to the online store only."""
+        for start in range(0, len(records), _WRITTEN_AT_ONCE):
+            entries: list[dict[str, Any]] = [
+                {"FeatureGroupName": self.group, "TargetStores": ["OnlineStore"], "Record": _features(record)}
+                for record in records[start : start + _WRITTEN_AT_ONCE]
+            ]
+            try:
+                self._repeat(self._write_entries, entries)
+            except _Refused:  # because of one entry, perhaps: find out which
+                for entry in entries:
+                    try:
+                        self._repeat(self._write_entries, [entry])
+                    except _Refused as error:
+                        raise StepError(f"record {_id_of(entry)}: {error}") from error
+
+    def delete(self, deletions: Sequence[tuple[str, str]], *, hard: bool = False) -> None:
+        """Delete records, given by id and event time of the deletion, from the online store only.
+
+        With `hard` nothing is kept of them, so that an earlier event may be written again.
+        """
+        mode = {"DeletionMode": "HardDelete"} if hard else {}
+
+        def delete_first(pending: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], str]:
+            record_id, event_time = pending[0]
+            answer, reason = _answer(
+                self.client.delete_record,
+                FeatureGroupName=self.group,
+                RecordIdentifierValueAsString=record_id,
+                EventTime=event_time,
+                TargetStores=["OnlineStore"],
+                **mode,
+            )
+            return pending[1:] if answer is not None else pending, reason
+
+        self._repeat(delete_first, list(deletions))
+
+    def read(self, ids: Sequence[str]) -> dict[str, dict[str, str]]:
+        """Features of those records that the online store holds, by record id."""
+        found: dict[str, dict[str, str]] = {}
+
+        def read(pending: list[str]) -> tuple[list[str], str]:
+            identifiers = [{"FeatureGroupName": self.group, "RecordIdentifiersValueAsString": pending}]
+            answer, reason = _answer(self.client.batch_get_record, Identifiers=identifiers)
+            if answer is None:
+                return pending, reason
+            for record in answer.get("Records", []):
+                found[record["RecordIdentifierValueAsString"]] = features_of(record["Record"])
+            left = [i for u in answer.get("UnprocessedIdentifiers", []) for i in u["RecordIdentifiersValueAsString"]]
+            for error in answer.get("Errors", []):
+                if error["ErrorCode"] not in _TRANSIENT:
+                    raise StepError(
+                        f"record {error['RecordIdentifierValueAsString']} cannot be read from the online store of "
+                        f"feature group {self.group}: {error['ErrorCode']}: {error['ErrorMessage']}"
+                    )
+                left.append(error["RecordIdentifierValueAsString"])
+            return left, f"not read: {counted(len(left), 'record')}"
+
+        for start in range(0, len(ids), _READ_AT_ONCE):
+            self._repeat(read, list(ids[start : start + _READ_AT_ONCE]))
+        return found
+
+    def _write_entries(self, pending: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+        answer, reason = _answer(self.client.batch_write_record, Entries=pending)
+        if answer is None:
+            return pending, reason
+        left = list(answer.get("UnprocessedEntries", []))
+        for error in answer.get("Errors", []):
+            if error["ErrorCode"] not in _TRANSIENT:
+                raise StepError(
+                    f"record {_id_of(error['Entry'])}: the online store of feature group {self.group} refuses it: "
+                    f"{error['ErrorCode']}: {error['ErrorMessage'][:_SHOWN]}"
+                )
+            left.append(error["Entry"])
+        return left, f"{counted(len(left), 'entry', 'entries')} not processed"
+
+    def _repeat(self, call: Callable[[list[Any]], tuple[list[Any], str]], pending: list[Any]) -> None:
+        """Call with what is `pending` until nothing is left. `call` returns what is left, and why."""
+        since, pause = time.monotonic(), 0.1
+        while pending:
+            left, reason = call(pending)
+            if len(left) < len(pending):
+                since, pause = time.monotonic(), 0.1
+            elif (remaining := self.retry_timeout_seconds - (time.monotonic() - since)) <= 0:
+                raise StepError(
+                    f"the online store of feature group {self.group} has accepted no request for "
+                    f"{self.retry_timeout_seconds:.0f} s ({reason})"
+                )
+            elif self.stop.wait(min(remaining, random.uniform(pause / 2, pause))):
+                raise StepError(f"the online store of feature group {self.group} is given up ({reason})")
+            else:
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            pending = left
+
+
+def features_of(record: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The features of a record, as the service returns it, by name. Empty ones are left out."""
+    return {f["FeatureName"]: f["ValueAsString"] for f in record if f.get("ValueAsString") is not None}
+
+
+def _features(record: Mapping[str, str]) -> list[dict[str, str]]:
+    return [{"FeatureName": name, "ValueAsString": text} for name, text in record.items()]
+
+
+def _id_of(entry: Mapping[str, Any]) -> str:
+    return features_of(entry["Record"]).get("record_id", "?")
+
+
+def _answer(function: Any, **request: Any) -> tuple[dict[str, Any] | None, str]:
+    """The call's answer; None and the reason if the same call may succeed later."""
+    from botocore.exceptions import ClientError, ConnectionError, HTTPClientError
+
+    try:
+        return function(**request), ""
+    except ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "")
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if code in _TRANSIENT or status == 429 or status >= 500:
+            return None, str(error)
+        message = f"the online store refuses {function.__name__}: {str(error)[:_SHOWN]}"
+        raise (_Refused if "Validation" in code else StepError)(message) from error
+    except (ConnectionError, HTTPClientError) as error:
+        return None, str(error)
