@@ -11,10 +11,10 @@ import polars as pl
 from step_scripts.data.csv_chunks import Records
 from step_scripts.runner.wording import counted
 from step_scripts.table.column_types import polars_schema
+from step_scripts.table.constraints import VIOLATION_SCHEMA, violations
 from step_scripts.table.polars_csv import read_csv
 from step_scripts.table.spec import ColumnSpec, DType, TableSpec
 
-EMPTY = "is empty, but a value is required"
 _READ_AS_NUMBERS = ("int64", "float64")
 _LARGEST_EXACT = 2**53
 _SHOWN_CHARACTERS = 100
@@ -25,7 +25,6 @@ _NOT_A: dict[DType, str] = {
     "datetime": "is not a time such as 2024-05-01T12:00:00Z",
     "string": "is not a text",
 }
-_FAULT_SCHEMA = {"row": pl.UInt32(), "column": pl.String(), "problem": pl.String()}
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class ParsedRows:
 def parse_rows(
     records: Records, positions: tuple[int, ...], fields: int, delimiter: str, table: TableSpec
 ) -> ParsedRows:
-    """Parse the records, then validate them with pandera.
+    """Parse the records, and find the values that the table does not permit.
 
     `positions` are the indices of the table's columns among the `fields` fields. Cells that do not parse are null in
     the frame and listed among the faults, at most one fault a cell. Raises `polars.exceptions.ComputeError` if a record
@@ -61,8 +60,9 @@ def parse_rows(
             columns[index], problem = _converted(columns[index], column)
             problems.append(problem)
     frame = pl.DataFrame(columns)
-    problems += [_null_roles(frame, table), _violations(frame, table)]
-    faults = pl.concat(problems).unique(["row", "column"], keep="first", maintain_order=True)
+    faults = pl.concat([*problems, violations(frame, table)]).unique(
+        ["row", "column"], keep="first", maintain_order=True
+    )
     if faults.is_empty():
         return ParsedRows(frame, faults.insert_column(2, pl.Series("value", [], pl.String)))
     return ParsedRows(frame, _with_values(faults, records, positions, fields, delimiter, table))
@@ -178,44 +178,5 @@ def _parsed_times(texts: pl.Series) -> pl.Series:
 
 
 def _problem(rows: np.ndarray | pl.Series | list[int], column: str, problem: str) -> pl.DataFrame:
-    return pl.DataFrame({"row": pl.Series(rows, dtype=pl.UInt32)}).with_columns(
-        pl.lit(column).alias("column"), pl.lit(problem).alias("problem")
-    )
-
-
-def _null_roles(frame: pl.DataFrame, table: TableSpec) -> pl.DataFrame:
-    """Keys and event times must be there, whatever the schema says."""
-    roles = [*table.key_columns, *([table.event_time_column] if table.event_time_column else [])]
-    problems = [_problem(frame[name].is_null().arg_true(), name, EMPTY) for name in roles if frame[name].null_count()]
-    return pl.concat([pl.DataFrame(schema=_FAULT_SCHEMA), *problems])
-
-
-def _violations(frame: pl.DataFrame, table: TableSpec) -> pl.DataFrame:
-    """What pandera finds."""
-    # Here, because the driver, which imports this module to send the work to others, needs no pandera (0.6 s).
-    from pandera.errors import SchemaErrors
-
-    from step_scripts.table.validation import pandera_schema
-
-    try:
-        pandera_schema(table).validate(frame, lazy=True)
-    except SchemaErrors as errors:
-        cases = errors.failure_cases
-    else:
-        return pl.DataFrame(schema=_FAULT_SCHEMA)
-    if cases["index"].null_count():
-        raise RuntimeError(f"the schema of {table.name} cannot be checked: {cases.filter(pl.col('index').is_null())}")
-    words = {c.name: _outside(c) for c in table.columns}
-    problem = (
-        pl.when(pl.col("check") == "not_nullable")
-        .then(pl.lit(EMPTY))
-        .otherwise(pl.col("column").replace_strict(words, return_dtype=pl.String))
-    )
-    return cases.select(
-        pl.col("index").cast(pl.UInt32).alias("row"), pl.col("column").cast(pl.String), problem.alias("problem")
-    )
-
-
-def _outside(column: ColumnSpec) -> str:
-    limit = column.constraint()
-    return f"is not {limit}" if column.isin is not None else f"is outside {limit}"
+    columns = {"row": pl.Series(rows, dtype=pl.UInt32), "column": column, "problem": problem}
+    return pl.DataFrame(columns, schema=VIOLATION_SCHEMA)

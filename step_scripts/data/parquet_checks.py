@@ -1,9 +1,8 @@
-"""Proofs about Parquet files that need not read all their data."""
+"""Checks of Parquet files in bounded memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
@@ -11,69 +10,50 @@ import pyarrow.parquet as pq
 
 from step_scripts.runner import storage
 from step_scripts.runner.wording import counted
-from step_scripts.table.spec import ColumnSpec, TableSpec
-from step_scripts.table.validation import pandera_schema, polars_schema
+from step_scripts.table.column_types import polars_schema
+from step_scripts.table.constraints import violations
+from step_scripts.table.spec import TableSpec
+
+_BATCH_ROWS = 1 << 16
 
 
 def schema_violations(uris: Sequence[str], table: TableSpec, *, sample_rows: int) -> tuple[list[str], dict[str, int]]:
     """What in the files contradicts `table`, and the figures `rows`, `files`, `rows_validated`.
 
-    Names, types, nulls and bounds of all rows are proven by the statistics in the files' footers; the first
-    `sample_rows` rows go through pandera, which also sees what footers do not hold (allowed values).
+    All files must have the columns. Types and values are checked in the first `sample_rows` rows, up to the first file
+    that contradicts.
     """
-    violations: list[str] = []
+    found: list[str] = []
     rows = validated = 0
+    names = list(table.column_names)
     for uri in uris:
         with storage.open_input(uri) as file:
             parquet = pq.ParquetFile(file)
             rows += parquet.metadata.num_rows
-            violations += [f"{uri}: {problem}" for problem in _footer_violations(parquet, table)]
-            if not violations and validated < sample_rows:
-                batch = next(parquet.iter_batches(sample_rows - validated, columns=list(table.column_names)), None)
-                if batch is not None:
-                    frame = pl.DataFrame(batch).cast(pl.Schema(polars_schema(table)))
-                    validated += frame.height
-                    violations += [f"{uri}: {problem}" for problem in pandera_violations(frame, table)]
-    return violations, {"rows": rows, "files": len(uris), "rows_validated": validated}
+            missing = [name for name in names if name not in parquet.schema_arrow.names]
+            found += [f"{uri}: column {name} is missing" for name in missing]
+            if found or validated >= sample_rows:
+                continue
+            for batch in parquet.iter_batches(min(_BATCH_ROWS, sample_rows - validated), columns=names):
+                found += [f"{uri}: {problem}" for problem in _violations(pl.DataFrame(batch), table)]
+                validated += batch.num_rows
+                if found or validated >= sample_rows:
+                    break
+    return found, {"rows": rows, "files": len(uris), "rows_validated": validated}
 
 
-def pandera_violations(frame: pl.DataFrame, table: TableSpec) -> list[str]:
-    """What pandera finds wrong with `frame`, one line a column and check."""
-    from pandera.errors import SchemaErrors
-
+def _violations(frame: pl.DataFrame, table: TableSpec) -> list[str]:
+    """What is wrong with a frame, one line a column and problem."""
     try:
-        pandera_schema(table).validate(frame.select(table.column_names), lazy=True)
-    except SchemaErrors as errors:
-        cases = errors.failure_cases.group_by("column", "check").agg(pl.len(), pl.col("failure_case").first())
-        return [
-            f"{c}: {check} fails in {counted(n, 'row')}, first value {value}" for c, check, n, value in cases.rows()
-        ]
-    return []
-
-
-def _footer_violations(parquet: pq.ParquetFile, table: TableSpec) -> Iterator[str]:
-    names = parquet.schema_arrow.names
-    for column in table.columns:
-        if column.name not in names:
-            yield f"column {column.name} is missing"
-            continue
-        index = names.index(column.name)
-        for group in range(parquet.metadata.num_row_groups):
-            statistics = parquet.metadata.row_group(group).column(index).statistics
-            if statistics is not None:
-                yield from _out_of_bounds(column, statistics)
-
-
-def _out_of_bounds(column: ColumnSpec, statistics: Any) -> Iterator[str]:
-    if statistics.null_count and not column.nullable:
-        yield f"{column.name} has {statistics.null_count} empty values"
-    if not statistics.has_min_max or not isinstance(statistics.min, int | float):
-        return
-    low, high = statistics.min, statistics.max
-    if (column.ge is not None and low < column.ge) or (column.gt is not None and low <= column.gt):
-        yield f"{column.name} has the value {low}, allowed is {column.constraint()}"
-    if (column.le is not None and high > column.le) or (column.lt is not None and high >= column.lt):
-        yield f"{column.name} has the value {high}, allowed is {column.constraint()}"
+        typed = frame.cast(pl.Schema(polars_schema(table)))
+    except pl.exceptions.PolarsError as error:
+        return [f"a column has another type: {error}"]
+    cells = violations(typed, table)
+    groups = cells.group_by("column", "problem", maintain_order=True).agg(pl.len(), pl.col("row").first())
+    return [
+        f"{column} {problem} in {counted(count, 'row')}, first value {typed[column][row]}"
+        for column, problem, count, row in groups.iter_rows()
+    ]
 
 
 def sampled_record_ids(uris: Sequence[str], *, at_most: int, total: int) -> tuple[pl.Series, float]:
