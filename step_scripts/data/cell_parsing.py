@@ -1,4 +1,4 @@
-"""From the records of a CSV piece to typed columns, and what is wrong with which cell."""
+"""From the records of a CSV fragment to typed columns, and what is wrong with which cell."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from step_scripts.data.csv_chunks import Records
+from step_scripts.data.csv_records import Records
 from step_scripts.runner.wording import counted
 from step_scripts.table.column_types import polars_schema
 from step_scripts.table.constraints import VIOLATION_SCHEMA, violations
@@ -44,14 +44,15 @@ def parse_rows(
     the frame and listed among the faults, at most one fault a cell. Raises `polars.exceptions.ComputeError` if a record
     has too many fields.
     """
-    read = _read(records, fields, delimiter, dict(zip(positions, polars_schema(table).values(), strict=True)))
-    if read.height != records.count:
-        raise RuntimeError(f"{counted(read.height, 'record')} read, {records.count} counted")
+    types = dict(zip(positions, polars_schema(table).values(), strict=True))
+    read = _read(records.data, records.quoted, fields, delimiter, types)
+    if read.height != len(records.lines):
+        raise RuntimeError(f"{counted(read.height, 'record')} read, {len(records.lines)} counted")
     columns = [read[_name(position)].alias(c.name) for c, position in zip(table.columns, positions, strict=True)]
     problems = []
     suspects = _suspects(columns, table)
     if len(suspects):
-        texts = _read(records.subset(suspects), fields, delimiter, {})
+        texts = _read(records.text_of(suspects), records.quoted, fields, delimiter, {})
         for index, (column, position) in enumerate(zip(table.columns, positions, strict=True)):
             columns[index], problem = _examined(columns[index], texts[_name(position)], suspects, column)
             problems.append(problem)
@@ -72,15 +73,15 @@ def _name(position: int) -> str:
     return f"column_{position + 1}"
 
 
-def _read(records: Records, fields: int, delimiter: str, types: Mapping[int, pl.DataType]) -> pl.DataFrame:
+def _read(data: bytes, quoted: bool, fields: int, delimiter: str, types: Mapping[int, pl.DataType]) -> pl.DataFrame:
     """All fields: integers and floats where `types` asks for them, null where a cell is none; else texts."""
     numbers = {i: t for i, t in types.items() if t.is_numeric()}
     return read_csv(
-        records.data,
+        data,
         has_header=False,
         schema={_name(i): numbers.get(i, pl.String()) for i in range(fields)},
         separator=delimiter,
-        quote_char='"' if records.quoted else None,
+        quote_char='"' if quoted else None,
         ignore_errors=True,
         raise_if_empty=False,
     )
@@ -133,7 +134,9 @@ def _with_values(
 ) -> pl.DataFrame:
     """The faults with the text of each cell, in order of row and column."""
     rows = faults["row"].unique().sort()
-    texts = _read(records.subset(rows.to_numpy()), fields, delimiter, {}).with_columns(rows.alias("row"))
+    texts = _read(records.text_of(rows.to_numpy()), records.quoted, fields, delimiter, {}).with_columns(
+        rows.alias("row")
+    )
     order = {name: index for index, name in enumerate(table.column_names)}
     valued = [
         group.join(texts.select("row", pl.col(_name(positions[order[str(name)]])).alias("value")), on="row", how="left")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import polars as pl
 
-from step_scripts.table.event_hash import Lanes, add_sums, event_hashes, lane_sums
+from step_scripts.table.hashes import Hash128, add_sums, event_hashes, hash_sums
 
 _NO_SUMS = (0, 0)
 
@@ -24,9 +24,9 @@ class Events:
     `commit`: what orders the commits that hold the events, their write times; of incoming events anything.
     """
 
-    record: Lanes
+    record: Hash128
     time: np.ndarray  # int64, microseconds since 1970, UTC
-    content: Lanes
+    content: Hash128
     source: np.ndarray
     row: np.ndarray
     commit: np.ndarray
@@ -52,7 +52,7 @@ class Events:
         if not len(self):
             return _NO_SUMS
         deleted = self.deleted if with_deleted else None
-        return lane_sums(event_hashes(self.record, self.time, self.content, deleted))
+        return hash_sums(event_hashes(self.record, self.time, self.content, deleted))
 
 
 def joined(parts: list[Events]) -> Events:
@@ -293,7 +293,7 @@ def _latest(events: Events) -> tuple[Events, np.ndarray]:
     return line.take(ends), order[ends]
 
 
-def _unequal(left: Lanes, right: Lanes) -> np.ndarray:
+def _unequal(left: Hash128, right: Hash128) -> np.ndarray:
     return (left[0] != right[0]) | (left[1] != right[1])
 
 

@@ -35,7 +35,7 @@ from step_scripts.feature_store.scratch_arrays import load_lanes, save_lanes
 from step_scripts.feature_store.stored_types import decoded, encoded, event_types, file_types
 from step_scripts.runner import storage
 from step_scripts.table.column_types import TIMESTAMP, polars_schema
-from step_scripts.table.event_hash import Lanes, content_hashes, event_hashes, lane_sums, text_hashes, text_prefixes
+from step_scripts.table.hashes import Hash128, content_hashes, event_hashes, hash_sums, text_hashes, text_prefixes
 from step_scripts.table.spec import TableSpec
 
 DAY = 24 * 3_600_000_000  # microseconds
@@ -215,7 +215,7 @@ def events_digest(events: pl.DataFrame, table: TableSpec) -> tuple[int, int]:
     """The sums that stand for events, deletions included; they do not depend on the events' order."""
     time, deleted = events["event_time"].to_physical().to_numpy(), events["is_deleted"].to_numpy()
     content = content_hashes(events, content_columns(table))
-    return lane_sums(event_hashes(text_hashes(events["record_id"]), time, content, deleted))
+    return hash_sums(event_hashes(text_hashes(events["record_id"]), time, content, deleted))
 
 
 def _bucket_events(bucket: int, sources: Sequence[tuple[int, Hashed]]) -> Events:
@@ -225,7 +225,7 @@ def _bucket_events(bucket: int, sources: Sequence[tuple[int, Hashed]]) -> Events
         if not lanes.shape[1]:
             continue
         lanes = np.ascontiguousarray(lanes)
-        record: Lanes = (lanes[0], lanes[1])
+        record: Hash128 = (lanes[0], lanes[1])
         where = np.full(lanes.shape[1], index)
         deleted = lanes[7].astype(bool)
         parts.append(

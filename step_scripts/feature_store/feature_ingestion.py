@@ -51,7 +51,7 @@ from step_scripts.feature_store.stored_types import file_types
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, Reporter, StepError
 from step_scripts.runner.wording import counted
-from step_scripts.table.event_hash import add_sums, subtract_sums
+from step_scripts.table.hashes import add_sums, subtract_sums
 from step_scripts.table.spec import TableSpec
 
 # Runs `function(*call)` for each call, in any order and anywhere; yields (index of the call, result).

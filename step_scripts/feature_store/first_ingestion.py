@@ -17,7 +17,7 @@ from step_scripts.feature_store.event_timeline import Changes
 from step_scripts.feature_store.feature_files import DAY, by_bucket, content_columns
 from step_scripts.feature_store.scratch_arrays import load_lanes, save_lanes
 from step_scripts.runner import storage
-from step_scripts.table.event_hash import add_sums, content_hashes, event_hashes, lane_sums, text_hashes
+from step_scripts.table.hashes import add_sums, content_hashes, event_hashes, hash_sums, text_hashes
 from step_scripts.table.spec import TableSpec
 
 
@@ -42,7 +42,7 @@ def summarize_source(source: Source, table: TableSpec, buckets: int, folder: str
     check_complete(frame, source)
     record = text_hashes(frame["record_id"])
     time = frame["event_time"].to_physical().to_numpy()
-    sums = lane_sums(event_hashes(record, time, content_hashes(frame, content_columns(table))))
+    sums = hash_sums(event_hashes(record, time, content_hashes(frame, content_columns(table))))
     order, starts = by_bucket(record[0], buckets)
     path = storage.join(folder, f"records-{source.index}.npy")
     save_lanes(path, (record[0] if order is None else record[0][order])[np.newaxis])

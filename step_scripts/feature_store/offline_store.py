@@ -47,7 +47,7 @@ from step_scripts.runner.contract import Artifact, StepError
 from step_scripts.runner.s3_objects import list_folders
 from step_scripts.runner.wording import counted
 from step_scripts.table.column_types import TIMESTAMP
-from step_scripts.table.event_hash import content_hashes, event_hashes, lane_sums, subtract_sums, text_hashes
+from step_scripts.table.hashes import content_hashes, event_hashes, hash_sums, subtract_sums, text_hashes
 from step_scripts.table.spec import TableSpec
 
 _SAMPLED_FILES = 10
@@ -368,4 +368,4 @@ def _scan(
 def _sums(events: pl.DataFrame, table: TableSpec) -> tuple[int, int]:
     time = events["event_time"].to_physical().to_numpy()
     content = content_hashes(events, content_columns(table))
-    return lane_sums(event_hashes(text_hashes(events["record_id"]), time, content))
+    return hash_sums(event_hashes(text_hashes(events["record_id"]), time, content))

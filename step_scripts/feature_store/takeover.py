@@ -28,7 +28,7 @@ from step_scripts.feature_store.stored_types import event_types
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.wording import counted
-from step_scripts.table.event_hash import add_sums
+from step_scripts.table.hashes import add_sums
 from step_scripts.table.spec import TableSpec
 
 _BUILDING = "_building.db"

@@ -28,7 +28,7 @@ from step_scripts.feature_store.stored_types import event_types, file_types
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.wording import counted
-from step_scripts.table.event_hash import add_sums
+from step_scripts.table.hashes import add_sums
 
 ORPHAN_AGE = timedelta(days=3)  # a younger file may belong to a writer that is at work
 _TAG = "kept-"
