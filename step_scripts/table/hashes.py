@@ -54,14 +54,17 @@ def content_hashes(frame: pl.DataFrame, columns: Sequence[str]) -> Hash128:
     A null adds nothing, so a column that is added later, and is null in older rows, changes no hash.
     """
     total = _filled(frame.height, (np.uint64(0), np.uint64(0)))
-    for column in (frame[name] for name in columns if name in frame.columns):
-        hashes = _filled(frame.height, seeds(column.name))
-        _mix_in(hashes, [_column_bits(column)])
-        null = column.is_null().to_numpy() if column.null_count() else None
-        for half in (0, 1):
-            if null is not None:
-                hashes[half][null] = 0
-            total[half][:] += hashes[half]
+    present = [frame[name] for name in columns if name in frame.columns]
+    bits = [_column_bits(column) for column in present]
+    nulls = [column.is_null().to_numpy() if column.null_count() else None for column in present]
+    for block in _blocks(frame.height):
+        for column, values, null in zip(present, bits, nulls, strict=True):
+            hashes = _filled(len(total[0][block]), seeds(column.name))
+            _mix_in(hashes, [(values[0][block], values[1][block])])
+            for half in (0, 1):
+                if null is not None:
+                    hashes[half][null[block]] = 0
+                total[half][block] += hashes[half]
     return total
 
 
@@ -150,10 +153,14 @@ def _filled(rows: int, values: tuple[np.uint64, np.uint64]) -> Hash128:
     return np.full(rows, values[0]), np.full(rows, values[1])
 
 
+def _blocks(rows: int) -> Iterator[slice]:
+    for start in range(0, rows, _BLOCK_ROWS):
+        yield slice(start, start + _BLOCK_ROWS)
+
+
 def _mix_in(hashes: Hash128, columns: Sequence[Hash128]) -> None:
     """Mix one value a row of each column into the hashes, in place, one column after the other."""
-    for start in range(0, len(hashes[0]), _BLOCK_ROWS):
-        block = slice(start, start + _BLOCK_ROWS)
+    for block in _blocks(len(hashes[0])):
         scratch = np.empty_like(hashes[0][block])
         for half in (0, 1):
             values = hashes[half][block]
