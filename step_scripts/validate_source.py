@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from step_scripts.data.accepted_rows import FragmentReport, RowsPlan, merged_statistics, rewrite_rows, rows_artifact
 from step_scripts.data.csv_header import CsvFile, read_header
 from step_scripts.data.duplicate_rows import find_duplicates, partition_count
-from step_scripts.data.rejected_rows import as_details, reasons, rejected_table, rejection_message
+from step_scripts.data.rejected_rows import as_details, rejected_table, rejection_message, rejection_reasons
 from step_scripts.data.source_pass import divided, read_files
 from step_scripts.data.source_report import LineNumbers, check_counts, check_rows, check_unchanged, files_read
 from step_scripts.parameters import ValidateSourceParams
@@ -65,7 +65,7 @@ def _run(context: StepContext, params: ValidateSourceParams, files: list[CsvFile
     with context.phase("list rejected rows"):
         keys = params.table.key_columns
         table, duplicate_rows = rejected_table(scratch_uri, reports, lines, [] if keep else duplicate_uris, keys)
-        why = reasons(reports, lines, dropped, duplicate_rows, keys)
+        reasons = rejection_reasons(reports, lines, dropped, duplicate_rows, keys)
         rejected_uri = storage.join(context.output_uri("rejected"), _REJECTED)
         storage.write_bytes(rejected_uri, table.write_csv().encode())
     total = sum(r.records for r in reports)
@@ -73,16 +73,16 @@ def _run(context: StepContext, params: ValidateSourceParams, files: list[CsvFile
     # A row that takes many lines may be many rows, swallowed by a stray quote.
     rejected_lines, lines_total = sum(r.rejected_lines for r in reports) + dropped, sum(r.record_lines for r in reports)
     fraction = max(rejected / total, rejected_lines / lines_total)
-    details = as_details(table, why)
+    details = as_details(table, reasons)
     if fraction > params.max_rejected_fraction or rejected == total:
         message = rejection_message(
-            (rejected, total), (rejected_lines, lines_total), why, params, context.request.kept_uri(_REJECTED)
+            (rejected, total), (rejected_lines, lines_total), reasons, params, context.request.kept_uri(_REJECTED)
         )
         raise StepError(message, details=details, keep={_REJECTED: rejected_uri})
     if rejected:
         context.log.warning(
             f"{rejected:,} of {counted(total, 'row')} {are(rejected)} rejected: "
-            f"{'; '.join(r.sentence() for r in why[:5])}. {rejected_uri} lists them"
+            f"{'; '.join(r.sentence() for r in reasons[:5])}. {rejected_uri} lists them"
         )
     rejected_file = file_info(rejected_uri, context.output_uri("rejected"), rows=table.height)
     extra = {f.uri: list(f.extra_columns) for f in files if f.extra_columns}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import polars as pl
@@ -88,15 +90,13 @@ def _read(data: bytes, quoted: bool, fields: int, delimiter: str, types: Mapping
 
 
 def _suspects(columns: Sequence[pl.Series], table: TableSpec) -> np.ndarray:
-    """Rows in which a number is null, and may be one that the reader does not understand, or is not finite."""
-    suspect: pl.Series | None = None
-    for cells, column in zip(columns, table.columns, strict=True):
-        doubts = [cells.is_null()] if column.dtype in _READ_AS_NUMBERS and cells.null_count() else []
-        if column.dtype == "float64" and not (finite := cells.is_finite()).all():
-            doubts.append(~finite.fill_null(True))
-        for doubt in doubts:
-            suspect = doubt if suspect is None else suspect | doubt
-    return suspect.arg_true().to_numpy() if suspect is not None else np.empty(0, np.uint32)
+    """Rows in which a number is null, and may be one that the reader does not understand."""
+    nulls = [
+        cells.is_null()
+        for cells, column in zip(columns, table.columns, strict=True)
+        if column.dtype in _READ_AS_NUMBERS and cells.null_count()
+    ]
+    return reduce(operator.or_, nulls).arg_true().to_numpy() if nulls else np.empty(0, np.uint32)
 
 
 def _examined(
@@ -109,10 +109,6 @@ def _examined(
     numbers = _parsed(texts, column)
     wrong = numbers.is_null() & texts.is_not_null() & (texts != "")
     problem = _problem(rows[wrong.to_numpy()], column.name, _NOT_A[column.dtype])
-    if column.dtype == "float64":
-        infinite = ~numbers.is_finite().fill_null(True)
-        problem = pl.concat([problem, _problem(rows[infinite.to_numpy()], column.name, "is not a finite number")])
-        numbers = pl.DataFrame([numbers]).select(pl.when(~infinite).then(pl.first())).to_series()
     as_read = cells.gather(rows)
     if as_read.equals(numbers, null_equal=True):  # the reader was right; to put them in copies the column
         return cells, problem

@@ -169,8 +169,8 @@ def _with_faults(records: Records, parsed: ParsedRows, fields: int) -> pl.DataFr
         takes = pl.lit(pl.Series(records.spans[parsed.faults["row"].to_numpy()]))
         reason = pl.concat_str(pl.when(cell != "").then(cell + " ").otherwise(pl.lit("")), "problem")
         spanning = pl.format("{}; the row takes {} lines", reason, takes)
-        told = pl.when(takes > 1).then(spanning).otherwise(reason).alias("reason")
-        faults = parsed.faults.select("row", pl.struct("column", "value", told, "problem").alias(FAULTS))
+        reason = pl.when(takes > 1).then(spanning).otherwise(reason).alias("reason")
+        faults = parsed.faults.select("row", pl.struct("column", "value", reason, "problem").alias(FAULTS))
         by_row = faults.group_by("row", maintain_order=True).agg(FAULTS)
         rows = rows.with_row_index("row").join(by_row, on="row", how="left", maintain_order="left").drop("row")
     if not records.malformed_rows:

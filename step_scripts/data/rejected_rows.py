@@ -38,7 +38,7 @@ class Reason:
         return f"{subject} ({counted(self.count, 'time')}, first {value}line {self.line} of {self.file})"
 
 
-def reasons(
+def rejection_reasons(
     reports: Sequence[FragmentReport],
     lines: LineNumbers,
     duplicates: int,
@@ -104,7 +104,11 @@ def _as_rejections(duplicates: pl.DataFrame, lines: LineNumbers, keys: Sequence[
 
 
 def rejection_message(
-    rows: tuple[int, int], lines: tuple[int, int], why: Sequence[Reason], params: ValidateSourceParams, listed_in: str
+    rows: tuple[int, int],
+    lines: tuple[int, int],
+    reasons: Sequence[Reason],
+    params: ValidateSourceParams,
+    listed_in: str,
 ) -> str:
     """Why the step fails: figures, the commonest reasons with an example each, remedies.
 
@@ -113,14 +117,14 @@ def rejection_message(
     (rejected, total), fraction = rows, max(rows[0] / rows[1], lines[0] / lines[1])
     limit = params.max_rejected_fraction
     remedies = ["correct the rows"]
-    if any(" is outside " in f" {r.problem}" or r.problem.startswith("is not one of") for r in why):
+    if any(reason.problem.startswith("is outside ") for reason in reasons):
         remedies.append("widen the bounds with column_ranges")
-    if any(r.problem.startswith("row ") and "earlier row" in r.problem for r in why):
+    if any(r.problem.startswith("row ") and "earlier row" in r.problem for r in reasons):
         remedies.append("keep equal rows with duplicate_rows: keep")
     if fraction <= _MOST_TO_ADVISE:
         remedies.append(f"raise max_rejected_fraction above {fraction:.4g}")
-    kinds = "; ".join(reason.sentence() for reason in why[:_NAMED_REASONS])
-    more = f"; and {counted(len(why) - _NAMED_REASONS, 'other reason')}" if len(why) > _NAMED_REASONS else ""
+    kinds = "; ".join(reason.sentence() for reason in reasons[:_NAMED_REASONS])
+    more = f"; and {counted(len(reasons) - _NAMED_REASONS, 'other reason')}" if len(reasons) > _NAMED_REASONS else ""
     taken = f", {lines[0]:,} of {counted(lines[1], 'line')}," if lines != rows else ""
     return (
         f"{rejected:,} of {counted(total, 'row')}{taken} {are(rejected)} rejected ({percent(fraction)}); "
@@ -129,9 +133,9 @@ def rejection_message(
     )
 
 
-def as_details(table: pl.DataFrame, why: Sequence[Reason], listed: int = 50) -> dict[str, Any]:
+def as_details(table: pl.DataFrame, reasons: Sequence[Reason], listed: int = 50) -> dict[str, Any]:
     """The first rejected rows and all reasons, as plain data."""
     return {
         "rejected_rows": table.head(listed).to_dicts(),
-        "rejection_reasons": [vars(reason) for reason in why[:200]],
+        "rejection_reasons": [vars(reason) for reason in reasons[:200]],
     }
