@@ -73,8 +73,8 @@ class ColumnSpec(BaseModel):
         if bounded and not numeric:
             raise ValueError(f"column {self.name} of type {self.dtype} cannot have bounds")
         if self.isin is not None:
-            texts = [value for value in self.isin if isinstance(value, str)]
-            if not (numeric and not texts) and not (self.dtype == "string" and len(texts) == len(self.isin)):
+            texts = self.dtype == "string"
+            if not (numeric or texts) or any(isinstance(value, str) != texts for value in self.isin):
                 raise ValueError(f"column {self.name} of type {self.dtype} cannot hold one of {list(self.isin)}")
         return self
 
