@@ -134,10 +134,8 @@ def _rules() -> tuple[dict[str, Any], Any]:
     for column in HOUSING_TABLE.columns:
         value = pl.col(column.name)
         rules.append(value.is_not_null() & (value.is_not_nan() if column.dtype == "float64" else True))
-        bounds = ((column.ge, value.ge), (column.gt, value.gt), (column.le, value.le), (column.lt, value.lt))
-        rules.extend(compare(bound) for bound, compare in bounds if bound is not None)
-        if column.isin is not None:
-            rules.append(value.cast(pl.Float64).is_in([float(v) for v in column.isin]))
+        if column.constraint():
+            rules.append(column.limits.permit(value))
     types = {"int64": pl.Int64(), "float64": pl.Float64()}
     schema = {column.name: types[column.dtype] for column in HOUSING_TABLE.columns}
     return schema, pl.all_horizontal(*rules).fill_null(False)

@@ -1,7 +1,8 @@
-"""Whether the table, the slices and the configured ranges fit together: asked when the code location loads.
+"""Whether the table, the slices and the configured ranges fit together: checked when the code location loads.
 
-The table is declared with pandera, which takes most of a second to import. So a child process looks at it, and what it
-found is kept in the user's cache folder for as long as the files that it loaded, pandera and Polars stay the same.
+The table is declared with pandera, which takes most of a second to import. So a child process loads it, and what it
+found is kept in the user's cache folder for as long as the files that it loaded, Python, pandera and Polars stay the
+same.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import importlib.metadata
 import os
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 from step_scripts.parameters import Slice, check_slices
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.loaded_code import own_places
-from step_scripts.runner.private_files import private_folder
+from step_scripts.runner.private_files import open_private, private_folder
 from step_scripts.table.spec import ColumnRange, TableSpec
 
 SCHEMA = Path(__file__).with_name("schema.py")
@@ -37,19 +37,18 @@ class WrongTable(ValueError):
 
 
 class _Verdict(BaseModel):
-    """The table, and what it was found with: digests of source files by path, versions of libraries."""
+    """The table, and what it was found with: digests of source files by path, versions by name."""
 
     table: TableSpec
-    files: dict[str, str]
-    versions: dict[str, str]
+    found_with: dict[str, str]
 
 
 def check_table(slices: Sequence[Slice], ranges: Mapping[str, Mapping[str, Any]]) -> TableSpec:
     """The table, for which the slices and the default ranges are right. Raises `WrongTable` for what is not."""
     if (kept := _kept_table()) is not None:
-        with contextlib.suppress(WrongTable):  # what is kept refuses nothing: the schema may read more than its modules
+        with contextlib.suppress(WrongTable):  # what was kept never refuses: the schema may read more than its modules
             return _fitting(kept, slices, ranges)
-    return _fitting(_asked_table(), slices, ranges)
+    return _fitting(_loaded_table(), slices, ranges)
 
 
 def _fitting(table: TableSpec, slices: Sequence[Slice], ranges: Mapping[str, Mapping[str, Any]]) -> TableSpec:
@@ -64,8 +63,8 @@ def _fitting(table: TableSpec, slices: Sequence[Slice], ranges: Mapping[str, Map
     return table
 
 
-def _asked_table() -> TableSpec:
-    """The table that a child process finds, which is then kept."""
+def _loaded_table() -> TableSpec:
+    """The table that a child process loads, which is then kept."""
     path = os.pathsep.join(filter(None, (str(_PROJECT), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", __name__]
     try:
@@ -89,33 +88,27 @@ def _asked_table() -> TableSpec:
 
 def _kept_table() -> TableSpec | None:
     """The table that was found last, if nothing has changed since."""
-    try:
+    with contextlib.suppress(OSError, RuntimeError, ValidationError):
         verdict = _Verdict.model_validate_json(_place().read_bytes())
-        if verdict.versions != _versions():
-            return None
-        for name, digest in verdict.files.items():
-            if _digest(Path(name)) != digest:
-                return None
-    except (OSError, RuntimeError, ValidationError):
-        return None
-    return verdict.table
+        if all(_state(name) == state for name, state in verdict.found_with.items()):
+            return verdict.table
+    return None
 
 
 def _keep(verdict: _Verdict) -> None:
-    """Write it to the user's cache folder. Where that is not possible, every load asks again."""
+    """Write it to the user's cache folder. Where that is not possible, every load asks a child process again."""
     with contextlib.suppress(OSError, RuntimeError):
-        place = _place()
         if not Path.home().is_dir() and not os.environ.get("XDG_CACHE_HOME"):
             return  # a home folder is made by whoever made the user
+        place = _place()
         private_folder(place.parent)
-        descriptor, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
+        temporary = place.with_name(f".{place.name}.{os.getpid()}")
         try:
-            with os.fdopen(descriptor, "w") as file:
-                file.write(verdict.model_dump_json())
-            Path(temporary).replace(place)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+            with open_private(temporary) as file:
+                file.write(verdict.model_dump_json().encode())
+            temporary.replace(place)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _place() -> Path:
@@ -125,22 +118,21 @@ def _place() -> Path:
     return caches / "housing-assets" / f"table-{sha256(str(SCHEMA).encode()).hexdigest()[:16]}.json"
 
 
-def _versions() -> dict[str, str]:
-    return {"python": sys.version, **{name: importlib.metadata.version(name) for name in _LIBRARIES}}
+def _state(name: str) -> str:
+    """What a verdict depends on, as it is now: the version of Python or of a library, or the digest of a file."""
+    if name == "python":
+        return sys.version
+    return importlib.metadata.version(name) if name in _LIBRARIES else sha256(Path(name).read_bytes()).hexdigest()
 
 
-def _digest(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()
-
-
-def _loaded_files() -> dict[str, str]:
-    """Digests of the project's modules that this process has loaded, by path."""
-    found = {}
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if file and (Path(file).is_relative_to(SCHEMA.parent) or own_places(name.partition(".")[0])):
-            found[file] = _digest(Path(file))
-    return found
+def _loaded_files() -> list[str]:
+    """The project's modules that this process has loaded, by path."""
+    modules = [(name, getattr(module, "__file__", None)) for name, module in list(sys.modules.items())]
+    return [
+        file
+        for name, file in modules
+        if file and (Path(file).is_relative_to(SCHEMA.parent) or own_places(name.partition(".")[0]))
+    ]
 
 
 def main() -> int:
@@ -149,14 +141,17 @@ def main() -> int:
         from housing_assets.schema import HOUSING_TABLE
 
         if not isinstance(HOUSING_TABLE, TableSpec):
-            raise TypeError(f"HOUSING_TABLE is no TableSpec but {type(HOUSING_TABLE).__name__}; use table_from_pandera")
+            raise TypeError(
+                f"HOUSING_TABLE is not a TableSpec but {type(HOUSING_TABLE).__name__}; use table_from_pandera"
+            )
     except Exception as error:  # noqa: BLE001  # whatever a person's file raises
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(SCHEMA)]
         where = f"{SCHEMA}, line {lines[-1]}" if lines else str(SCHEMA)
         text = "; ".join(traceback.format_exception_only(error)[-1].strip().splitlines())
         sys.stderr.write(f"{where}: {text}\n")
         return 1
-    verdict = _Verdict(table=HOUSING_TABLE, files=_loaded_files(), versions=_versions())
+    found_with = {name: _state(name) for name in ("python", *_LIBRARIES, *_loaded_files())}
+    verdict = _Verdict(table=HOUSING_TABLE, found_with=found_with)
     sys.stdout.write(f"\n{verdict.model_dump_json()}\n")
     return 0
 

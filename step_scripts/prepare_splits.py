@@ -45,7 +45,7 @@ def run(context: StepContext, params: PrepareSplitsParams) -> StepOutcome:
             limits=(params.train_size, params.train_size + params.validation_size),
             salt=params.split_salt,
             as_of=_parsed_time(params.as_of),
-            parts=2 if blocks.count == 1 and blocks.rows >= _SMALLEST_DIVIDED_BLOCK else 1,
+            files_per_block=2 if blocks.count == 1 and blocks.rows >= _SMALLEST_DIVIDED_BLOCK else 1,
             places=blocks.files,
         )
     scratch_uri = storage.join(context.attempt_uri, "scratch")

@@ -25,7 +25,6 @@ REQUIRED = {
     "numpy": "",
     "optuna": "",
     "pandas": "",
-    "pandera": "[polars]",
     "polars": "",
     "psutil": "",
     "pyarrow": "",

@@ -1,6 +1,9 @@
-"""Source files to validated rows, and rows to splits: kernels on one piece, and what the pieces find together.
+"""Source files to validated rows, and rows to splits: kernels on one block, and what the blocks find together.
 
-Begin with `csv_chunks` (cuts a file), `csv_source` (ranges of files as blocks), `accepted_rows` (what becomes of a
-block) and `splits`. Imports `step_scripts.parameters`, `table` and `runner`; steps `validate_source` and
-`prepare_splits` use it.
+Two words: a *fragment* is a range of bytes of a file, read on its own; a *partition* holds all rows whose keys have
+certain hashes.
+
+Begin with `source_pass` (the driver's side of reading CSV files), `csv_source` (fragments as blocks of Ray Data),
+`accepted_rows` (what becomes of a block) and `splits`. Imports `step_scripts.parameters`, `table` and `runner`; steps
+`validate_source` and `prepare_splits` use it.
 """

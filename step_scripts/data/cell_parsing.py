@@ -1,20 +1,22 @@
-"""From the records of a CSV piece to typed columns, and what is wrong with which cell."""
+"""From the records of a CSV fragment to typed columns, and what is wrong with which cell."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import polars as pl
 
-from step_scripts.data.csv_chunks import Records
+from step_scripts.data.csv_records import Records
 from step_scripts.runner.wording import counted
 from step_scripts.table.column_types import polars_schema
+from step_scripts.table.constraints import VIOLATION_SCHEMA, violations
 from step_scripts.table.polars_csv import read_csv
 from step_scripts.table.spec import ColumnSpec, DType, TableSpec
 
-EMPTY = "is empty, but a value is required"
 _READ_AS_NUMBERS = ("int64", "float64")
 _LARGEST_EXACT = 2**53
 _SHOWN_CHARACTERS = 100
@@ -25,7 +27,6 @@ _NOT_A: dict[DType, str] = {
     "datetime": "is not a time such as 2024-05-01T12:00:00Z",
     "string": "is not a text",
 }
-_FAULT_SCHEMA = {"row": pl.UInt32(), "column": pl.String(), "problem": pl.String()}
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,21 @@ class ParsedRows:
 def parse_rows(
     records: Records, positions: tuple[int, ...], fields: int, delimiter: str, table: TableSpec
 ) -> ParsedRows:
-    """Parse the records, then validate them with pandera.
+    """Parse the records, and find the values that the table does not permit.
 
     `positions` are the indices of the table's columns among the `fields` fields. Cells that do not parse are null in
     the frame and listed among the faults, at most one fault a cell. Raises `polars.exceptions.ComputeError` if a record
     has too many fields.
     """
-    read = _read(records, fields, delimiter, dict(zip(positions, polars_schema(table).values(), strict=True)))
-    if read.height != records.count:
-        raise RuntimeError(f"{counted(read.height, 'record')} read, {records.count} counted")
+    types = dict(zip(positions, polars_schema(table).values(), strict=True))
+    read = _read(records.data, records.quoted, fields, delimiter, types)
+    if read.height != len(records.lines):
+        raise RuntimeError(f"{counted(read.height, 'record')} read, {len(records.lines)} counted")
     columns = [read[_name(position)].alias(c.name) for c, position in zip(table.columns, positions, strict=True)]
     problems = []
     suspects = _suspects(columns, table)
     if len(suspects):
-        texts = _read(records.subset(suspects), fields, delimiter, {})
+        texts = _read(records.text_of(suspects), records.quoted, fields, delimiter, {})
         for index, (column, position) in enumerate(zip(table.columns, positions, strict=True)):
             columns[index], problem = _examined(columns[index], texts[_name(position)], suspects, column)
             problems.append(problem)
@@ -61,8 +63,9 @@ def parse_rows(
             columns[index], problem = _converted(columns[index], column)
             problems.append(problem)
     frame = pl.DataFrame(columns)
-    problems += [_null_roles(frame, table), _violations(frame, table)]
-    faults = pl.concat(problems).unique(["row", "column"], keep="first", maintain_order=True)
+    faults = pl.concat([*problems, violations(frame, table)]).unique(
+        ["row", "column"], keep="first", maintain_order=True
+    )
     if faults.is_empty():
         return ParsedRows(frame, faults.insert_column(2, pl.Series("value", [], pl.String)))
     return ParsedRows(frame, _with_values(faults, records, positions, fields, delimiter, table))
@@ -72,30 +75,28 @@ def _name(position: int) -> str:
     return f"column_{position + 1}"
 
 
-def _read(records: Records, fields: int, delimiter: str, types: Mapping[int, pl.DataType]) -> pl.DataFrame:
+def _read(data: bytes, quoted: bool, fields: int, delimiter: str, types: Mapping[int, pl.DataType]) -> pl.DataFrame:
     """All fields: integers and floats where `types` asks for them, null where a cell is none; else texts."""
     numbers = {i: t for i, t in types.items() if t.is_numeric()}
     return read_csv(
-        records.data,
+        data,
         has_header=False,
         schema={_name(i): numbers.get(i, pl.String()) for i in range(fields)},
         separator=delimiter,
-        quote_char='"' if records.quoted else None,
+        quote_char='"' if quoted else None,
         ignore_errors=True,
         raise_if_empty=False,
     )
 
 
 def _suspects(columns: Sequence[pl.Series], table: TableSpec) -> np.ndarray:
-    """Rows in which a number is null, and may be one that the reader does not understand, or is not finite."""
-    suspect: pl.Series | None = None
-    for cells, column in zip(columns, table.columns, strict=True):
-        doubts = [cells.is_null()] if column.dtype in _READ_AS_NUMBERS and cells.null_count() else []
-        if column.dtype == "float64" and not (finite := cells.is_finite()).all():
-            doubts.append(~finite.fill_null(True))
-        for doubt in doubts:
-            suspect = doubt if suspect is None else suspect | doubt
-    return suspect.arg_true().to_numpy() if suspect is not None else np.empty(0, np.uint32)
+    """Rows in which a number is null, and may be one that the reader does not understand."""
+    nulls = [
+        cells.is_null()
+        for cells, column in zip(columns, table.columns, strict=True)
+        if column.dtype in _READ_AS_NUMBERS and cells.null_count()
+    ]
+    return reduce(operator.or_, nulls).arg_true().to_numpy() if nulls else np.empty(0, np.uint32)
 
 
 def _examined(
@@ -108,10 +109,6 @@ def _examined(
     numbers = _parsed(texts, column)
     wrong = numbers.is_null() & texts.is_not_null() & (texts != "")
     problem = _problem(rows[wrong.to_numpy()], column.name, _NOT_A[column.dtype])
-    if column.dtype == "float64":
-        infinite = ~numbers.is_finite().fill_null(True)
-        problem = pl.concat([problem, _problem(rows[infinite.to_numpy()], column.name, "is not a finite number")])
-        numbers = pl.DataFrame([numbers]).select(pl.when(~infinite).then(pl.first())).to_series()
     as_read = cells.gather(rows)
     if as_read.equals(numbers, null_equal=True):  # the reader was right; to put them in copies the column
         return cells, problem
@@ -133,7 +130,9 @@ def _with_values(
 ) -> pl.DataFrame:
     """The faults with the text of each cell, in order of row and column."""
     rows = faults["row"].unique().sort()
-    texts = _read(records.subset(rows.to_numpy()), fields, delimiter, {}).with_columns(rows.alias("row"))
+    texts = _read(records.text_of(rows.to_numpy()), records.quoted, fields, delimiter, {}).with_columns(
+        rows.alias("row")
+    )
     order = {name: index for index, name in enumerate(table.column_names)}
     valued = [
         group.join(texts.select("row", pl.col(_name(positions[order[str(name)]])).alias("value")), on="row", how="left")
@@ -178,44 +177,5 @@ def _parsed_times(texts: pl.Series) -> pl.Series:
 
 
 def _problem(rows: np.ndarray | pl.Series | list[int], column: str, problem: str) -> pl.DataFrame:
-    return pl.DataFrame({"row": pl.Series(rows, dtype=pl.UInt32)}).with_columns(
-        pl.lit(column).alias("column"), pl.lit(problem).alias("problem")
-    )
-
-
-def _null_roles(frame: pl.DataFrame, table: TableSpec) -> pl.DataFrame:
-    """Keys and event times must be there, whatever the schema says."""
-    roles = [*table.key_columns, *([table.event_time_column] if table.event_time_column else [])]
-    problems = [_problem(frame[name].is_null().arg_true(), name, EMPTY) for name in roles if frame[name].null_count()]
-    return pl.concat([pl.DataFrame(schema=_FAULT_SCHEMA), *problems])
-
-
-def _violations(frame: pl.DataFrame, table: TableSpec) -> pl.DataFrame:
-    """What pandera finds."""
-    # Here, because the driver, which imports this module to send the work to others, needs no pandera (0.6 s).
-    from pandera.errors import SchemaErrors
-
-    from step_scripts.table.validation import pandera_schema
-
-    try:
-        pandera_schema(table).validate(frame, lazy=True)
-    except SchemaErrors as errors:
-        cases = errors.failure_cases
-    else:
-        return pl.DataFrame(schema=_FAULT_SCHEMA)
-    if cases["index"].null_count():
-        raise RuntimeError(f"the schema of {table.name} cannot be checked: {cases.filter(pl.col('index').is_null())}")
-    words = {c.name: _outside(c) for c in table.columns}
-    problem = (
-        pl.when(pl.col("check") == "not_nullable")
-        .then(pl.lit(EMPTY))
-        .otherwise(pl.col("column").replace_strict(words, return_dtype=pl.String))
-    )
-    return cases.select(
-        pl.col("index").cast(pl.UInt32).alias("row"), pl.col("column").cast(pl.String), problem.alias("problem")
-    )
-
-
-def _outside(column: ColumnSpec) -> str:
-    limit = column.constraint()
-    return f"is not {limit}" if column.isin is not None else f"is outside {limit}"
+    columns = {"row": pl.Series(rows, dtype=pl.UInt32), "column": column, "problem": problem}
+    return pl.DataFrame(columns, schema=VIOLATION_SCHEMA)

@@ -1,19 +1,24 @@
-"""The first line of a CSV file: is it such a table at all, and which field holds which column?"""
+"""The first line of a CSV file: is it such a table at all, and which field holds which column?
+
+Also the digest of a file's content, which starts with the header and is continued by the tasks that read the rows.
+"""
 
 from __future__ import annotations
 
 import csv
 import difflib
+import hashlib
 import io
 import re
 
-from step_scripts.data.content_digest import block_sum
-from step_scripts.data.csv_lines import count_lines, line_end, with_newlines
+from step_scripts.data.csv_text import count_lines, line_end, long_line_fault, with_newlines
 from step_scripts.parameters import SourceFile, ValidateSourceParams
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError, StepParams
 from step_scripts.table.spec import TableSpec
 
+DIGEST_BLOCK = 1 << 16
+"""Bytes that are hashed at once. A task reads so much beyond its fragment, for the last block that begins in it."""
 UTF8_BOM = b"\xef\xbb\xbf"
 _FIRST_READ = 1 << 16
 _DELIMITERS = {";": "';'", "\t": "a tab", "|": "'|'", ",": "','"}
@@ -44,7 +49,7 @@ class CsvFile(StepParams):
     """A source file whose header was read. Rows start at byte `data_start`, after `header_lines` lines.
 
     `positions` holds, for each column of the table, the index of its field; a row has `fields` fields. `head_sum`: of
-    the blocks that begin before the rows (`content_digest`).
+    the blocks that begin before the rows (`block_sum`).
     """
 
     uri: str
@@ -117,14 +122,6 @@ def nul_fault(position: int) -> str:
     return (
         f"byte 0x00 at offset {position:,}: the file is binary, damaged or encoded in UTF-16. "
         "Export it again as CSV in UTF-8"
-    )
-
-
-def long_line_fault(limit: int) -> str:
-    """What a line without an end means."""
-    return (
-        f"longer than max_line_bytes ({limit:,}): no line end where one is due. "
-        "Correct the file, or raise max_line_bytes if its lines are really that long"
     )
 
 
@@ -247,3 +244,20 @@ def _known(names: list[str], table: TableSpec) -> int:
 
 def _shown(name: str, index: int) -> str:
     return name.strip() or f"(no name, field {index + 1})"
+
+
+def block_sum(data: bytes, offset: int, start: int, end: int) -> int:
+    """The sum of the hashes of those blocks of a file that begin at or after byte `start` and before `end`.
+
+    `data` is what stands at `offset` in the file, up to the end of the last of these blocks or of the file.
+    """
+    total, content = 0, memoryview(data)
+    for begin in range(-(-start // DIGEST_BLOCK) * DIGEST_BLOCK, end, DIGEST_BLOCK):
+        block = content[begin - offset : begin - offset + DIGEST_BLOCK]
+        total += int.from_bytes(hashlib.sha256(begin.to_bytes(8, "big") + block).digest(), "big")
+    return total % (1 << 256)
+
+
+def content_digest(size: int, sums: list[int]) -> str:
+    """SHA-256, in hexadecimal, over a file's size in bytes and the hashes of all its blocks, however it was divided."""
+    return hashlib.sha256(f"{size}\0{sum(sums) % (1 << 256)}".encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""CSV files as a source of Ray Data: a block for each range of bytes, with typed columns and what is wrong with a row.
+"""CSV files as a source of Ray Data: a block for each fragment, with typed columns and what is wrong with a row.
 
-A block begins with a row that is none of the file's: its `facts` are those of the range. Every other row is a record.
+A block begins with a row that is none of the file's: its `facts` are those of the fragment. All other rows are records.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 from pydantic import BaseModel
@@ -17,44 +16,44 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from step_scripts.data.cell_parsing import ParsedRows, parse_rows
-from step_scripts.data.csv_chunks import Chunk, Misfit, Records, has_odd_quotes, read_chunk, split_records
-from step_scripts.data.csv_lines import blank_bytes, count_lines, count_records
-from step_scripts.data.csv_records import ChunkFault
+from step_scripts.data.csv_fragments import Fragment, has_odd_quotes, read_fragment
+from step_scripts.data.csv_records import MalformedRow, Records, split_records
+from step_scripts.data.csv_text import DamagedText, blank_bytes, count_lines, count_records
 from step_scripts.parameters import ValidateSourceParams
 from step_scripts.runner.wording import counted
 from step_scripts.table.column_types import polars_schema
 
 FACTS, LINE, LINES, FAULTS = "_facts", "_line", "_lines", "_faults"
-"""Columns beside the table's: facts of the range (JSON, first row only), line from 1, how many lines, what is wrong."""
+"""Columns beside the table's: facts (JSON, first row only), line from 1, how many lines the row takes, its faults."""
 FAULT = pl.Struct({"column": pl.String(), "value": pl.String(), "reason": pl.String(), "problem": pl.String()})
 _SHOWN_BYTES = 60
 
 
-class RangeFacts(BaseModel):
-    """What was read of a range. Lines count from 1 at its start.
+class FragmentFacts(BaseModel):
+    """What was read of a fragment. Lines count from 1 at its start.
 
     `start`, `end`: the bytes of the file that were read. `counted` records were found by the line ends alone, blank
-    lines left out. `misfits` do not have the header's number of fields. `fault`: first and last line, and what is wrong
-    with the range as a whole; there are no rows then. `content`: the sum of its blocks.
+    lines left out. `malformed_rows` do not have the header's number of fields. `fault`: what is wrong with the fragment
+    as a whole, between its first and its last line; there are no rows then. `content`: the sum of its blocks.
     """
 
     index: int
     odd_quotes: bool = False
-    fault: tuple[int, int, str] | None = None
+    fault: tuple[int, str, int] | None = None
     start: int = 0
     end: int = 0
     lines: int = 0
     counted: int = 0
-    misfits: int = 0
+    malformed_rows: int = 0
     content: int = 0
 
 
-class CsvRanges(Datasource):
-    """Reads ranges of CSV files, each as one block (see `read_range`)."""
+class CsvFragments(Datasource):
+    """Reads fragments of CSV files, each as one block (see `read_rows`)."""
 
-    def __init__(self, chunks: Sequence[Chunk], params: ValidateSourceParams) -> None:
+    def __init__(self, fragments: Sequence[Fragment], params: ValidateSourceParams) -> None:
         super().__init__()
-        self._chunks, self._params = chunks, params
+        self._fragments, self._params = fragments, params
 
     def get_name(self) -> str:
         """See `Datasource`; shown in statistics."""
@@ -62,72 +61,74 @@ class CsvRanges(Datasource):
 
     def estimate_inmemory_data_size(self) -> int | None:
         """See `Datasource`."""
-        return sum(chunk.end - chunk.start for chunk in self._chunks)
+        return sum(fragment.end - fragment.start for fragment in self._fragments)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        """One a range, whatever the parallelism: results must not depend on the number of CPUs."""
+        """One a fragment, whatever the parallelism: results must not depend on the number of CPUs."""
         return [
             ReadTask(
-                partial(_blocks, chunk, self._params),
-                BlockMetadata(num_rows=None, size_bytes=chunk.end - chunk.start, input_files=None, exec_stats=None),
+                partial(_blocks, fragment, self._params),
+                BlockMetadata(
+                    num_rows=None, size_bytes=fragment.end - fragment.start, input_files=None, exec_stats=None
+                ),
             )
-            for chunk in self._chunks
+            for fragment in self._fragments
         ]
 
 
-def _blocks(chunk: Chunk, params: ValidateSourceParams) -> Iterable[pa.Table]:
-    yield read_range(chunk, params)
+def _blocks(fragment: Fragment, params: ValidateSourceParams) -> Iterable[pa.Table]:
+    yield read_rows(fragment, params)
 
 
-def read_range(chunk: Chunk, params: ValidateSourceParams) -> pa.Table:
-    """The records of a range: the table's columns, `LINE`, `LINES`, and `FAULTS`, null for a row without any.
+def read_rows(fragment: Fragment, params: ValidateSourceParams) -> pa.Table:
+    """The records of a fragment: the table's columns, `LINE`, `LINES`, and `FAULTS`, null for a row without any.
 
-    Cells that are wrong are null. What is wrong with the range as a whole is in its facts, in the first row.
+    Cells that are wrong are null. What is wrong with the fragment as a whole is in its facts, in the first row.
     """
     try:
-        facts, rows = _read(chunk, params)
-    except ChunkFault as fault:
-        facts, rows = RangeFacts(index=chunk.index, fault=(fault.line, fault.last, fault.problem)), None
+        facts, rows = _read(fragment, params)
+    except DamagedText as fault:
+        facts, rows = FragmentFacts(index=fragment.index, fault=(fault.line, fault.problem, fault.last)), None
     except FileNotFoundError:
         problem = "the file disappeared while it was read. Restore it, then start again"
-        facts, rows = RangeFacts(index=chunk.index, fault=(1, 1, problem)), None
+        facts, rows = FragmentFacts(index=fragment.index, fault=(1, problem, 1)), None
     first = pl.DataFrame({FACTS: [facts.model_dump_json()]}, schema={FACTS: pl.String()})
     schema = {**polars_schema(params.table), LINE: pl.UInt32(), LINES: pl.UInt32(), FAULTS: pl.List(FAULT)}
     rows = pl.DataFrame(schema=schema) if rows is None else rows.select(list(schema))
     return pl.concat([first, rows], how="diagonal").to_arrow(compat_level=pl.CompatLevel.oldest())
 
 
-def facts_and_rows(block: pa.Table) -> tuple[RangeFacts, pl.DataFrame]:
-    """The two parts of a block that `read_range` has made."""
-    facts = RangeFacts.model_validate_json(block[FACTS][0].as_py())
+def facts_and_rows(block: pa.Table) -> tuple[FragmentFacts, pl.DataFrame]:
+    """The two parts of a block that `read_rows` has made."""
+    facts = FragmentFacts.model_validate_json(block[FACTS][0].as_py())
     rows = pl.from_arrow(block.slice(1).drop_columns([FACTS]))
     assert isinstance(rows, pl.DataFrame)
     return facts, rows
 
 
-def _read(chunk: Chunk, params: ValidateSourceParams) -> tuple[RangeFacts, pl.DataFrame | None]:
-    data, start, content = read_chunk(chunk, params.max_line_bytes)
+def _read(fragment: Fragment, params: ValidateSourceParams) -> tuple[FragmentFacts, pl.DataFrame | None]:
+    data, start, content = read_fragment(fragment, params.max_line_bytes)
     if has_odd_quotes(data, params.max_line_bytes):
-        return RangeFacts(index=chunk.index, odd_quotes=True), None
-    if not data:  # no line begins in the range
-        return RangeFacts(index=chunk.index, start=start, end=start, content=content), None
-    facts = RangeFacts(
-        index=chunk.index,
+        return FragmentFacts(index=fragment.index, odd_quotes=True), None
+    if not data:  # no line begins in the fragment
+        return FragmentFacts(index=fragment.index, start=start, end=start, content=content), None
+    facts = FragmentFacts(
+        index=fragment.index,
         start=start,
         end=start + len(data),
         lines=count_lines(data),
         counted=count_records(data, params.delimiter),
         content=content,
     )
-    records, parsed = _parse(data, chunk, params)
-    rows = _with_faults(records, parsed, chunk.file.fields)
-    return facts.model_copy(update={"misfits": len(records.misfits)}), rows
+    records, parsed = _parse(data, fragment, params)
+    rows = _with_faults(records, parsed, fragment.file.fields)
+    return facts.model_copy(update={"malformed_rows": len(records.malformed_rows)}), rows
 
 
-def _parse(data: bytes, chunk: Chunk, params: ValidateSourceParams) -> tuple[Records, ParsedRows]:
-    file, table = chunk.file, params.table
+def _parse(data: bytes, fragment: Fragment, params: ValidateSourceParams) -> tuple[Records, ParsedRows]:
+    file, table = fragment.file, params.table
     columns = zip(table.columns, file.positions, strict=True)
     limits = {
         "max_line_bytes": params.max_line_bytes,
@@ -141,16 +142,13 @@ def _parse(data: bytes, chunk: Chunk, params: ValidateSourceParams) -> tuple[Rec
         _check_last_line(data, params.delimiter)
     try:
         return records, parse_rows(records, *layout)
-    except pl.exceptions.PolarsError:
-        if records.lines is not None:
-            raise
-    # As many fields are missing in some records as others have too many.
-    records = split(terminated, exact=True)
-    return records, parse_rows(records, *layout)
+    except pl.exceptions.PolarsError:  # as many fields are missing in some records as others have too many
+        records = split(terminated, exact=True)
+        return records, parse_rows(records, *layout)
 
 
 def _check_last_line(data: bytes, delimiter: str) -> None:
-    """Raise `ChunkFault` if the text, which has no line end at its end, may have been cut off in a row."""
+    """Raise `DamagedText` if the text, which has no line end at its end, may have been cut off in a row."""
     text = data[data.rfind(b"\n") + 1 :]
     if text.strip(blank_bytes(delimiter)):
         shown = text[-_SHOWN_BYTES:].decode("utf-8", errors="ignore")
@@ -158,39 +156,37 @@ def _check_last_line(data: bytes, delimiter: str) -> None:
             f"the last row ends in {shown!r}, without the line end that other rows have: was the file cut off? "
             "Copy or export it again, or set unterminated_last_row to accept if it is complete"
         )
-        raise ChunkFault(count_lines(data) + 1, problem)
+        raise DamagedText(count_lines(data) + 1, problem)
 
 
 def _with_faults(records: Records, parsed: ParsedRows, fields: int) -> pl.DataFrame:
-    """The parsed rows with lines and faults, and a row without values for each misfit; in order of line."""
-    lines = records.lines if records.lines is not None else np.arange(1, records.count + 1, dtype=np.uint32)
-    spans = records.spans if records.spans is not None else np.ones(records.count, dtype=np.uint32)
-    rows = parsed.frame.with_columns(pl.Series(LINE, lines, dtype=pl.UInt32), pl.Series(LINES, spans, dtype=pl.UInt32))
+    """The parsed rows with lines and faults, and a row without values for each malformed row; in order of line."""
+    rows = parsed.frame.with_columns(pl.Series(LINE, records.lines), pl.Series(LINES, records.spans))
     if parsed.faults.is_empty():
         rows = rows.with_columns(pl.lit(None, pl.List(FAULT)).alias(FAULTS))
     else:
         cell = pl.col("value").fill_null("")
-        takes = pl.lit(pl.Series(spans[parsed.faults["row"].to_numpy()]))
+        takes = pl.lit(pl.Series(records.spans[parsed.faults["row"].to_numpy()]))
         reason = pl.concat_str(pl.when(cell != "").then(cell + " ").otherwise(pl.lit("")), "problem")
         spanning = pl.format("{}; the row takes {} lines", reason, takes)
-        told = pl.when(takes > 1).then(spanning).otherwise(reason).alias("reason")
-        faults = parsed.faults.select("row", pl.struct("column", "value", told, "problem").alias(FAULTS))
+        reason = pl.when(takes > 1).then(spanning).otherwise(reason).alias("reason")
+        faults = parsed.faults.select("row", pl.struct("column", "value", reason, "problem").alias(FAULTS))
         by_row = faults.group_by("row", maintain_order=True).agg(FAULTS)
         rows = rows.with_row_index("row").join(by_row, on="row", how="left", maintain_order="left").drop("row")
-    if not records.misfits:
+    if not records.malformed_rows:
         return rows
-    misfits = pl.DataFrame(
+    malformed = pl.DataFrame(
         {
-            LINE: [m.line for m in records.misfits],
-            LINES: [m.lines for m in records.misfits],
-            FAULTS: [[_misfit(m, fields)] for m in records.misfits],
+            LINE: [m.line for m in records.malformed_rows],
+            LINES: [m.lines for m in records.malformed_rows],
+            FAULTS: [[_malformed(m, fields)] for m in records.malformed_rows],
         },
         schema={LINE: pl.UInt32(), LINES: pl.UInt32(), FAULTS: pl.List(FAULT)},
     )
-    return pl.concat([rows, misfits], how="diagonal").sort(LINE, maintain_order=True)
+    return pl.concat([rows, malformed], how="diagonal").sort(LINE, maintain_order=True)
 
 
-def _misfit(misfit: Misfit, fields: int) -> dict[str, str]:
-    count = f"has {misfit.fields} field{'s' if misfit.fields != 1 else ''}, the header {fields}"
-    takes = f"; it takes {counted(misfit.lines, 'line')}" if misfit.lines > 1 else ""
-    return {"column": "", "value": misfit.text, "reason": f"the row {count}{takes}", "problem": f"row {count}"}
+def _malformed(row: MalformedRow, fields: int) -> dict[str, str]:
+    count = f"has {counted(row.fields, 'field')}, the header {fields}"
+    takes = f"; it takes {counted(row.lines, 'line')}" if row.lines > 1 else ""
+    return {"column": "", "value": row.text, "reason": f"the row {count}{takes}", "problem": f"row {count}"}

@@ -8,9 +8,9 @@ from typing import Any
 
 import polars as pl
 
-from step_scripts.data.accepted_rows import LISTED_REJECTIONS, REJECTION_SCHEMA, ChunkReport, rejections_uri
-from step_scripts.data.csv_chunks import Chunk
+from step_scripts.data.accepted_rows import LISTED_REJECTIONS, REJECTION_SCHEMA, FragmentReport, rejections_file
 from step_scripts.data.duplicate_rows import first_duplicates
+from step_scripts.data.source_report import LineNumbers
 from step_scripts.parameters import ValidateSourceParams
 from step_scripts.runner import storage
 from step_scripts.runner.wording import are, counted, percent
@@ -18,29 +18,6 @@ from step_scripts.runner.wording import are, counted, percent
 _SCHEMA = {"file": pl.String(), **REJECTION_SCHEMA}
 _NAMED_REASONS = 3
 _MOST_TO_ADVISE = 0.5  # where more is wrong, the file is, and not its bad rows
-
-
-@dataclass(frozen=True)
-class LineNumbers:
-    """Where the lines of each piece stand in their file."""
-
-    chunks: Sequence[Chunk]
-    first: Sequence[int]
-
-    @classmethod
-    def of(cls, chunks: Sequence[Chunk], reports: Sequence[ChunkReport]) -> LineNumbers:
-        """From the number of lines in each piece; `reports[i]` belongs to `chunks[i]`."""
-        first, line, uri = [], 0, None
-        for chunk, report in zip(chunks, reports, strict=True):
-            if chunk.file.uri != uri:
-                line, uri = chunk.file.header_lines, chunk.file.uri
-            first.append(line)
-            line += report.lines
-        return cls(chunks, first)
-
-    def locate(self, index: int, line: int) -> tuple[str, int]:
-        """File and line, from 1, of line `line` of piece `index`."""
-        return self.chunks[index].file.uri, self.first[index] + line
 
 
 @dataclass(frozen=True)
@@ -61,8 +38,8 @@ class Reason:
         return f"{subject} ({counted(self.count, 'time')}, first {value}line {self.line} of {self.file})"
 
 
-def reasons(
-    reports: Sequence[ChunkReport],
+def rejection_reasons(
+    reports: Sequence[FragmentReport],
     lines: LineNumbers,
     duplicates: int,
     duplicate_rows: pl.DataFrame,
@@ -79,7 +56,7 @@ def reasons(
             found[p.column, p.problem] = Reason(first.column, first.problem, count, first.file, first.line, first.value)
     if duplicates:
         row = duplicate_rows.row(0, named=True)
-        file, line = lines.locate(row["part"], row["line"])
+        file, line = lines.locate(row["fragment"], row["line"])
         problem = f"row has the same {', '.join(keys)} as an earlier row" if keys else "row equals an earlier row"
         found["", problem] = Reason("", problem, duplicates, file, line, "")
     return sorted(found.values(), key=lambda r: (-r.count, r.column, r.problem))
@@ -87,7 +64,7 @@ def reasons(
 
 def rejected_table(
     scratch_uri: str,
-    reports: Iterable[ChunkReport],
+    reports: Iterable[FragmentReport],
     lines: LineNumbers,
     duplicate_uris: Sequence[str],
     keys: Sequence[str],
@@ -100,36 +77,38 @@ def rejected_table(
     listed = 0
     for report in reports:
         if report.problems and listed < LISTED_REJECTIONS:
-            with storage.open_input(rejections_uri(scratch_uri, report.index)) as file:
-                frame = pl.read_parquet(file).head(LISTED_REJECTIONS - listed)
+            stored = storage.read_bytes(storage.join(scratch_uri, rejections_file(report.index)))
+            frame = pl.read_parquet(stored).head(LISTED_REJECTIONS - listed)
             uri, base = lines.locate(report.index, 0)
-            part = pl.lit(report.index).alias("part")
-            frames.append(
-                frame.select(pl.lit(uri).alias("file"), pl.col("line") + base, "column", "value", "reason", part)
-            )
+            file, fragment = pl.lit(uri).alias("file"), pl.lit(report.index).alias("fragment")
+            frames.append(frame.select(file, pl.col("line") + base, "column", "value", "reason", fragment))
             listed += frame.height
     duplicates = first_duplicates(duplicate_uris, LISTED_REJECTIONS) if duplicate_uris else pl.DataFrame()
     if duplicates.height:
         frames.append(_as_rejections(duplicates, lines, keys))
     if not frames:
         return pl.DataFrame(schema=_SCHEMA), duplicates
-    table = pl.concat([f.with_columns(pl.col("part").cast(pl.Int32)) for f in frames])
-    return table.sort("part", "line", maintain_order=True).head(LISTED_REJECTIONS).drop("part"), duplicates
+    table = pl.concat([f.with_columns(pl.col("fragment").cast(pl.Int32)) for f in frames])
+    return table.sort("fragment", "line", maintain_order=True).head(LISTED_REJECTIONS).drop("fragment"), duplicates
 
 
 def _as_rejections(duplicates: pl.DataFrame, lines: LineNumbers, keys: Sequence[str]) -> pl.DataFrame:
     relation = "the row has the same key as" if keys else "the row equals"
     rows = []
     for row in duplicates.iter_rows(named=True):
-        file, line = lines.locate(row["part"], row["line"])
-        first_file, first_line = lines.locate(row["first_part"], row["first_line"])
+        file, line = lines.locate(row["fragment"], row["line"])
+        first_file, first_line = lines.locate(row["first_fragment"], row["first_line"])
         reason = f"{relation} line {first_line} of {first_file}"
-        rows.append((file, line, ", ".join(keys), "", reason, row["part"]))
-    return pl.DataFrame(rows, schema={**_SCHEMA, "part": pl.Int64()}, orient="row")
+        rows.append((file, line, ", ".join(keys), "", reason, row["fragment"]))
+    return pl.DataFrame(rows, schema={**_SCHEMA, "fragment": pl.Int64()}, orient="row")
 
 
 def rejection_message(
-    rows: tuple[int, int], lines: tuple[int, int], why: Sequence[Reason], params: ValidateSourceParams, listed_in: str
+    rows: tuple[int, int],
+    lines: tuple[int, int],
+    reasons: Sequence[Reason],
+    params: ValidateSourceParams,
+    listed_in: str,
 ) -> str:
     """Why the step fails: figures, the commonest reasons with an example each, remedies.
 
@@ -138,14 +117,14 @@ def rejection_message(
     (rejected, total), fraction = rows, max(rows[0] / rows[1], lines[0] / lines[1])
     limit = params.max_rejected_fraction
     remedies = ["correct the rows"]
-    if any(" is outside " in f" {r.problem}" or r.problem.startswith("is not one of") for r in why):
+    if any(reason.problem.startswith("is outside ") for reason in reasons):
         remedies.append("widen the bounds with column_ranges")
-    if any(r.problem.startswith("row ") and "earlier row" in r.problem for r in why):
+    if any(r.problem.startswith("row ") and "earlier row" in r.problem for r in reasons):
         remedies.append("keep equal rows with duplicate_rows: keep")
     if fraction <= _MOST_TO_ADVISE:
         remedies.append(f"raise max_rejected_fraction above {fraction:.4g}")
-    kinds = "; ".join(reason.sentence() for reason in why[:_NAMED_REASONS])
-    more = f"; and {counted(len(why) - _NAMED_REASONS, 'other reason')}" if len(why) > _NAMED_REASONS else ""
+    kinds = "; ".join(reason.sentence() for reason in reasons[:_NAMED_REASONS])
+    more = f"; and {counted(len(reasons) - _NAMED_REASONS, 'other reason')}" if len(reasons) > _NAMED_REASONS else ""
     taken = f", {lines[0]:,} of {counted(lines[1], 'line')}," if lines != rows else ""
     return (
         f"{rejected:,} of {counted(total, 'row')}{taken} {are(rejected)} rejected ({percent(fraction)}); "
@@ -154,9 +133,9 @@ def rejection_message(
     )
 
 
-def as_details(table: pl.DataFrame, why: Sequence[Reason], listed: int = 50) -> dict[str, Any]:
+def as_details(table: pl.DataFrame, reasons: Sequence[Reason], listed: int = 50) -> dict[str, Any]:
     """The first rejected rows and all reasons, as plain data."""
     return {
         "rejected_rows": table.head(listed).to_dicts(),
-        "rejection_reasons": [vars(reason) for reason in why[:200]],
+        "rejection_reasons": [vars(reason) for reason in reasons[:200]],
     }

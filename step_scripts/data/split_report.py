@@ -13,8 +13,8 @@ from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, StepContext, StepError, StepOutcome, file_info, write_json
 from step_scripts.runner.wording import counted, rounded
 from step_scripts.table.distributions import MOST_VALUES, TableSketch, quantile
+from step_scripts.table.hashes import RowSetDigest
 from step_scripts.table.moments import Moments
-from step_scripts.table.row_set_digest import RowSetDigest
 from step_scripts.table.spec import TableSpec
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -12,14 +9,14 @@ from typing import Any
 import polars as pl
 
 from step_scripts.data.latest_events import LatestEvents
-from step_scripts.runner import storage
+from step_scripts.data.parquet_files import write_parquet
 from step_scripts.runner.contract import FileInfo
 from step_scripts.runner.ray_data import PATH
 from step_scripts.table.column_types import TIMESTAMP, columns_as, polars_schema
 from step_scripts.table.distributions import TableSketch
+from step_scripts.table.hashes import RowSetDigest
 from step_scripts.table.moments import Moments
-from step_scripts.table.record_ids import distinct_lanes, lanes_of_ids, split_fraction_of_lanes
-from step_scripts.table.row_set_digest import RowSetDigest
+from step_scripts.table.record_ids import distinct_hashes, hashes_of_ids, split_fraction_of_hashes
 from step_scripts.table.spec import TableSpec
 
 SPLITS = ("train", "validation", "test")
@@ -38,7 +35,7 @@ class SplitPlan:
     limits: tuple[float, float]
     salt: str
     as_of: datetime | None
-    parts: int
+    files_per_block: int
     places: dict[str, int]
     latest: LatestEvents | None = None
 
@@ -87,36 +84,26 @@ def _typed(rows: pl.DataFrame, plan: SplitPlan) -> pl.DataFrame:
 
 
 def _write(plan: SplitPlan, place: int, live: pl.DataFrame) -> SplitReport:
-    lanes = lanes_of_ids(live["record_id"])
-    fractions = split_fraction_of_lanes(lanes, plan.salt)
-    ids = distinct_lanes(live["record_id"], lanes)
+    hashes = hashes_of_ids(live["record_id"])
+    fractions = split_fraction_of_hashes(hashes, plan.salt)
+    hash_hi, hash_lo = distinct_hashes(live["record_id"], hashes)
     train, below = (fractions < limit for limit in plan.limits)
-    sides = {"train": train, "validation": below & ~train, "test": ~below}
     rows = live.select("record_id", *plan.table.column_names)
-    chosen = {split: rows.filter(pl.Series(side)) for split, side in sides.items()}
-    with ThreadPoolExecutor(1) as disk:  # which makes one wait for it
-        writing = {split: _write_parts(plan, plan.uris[split], place, frame, disk) for split, frame in chosen.items()}
-        values = chosen["train"].select(pl.col(plan.statistics_columns).cast(pl.Float64)).to_numpy()
-        digests = {
-            split: RowSetDigest.of(frame, plan.table.column_names, (ids[0, sides[split]], ids[1, sides[split]]))
-            for split, frame in chosen.items()
-        }
-        moments, sketch = Moments.of(values[:, :-1]), TableSketch.of(values, fractions[train])
-        files = {split: [stored.result() for stored in parts] for split, parts in writing.items()}
+    files: dict[str, list[FileInfo]] = {}
+    digests: dict[str, RowSetDigest] = {}
+    for split, side in {"train": train, "validation": below & ~train, "test": ~below}.items():
+        chosen = rows.filter(pl.Series(side))
+        files[split] = _write_files(plan, plan.uris[split], place, chosen)
+        digests[split] = RowSetDigest.of((hash_hi[side], hash_lo[side]), chosen, plan.table.column_names)
+    columns = pl.col(plan.statistics_columns).cast(pl.Float64)
+    values = rows.filter(pl.Series(train)).select(columns).to_numpy()
+    moments, sketch = Moments.of(values[:, :-1]), TableSketch.of(values, fractions[train])
     return SplitReport(files=files, digests=digests, moments=moments, sketch=sketch)
 
 
-def _write_parts(plan: SplitPlan, uri: str, place: int, rows: pl.DataFrame, disk: Executor) -> list[Future[FileInfo]]:
-    size = max(1, -(-rows.height // plan.parts))
-    writing = []
-    for part, frame in enumerate(rows.iter_slices(size) if rows.height else ()):
-        path = f"part-{place * plan.parts + part:05d}.parquet"
-        buffer = io.BytesIO()
-        frame.write_parquet(buffer, compression="zstd", compression_level=1, statistics=False)  # readers take all rows
-        writing.append(disk.submit(_store, storage.join(uri, path), path, frame.height, buffer.getvalue()))
-    return writing
-
-
-def _store(uri: str, path: str, rows: int, content: bytes) -> FileInfo:
-    storage.write_bytes(uri, content)
-    return FileInfo(path=path, rows=rows, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+def _write_files(plan: SplitPlan, uri: str, place: int, rows: pl.DataFrame) -> list[FileInfo]:
+    size = max(1, -(-rows.height // plan.files_per_block))
+    return [
+        write_parquet(frame, uri, f"part-{place * plan.files_per_block + number:05d}.parquet")
+        for number, frame in enumerate(rows.iter_slices(size) if rows.height else ())
+    ]

@@ -20,7 +20,7 @@ import polars as pl
 from step_scripts.feature_store.event_schema import content_columns
 from step_scripts.feature_store.event_sources import Source, check_complete, read_source
 from step_scripts.runner import storage
-from step_scripts.table.event_hash import add_sums, content_hashes, event_hashes, lane_sums, text_hashes
+from step_scripts.table.hashes import add_sums, content_hashes, event_hashes, hash_sums, text_hashes
 from step_scripts.table.spec import TableSpec
 
 DAY = 24 * 3_600_000_000  # microseconds
@@ -269,7 +269,7 @@ def _timelines(incoming: pl.DataFrame, stored: pl.DataFrame) -> pl.DataFrame:
 def _sums(events: pl.DataFrame) -> tuple[int, int]:
     """Digest of events."""
     record, content = ((events[hi].to_numpy(), events[lo].to_numpy()) for hi, lo in (_RECORD, _CONTENT))
-    return lane_sums(event_hashes(record, events["time"].to_numpy(), content, events["is_deleted"].to_numpy()))
+    return hash_sums(event_hashes(record, events["time"].to_numpy(), content, events["is_deleted"].to_numpy()))
 
 
 def _write(frame: pl.DataFrame, uri: str) -> None:

@@ -21,7 +21,7 @@ from step_scripts.feature_store.event_schema import content_columns, event_types
 from step_scripts.feature_store.event_sources import Source, read_source
 from step_scripts.runner import storage
 from step_scripts.table.column_types import TIMESTAMP, columns_as
-from step_scripts.table.event_hash import content_hashes, event_hashes, lane_sums, text_hashes
+from step_scripts.table.hashes import content_hashes, event_hashes, hash_sums, text_hashes
 from step_scripts.table.spec import TableSpec
 
 _ROW_GROUP_ROWS = 1 << 15  # a look-up decodes one row group a file
@@ -126,4 +126,4 @@ def events_digest(events: pl.DataFrame, table: TableSpec) -> tuple[int, int]:
     """The sums that stand for events, deletions included; they do not depend on the events' order."""
     time, deleted = events["event_time"].to_physical().to_numpy(), events["is_deleted"].to_numpy()
     content = content_hashes(events, content_columns(table))
-    return lane_sums(event_hashes(text_hashes(events["record_id"]), time, content, deleted))
+    return hash_sums(event_hashes(text_hashes(events["record_id"]), time, content, deleted))

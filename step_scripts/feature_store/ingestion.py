@@ -26,7 +26,7 @@ from step_scripts.feature_store.online_store import OnlineTarget, ParallelRun, b
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, Reporter, StepError
 from step_scripts.runner.wording import counted
-from step_scripts.table.event_hash import add_sums, subtract_sums
+from step_scripts.table.hashes import add_sums, subtract_sums
 from step_scripts.table.spec import TableSpec
 
 _PIECE_ROWS = (1 << 17, 1 << 20)  # fewest and most rows of a piece: a worker holds one piece, about 0.4 kB a row

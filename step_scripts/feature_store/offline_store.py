@@ -29,7 +29,7 @@ from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, StepError
 from step_scripts.runner.s3_objects import list_folders
 from step_scripts.table.column_types import columns_as
-from step_scripts.table.event_hash import subtract_sums
+from step_scripts.table.hashes import subtract_sums
 from step_scripts.table.spec import TableSpec
 
 _SAMPLED_FILES = 10

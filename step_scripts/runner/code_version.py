@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # What runs every step, locally and in a job.
 _RUNNERS = tuple(f"{PACKAGE}.{name}" for name in ("runner.execution", "runner.worker", "cluster.__main__"))
 # Libraries that results depend on.
-_COMPUTING = ("numpy", "optuna", "pandas", "pandera", "polars", "pyarrow", "ray", "xgboost", "xgboost-ray")
+_COMPUTING = ("numpy", "optuna", "pandas", "polars", "pyarrow", "ray", "xgboost", "xgboost-ray")
 
 _HEAD = re.compile(r"(?:^|[;:])[ \t]*(?:from[ \t]+(\.*[\w.]*)[ \t]+)?$", re.MULTILINE)  # of a line, before `import`
 _NAMES = re.compile(r"[ \t]*(?:\(([^)]*)\)|((?:\\\n|[^\n;])*))")  # behind it

@@ -269,17 +269,18 @@ def _end_tasks(dataset: Dataset) -> None:
 
 
 class Progress:
-    """Reports how many of `total` rows are done, at most once a second, and when all are."""
+    """Reports how many of `total` rows (or another `unit`) are done, at most once a second, and when all are."""
 
-    def __init__(self, log: Reporter, what: str, total: int) -> None:
-        self._log, self._what, self._total = log, what, total
+    def __init__(self, log: Reporter, what: str, total: int, unit: str = "row") -> None:
+        self._log, self._what, self._total = log, what, counted(total, unit)
+        self._all = total
         self._done = 0
         self._start = self._reported = time.perf_counter()
 
-    def add(self, rows: int) -> None:
-        """Count `rows` more."""
-        self._done += rows
+    def add(self, done: int) -> None:
+        """Count `done` more."""
+        self._done += done
         now = time.perf_counter()
-        if self._done >= self._total or now - self._reported >= 1.0:
+        if self._done >= self._all or now - self._reported >= 1.0:
             self._reported = now
-            self._log.info(f"{self._what}: {self._done:,} of {counted(self._total, 'row')}, {now - self._start:.1f} s")
+            self._log.info(f"{self._what}: {self._done:,} of {self._total}, {now - self._start:.1f} s")

@@ -88,11 +88,8 @@ class FeatureParser:
         for fold, name in folded:
             if sum(fold == other for other, _ in folded) == 1:
                 self._names.setdefault(fold, name)
-        self._bounds = [_bounds(column) for column in self._columns]
-        self._quick_rules = [
-            (low, high, column.dtype in _WHOLE, frozenset(column.isin) if column.isin is not None else None)
-            for column, (low, high) in zip(self._columns, self._bounds, strict=True)
-        ]
+        self._limits = [column.limits for column in self._columns]
+        self._whole = [column.dtype in _WHOLE for column in self._columns]
         self._row_characters = max(_ROW, _ROW_PER_COLUMN * len(table.columns))
         self._header_places = lru_cache(maxsize=256)(self._places)
 
@@ -118,13 +115,13 @@ class FeatureParser:
             return None
         body = body.rstrip(b"\r\n")
         fields = body.split(b",")
-        if len(fields) != len(self._quick_rules) or b"\n" in body or b"\r" in body:
+        if len(fields) != len(self._limits) or b"\n" in body or b"\r" in body:
             return None
         values = []
         try:
-            for field, (low, high, whole, allowed) in zip(fields, self._quick_rules, strict=True):
+            for field, limits, whole in zip(fields, self._limits, self._whole, strict=True):
                 value = float(field)
-                if not low <= value <= high or (whole and value % 1) or (allowed is not None and value not in allowed):
+                if not (math.isfinite(value) and limits.permit(value)) or (whole and value % 1):
                     return None
                 values.append(value)
         except ValueError:  # a header, an empty or wrong field
@@ -347,11 +344,7 @@ class FeatureParser:
             finite = np.isfinite(x)
             code[given & ~finite] = _NOT_FINITE
             given &= finite
-            low, high = self._bounds[place]
-            wrong = (x < low) | (x > high)
-            if column.isin is not None:
-                wrong |= ~np.isin(x, [float(value) for value in column.isin])
-            code[given & wrong] = _OUTSIDE
+            code[given & ~self._limits[place].permit(x)] = _OUTSIDE
             if column.dtype in _WHOLE:
                 code[given & (x != np.floor(x))] = _NOT_WHOLE
 
@@ -378,19 +371,6 @@ def _empty_fields(characters: np.ndarray, quotes: bool) -> int:
         quote = characters == _QUOTE
         empty += np.count_nonzero(between[:-3] & quote[1:-2] & quote[2:-1] & between[3:])
     return int(empty)
-
-
-def _bounds(column: ColumnSpec) -> tuple[float, float]:
-    """Inclusive bounds that let exactly the allowed finite numbers through."""
-    low, high = (0.0, 1.0) if column.dtype == "bool" else (-math.inf, math.inf)
-    low = max(low, column.ge if column.ge is not None else -math.inf)
-    high = min(high, column.le if column.le is not None else math.inf)
-    if column.gt is not None:
-        low = max(low, math.nextafter(column.gt, math.inf))
-    if column.lt is not None:
-        high = min(high, math.nextafter(column.lt, -math.inf))
-    largest = float(np.finfo(np.float64).max)
-    return max(low, -largest), min(high, largest)
 
 
 def _converted(

@@ -1,6 +1,6 @@
-"""What a table is: columns, types, ranges, roles, the ids of its records, and figures that describe its columns.
+"""What a table is: columns, types, constraints, roles, the ids of its records, and statistics of its columns.
 
-Begin with `spec` (`TableSpec`, what a step knows of its table) and `validation` (from the pandera schema, and to it).
-Ids and digests: `event_hash`, `record_ids`, `row_set_digest`. Statistics that merge: `moments`, `distributions`.
+Begin with `spec` (`TableSpec`, what a step knows of its table) and `constraints` (from the pandera model, and applied).
+Ids and digests: `hashes`, `record_ids`. Statistics that merge: `moments`, `distributions`.
 Imports `runner` only.
 """

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from housing_assets.sample_data import write_sample
 from housing_assets.schema import HOUSING_TABLE
 from resources.sources.listing import find_source_files
-from step_scripts.data.content_digest import block_sum, content_digest
+from step_scripts.data.csv_header import block_sum, content_digest
 from step_scripts.runner.contract import FileInfo, StepError, file_info
 from step_scripts.runner.ray_session import RaySession
+from step_scripts.table.column_types import polars_schema
 from step_scripts.table.record_ids import record_ids
 from step_scripts.table.spec import ColumnRange, ColumnSpec, TableSpec
-from step_scripts.table.validation import polars_schema
 from tests.source_steps import (
     HEADER,
     MODIFIED,

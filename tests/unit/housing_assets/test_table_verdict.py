@@ -42,11 +42,21 @@ def in_project(project: Path, *arguments: str) -> subprocess.CompletedProcess[st
     )
 
 
-def test_a_wrong_schema_is_an_error_of_dagster_definitions_validate(project: Path) -> None:
+@pytest.mark.parametrize(
+    ("right_words", "wrong_words", "message"),
+    [
+        ('target="PRICE"', 'target="PRIZE"', "table 'house_sales' has no column ['PRIZE']"),
+        ("pa.Field(ge=0, le=1e9,", "pa.Field(ne=0,", "HouseSale.PRICE: check not_equal_to is not supported"),
+    ],
+)
+def test_a_wrong_schema_is_an_error_of_dagster_definitions_validate(
+    project: Path, right_words: str, wrong_words: str, message: str
+) -> None:
     schema = project / "housing_assets" / "schema.py"
     right = schema.read_text()
     line = next(n for n, text in enumerate(right.splitlines(), 1) if text.startswith("HOUSING_TABLE"))
-    schema.write_text(right.replace('target="PRICE"', 'target="PRIZE"'))
+    assert right_words in right
+    schema.write_text(right.replace(right_words, wrong_words))
     try:
         done = in_project(project, "-m", "dagster", "definitions", "validate", "-m", "housing_assets.definitions")
     finally:
@@ -54,7 +64,7 @@ def test_a_wrong_schema_is_an_error_of_dagster_definitions_validate(project: Pat
     assert done.returncode != 0
     said = done.stdout + done.stderr
     assert f"the table cannot be used: {schema}, line {line}" in said
-    assert "table 'house_sales' has no column ['PRIZE']" in said
+    assert message in said
 
 
 def test_what_is_kept_is_asked_again_when_the_schema_changes(cache: Path, project: Path) -> None:

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from ray.data.datasource import Datasource
 
 from step_scripts import validate_source
-from step_scripts.data import csv_chunks, csv_header, csv_lines, csv_passes
-from step_scripts.data.csv_lines import count_lines, count_records, line_ends, with_newlines
+from step_scripts.data import csv_fragments, csv_header, csv_text, source_pass
+from step_scripts.data.csv_text import count_lines, count_records, line_ends, with_newlines
 from step_scripts.parameters import ValidateSourceParams
 from step_scripts.runner.contract import StepContext, StepError, StepOutcome, StepRequest
 from step_scripts.table.spec import ColumnSpec, TableSpec
@@ -49,15 +49,13 @@ def in_this_process_by_a_few_bytes() -> Iterator[None]:
         yield from (function(block, *args) for task in tasks for block in task())
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (validate_source, csv_passes):
+        for module in (validate_source, source_pass):
             patch.setattr(module, "each_call", one_after_the_other)
-        patch.setattr(csv_passes, "source_reports", block_after_block)
-        patch.setattr(csv_passes.ray, "cluster_resources", lambda: {"CPU": 2})
+        patch.setattr(source_pass, "source_reports", block_after_block)
+        patch.setattr(source_pass.ray, "cluster_resources", lambda: {"CPU": 2})
         patch.setattr(csv_header, "_FIRST_READ", 4)
-        patch.setattr(csv_chunks, "_BEYOND_END", 2)
-        patch.setattr(csv_chunks, "_BLOCK", 3)
-        patch.setattr(csv_chunks, "CACHED_BYTES", 5)
-        patch.setattr(csv_lines, "CACHED_BYTES", 5)
+        patch.setattr(csv_fragments, "DIGEST_BLOCK", 2)
+        patch.setattr(csv_fragments, "_READ_BYTES", 3)
         yield
 
 
@@ -127,10 +125,10 @@ def files(draw: st.DrawFn, table: TableSpec, note: bool) -> tuple[str, list[tupl
         cells = {name: draw(st.sampled_from(sorted(kinds[name]))) for name in order}
         values = tuple(kinds[name][cells[name]] for name in table.column_names)
         fields = [cells[name] for name in order]
-        misfit = draw(st.sampled_from([0, 0, 0, -1, 1, 2]))
-        fields = fields[:misfit] if misfit < 0 else [*fields, *["7"] * misfit]
+        malformed = draw(st.sampled_from([0, 0, 0, -1, 1, 2]))
+        fields = fields[:malformed] if malformed < 0 else [*fields, *["7"] * malformed]
         record = ",".join(fields)
-        if misfit or None in values:
+        if malformed or None in values:
             values = None
         taken = record.replace("\r\n", "\n").replace("\r", "\n").count("\n") + 1
         if record == "":  # the only field of a row too short
@@ -194,9 +192,9 @@ def test_records_and_lines_are_counted(text: str) -> None:
         assert count_records(data, ",") == records_by_reading(text)
         assert count_lines(data) == len(text.replace("\r\n", "\n").replace("\r", "\n").split("\n")) - 1
     for position in range(len(text)):
-        ends = line_ends(csv_lines.np.frombuffer(text.encode(), csv_lines.np.uint8)) + 1
+        ends = line_ends(csv_text.np.frombuffer(text.encode(), csv_text.np.uint8)) + 1
         expected = next((int(end) for end in ends if end > position), -1)
-        assert csv_lines.line_end(text.encode(), position, complete=True) == expected
+        assert csv_text.line_end(text.encode(), position, complete=True) == expected
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 5, 1000])

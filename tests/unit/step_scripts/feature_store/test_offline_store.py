@@ -31,7 +31,7 @@ from step_scripts.feature_store.local_group import LocalGroup
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
-from step_scripts.table.event_hash import content_hashes, event_hashes, lane_sums, text_hashes
+from step_scripts.table.hashes import content_hashes, event_hashes, hash_sums, text_hashes
 from step_scripts.table.spec import ColumnSpec, TableSpec
 from tests import ROOT
 from tests.feature_rows import (
@@ -209,7 +209,7 @@ def _assert_same(store: OfflineStore, model: Model) -> None:
 def _digest(frame: pl.DataFrame) -> str:
     time = frame["event_time"].to_physical().to_numpy()
     return digest_of(
-        lane_sums(event_hashes(text_hashes(frame["record_id"]), time, content_hashes(frame, TABLE.column_names)))
+        hash_sums(event_hashes(text_hashes(frame["record_id"]), time, content_hashes(frame, TABLE.column_names)))
     )
 
 
@@ -660,38 +660,7 @@ def test_snapshots_differ_by_what_they_hold(store: OfflineStore, tmp_path: Path)
     assert len(records(store.scan("sales", as_of=NOON + timedelta(hours=24)))) == 2
 
 
-# --- hashes and division of work -----------------------------------------------------------------------------------
-
-
-def test_hashes_never_change() -> None:
-    """Digests are stored: these values must stay what they are, on every machine and with every version."""
-    frame = pl.DataFrame(
-        {"a": [1, None], "b": [0.5, -0.0], "c": ["ä" * 9, ""], "d": [True, None], "e": [NOON, NOON]},
-    )
-    record = text_hashes(pl.Series([record_id(0), "short"]))
-    events = event_hashes(record, np.array([-1, 10**15]), content_hashes(frame, "abcde"), np.array([False, True]))
-    assert [[int(v) for v in lane] for lane in events] == GOLDEN
-
-
-GOLDEN = [[11692348634041834677, 4503957648305782416], [2686151149826430268, 8964835196295798790]]
-_texts = st.text(max_size=20)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(_texts, _texts | st.none(), st.floats() | st.none()), min_size=1, max_size=8))
-def test_a_rows_hash_depends_on_the_row_alone(rows: list[tuple[Any, ...]]) -> None:
-    frame = pl.DataFrame(rows, schema={"id": pl.String, "text": pl.String, "number": pl.Float64}, orient="row")
-    ids, content = text_hashes(frame["id"]), content_hashes(frame, ["text", "number"])
-    swapped = content_hashes(frame.select("number", "text"), ["number", "text", "absent"])
-    for n in range(frame.height):
-        one = frame[n : n + 1]
-        assert [int(v[n]) for v in ids] == [int(v[0]) for v in text_hashes(one["id"])]
-        assert [int(v[n]) for v in content] == [int(v[0]) for v in content_hashes(one, ["text", "number"])]
-        assert [int(v[n]) for v in content] == [int(v[n]) for v in swapped]
-    keys = [tuple(r[1:]) if r[2] == r[2] else (r[1], "nan") for r in rows]
-    keys = [(a, b + 0.0 if isinstance(b, float) else b) for a, b in keys]
-    assert len({int(v) for v in content[0]}) == len({int(v) for v in content[1]}) == len(set(keys))
-    assert len({int(v) for v in ids[0]}) == len({r[0] for r in rows})
+# --- division of work ----------------------------------------------------------------------------------------------
 
 
 @given(

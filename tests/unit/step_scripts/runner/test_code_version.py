@@ -126,7 +126,7 @@ def test_what_runs_a_step_is_part_of_its_version() -> None:
         runner = {f"runner.{name}" for name in ("execution", "worker", "ray_session", "storage", "loaded_code")}
         assert {f"step_scripts.{name}" for name in {*runner, "cluster.driver"}} < step_sources(step).keys()
     assert "step_scripts.tune_trial" in step_sources("tune_model"), "SageMaker's tuning jobs run it"
-    assert "step_scripts.data.csv_chunks" not in step_sources("tune_model"), "else nothing could be reused"
+    assert "step_scripts.data.csv_fragments" not in step_sources("tune_model"), "else nothing could be reused"
     assert step_version("tune_model") != step_version("evaluate_model")
     for name in ("nothing", "shop.nothing"):
         with pytest.raises(FileNotFoundError, match=f"no module .*{name}"):

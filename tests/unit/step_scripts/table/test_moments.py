@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from step_scripts.evaluation.baselines import least_squares
 from step_scripts.evaluation.error_sums import ErrorSums, standard_deviations
+from step_scripts.table.hashes import RowSetDigest, text_hashes
 from step_scripts.table.moments import CoMoments, Moments
-from step_scripts.table.row_set_digest import RowSetDigest
 
 
 def pieces_of(values: np.ndarray, cuts: list[int]) -> list[np.ndarray]:
@@ -126,7 +126,8 @@ SCHEMA = {"record_id": pl.String, "a": pl.Float64, "b": pl.Int64, "c": pl.String
 
 
 def digest(rows: list[tuple[object, ...]]) -> RowSetDigest:
-    return RowSetDigest.of(pl.DataFrame(rows, schema=SCHEMA, orient="row"), ["a", "b", "c"])
+    frame = pl.DataFrame(rows, schema=SCHEMA, orient="row")
+    return RowSetDigest.of(text_hashes(frame["record_id"]), frame, ["a", "b", "c"])
 
 
 @given(rows=ROWS, order=st.randoms(use_true_random=False), cut=st.integers(0, 12))

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from step_scripts.table.hashes import row_hashes
 from step_scripts.table.record_ids import (
-    distinct_lanes,
-    ids_of_lanes,
-    lanes_of_ids,
+    distinct_hashes,
+    hashes_of_ids,
+    ids_of_hashes,
     record_ids,
-    record_lanes,
     split_fraction,
 )
 
@@ -138,16 +138,17 @@ def test_unsupported_type_is_named() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)), max_size=20))
-def test_digits_and_lanes_are_inverse(pairs: list[tuple[int, int]]) -> None:
-    lanes = np.array(pairs, dtype=np.uint64).reshape(-1, 2).T
-    assert (lanes_of_ids(ids_of_lanes(lanes)) == lanes).all()
-    assert ids_of_lanes(lanes).to_list() == [f"{a:016x}{b:016x}" for a, b in pairs]
+def test_ids_and_hashes_are_inverse(pairs: list[tuple[int, int]]) -> None:
+    hash_hi, hash_lo = np.array(pairs, dtype=np.uint64).reshape(-1, 2).T
+    ids = ids_of_hashes((hash_hi, hash_lo))
+    assert [half.tolist() for half in hashes_of_ids(ids)] == [hash_hi.tolist(), hash_lo.tolist()]
+    assert ids.to_list() == [f"{a:016x}{b:016x}" for a, b in pairs]
 
 
 @pytest.mark.parametrize("bad", ["abc", "z" * 32, None])
 def test_other_texts_are_no_ids(bad: str | None) -> None:
     with pytest.raises(ValueError):
-        lanes_of_ids(pl.Series("record_id", [bad], dtype=pl.String))
+        hashes_of_ids(pl.Series("record_id", [bad], dtype=pl.String))
 
 
 def test_fractions_are_uniform_and_ignore_suffixes() -> None:
@@ -165,15 +166,19 @@ def test_fractions_are_uniform_and_ignore_suffixes() -> None:
 
 def test_a_suffix_makes_another_record() -> None:
     record = pl.Series("record_id", [GOLDEN_IDS[0], GOLDEN_IDS[0] + "-1", GOLDEN_IDS[0] + "-2", GOLDEN_IDS[1]])
-    lanes = distinct_lanes(record, lanes_of_ids(record))
-    assert all(len(set(lane.tolist())) == 4 for lane in lanes)
+    hashes = distinct_hashes(record, hashes_of_ids(record))
+    assert all(len(set(half.tolist())) == 4 for half in hashes)
     alone = record[1:2]
-    assert (distinct_lanes(alone, lanes_of_ids(alone))[:, 0] == lanes[:, 1]).all()
-    assert (lanes[:, [0, 3]] == lanes_of_ids(record)[:, [0, 3]]).all()
+    for half, of_one, of_ids in zip(
+        hashes, distinct_hashes(alone, hashes_of_ids(alone)), hashes_of_ids(record), strict=True
+    ):
+        assert of_one[0] == half[1]
+        assert half[[0, 3]].tolist() == of_ids[[0, 3]].tolist()
 
 
-def test_lanes_are_independent() -> None:
-    first, second = record_lanes(pl.DataFrame({"a": np.arange(100_000)}), ["a"]).astype(np.float64) / 2.0**64
+def test_both_halves_are_independent() -> None:
+    hashes = row_hashes(pl.DataFrame({"a": np.arange(100_000)}), ["a"])
+    first, second = (half.astype(np.float64) / 2.0**64 for half in hashes)
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.02
 
 

@@ -1,0 +1,101 @@
+"""Writes Parquet files, and checks them in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+
+from step_scripts.runner import storage
+from step_scripts.runner.contract import FileInfo
+from step_scripts.runner.wording import counted
+from step_scripts.table.column_types import polars_schema
+from step_scripts.table.constraints import violations
+from step_scripts.table.spec import TableSpec
+
+_BATCH_ROWS = 1 << 16
+_SAMPLED_ROWS = 1000  # that tell whether a column's values repeat
+
+
+def write_parquet(frame: pl.DataFrame, folder_uri: str, path: str, compression: Any = "zstd") -> FileInfo:
+    """Write `frame` to `path` below a folder in one go; the information on the file needs no second reading.
+
+    By Arrow's writer, which takes each column by itself: `compression` may be one for all columns or one for each. A
+    dictionary of values that hardly repeat costs more than it saves. Not atomic: a manifest commits the file.
+    """
+    repeating = [c.name for c in frame.head(_SAMPLED_ROWS) if c.n_unique() <= _SAMPLED_ROWS // 4]
+    buffer = io.BytesIO()
+    pq.write_table(
+        frame.to_arrow(compat_level=pl.CompatLevel.oldest()),
+        buffer,
+        compression=compression,
+        use_dictionary=repeating,  # pyright: ignore[reportArgumentType]
+        write_statistics=False,  # readers take all rows
+    )
+    content = buffer.getbuffer()
+    with storage.open_output(storage.join(folder_uri, path)) as file:
+        file.write(content)
+    return FileInfo(path=path, rows=frame.height, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def schema_violations(uris: Sequence[str], table: TableSpec, *, sample_rows: int) -> tuple[list[str], dict[str, int]]:
+    """What in the files contradicts `table`, and the figures `rows`, `files`, `rows_validated`.
+
+    All files must have the columns. Types and values are checked in the first `sample_rows` rows, up to the first file
+    that contradicts.
+    """
+    found: list[str] = []
+    rows = validated = 0
+    names = list(table.column_names)
+    for uri in uris:
+        with storage.open_input(uri) as file:
+            parquet = pq.ParquetFile(file)
+            rows += parquet.metadata.num_rows
+            missing = [name for name in names if name not in parquet.schema_arrow.names]
+            found += [f"{uri}: column {name} is missing" for name in missing]
+            if found or validated >= sample_rows:
+                continue
+            for batch in parquet.iter_batches(min(_BATCH_ROWS, sample_rows - validated), columns=names):
+                found += [f"{uri}: {problem}" for problem in _violations(pl.DataFrame(batch), table)]
+                validated += batch.num_rows
+                if found or validated >= sample_rows:
+                    break
+    return found, {"rows": rows, "files": len(uris), "rows_validated": validated}
+
+
+def _violations(frame: pl.DataFrame, table: TableSpec) -> list[str]:
+    """What is wrong with a frame, one line a column and problem."""
+    try:
+        typed = frame.cast(pl.Schema(polars_schema(table)))
+    except pl.exceptions.PolarsError as error:
+        return [f"a column has another type: {error}"]
+    cells = violations(typed, table)
+    groups = cells.group_by("column", "problem", maintain_order=True).agg(pl.len(), pl.col("row").first())
+    return [
+        f"{column} {problem} in {counted(count, 'row')}, first value {typed[column][row]}"
+        for column, problem, count, row in groups.iter_rows()
+    ]
+
+
+def sampled_record_ids(uris: Sequence[str], *, at_most: int, total: int) -> tuple[pl.Series, float]:
+    """Record ids of the rows whose id lies in a fixed part of the id space, and the size of that part.
+
+    The part is everything if `total` rows are no more than `at_most`. Two sets of files sampled with the same figures
+    can be compared id by id, in memory that does not grow with the data.
+    """
+    share = min(1.0, at_most / max(total, 1))
+    limit = np.uint64(min(int(share * 2**32), 2**32 - 1))
+    found: list[pl.Series] = []
+    for uri in uris:
+        with storage.open_input(uri) as file:
+            ids = pl.read_parquet(file, columns=["record_id"])["record_id"]
+        if share < 1.0:
+            prefix = ids.str.slice(0, 8).str.to_integer(base=16, dtype=pl.UInt64)
+            ids = ids.filter(prefix <= limit)
+        found.append(ids)
+    return (pl.concat(found) if found else pl.Series("record_id", [], dtype=pl.String)), share

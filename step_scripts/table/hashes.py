@@ -1,0 +1,214 @@
+"""The one family of hashes: of rows, of texts, of a row's content, of events; and the digest of a set of rows.
+
+A hash has 128 bits, as two independent halves that mix in one value after the other: `hash_hi` with the finalizer of
+splitmix64, `hash_lo` with that of MurmurHash3. All is computed in numpy, in columns.
+
+The values are stable. Feature stores hold record ids made of them, and digests of what they hold, so they must be the
+same on every machine and with every version of the libraries: no library's own hash function is used. The hashes tell
+records apart; they are no protection against somebody who constructs collisions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+Hash128 = tuple[np.ndarray, np.ndarray]
+"""`hash_hi` and `hash_lo`: uint64, one value a row."""
+
+_MODULUS = 1 << 64
+_WORD_BYTES = 8
+_BLOCK_ROWS = 1 << 14  # intermediate arrays stay in the CPU's cache
+_ROW_SEEDS = (np.uint64(0x243F6A8885A308D3), np.uint64(0x13198A2E03707344))  # digits of pi
+_NULLS = (np.uint64(0xA4093822299F31D0), np.uint64(0x082EFA98EC4E6C89))
+# Shift, multiplier, shift, multiplier, shift.
+_MIXERS = (
+    tuple(map(np.uint64, (30, 0xBF58476D1CE4E5B9, 27, 0x94D049BB133111EB, 31))),
+    tuple(map(np.uint64, (33, 0xFF51AFD7ED558CCD, 33, 0xC4CEB9FE1A85EC53, 33))),
+)
+_STEPS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1B54A32D192ED03))
+
+
+def row_hashes(frame: pl.DataFrame, columns: Sequence[str]) -> Hash128:
+    """Hashes of the rows over `columns`, in that order: what record ids are made of.
+
+    Equal values of one column type hash equally: 0.0 and -0.0, all NaNs, one instant in any time unit or zone. Null
+    differs from every value. Raises `ValueError` for a column whose type is none of integer, float, bool, string,
+    datetime, and `polars.exceptions.ColumnNotFoundError` for one that is not there.
+    """
+    hashes = _filled(frame.height, _ROW_SEEDS)
+    _mix_in(hashes, [_column_bits(frame[name]) for name in columns])
+    return hashes
+
+
+def content_hashes(frame: pl.DataFrame, columns: Sequence[str]) -> Hash128:
+    """Hashes of the values of `columns`. Their order, and columns that the frame lacks, make no difference.
+
+    A null adds nothing, so a column that is added later, and is null in older rows, changes no hash.
+    """
+    total = _filled(frame.height, (np.uint64(0), np.uint64(0)))
+    present = [frame[name] for name in columns if name in frame.columns]
+    bits = [_column_bits(column) for column in present]
+    nulls = [column.is_null().to_numpy() if column.null_count() else None for column in present]
+    for block in _blocks(frame.height):
+        for column, values, null in zip(present, bits, nulls, strict=True):
+            hashes = _filled(len(total[0][block]), seeds(column.name))
+            _mix_in(hashes, [(values[0][block], values[1][block])])
+            for half in (0, 1):
+                if null is not None:
+                    hashes[half][null[block]] = 0
+                total[half][block] += hashes[half]
+    return total
+
+
+def text_hashes(column: pl.Series) -> Hash128:
+    """Hashes of texts without nulls, by their UTF-8 bytes."""
+    hashes = _filled(len(column), seeds("text"))
+    _mix_in(hashes, [_text_bits(column)])
+    return hashes
+
+
+def event_hashes(
+    record: Hash128, event_time: np.ndarray, content: Hash128, deleted: np.ndarray | None = None
+) -> Hash128:
+    """Hashes of events: record id, time (int64, microseconds since 1970), content, and whether it is a deletion."""
+    hashes = record[0].copy(), record[1].copy()
+    moment = event_time.view(np.uint64)
+    if deleted is not None and deleted.any():
+        moment = np.where(deleted, moment ^ seeds("deleted")[0], moment)
+    _mix_in(hashes, [(moment, moment), content])
+    return hashes
+
+
+def hash_sums(hashes: Hash128) -> tuple[int, int]:
+    """Sums of each half modulo 2^64: a digest of a set of rows or events that does not depend on their order."""
+    return int(hashes[0].sum(dtype=np.uint64)), int(hashes[1].sum(dtype=np.uint64))
+
+
+def add_sums(*sums: Sequence[int]) -> tuple[int, int]:
+    """Digests of disjoint sets to the digest of all."""
+    return sum(s[0] for s in sums) % _MODULUS, sum(s[1] for s in sums) % _MODULUS
+
+
+def subtract_sums(whole: Sequence[int], part: Sequence[int]) -> tuple[int, int]:
+    """The digest of a set without one of its subsets."""
+    return (whole[0] - part[0]) % _MODULUS, (whole[1] - part[1]) % _MODULUS
+
+
+@dataclass(frozen=True)
+class RowSetDigest:
+    """Number of records, and the sums of both halves of their hashes: whatever their order and division into files."""
+
+    rows: int = 0
+    sums: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, record: Hash128, frame: pl.DataFrame, columns: Sequence[str]) -> RowSetDigest:
+        """Of the records whose ids have the hashes `record`, and whose content `columns` of `frame` are."""
+        no_time = np.zeros(frame.height, np.int64)
+        return cls(frame.height, hash_sums(event_hashes(record, no_time, content_hashes(frame, columns))))
+
+    def merge(self, other: RowSetDigest) -> RowSetDigest:
+        """Of the records of both, which have none in common."""
+        return RowSetDigest(self.rows + other.rows, add_sums(self.sums, other.sums))
+
+    def hexdigest(self, schema: str) -> str:
+        """SHA-256, in hexadecimal, of the sums and a description of the columns."""
+        return hashlib.sha256(f"{schema}\0{self.rows}\0{self.sums[0]}\0{self.sums[1]}".encode()).hexdigest()
+
+
+@cache
+def seeds(name: str) -> tuple[np.uint64, np.uint64]:
+    """Two numbers that a text stands for."""
+    first, second = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=16).digest(), "<u8").astype(np.uint64)
+    return first, second
+
+
+def mix(values: np.ndarray, half: int, scratch: np.ndarray) -> None:
+    """Mix the bits of each value (uint64), in place. Bijective. `scratch` has the same shape."""
+    first, multiplier, second, other_multiplier, third = _MIXERS[half]
+    values ^= np.right_shift(values, first, out=scratch)
+    values *= multiplier
+    values ^= np.right_shift(values, second, out=scratch)
+    values *= other_multiplier
+    values ^= np.right_shift(values, third, out=scratch)
+
+
+def _filled(rows: int, values: tuple[np.uint64, np.uint64]) -> Hash128:
+    return np.full(rows, values[0]), np.full(rows, values[1])
+
+
+def _blocks(rows: int) -> Iterator[slice]:
+    for start in range(0, rows, _BLOCK_ROWS):
+        yield slice(start, start + _BLOCK_ROWS)
+
+
+def _mix_in(hashes: Hash128, columns: Sequence[Hash128]) -> None:
+    """Mix one value a row of each column into the hashes, in place, one column after the other."""
+    for block in _blocks(len(hashes[0])):
+        scratch = np.empty_like(hashes[0][block])
+        for half in (0, 1):
+            values = hashes[half][block]
+            for column in columns:
+                values ^= column[half][block]
+                values += _STEPS[half]
+                mix(values, half, scratch)
+
+
+def _column_bits(column: pl.Series) -> Hash128:
+    """64 bits a value. The same for both halves, other than for texts and nulls."""
+    if column.dtype == pl.String:
+        first, second = _text_bits(column.fill_null(""))
+    elif column.dtype.is_float():
+        numbers = column.cast(pl.Float64).fill_null(0.0).to_numpy() + 0.0  # turns -0.0 into 0.0
+        numbers[np.isnan(numbers)] = np.nan
+        first = second = numbers.view(np.uint64)
+    elif column.dtype == pl.UInt64:
+        first = second = column.fill_null(0).to_numpy()
+    elif column.dtype.is_integer() or column.dtype == pl.Boolean:
+        first = second = column.cast(pl.Int64).fill_null(0).to_numpy().view(np.uint64)
+    elif isinstance(column.dtype, pl.Datetime):
+        first = second = column.dt.timestamp("us").fill_null(0).to_numpy().view(np.uint64)
+    else:
+        raise ValueError(f"column {column.name}: type {column.dtype} cannot be part of a record id")
+    if not column.null_count():
+        return first, second
+    null = column.is_null().to_numpy()
+    # No value has both of these bit patterns: a value's are the same in both halves.
+    return np.where(null, _NULLS[0], first), np.where(null, _NULLS[1], second)
+
+
+def _text_bits(column: pl.Series) -> Hash128:
+    """Both halves over the length and the UTF-8 bytes of each text, eight at a time."""
+    lengths = column.str.len_bytes().to_numpy().astype(np.uint64)
+    hashes = lengths, lengths.copy()
+    for here, words in _words(column):
+        if len(here) == len(lengths):
+            _mix_in(hashes, [(words, words)])
+        else:
+            part = hashes[0][here], hashes[1][here]
+            _mix_in(part, [(words, words)])
+            hashes[0][here], hashes[1][here] = part
+    return hashes
+
+
+def _words(column: pl.Series) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The texts' bytes, eight at a time: which texts go on so far, and their next bytes as little-endian numbers."""
+    array = column.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.large_string())
+    _, offsets_buffer, data_buffer = array.buffers()
+    offsets = np.frombuffer(offsets_buffer, np.int64)[array.offset : array.offset + len(array) + 1]
+    data = np.frombuffer(data_buffer, np.uint8) if data_buffer is not None else np.empty(0, np.uint8)
+    padded = np.concatenate([data, np.zeros(_WORD_BYTES, np.uint8)])
+    at: np.ndarray = np.ndarray(len(padded) - _WORD_BYTES + 1, "<u8", buffer=padded, strides=(1,))
+    starts, lengths = offsets[:-1], np.diff(offsets)
+    for done in range(0, int(lengths.max(initial=0)), _WORD_BYTES):
+        here = np.flatnonzero(lengths > done)
+        unused = _WORD_BYTES - np.minimum(lengths[here] - done, _WORD_BYTES)
+        words = at[starts[here] + done].astype(np.uint64)
+        yield here, words & (np.uint64(_MODULUS - 1) >> (unused * 8).astype(np.uint64))
