@@ -15,6 +15,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, create_model
 
 _Model = TypeVar("_Model", bound=BaseModel)
+# Fields by their former names.
+RENAMED = {
+    "prove_on_candidate": "smoke_test_on_candidate",
+}
 
 
 def with_defaults(model: type[_Model], values: Mapping[str, Any]) -> type[_Model]:
@@ -42,6 +46,9 @@ def unknown_fields(model: type[BaseModel], given: Any, path: str) -> Iterator[st
         return
     for name, value in given.items():
         field = model.model_fields.get(str(name))
+        if field is None and RENAMED.get(str(name)) in model.model_fields:
+            yield f"{path}.{name} is now called {RENAMED[str(name)]}"
+            continue
         if field is None:
             yield f"{path}.{name} is unknown{suggestion(str(name), sorted(model.model_fields))}"
             continue
