@@ -19,6 +19,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 RENAMED = {
     "patience_seconds": "retry_timeout_seconds",
     "invocation_patience_seconds": "invocation_retry_timeout_seconds",
+    "prove_on_candidate": "smoke_test_on_candidate",
 }
 
 

@@ -10,7 +10,7 @@ import json
 import os
 from typing import Any
 
-from step_scripts.serving.media import JSON, RequestError, encode, request_media, response_media
+from step_scripts.serving.media import JSON, RequestError
 from step_scripts.serving.served_model import ServedModel, load_served_model, model_in_folder
 
 
@@ -24,12 +24,8 @@ def model_fn(model_dir: str) -> ServedModel:
 def transform_fn(model: ServedModel, content: bytes | str, content_type: str, accept: str) -> Any:
     """The answer to one request: body and media type, or a Flask response with status and reason."""
     try:
-        given = request_media(content_type or "")
-        wanted = response_media(accept or "", given)
-        body = content.encode() if isinstance(content, str) else content
-        if not body:
-            raise RequestError(400, "the body is empty")
-        return encode(model.predict(model.parser.parse(body, given)), wanted).decode(), wanted
+        answer = model.answer(content.encode() if isinstance(content, str) else content, content_type, accept)
+        return answer.output_body.decode(), answer.output_type
     except RequestError as error:
         from flask import Response  # the server's own framework; a plain result would have status 200
 

@@ -80,7 +80,7 @@ class ModelServer:
         listening = bind(self.record)
         host, port = listening.getsockname()[:2]
         config = uvicorn.Config(
-            self.app,  # pyright: ignore[reportArgumentType]  # ASGI messages as plain dicts
+            self.app,
             http=RequestProtocol,
             ws="none",
             lifespan="off",
@@ -185,25 +185,19 @@ class ModelServer:
 
 
 def bind(record: DeploymentRecord) -> socket.socket:
-    """A bound socket. Raises `StartError` if the port is in use and no other may be taken."""
-    wanted = [record.port] if record.port_is_required or not record.port else [record.port, 0]
-    for port in wanted:
-        bound = socket.socket(socket.AF_INET6 if ":" in record.host else socket.AF_INET)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            bound.bind((record.host, port))
-            bound.listen(2048)  # before the state is recorded: from then on connections succeed
+    """A listening socket. Raises `StartError` if the port is in use and no other may be taken."""
+    family = socket.AF_INET6 if ":" in record.host else socket.AF_INET
+    last = record.port if record.port_is_required else 0
+    for port in dict.fromkeys((record.port, last)):
+        try:  # listening before the state is recorded: from then on connections succeed
+            return socket.create_server((record.host, port), family=family, backlog=2048)
         except OSError as error:
-            bound.close()
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                raise StartError(f"cannot listen on {record.host}:{port}: {error.strerror}") from error
-            if port == wanted[-1]:
-                raise StartError(
-                    f"port {port} of {record.host} cannot be used ({error.strerror}); choose another"
-                ) from error
-            continue
-        return bound
-    raise AssertionError("unreachable: port 0 or the last port returns or raises")
+                raise StartError(f"cannot listen on {record.host}:{port}: {reason}") from error
+            if port == last:
+                raise StartError(f"port {port} of {record.host} cannot be used ({reason}); choose another") from error
+    raise AssertionError("unreachable: the last port returns or raises")
 
 
 def _record_server(state: Path, host: str, port: int) -> None:

@@ -1,4 +1,4 @@
-"""What an endpoint host is: it serves approved model versions, each proved by a smoke test before it is switched to."""
+"""What an endpoint host is: it serves approved model versions, each smoke-tested before it is switched to."""
 
 from __future__ import annotations
 
@@ -104,8 +104,15 @@ class SmokeTest(BaseModel):
     def _lines(self) -> Sequence[str]:
         return self.body.strip("\r\n").splitlines()
 
-    def run(self, predict: Callable[[str], Sequence[float]]) -> SmokeTestResult:
-        """Have all rows predicted at once, then up to 20 of them singly. Raises `SmokeTestFailed`."""
+    def run(self, invoke: Callable[[bytes], bytes]) -> SmokeTestResult:
+        """Have all rows predicted at once, then up to 20 of them singly. Raises `SmokeTestFailed`.
+
+        `invoke` sends CSV to the endpoint and returns its answer, CSV.
+        """
+
+        def predict(body: str) -> list[float]:
+            return [float(line) for line in invoke(body.encode()).split()]
+
         lines = self._lines
         header = [lines[0]] if len(lines) > len(self.expected) else []
         rows = lines[len(header) :]

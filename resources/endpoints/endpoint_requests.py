@@ -38,7 +38,7 @@ class Serverless(dg.Config):
     memory_mb: int = Field(default=2048, description="Memory: 1024 to 6144 MB, in steps of 1024.")
     max_concurrency: int = Field(default=5, ge=1, le=200, description="Requests answered at once.")
     provisioned_concurrency: int | None = Field(
-        default=None, ge=1, le=200, description="Of these, kept warm. Costs while nobody asks."
+        default=None, ge=1, le=200, description="Of these, kept warm. Costs money while idle."
     )
 
     @model_validator(mode="after")

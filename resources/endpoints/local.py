@@ -7,6 +7,7 @@ while a deployment is in progress. `python -m resources.endpoints.local stop|sta
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import socket
@@ -34,19 +35,18 @@ from resources.endpoints.base import (
     require_approved,
 )
 from resources.endpoints.captured_files import CapturedFile, captured_below, remove_captured
-from resources.endpoints.changeover import read_deployment, restored_on_failure, wait_for_change
+from resources.endpoints.hot_swap import hot_swap, read_deployment, rollback_on_failure
 from resources.endpoints.server_process import (
     ServerUnreachable,
-    ask_to_reload,
     candidate,
     end_processes,
     end_server,
     find_server,
+    invoke_server,
     log_tail,
+    orphan_servers,
     ping,
-    post,
     start_detached,
-    stray_servers,
     wait_until_serving,
 )
 from resources.inventory import NotOwned, OwnedItem, discarded_items, remove_discarded
@@ -146,10 +146,7 @@ class LocalEndpointHost(EndpointHost):
         if (server := find_server(self._folder(name))) is None:
             known = ", ".join(s.name for s in self.list() if s.state == "InService") or "none"
             raise EndpointNotFound(f"endpoint {name} is not served; served are: {known} (in {self.root})")
-        try:
-            return _invoke(server, name, body, content_type, accept, inference_id)
-        except ServerUnreachable as error:
-            raise InvocationFailed(str(error), status=503, body=b"") from error
+        return invoke_server(server, name, body, content_type, accept, inference_id)
 
     def captured(self, name: str, table: TableSpec, since: datetime, limit: int) -> CapturedRows | None:
         """See `EndpointHost.captured`."""
@@ -190,7 +187,7 @@ class LocalEndpointHost(EndpointHost):
         items = [item for name in self._names() if (item := self._item(name)) is not None]
         items += discarded_items(self.root, "endpoint")
         known = {item.name for item in items}
-        for name, process in stray_servers(Path(self.root).absolute()):
+        for name, process in orphan_servers(Path(self.root).absolute()):
             if name in known or not _NAME.fullmatch(name):
                 continue
             started = datetime.fromtimestamp(process.create_time(), UTC)
@@ -216,7 +213,7 @@ class LocalEndpointHost(EndpointHost):
             raise NotOwned(f"{item.location} is no endpoint of this host ({self.root})")
         if not item.temporary:
             self.delete(item.name)
-        for name, process in stray_servers(Path(self.root).absolute()):
+        for name, process in orphan_servers(Path(self.root).absolute()):
             if name == item.name:
                 end_processes([process])
 
@@ -259,14 +256,14 @@ class LocalEndpointHost(EndpointHost):
             log.info(f"Endpoint {name} serves {version.reference} already.")
             return self._status(name, _smoke(server, name, smoke_test))
         record = self._record(name, version, current, server)
-        first = current is None and server is None  # nobody calls it yet: it is proved as it is
+        first = current is None and server is None  # nobody calls it yet: it is tested as it is
         if not first:
-            self._prove(folder, record, smoke_test, log)
-        with restored_on_failure(folder, current, server if served else None, self.swap_timeout_seconds, log):
-            record.write(folder / DEPLOYMENT_FILE)
+            self._smoke_test_on_candidate(folder, record, smoke_test, log)
+        with rollback_on_failure(folder, current, server if served else None, self.swap_timeout_seconds, log):
             if server and served and record.port in (0, server.port):
-                self._change(folder, server, record)
+                hot_swap(folder, server, record, self.swap_timeout_seconds)
             else:
+                record.write(folder / DEPLOYMENT_FILE)
                 if end_server(folder, self.stop_timeout_seconds):
                     log.info(f"The server of endpoint {name} is started again, on port {record.port}.")
                 server = self._start(folder, record)
@@ -308,7 +305,9 @@ class LocalEndpointHost(EndpointHost):
     def _capture(self) -> CaptureSettings | None:
         return CaptureSettings(**self.data_capture.model_dump()) if self.data_capture else None
 
-    def _prove(self, folder: Path, record: DeploymentRecord, smoke_test: SmokeTest, log: DeploymentLog) -> None:
+    def _smoke_test_on_candidate(
+        self, folder: Path, record: DeploymentRecord, smoke_test: SmokeTest, log: DeploymentLog
+    ) -> None:
         """Run the smoke test on a server of its own, which nobody else knows of."""
         for leftover in folder.glob(".candidate-*"):  # of a deployment that was killed; its server ended with it
             shutil.rmtree(leftover, ignore_errors=True)
@@ -320,22 +319,15 @@ class LocalEndpointHost(EndpointHost):
             try:
                 with candidate(trial, self.start_timeout_seconds) as server:
                     result = _smoke(server, record.endpoint_name, smoke_test)
-            except ServerUnreachable as error:
+            except (ServerUnreachable, TimeoutError) as error:
                 raise ServerUnreachable(f"{error}:\n{log_tail(trial)}") from error
         finally:
             shutil.rmtree(trial, ignore_errors=True)
         log.info(_measured(record, result))
 
-    def _change(self, folder: Path, server: ServerRecord, record: DeploymentRecord) -> None:
-        ask_to_reload(server, folder)
-        wait_for_change(folder, server, record, self.swap_timeout_seconds)
-
     def _start(self, folder: Path, record: DeploymentRecord) -> ServerRecord:
         start_detached(folder)
-        try:
-            server = wait_until_serving(folder, self.start_timeout_seconds)
-        except ServerUnreachable as error:
-            raise ServerUnreachable(f"{error}:\n{log_tail(folder)}") from error
+        server = wait_until_serving(folder, self.start_timeout_seconds)
         # The port that it got is the one to ask for from now on.
         record.model_copy(update={"port": server.port}).write(folder / DEPLOYMENT_FILE)
         return server
@@ -348,25 +340,13 @@ class LocalEndpointHost(EndpointHost):
 
 
 def _require_free(host: str, port: int, name: str) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise EndpointDeploymentFailed(
-                f"endpoint {name} cannot be served on port {port}, which is configured: {error.strerror}. Configure "
-                "another port, leave it empty, or end the program that uses it."
-            ) from error
-
-
-def _invoke(
-    server: ServerRecord, name: str, body: bytes, content_type: str, accept: str, inference_id: str | None
-) -> bytes:
-    status, answer = post(server, f"/endpoints/{name}/invocations", body, content_type, accept, inference_id)
-    if status != 200:
-        text = answer.decode(errors="replace")[:2000]
-        raise InvocationFailed(f"endpoint {name} answered {status}: {text}", status=status, body=answer)
-    return answer
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise EndpointDeploymentFailed(
+            f"endpoint {name} cannot be served on port {port}, which is configured: {os.strerror(error.errno or 0)}. "
+            "Configure another port, leave it empty, or end the program that uses it."
+        ) from error
 
 
 def _measured(record: DeploymentRecord, result: SmokeTestResult) -> str:
@@ -378,11 +358,7 @@ def _measured(record: DeploymentRecord, result: SmokeTestResult) -> str:
 
 
 def _smoke(server: ServerRecord, name: str, smoke_test: SmokeTest) -> SmokeTestResult:
-    def predict(body: str) -> Sequence[float]:
-        answer = _invoke(server, name, body.encode(), "text/csv", "text/csv", PROBE_ID)
-        return [float(line) for line in answer.split()]
-
-    return smoke_test.run(predict)
+    return smoke_test.run(lambda body: invoke_server(server, name, body, "text/csv", "text/csv", PROBE_ID))
 
 
 def main(arguments: Sequence[str]) -> int:

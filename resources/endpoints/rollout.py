@@ -1,4 +1,4 @@
-"""One deployment of a model version to a SageMaker endpoint: create or change, prove, go back, clean up."""
+"""One deployment of a model version to a SageMaker endpoint: create or change, test, go back, clean up."""
 
 from __future__ import annotations
 
@@ -40,30 +40,24 @@ _FAILURES = (EndpointDeploymentFailed, SmokeTestFailed, InvocationFailed)
 
 
 @dataclass(frozen=True)
-class RolloutPlan:
-    """What is to be created, and how long that may take.
+class Rollout:
+    """Brings `version` to endpoint `name`.
 
     `model` holds the parameters of `create_model`; `config` gives those of `create_endpoint_config` for a model's
-    name, for a candidate or not; `deployment` is the `DeploymentConfig` of updates.
+    name, for a candidate or not; `deployment` is the `DeploymentConfig` of updates. `smoke` tests the endpoint with the
+    name that it is given.
     """
-
-    model: Mapping[str, Any]
-    config: Callable[[str, bool], Mapping[str, Any]]
-    deployment: Mapping[str, Any] | None
-    tags: Mapping[str, str]
-    prove_on_candidate: bool
-    start_seconds: float
-    update_seconds: float
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """Brings `version` to endpoint `name`. `smoke` tests the endpoint with the name that it is given."""
 
     parts: EndpointParts
     name: str
     version: ModelVersion
-    plan: RolloutPlan
+    model: Mapping[str, Any]
+    config: Callable[[str, bool], Mapping[str, Any]]
+    deployment: Mapping[str, Any] | None
+    tags: Mapping[str, str]
+    smoke_test_on_candidate: bool
+    start_seconds: float
+    update_seconds: float
     smoke: Callable[[str], SmokeTestResult]
     log: DeploymentLog
 
@@ -73,16 +67,16 @@ class Rollout:
         Raises `EndpointDeploymentFailed`, `SmokeTestFailed` or `InvocationFailed` when what served before still does,
         and nothing that was created is left. An interrupt leaves a change that SageMaker has begun to SageMaker.
         """
-        current = self.parts.settled(self.name, self.plan.update_seconds, self.log)
+        current = self.parts.settled(self.name, self.update_seconds, self.log)
         if current and current.status in BROKEN:
             reason = current.description.get("FailureReason", "no reason given")
             self.log.warning(f"Endpoint {self.name} is {current.status} ({reason}): it is created again.")
-            self.parts.remove_endpoint(self.name, self.plan.update_seconds, self.log)
+            self.parts.remove_endpoint(self.name, self.update_seconds, self.log)
             current = None
-        remove_candidates(self.parts, self.name, self.plan.start_seconds, self.log, older_than=self.plan.start_seconds)
+        remove_candidates(self.parts, self.name, self.start_seconds, self.log, older_than=self.start_seconds)
         keep = {current.config, current.tags.get(PREVIOUS_CONFIG_TAG, "")} if current else set[str]()
         try:
-            model = self.parts.create("CreateModel", "ModelName", self.plan.model)
+            model = self.parts.create("CreateModel", "ModelName", self.model)
             config = self._config(model, candidate=False)
             if current is None:
                 return self._create(config)
@@ -92,8 +86,8 @@ class Rollout:
                 before = current.tags.get(CONFIG_TAG, config)
                 # They differ if the run that changed the endpoint did not live to see it.
                 return current if before == config else self._record(current, config, before), result
-            if self.plan.prove_on_candidate:
-                self._prove(model)
+            if self.smoke_test_on_candidate:
+                self._smoke_test_on_candidate(model)
             return self._change(current, config)
         except Exception:
             self._clean_up(keep)
@@ -106,35 +100,35 @@ class Rollout:
             self.parts.remove_parts(self.name, keep | ({found.config} if found else set()))
 
     def _config(self, model: str, *, candidate: bool) -> str:
-        request = self.plan.config(model, candidate)
+        request = self.config(model, candidate)
         return self.parts.create("CreateEndpointConfig", "EndpointConfigName", request)
 
     def _create(self, config: str) -> tuple[FoundEndpoint, SmokeTestResult]:
         name = self.name
         self.log.info(f"Creating endpoint {name} for {self.version.reference}.")
         own = {ENDPOINT_TAG: name, ROLE_TAG: SERVING, CONFIG_TAG: config, DEPLOYED_TAG: datetime.now(UTC).isoformat()}
-        tags = owned(own, self.plan.tags)
+        tags = owned(own, self.tags)
         request = {"EndpointName": name, "EndpointConfigName": config, "Tags": tags}
         check_request("CreateEndpoint", request)
         self.parts.with_new_parts(self.parts.client.create_endpoint, **request)
         try:
-            found = self._in_service(name, config, self.plan.start_seconds)
+            found = self._in_service(name, config, self.start_seconds)
             result = self.smoke(name)
         except _FAILURES:
-            self.parts.remove_endpoint(name, self.plan.update_seconds, self.log)
+            self.parts.remove_endpoint(name, self.update_seconds, self.log)
             raise
         self.parts.remove_parts(name, {config})
         return found, result
 
-    def _prove(self, model: str) -> None:
+    def _smoke_test_on_candidate(self, model: str) -> None:
         """Run the smoke test on an endpoint of its own, and remove that."""
         from botocore.exceptions import ClientError
 
         config = self._config(model, candidate=True)
         candidate = part_name(self.name, {"config": config}, "-candidate")
-        self.log.info(f"Proving {self.version.reference} on endpoint {candidate}.")
+        self.log.info(f"Testing {self.version.reference} on endpoint {candidate}.")
         try:
-            result = self._prove_on(candidate, config)
+            result = self._tested(candidate, config)
         except Exception:
             self._discard(candidate, config)
             raise
@@ -143,18 +137,18 @@ class Rollout:
                 self.parts.client.delete_endpoint(EndpointName=candidate)
             self.log.warning(
                 f"Endpoint {candidate} may still be starting, which costs money. Deploying {self.version.reference} "
-                f"again takes it up; any deployment to {self.name} after {self.plan.start_seconds:g} s removes it."
+                f"again takes it up; any deployment to {self.name} after {self.start_seconds:g} s removes it."
             )
             raise
         self._discard(candidate, config)
         figures = f"largest difference {result.largest_difference:g}, {result.median_ms:g} ms a row"
         self.log.info(f"Smoke test of {self.version.reference}: {counted(result.rows, 'row')}, {figures}.")
 
-    def _prove_on(self, candidate: str, config: str) -> SmokeTestResult:
+    def _tested(self, candidate: str, config: str) -> SmokeTestResult:
         from botocore.exceptions import ClientError
 
         since = datetime.now(UTC)
-        tags = owned(part_tags(self.name, self.version, CANDIDATE), self.plan.tags)
+        tags = owned(part_tags(self.name, self.version, CANDIDATE), self.tags)
         request = {"EndpointName": candidate, "EndpointConfigName": config, "Tags": tags}
         check_request("CreateEndpoint", request)
         try:
@@ -164,7 +158,7 @@ class Rollout:
             if existing is None or not is_ours(existing.tags):  # else an interrupted deployment left it
                 raise
         try:
-            self._in_service(candidate, config, self.plan.start_seconds)
+            self._in_service(candidate, config, self.start_seconds)
             return self.smoke(candidate)
         except _FAILURES as error:
             tail = self.parts.log_tail(candidate, since)
@@ -175,15 +169,15 @@ class Rollout:
         """Have SageMaker change over, test, and go back if the test fails."""
         name, served = self.name, current.config_tags.get(VERSION_TAG, "")
         self.log.info(f"Changing endpoint {name} from {served} to {self.version.reference}.")
-        self.parts.update(name, config, self.plan.deployment)
-        found = self._in_service(name, config, self.plan.update_seconds)
+        self.parts.update(name, config, self.deployment)
+        found = self._in_service(name, config, self.update_seconds)
         try:
             result = self.smoke(name)
         except BaseException as error:
             self.log.warning(f"Going back to {served}.")
             self.parts.update(name, current.config, None)
             if isinstance(error, Exception):
-                self._in_service(name, current.config, self.plan.update_seconds)
+                self._in_service(name, current.config, self.update_seconds)
             raise
         return self._record(found, config, current.config), result
 
@@ -213,7 +207,7 @@ class Rollout:
     def _discard(self, candidate: str, config: str) -> None:
         found = self.parts.find(candidate)
         if found and is_ours(found.tags):
-            self.parts.remove_endpoint(candidate, self.plan.start_seconds, self.log)
+            self.parts.remove_endpoint(candidate, self.start_seconds, self.log)
         self.parts.remove_config(config)
 
 

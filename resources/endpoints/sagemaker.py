@@ -1,6 +1,6 @@
-"""Endpoints of SageMaker: created, changed by SageMaker's blue/green deployment, proved before they count.
+"""Endpoints of SageMaker: created, changed by SageMaker's blue/green deployment, tested before they count.
 
-A new version is first proved on a candidate endpoint of its own, which lives for some minutes; then SageMaker starts it
+A new version is first tested on a candidate endpoint of its own, which lives for some minutes; then SageMaker starts it
 beside the old one and moves the traffic; then the endpoint itself is tested, and if that fails the previous
 configuration serves again. Configurations and models made for an endpoint are removed when neither the version served
 nor the one before needs them. Only what carries this project's tags is changed or removed.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
 
@@ -51,7 +51,7 @@ from resources.endpoints.endpoint_requests import (
     model_request,
 )
 from resources.endpoints.invocation import MAX_BODY_BYTES, send
-from resources.endpoints.rollout import Rollout, RolloutPlan, remove_candidates
+from resources.endpoints.rollout import Rollout, remove_candidates
 from resources.inventory import NotOwned, OwnedItem
 from resources.model_registry.base import ModelVersion
 from resources.model_registry.model_packages import ModelPackages
@@ -85,9 +85,9 @@ class SageMakerEndpointHost(EndpointHost):
     serverless: Serverless | None = Field(default=None, description="Serverless instead of instances.")
     data_capture: DataCapture | None = Field(default=None, description="Keep requests and answers. Empty: no.")
     traffic: TrafficShift = Field(default=TrafficShift(), description="How traffic moves to a new version.")
-    prove_on_candidate: bool = Field(
+    smoke_test_on_candidate: bool = Field(
         default=True,
-        description="Prove a new version on an endpoint of its own before the one that serves is changed. Costs one "
+        description="Test a new version on an endpoint of its own before the one that serves is changed. Costs one "
         "instance for the minutes that takes. Off: the test comes after the change, which is undone if it fails.",
     )
     kms_key: str | None = Field(default=None, description="KMS key for the instances' volumes.")
@@ -153,12 +153,8 @@ class SageMakerEndpointHost(EndpointHost):
         since = datetime.now(UTC)
         parts = self._parts()
 
-        def predict_with(endpoint: str, body: str) -> Sequence[float]:
-            answer = self._send(endpoint, body.encode(), "text/csv", "text/csv", PROBE_ID)
-            return [float(line) for line in answer.split()]
-
         def smoke(endpoint: str) -> SmokeTestResult:
-            return smoke_test.run(lambda body: predict_with(endpoint, body))
+            return smoke_test.run(lambda body: self._send(endpoint, body, "text/csv", "text/csv", PROBE_ID))
 
         current = parts.find(name)
         if current and not is_ours(current.tags):
@@ -166,7 +162,7 @@ class SageMakerEndpointHost(EndpointHost):
                 f"endpoint {name} exists and was not created by this project; it is left alone. Choose another name"
             )
         try:
-            found, result = Rollout(parts, name, version, self._plan(name, version), smoke, log).run()
+            found, result = self._rollout(parts, name, version, smoke, log).run()
         except (EndpointDeploymentFailed, SmokeTestFailed, InvocationFailed, ClientError, BotoCoreError) as error:
             tail = parts.log_tail(name, since)
             shown = f"\nEnd of the containers' log (/aws/sagemaker/Endpoints/{name}):\n{tail}" if tail else ""
@@ -275,7 +271,14 @@ class SageMakerEndpointHost(EndpointHost):
     def _tags(self) -> dict[str, str]:
         return {**root_tags(self.root), **self.tags}
 
-    def _plan(self, name: str, version: ModelVersion) -> RolloutPlan:
+    def _rollout(
+        self,
+        parts: EndpointParts,
+        name: str,
+        version: ModelVersion,
+        smoke: Callable[[str], SmokeTestResult],
+        log: DeploymentLog,
+    ) -> Rollout:
         model = model_request(
             name,
             version,
@@ -298,14 +301,19 @@ class SageMakerEndpointHost(EndpointHost):
                 tags=self._tags,
             )
 
-        return RolloutPlan(
+        return Rollout(
+            parts=parts,
+            name=name,
+            version=version,
             model=model,
             config=config,
             deployment=None if self.serverless else self.traffic.request(),
             tags=self._tags,
-            prove_on_candidate=self.prove_on_candidate,
+            smoke_test_on_candidate=self.smoke_test_on_candidate,
             start_seconds=self.start_timeout_seconds,
             update_seconds=self.update_timeout_seconds + self.traffic.seconds,
+            smoke=smoke,
+            log=log,
         )
 
     def _client(self, service: str, retry_seconds: float | None = None) -> Any:

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,8 +15,17 @@ from typing import Any
 
 import psutil
 
+from resources.aws.waiting import wait_until
+from resources.endpoints.base import InvocationFailed
 from step_scripts.runner.private_files import open_private
-from step_scripts.serving.deployment import DEPLOYMENT_FILE, LOG_FILE, SERVER_FILE, ServerRecord
+from step_scripts.serving.deployment import (
+    DEPLOYMENT_FILE,
+    LOG_FILE,
+    RELOAD_FILE,
+    SERVER_FILE,
+    ReloadRecord,
+    ServerRecord,
+)
 
 START_LOG_FILE = "start.log"
 _PROJECT = Path(__file__).parents[2]
@@ -32,15 +40,12 @@ class ServerUnreachable(RuntimeError):
 
 
 def find_server(folder: Path) -> ServerRecord | None:
-    """The process that serves the state folder, if it is alive. A later process with its pid is not taken for it."""
+    """What the process that serves the state folder has recorded, if it is alive."""
     try:
         record = ServerRecord.read(folder / SERVER_FILE)
-        process = psutil.Process(record.pid)
-        if abs(process.create_time() - record.create_time) > _CREATE_TIME_TOLERANCE:
-            return None
-        return record if process.status() != psutil.STATUS_ZOMBIE else None
-    except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
+    except (FileNotFoundError, ValueError):
         return None
+    return record if find_process(record) is not None else None
 
 
 def start_detached(folder: Path) -> None:
@@ -61,7 +66,7 @@ def start_detached(folder: Path) -> None:
 def candidate(folder: Path, timeout_seconds: float) -> Iterator[ServerRecord]:
     """A server for the state folder, up to the end of the block. It also ends when this process does.
 
-    Raises `ServerUnreachable` with the end of its log if it does not start.
+    Raises `ServerUnreachable` if it does not start, `TimeoutError`.
     """
     with open_private(folder / START_LOG_FILE, "ab") as log:
         process = subprocess.Popen(
@@ -74,7 +79,7 @@ def candidate(folder: Path, timeout_seconds: float) -> Iterator[ServerRecord]:
             start_new_session=True,
         )
     try:
-        yield wait_until_serving(folder, timeout_seconds, process)
+        yield wait_until_serving(folder, timeout_seconds, process=process)
     finally:
         process.terminate()
         try:
@@ -96,26 +101,54 @@ def _environment() -> dict[str, str]:
 
 
 def wait_until_serving(
-    folder: Path, timeout_seconds: float, process: subprocess.Popen[bytes] | None = None
+    folder: Path,
+    timeout_seconds: float,
+    *,
+    deployment_id: str | None = None,
+    process: subprocess.Popen[bytes] | None = None,
 ) -> ServerRecord:
-    """Wait until the server of the folder has loaded its model. Raises `ServerUnreachable`."""
-    deadline = time.monotonic() + timeout_seconds
-    while time.monotonic() < deadline:
-        record = find_server(folder)
-        if record is not None and ping(record) is not None:
-            return record
-        if process is not None and process.poll() is not None:
+    """Wait until the server of the folder serves: the deployment `deployment_id`, where that is given.
+
+    Raises `ServerUnreachable` if it does not start, ends, or refuses the deployment, `TimeoutError`.
+    """
+
+    def serving() -> ServerRecord | None:
+        server = find_server(folder)
+        served = ping(server) if server is not None else None
+        if served is not None and deployment_id in (None, served["deployment_id"]):
+            return server
+        if deployment_id is not None:
+            _check_reload(folder, server, deployment_id)
+        elif process is not None and process.poll() is not None:
             raise ServerUnreachable(f"the server ended with status {process.returncode}")
-        failed = folder / START_LOG_FILE
-        if process is None and record is None and failed.exists() and b"error: " in failed.read_bytes():
+        elif server is None and process is None and _said_error(folder / START_LOG_FILE):
             raise ServerUnreachable("the server did not start")
-        time.sleep(_POLL_SECONDS)
-    raise ServerUnreachable(f"the server was not ready within {timeout_seconds:g} s")
+        return None
+
+    what = "the start of the server" if deployment_id is None else "the change to the new model"
+    return wait_until(serving, timeout=timeout_seconds, interval=_POLL_SECONDS, what=what)
 
 
-def ask_to_reload(server: ServerRecord, folder: Path) -> None:
+def _check_reload(folder: Path, server: ServerRecord | None, deployment_id: str) -> None:
+    if server is None:
+        raise ServerUnreachable("the server ended while it changed to the new model")
+    with suppress(FileNotFoundError):
+        outcome = ReloadRecord.read(folder / RELOAD_FILE)
+        if outcome.deployment_id == deployment_id and outcome.error:
+            raise ServerUnreachable(f"the server refused the model: {outcome.error}")
+
+
+def _said_error(log: Path) -> bool:
+    return log.exists() and b"error: " in log.read_bytes()
+
+
+def reload_server(server: ServerRecord, folder: Path) -> None:
     """Have the server read its deployment file again. Raises `ServerUnreachable` if it has ended."""
-    _signal(server, folder, signal.SIGHUP)
+    process = find_process(server)
+    if process is None:
+        raise ServerUnreachable(f"the process that served {folder} has ended")
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(signal.SIGHUP)  # psutil compares the creation time once more
 
 
 def end_server(folder: Path, timeout_seconds: float) -> bool:
@@ -124,19 +157,18 @@ def end_server(folder: Path, timeout_seconds: float) -> bool:
     if server is None:
         return False
     for number, seconds in ((signal.SIGTERM, timeout_seconds), (signal.SIGKILL, 5.0)):
-        with suppress(ServerUnreachable):
-            _signal(server, folder, number)
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if find_server_process(server) is None:
-                (folder / SERVER_FILE).unlink(missing_ok=True)
-                return True
-            time.sleep(_POLL_SECONDS)
+        if (process := find_process(server)) is not None:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        with suppress(TimeoutError):
+            wait_until(lambda: find_process(server) is None, timeout=seconds, interval=_POLL_SECONDS, what="its end")
+            (folder / SERVER_FILE).unlink(missing_ok=True)
+            return True
     raise TimeoutError(f"process {server.pid}, which serves {folder}, cannot be ended")
 
 
-def find_server_process(server: ServerRecord) -> psutil.Process | None:
-    """The process itself, if it is the recorded one and alive."""
+def find_process(server: ServerRecord) -> psutil.Process | None:
+    """The recorded process, if it is alive. A later process with its pid is not taken for it."""
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(server.pid)
         same = abs(process.create_time() - server.create_time) <= _CREATE_TIME_TOLERANCE
@@ -145,15 +177,7 @@ def find_server_process(server: ServerRecord) -> psutil.Process | None:
     return None
 
 
-def _signal(server: ServerRecord, folder: Path, number: signal.Signals) -> None:
-    process = find_server_process(server)
-    if process is None:
-        raise ServerUnreachable(f"the process that served {folder} has ended")
-    with suppress(psutil.NoSuchProcess):
-        process.send_signal(number)  # psutil compares the creation time once more
-
-
-def stray_servers(root: Path) -> list[tuple[str, psutil.Process]]:
+def orphan_servers(root: Path) -> list[tuple[str, psutil.Process]]:
     """Serving processes of endpoints directly below `root` whose deployment file is gone, with the endpoints' names."""
     found = []
     for process in psutil.process_iter():
@@ -168,7 +192,7 @@ def stray_servers(root: Path) -> list[tuple[str, psutil.Process]]:
 
 
 def end_processes(processes: list[psutil.Process], seconds: float = 10.0) -> None:
-    """End processes in order, or by force after `seconds`. Those that have ended do not matter."""
+    """End processes in order, or by force after `seconds`. Those that have ended are ignored."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
@@ -182,37 +206,36 @@ def end_processes(processes: list[psutil.Process], seconds: float = 10.0) -> Non
 def ping(server: ServerRecord) -> dict[str, Any] | None:
     """What the server says it serves; None if it does not answer, or is still loading."""
     try:
-        status, body = _request(server, "GET", "/ping", timeout_seconds=_PING_SECONDS)
+        status, body = _request(server, "GET", "/ping", None, {}, _PING_SECONDS)
         return json.loads(body) if status == 200 else None
     except (OSError, http.client.HTTPException, ValueError):
         return None
 
 
-def post(
-    server: ServerRecord, path: str, body: bytes, content_type: str, accept: str, inference_id: str | None
-) -> tuple[int, bytes]:
-    """Status and body of the answer. Raises `ServerUnreachable`."""
+def invoke_server(
+    server: ServerRecord, name: str, body: bytes, content_type: str, accept: str, inference_id: str | None
+) -> bytes:
+    """The answer to a request. Raises `InvocationFailed`, also if the server does not answer."""
     headers = {"Content-Type": content_type, "Accept": accept}
     if inference_id:
         headers["X-Amzn-SageMaker-Inference-Id"] = inference_id
     try:
-        return _request(server, "POST", path, body, headers, _REQUEST_SECONDS)
+        status, answer = _request(server, "POST", "/invocations", body, headers, _REQUEST_SECONDS)
     except (OSError, http.client.HTTPException) as error:
-        summary = f"{type(error).__name__}: {error}"
-        raise ServerUnreachable(f"http://{server.host}:{server.port}{path} does not answer: {summary}") from error
+        reason = f"http://{server.host}:{server.port} does not answer: {type(error).__name__}: {error}"
+        raise InvocationFailed(f"endpoint {name}: {reason}", status=503, body=b"") from error
+    if status != 200:
+        text = answer.decode(errors="replace")[:2000]
+        raise InvocationFailed(f"endpoint {name} answered {status}: {text}", status=status, body=answer)
+    return answer
 
 
 def _request(
-    server: ServerRecord,
-    method: str,
-    path: str,
-    body: bytes | None = None,
-    headers: dict[str, str] | None = None,
-    timeout_seconds: float = _REQUEST_SECONDS,
+    server: ServerRecord, method: str, path: str, body: bytes | None, headers: dict[str, str], timeout_seconds: float
 ) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection(server.host, server.port, timeout=timeout_seconds)
     try:
-        connection.request(method, path, body, headers or {})
+        connection.request(method, path, body, headers)
         response = connection.getresponse()
         return response.status, response.read()
     finally:

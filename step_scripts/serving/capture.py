@@ -13,10 +13,8 @@ import json
 import logging
 import random
 import threading
-import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -28,17 +26,15 @@ from step_scripts.serving.media import CSV
 VARIANT = "AllTraffic"
 _WAITING_BYTES = 32 << 20
 _WAITING_REQUESTS = 20_000
-_SEGMENTS = 8  # files that the bound is made of, at least
-_SEGMENT_BYTES = 16 << 20
+_FILES = 8  # that the bound is made of, at least
+_FILE_BYTES = 16 << 20
 _BATCH_SECONDS = 0.2  # how long requests are gathered before they are written
-_CHUNK = 1 << 15  # characters encoded at once: some 0.1 ms in which nothing else runs
-_SMALL = 1 << 12
 _CLOSE_SECONDS = 5.0
 
 logger = logging.getLogger("housing.serving")
 
 
-class Exchange(NamedTuple):
+class CapturedRequest(NamedTuple):
     """One request and its answer. `at`: when it was answered."""
 
     at: datetime
@@ -60,7 +56,7 @@ class RequestCapture:
     def __init__(self, folder: Path, settings: CaptureSettings) -> None:
         self.settings = settings
         self._files = _BoundedFiles(folder / VARIANT, int(settings.megabytes * 1e6))
-        self._waiting: deque[Exchange] = deque()
+        self._waiting: deque[CapturedRequest] = deque()
         self._waiting_bytes = 0
         self._lock = threading.Lock()
         self._some = threading.Event()
@@ -70,17 +66,17 @@ class RequestCapture:
         self._thread = threading.Thread(target=self._run, name="capture", daemon=True)
         self._thread.start()
 
-    def add(self, exchange: Exchange) -> None:
-        """Take the exchange if it falls into the sample. Never waits for the disk, never fails."""
+    def add(self, request: CapturedRequest) -> None:
+        """Take the request if it falls into the sample. Never waits for the disk, never fails."""
         if random.random() * 100 >= self.settings.sampling_percentage:
             return
         with self._lock:  # the thread holds it for microseconds
-            full = self._waiting_bytes + exchange.size > _WAITING_BYTES or len(self._waiting) >= _WAITING_REQUESTS
+            full = self._waiting_bytes + request.size > _WAITING_BYTES or len(self._waiting) >= _WAITING_REQUESTS
             if full or self._closing.is_set():
                 self._dropped += 1
                 return
-            self._waiting.append(exchange)
-            self._waiting_bytes += exchange.size
+            self._waiting.append(request)
+            self._waiting_bytes += request.size
             if len(self._waiting) == 1:
                 self._some.set()
 
@@ -109,10 +105,10 @@ class RequestCapture:
             with self._lock:
                 if not self._waiting:
                     break
-                exchange = self._waiting.popleft()
-                self._waiting_bytes -= exchange.size
+                request = self._waiting.popleft()
+                self._waiting_bytes -= request.size
             try:
-                self._files.write(exchange.at, _encoded(exchange))
+                self._files.write(request.at, captured_line(request))
                 written += 1
                 self._error = ""
             except (OSError, ValueError) as error:  # ValueError: larger than the bound
@@ -133,36 +129,23 @@ class RequestCapture:
             self._files.close()  # what it still holds cannot be written either; the next request opens another
 
 
-def _encoded(exchange: Exchange) -> bytes:
-    """The line as bytes. After each large piece, threads that answer requests have their turn."""
-    pieces = []
-    for piece in captured_line(exchange):
-        pieces.append(piece.encode())
-        if len(piece) > _SMALL:
-            time.sleep(0)
-    return b"".join(pieces)
-
-
-def captured_line(exchange: Exchange) -> Iterator[str]:
-    """One line of SageMaker's captured data, in pieces."""
+def captured_line(request: CapturedRequest) -> bytes:
+    """One line of SageMaker's captured data."""
     # SageMaker's times are whole seconds; finer ones tell the requests before a change of model from those after it.
-    metadata = {"eventId": str(uuid.uuid4()), "inferenceTime": exchange.at.strftime("%Y-%m-%dT%H:%M:%S.%fZ")}
-    if exchange.inference_id:
-        metadata["inferenceId"] = exchange.inference_id
-    yield '{"captureData":{"endpointInput":'
-    yield from _part("INPUT", exchange.input_type, exchange.input_body)
-    yield ',"endpointOutput":'
-    yield from _part("OUTPUT", exchange.output_type, exchange.output_body)
-    yield f'}},"eventMetadata":{json.dumps(metadata)},"eventVersion":"0"}}\n'
+    metadata = {"eventId": str(uuid.uuid4()), "inferenceTime": request.at.strftime("%Y-%m-%dT%H:%M:%S.%fZ")}
+    if request.inference_id:
+        metadata["inferenceId"] = request.inference_id
+    data = {
+        "endpointInput": _captured("INPUT", request.input_type, request.input_body),
+        "endpointOutput": _captured("OUTPUT", request.output_type, request.output_body),
+    }
+    return json.dumps({"captureData": data, "eventMetadata": metadata, "eventVersion": "0"}).encode() + b"\n"
 
 
-def _part(mode: str, media: str, body: bytes) -> Iterator[str]:
+def _captured(mode: str, media: str, body: bytes) -> dict[str, str]:
     encoding = "CSV" if media == CSV else "JSON"
-    yield f'{{"observedContentType":{json.dumps(media)},"mode":"{mode}","data":"'
     text = body.decode(errors="replace")
-    for start in range(0, len(text), _CHUNK):
-        yield json.dumps(text[start : start + _CHUNK])[1:-1]
-    yield f'","encoding":"{encoding}"}}'
+    return {"observedContentType": media, "mode": mode, "data": text, "encoding": encoding}
 
 
 class _BoundedFiles:
@@ -173,7 +156,7 @@ class _BoundedFiles:
         if folder.parent.is_dir():
             folder.parent.chmod(0o700)  # an earlier version made it for all to read
         self._bound = bound
-        self._segment = min(bound // _SEGMENTS, _SEGMENT_BYTES)
+        self._file_bytes = min(bound // _FILES, _FILE_BYTES)
         # Paths sort by time. A file counts with the size it had when the capture began, or that was written since.
         self._sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*.jsonl"))}
         self._total = sum(self._sizes.values())
@@ -186,7 +169,7 @@ class _BoundedFiles:
             raise ValueError(f"a request of {len(line)} bytes is larger than the bound of {self._bound}")
         hour = self._folder / at.strftime("%Y/%m/%d/%H")
         size = self._sizes.get(self._current, 0)
-        if self._file is None or self._current.parent != hour or (size and size + len(line) > self._segment):
+        if self._file is None or self._current.parent != hour or (size and size + len(line) > self._file_bytes):
             self._open(hour, at)
         self._make_room(len(line))
         assert self._file is not None
@@ -227,5 +210,5 @@ class _BoundedFiles:
 
 
 def now() -> datetime:
-    """The time that an exchange is recorded with."""
+    """The time that a request is recorded with."""
     return datetime.now(UTC)

@@ -24,6 +24,7 @@ RELOAD_FILE = "reload.json"
 LOG_FILE = "server.log"
 LOCK_FILE = "server.lock"
 CAPTURE_FOLDER = "captured"
+MAX_BODY_BYTES = 6_291_456  # of a request; SageMaker's limit
 
 
 class _StateFile(BaseModel):

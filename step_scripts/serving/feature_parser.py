@@ -2,10 +2,13 @@
 
 Accepted: `text/csv` (features in the schema's order, or with a header line in any order and case), `application/json`
 (`{"instances": [...]}`, a list of rows, one row) and JSON lines; a row is a list of features in the schema's order or
-an object. Other columns of the table (target, keys, event time) may be there and are ignored.
+an object. Other columns of the table (target, keys, event time) may be there and are ignored. Names that differ only in
+case or in their Unicode form are the same name.
 
-A body is read a piece at a time, until a hundred problems have been found: a refused one costs no more than one that is
-answered. Lines of CSV end with LF, CR LF or CR; a line end in quotes is allowed in columns that are no features.
+All of them become rows of cells, which `FeatureParser` turns into numbers and checks. A body is read a piece at a time,
+until a hundred problems have been found: a refused one costs no more than one that is answered. Long pieces of CSV are
+read by Polars; only the lines that it cannot read, or whose values are not allowed, are looked at one by one. Lines of
+CSV end with LF, CR LF or CR; a line end in quotes is allowed in columns that are no features.
 """
 
 from __future__ import annotations
@@ -13,9 +16,10 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,15 +31,247 @@ from step_scripts.serving.request_rows import CsvRecords, json_line_pieces, json
 from step_scripts.table.polars_csv import read_csv
 from step_scripts.table.spec import ColumnSpec, TableSpec
 
-_QUICK_BYTES = 2048  # of a single CSV line that is tried without the CSV reader
 _BATCH = 4096  # characters from which on Polars is faster than the CSV reader
-# Characters of a CSV piece: larger and larger while few rows are not in order, smaller while many are not.
-_LARGEST, _FIRST, _SMALLEST, _STEP = 1 << 22, 1 << 18, 1 << 14, 4
-_DOUBTFUL = 1000  # rows that are looked at one by one, before it is asked whether there are problems enough
+_PIECE = 1 << 18  # characters of CSV that are given to Polars at once
+_SOME = 1000  # rows that are looked at one by one, before it is asked whether there are problems enough
 _ROW, _ROW_PER_COLUMN = 1 << 16, 64  # characters that a row may have, at least
 _COMMA, _LINE_END, _QUOTE = b',\n"'
-_OK, _MISSING, _NOT_A_NUMBER, _NOT_FINITE, _NOT_WHOLE, _OUTSIDE = range(6)
-_WHOLE = ("int64", "bool")
+# What stands for a cell that holds no number; one that is empty is NaN. Neither is within the bounds of a column.
+_NOT_FINITE, _NOT_A_NUMBER = math.inf, -math.inf
+
+# A row is its cells in the order of the features, or the reason why it cannot be one.
+Row = Sequence[Any] | str
+
+
+class FeatureParser:
+    """Turns request bodies into raw features, and refuses what the table does not allow."""
+
+    def __init__(self, table: TableSpec) -> None:
+        self.features = table.features
+        self._columns = [table.column(name) for name in table.features]
+        self._booleans = [column.dtype == "bool" for column in self._columns]
+        self._rules = _Rules(self._columns)
+        folded = [_folded(name) for name in table.column_names]
+        self._names = {
+            fold: name for fold, name in zip(folded, table.column_names, strict=True) if folded.count(fold) == 1
+        }
+        self._names |= {name: name for name in table.column_names}
+        self._row_characters = max(_ROW, _ROW_PER_COLUMN * len(table.columns))
+        self._places = lru_cache(maxsize=256)(self._find_places)
+
+    def parse(self, body: bytes, media: str) -> np.ndarray:
+        """Raw features: float64, shape (rows, features), nulls as NaN. Raises `RequestError` 400."""
+        text = decode_text(body)
+        return self._csv(text) if media == CSV else self._json(text, media)
+
+    def _json(self, text: str, media: str) -> np.ndarray:
+        found = _Found(self.features)
+        pieces, begins = (json_pieces, "[{") if media == JSON else (json_line_pieces, "\n")
+        for rows, position in pieces(text, self._row_characters):
+            for start in range(0, len(rows), _SOME):
+                self._examine([self._json_row(row) for row in rows[start : start + _SOME]], _json_number, found)
+                if found.enough:
+                    rest = sum(text.count(character, position) for character in begins)
+                    return found.result(rest + max(0, len(rows) - start - _SOME))
+        return found.result()
+
+    def _json_row(self, row: Any) -> Row:
+        if isinstance(row, tuple):
+            names, values = zip(*row, strict=True) if row else ((), ())
+            try:
+                return [values[place] for place in self._places(names)]
+            except RequestError as error:
+                return str(error)
+        if not isinstance(row, list):
+            return f"neither a list nor an object: {shown(row)}"
+        if len(row) != len(self.features):
+            return f"{counted(len(row), 'value')}, expected {len(self.features)}: {', '.join(self.features)}"
+        return row
+
+    def _csv(self, text: str) -> np.ndarray:
+        text = text.rstrip("\r\n")
+        if "\r" in text:
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+        records, found = CsvRecords(text, self._row_characters), _Found(self.features)
+        # More names than the table has columns are unknown or double in any case.
+        names = tuple(name.strip() for name in records.read()[: len(self._names) + 1])
+        header = any(self._column(name) for name in names)
+        if not header:
+            names, records = self.features, CsvRecords(text, self._row_characters)
+        layout = _Layout(
+            len(names), self._places(names), "" if header else f"; without a header a line is {','.join(names)}"
+        )
+        while not records.ended and not found.enough:
+            lines = records.whole_lines(_PIECE)
+            if len(lines) >= _BATCH and self._batch(lines, layout, found):
+                records.skip(lines)
+                continue
+            end = records.position + len(lines)
+            while not records.ended and not found.enough:
+                self._examine(_csv_rows(records, layout), _text_number, found)
+                if records.position >= end:
+                    break
+        return found.result(records.rest())
+
+    def _batch(self, lines: str, layout: _Layout, found: _Found) -> bool:
+        """Add many lines, read by Polars. False, and nothing is added, if that is not how they can be read."""
+        # Polars refuses all if the first line is too long, and says nothing of an empty last line.
+        data = b"0" + b",0" * (layout.width - 1) + b"\n" + lines.removesuffix("\n").encode() + b"\n"
+        quote = '"' if b'"' in data else None
+        if quote and len(layout.places) < layout.width:
+            return False  # what is wrong with the quotes of a column that is no feature would not be seen
+        characters = np.frombuffer(data, np.uint8)
+        starts = np.append(0, np.flatnonzero(characters == _LINE_END) + 1)
+        suspect = np.add.reduceat(characters == _COMMA, starts[:-1], dtype=np.int64) != layout.width - 1
+        suspect |= np.diff(starts) == 1  # an empty line
+        if quote and (np.add.reduceat(characters == _QUOTE, starts[:-1], dtype=np.int64) & 1).any():
+            return False  # a record goes on in the next line
+        if np.count_nonzero(suspect) > _SOME:
+            return False
+        values = self._read(data, layout, quote)
+        if values is None or len(values) != len(suspect):
+            return False
+        values, suspect, starts = values[1:], suspect[1:], starts[1:]
+        suspect |= ~self._rules.allow(values).all(axis=1)
+        positions = np.flatnonzero(suspect)
+        if len(positions) > _SOME:
+            return False
+        try:
+            records = [next(csv.reader([data[starts[n] : starts[n + 1]].decode()], strict=True)) for n in positions]
+        except csv.Error:
+            return False
+        self._examine([_csv_row(record, layout) for record in records], _text_number, found, positions, values)
+        return True
+
+    def _read(self, data: bytes, layout: _Layout, quote: str | None) -> np.ndarray | None:
+        """The features as Polars reads them, not a number where there may be something wrong; None where it fails."""
+        schema: dict[str, Any] = dict.fromkeys(map(str, range(layout.width)), pl.String)
+        schema |= {str(place): pl.Float64 for place in layout.places}
+        # With errors ignored, what is no number is null, too. Where a column may be empty they are told apart.
+        for ignore_errors in (False, True) if self._rules.some_nullable else (True,):
+            try:
+                frame = read_csv(
+                    data, has_header=False, schema=schema, quote_char=quote, ignore_errors=ignore_errors,
+                    truncate_ragged_lines=True, raise_if_empty=False,
+                )  # fmt: skip
+            except pl.exceptions.PolarsError:
+                continue
+            frame = frame.select(map(str, layout.places))
+            values = frame.to_numpy(writable=True)
+            missing = np.isnan(values)
+            if ignore_errors or np.count_nonzero(missing) != sum(frame.null_count().row(0)):
+                values[missing] = _NOT_A_NUMBER
+            return values
+        return None
+
+    def _examine(
+        self,
+        rows: Sequence[Row],
+        number: Callable[[Any, bool], float],
+        found: _Found,
+        positions: np.ndarray | None = None,
+        among: np.ndarray | None = None,
+    ) -> None:
+        """Add rows to what is found.
+
+        `among`: the values of more rows, all of them allowed but for those at `positions`, which these rows are.
+        """
+        kept = [index for index, row in enumerate(rows) if not isinstance(row, str)]
+        values = self._numbers([rows[index] for index in kept], number)
+        allowed = self._rules.allow(values)
+        if len(kept) == len(rows) and allowed.all():
+            if among is not None:
+                among[positions] = values
+            found.add(values if among is None else among)
+            return
+        wrong = np.argwhere(~allowed)
+        where = np.arange(len(rows)) if positions is None else positions
+        malformed = [(index, row) for index, row in enumerate(rows) if isinstance(row, str)]
+        problems = [_problem(where[index], None, None, reason) for index, reason in malformed[:MAX_REPORTED_PROBLEMS]]
+        for row, place in wrong[:MAX_REPORTED_PROBLEMS]:
+            reason, cell = self._reason(float(values[row, place]), self._columns[place]), rows[kept[row]][place]
+            problems.append(_problem(where[kept[row]], self.features[place], shown(cell), reason))
+        problems.sort(key=lambda problem: problem["row"])
+        bad_rows = len(malformed) + len(np.unique(wrong[:, 0]))
+        found.add_problems(problems, len(malformed) + len(wrong), bad_rows, len(rows if among is None else among))
+
+    def _numbers(self, rows: Sequence[Sequence[Any]], number: Callable[[Any, bool], float]) -> np.ndarray:
+        if {*map(type, itertools.chain.from_iterable(rows))} <= {int, float}:
+            try:
+                values = np.array(rows, np.float64).reshape(len(rows), len(self.features))
+            except OverflowError:  # an integer beyond the range of floats
+                values = np.array(math.nan)
+            if np.isfinite(values).all():
+                return values
+        numbers = [list(map(number, row, self._booleans)) for row in rows]
+        return np.array(numbers, np.float64).reshape(len(rows), len(self.features))
+
+    def _column(self, name: str) -> str | None:
+        return self._names.get(name) or self._names.get(_folded(name))
+
+    def _find_places(self, names: tuple[str, ...]) -> tuple[int, ...]:
+        """The position of each feature among `names`. Raises `RequestError` naming what is unknown, double, missing."""
+        found: dict[str, int] = {}
+        unknown: list[str] = []
+        for place, name in enumerate(names):
+            column = self._column(name)
+            if column is None:
+                unknown.append(str(shown(name)))
+            elif column in found:
+                raise RequestError(400, f"column {column} is given twice")
+            else:
+                found[column] = place
+        missing = [name for name in self.features if name not in found]
+        if unknown or missing:
+            kinds = {"missing": missing, "unknown": unknown}
+            reasons = [f"{kind} columns: {', '.join(some[:20])}" for kind, some in kinds.items() if some]
+            raise RequestError(400, f"{'; '.join(reasons)}; the features are {', '.join(self.features)}")
+        return tuple(found[name] for name in self.features)
+
+    @staticmethod
+    def _reason(value: float, column: ColumnSpec) -> str:
+        boolean = column.dtype == "bool"
+        allowed = column.constraint() or ("0 or 1" if boolean else "")
+        if math.isnan(value):
+            reason = "missing"
+        elif value == _NOT_A_NUMBER:
+            reason = "not a boolean" if boolean else "not a number"
+        elif value == _NOT_FINITE:
+            reason = "not finite"
+        elif column.dtype in ("int64", "bool") and value % 1:
+            reason = "not a boolean" if boolean else "not a whole number"
+        else:
+            reason = "out of range"
+        return f"{reason}; allowed: {allowed}" if allowed else reason
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How many fields a CSV record has, at which places the features are, and what to say if it has not as many."""
+
+    width: int
+    places: tuple[int, ...]
+    hint: str
+
+
+class _Rules:
+    """What the columns allow, for all rows at once."""
+
+    def __init__(self, columns: Sequence[ColumnSpec]) -> None:
+        self._limits = [column.limits for column in columns]
+        self._fractional = np.array([column.dtype not in ("int64", "bool") for column in columns], np.bool_)
+        self._nullable = np.array([column.nullable for column in columns], np.bool_)
+        self.some_nullable = bool(self._nullable.any())
+
+    def allow(self, values: np.ndarray) -> np.ndarray:
+        """Which values are allowed; NaN is a null."""
+        allowed = np.isfinite(values)
+        allowed &= (values == np.floor(values)) | self._fractional
+        for place, limits in enumerate(self._limits):
+            allowed[:, place] &= limits.permit(values[:, place])
+        if self.some_nullable:
+            allowed |= np.isnan(values) & self._nullable
+        return allowed
 
 
 class _Found:
@@ -57,7 +293,7 @@ class _Found:
         if not self._problems:
             self._values.append(values)
 
-    def add_problems(self, rows: int, problems: Sequence[dict[str, Any]], total: int, bad_rows: int) -> None:
+    def add_problems(self, problems: Sequence[dict[str, Any]], total: int, bad_rows: int, rows: int) -> None:
         """Add `rows` rows of which `bad_rows` are wrong; `problems`, some of `total`, count rows from 0."""
         self._values.clear()
         self._problems += [{**problem, "row": self._rows + 1 + problem["row"]} for problem in problems]
@@ -77,337 +313,58 @@ class _Found:
         raise RequestError(400, summary, reported, self._total)
 
 
-class FeatureParser:
-    """Turns request bodies into raw features, and refuses what the table does not allow."""
-
-    def __init__(self, table: TableSpec) -> None:
-        self.features = table.features
-        self._columns = [table.column(name) for name in table.features]
-        self._names = {name: name for name in table.column_names}
-        folded = [(name.casefold(), name) for name in table.column_names]
-        for fold, name in folded:
-            if sum(fold == other for other, _ in folded) == 1:
-                self._names.setdefault(fold, name)
-        self._limits = [column.limits for column in self._columns]
-        self._whole = [column.dtype in _WHOLE for column in self._columns]
-        self._row_characters = max(_ROW, _ROW_PER_COLUMN * len(table.columns))
-        self._header_places = lru_cache(maxsize=256)(self._places)
-
-    def parse(self, body: bytes, media: str) -> np.ndarray:
-        """Raw features: float64, shape (rows, features), nulls as NaN. Raises `RequestError` 400."""
-        if media == CSV:
-            quick = self._quick_csv(body)
-            return quick if quick is not None else self._csv(decode_text(body))
-        found = _Found(self.features)
-        pieces, begins = (json_pieces, "[{") if media == JSON else (json_line_pieces, "\n")
-        text = decode_text(body)
-        for rows, position in pieces(text, self._row_characters):
-            for seen in range(_DOUBTFUL, len(rows) + _DOUBTFUL, _DOUBTFUL):
-                self._objects(rows[seen - _DOUBTFUL : seen], found)
-                if found.enough:
-                    more = sum(text.count(character, position) for character in begins)
-                    return found.result(more + max(0, len(rows) - seen))
-        return found.result()
-
-    def _quick_csv(self, body: bytes) -> np.ndarray | None:
-        """The features of one plain line of numbers, or None if that is not what it is."""
-        if len(body) > _QUICK_BYTES or b"_" in body or not body.isascii():
-            return None
-        body = body.rstrip(b"\r\n")
-        fields = body.split(b",")
-        if len(fields) != len(self._limits) or b"\n" in body or b"\r" in body:
-            return None
-        values = []
-        try:
-            for field, limits, whole in zip(fields, self._limits, self._whole, strict=True):
-                value = float(field)
-                if not (math.isfinite(value) and limits.permit(value)) or (whole and value % 1):
-                    return None
-                values.append(value)
-        except ValueError:  # a header, an empty or wrong field
-            return None
-        return np.array([values])
-
-    def _csv(self, text: str) -> np.ndarray:
-        text = text.rstrip("\r\n")
-        if "\r" in text:
-            text = text.replace("\r\n", "\n").replace("\r", "\n")
-        records, found = CsvRecords(text, self._row_characters), _Found(self.features)
-        names, header = self.features, False
-        for first in records.read(1, count=1):
-            # More names than the table has columns are unknown or double in any case.
-            some = [name.strip() for name in first[: len(self._names) + 1]]
-            header = any(name in self._names or name.casefold() in self._names for name in some)
-            if header:
-                names = tuple(some)
-        places = self._header_places(names)
-        if not header:
-            records = CsvRecords(text, self._row_characters)
-        size, again = _FIRST, dict[int, int]()  # from where pieces of a size that was tried in vain are tried again
-        while not records.ended and not found.enough:
-            lines = records.lines(size)
-            tried = len(lines) >= _BATCH and records.position >= again.get(size, 0)
-            if tried and self._batch_csv(lines, names, places, header, found):
-                records.skip(lines)
-                larger = size * _STEP
-                if larger <= _LARGEST and records.position >= again.get(larger, 0):
-                    size = larger
-                continue
-            if tried:
-                again[size] = records.position + _STEP * size
-            if size > _SMALLEST and len(lines) > _SMALLEST:
-                size //= _STEP
-            else:
-                size = _SMALLEST
-                self._texts(records.read(size, count=_DOUBTFUL), names, places, header, found, spans=records.spans)
-        return found.result(0 if records.ended else 1 + text.count("\n", records.position))
-
-    def _batch_csv(self, lines: str, names: Sequence[str], places: Sequence[int], header: bool, found: _Found) -> bool:
-        """Read many lines by Polars. False, and nothing is found, if some are no records, or many are not in order."""
-        width = len(names)
-        schema: dict[str, Any] = {str(place): pl.String for place in range(width)}
-        schema |= {str(place): pl.Float64 for place in places}
-        # Polars refuses all if the first line is too long, and says nothing of an empty last line.
-        data = b"0" + b",0" * (width - 1) + b"\n" + lines.removesuffix("\n").encode() + b"\n"
-        characters = np.frombuffer(data, np.uint8)
-        starts = np.append(0, np.flatnonzero(characters[:-1] == _LINE_END) + 1)
-        few = min(_DOUBTFUL, 1 + len(starts) // _STEP)
-        doubtful = np.zeros(len(starts), np.bool_)
-        commas = characters == _COMMA
-        if counted := np.count_nonzero(commas) != len(starts) * (width - 1):
-            doubtful = np.add.reduceat(commas, starts, dtype=np.int64) != width - 1
-            if np.count_nonzero(doubtful) > few:
-                return False
-        quote = '"' if b'"' in data else None
-        if quote is not None and (np.add.reduceat((characters == _QUOTE).view(np.uint8), starts) & 1).any():
-            return False  # a record goes on in the next line
-        lenient = {"ignore_errors": True, "truncate_ragged_lines": True, "raise_if_empty": False}
-        try:
-            frame = read_csv(data, has_header=False, schema=schema, quote_char=quote, **lenient)
-        except pl.exceptions.PolarsError:
-            return False
-        if frame.height != len(starts):
-            return False
-        frame = frame.slice(1)
-        nulls = frame.null_count().row(0)
-        values = frame.select(str(place) for place in places).to_numpy(writable=True)
-        codes = np.zeros(values.shape, np.uint8, order="F")
-        # A line with too few fields has a null in the last column; without such lines the total shows a surplus.
-        if nulls[-1] and not counted:
-            doubtful = np.add.reduceat(commas, starts, dtype=np.int64) != width - 1
-        doubtful = doubtful[1:]
-        if any(nulls):
-            missing = np.isnan(values)
-            codes[missing] = _MISSING
-            # So are "nan", a number that is none, and what a comma within quotes leaves to be missed at the end.
-            clear = np.count_nonzero(missing) == sum(nulls[place] for place in places)
-            clear = clear and sum(nulls) == _empty_fields(characters, quotes=len(places) == width)
-            if not clear or doubtful.any():
-                doubtful |= missing.any(axis=1)
-                if quote:
-                    doubtful |= frame.to_series(width - 1).is_null().to_numpy()
-        self._check_values(values, codes)
-        if codes.any():
-            doubtful |= codes.any(axis=1)
-        rows = np.flatnonzero(doubtful)
-        if not len(rows):
-            found.add(values)
-            return True
-        if len(rows) > few:
-            return False
-        begins = np.append(starts[1:], len(data))
-        try:
-            records = [next(csv.reader([data[begins[row] : begins[row + 1]].decode()], strict=True)) for row in rows]
-        except csv.Error:
-            return False
-        self._texts(records, names, places, header, found, (rows, values))
-        return True
-
-    def _texts(
-        self,
-        records: Sequence[list[str]],
-        names: Sequence[str],
-        places: Sequence[int],
-        header: bool,
-        found: _Found,
-        among: tuple[np.ndarray, np.ndarray] | None = None,
-        spans: Mapping[int, tuple[int, int]] = MappingProxyType({}),
-    ) -> None:
-        """Add the records. `spans`: first and last line of those that have several, by index."""
-        for index, (first, last) in spans.items():
-            record = records[index]
-            wrong = len(record) != len(names) or any("\n" in record[place] for place in places)
-            if wrong:
-                what = f"the record of lines {first} to {last} has a line end within quotes"
-                raise RequestError(400, f"{what}; is one of them out of place?")
-        malformed: dict[int, str] = {}
-        ordered: list[Sequence[str]] = []
-        hint = "" if header else f"; without a header a line is {','.join(self.features)}"
-        for index, record in enumerate(records):
-            if len(record) == len(names):
-                ordered.append([record[place] for place in places])
-            else:
-                malformed[index] = f"{counted(len(record), 'field')}, expected {len(names)}{hint}"
-                ordered.append([""] * len(places))
-        self._checked(ordered, _from_text, malformed, found, among)
-
-    def _objects(self, rows: Sequence[Any], found: _Found) -> None:
-        malformed: dict[int, str] = {}
-        ordered: list[Sequence[Any]] = []
-        blank = [0.0] * len(self.features)
-        for index, row in enumerate(rows):
-            ordered.append(blank)
-            try:
-                if isinstance(row, dict):
-                    given = list(row.values())
-                    ordered[-1] = [given[place] for place in self._header_places(tuple(row))]
-                elif not isinstance(row, list):
-                    malformed[index] = f"neither a list nor an object: {shown(row)}"
-                elif len(row) != len(self.features):
-                    expected = f"expected {len(self.features)}: {', '.join(self.features)}"
-                    malformed[index] = f"{counted(len(row), 'value')}, {expected}"
-                else:
-                    ordered[-1] = row
-            except RequestError as error:
-                malformed[index] = str(error)
-        self._checked(ordered, _from_json, malformed, found)
-
-    def _places(self, names: tuple[str, ...]) -> tuple[int, ...]:
-        """The position of each feature among `names`. Raises `RequestError` naming what is unknown, double, missing."""
-        found: dict[str, int] = {}
-        unknown: list[str] = []
-        for place, name in enumerate(names):
-            column = self._names.get(name) or self._names.get(name.casefold())
-            if column is None:
-                unknown.append(str(shown(name)))
-            elif column in found:
-                raise RequestError(400, f"column {column} is given twice")
-            else:
-                found[column] = place
-        missing = [name for name in self.features if name not in found]
-        if unknown or missing:
-            kinds = {"missing": missing, "unknown": unknown}
-            reasons = [f"{kind} columns: {', '.join(some[:20])}" for kind, some in kinds.items() if some]
-            raise RequestError(400, f"{'; '.join(reasons)}; the features are {', '.join(self.features)}")
-        return tuple(found[name] for name in self.features)
-
-    def _checked(
-        self,
-        rows: Sequence[Sequence[Any]],
-        convert: Callable[[Any, bool], tuple[float, int]],
-        malformed: Mapping[int, str],
-        found: _Found,
-        among: tuple[np.ndarray, np.ndarray] | None = None,
-    ) -> None:
-        """Add rows to what is found. `malformed`: why a row is none, by its index; it is reported once, as a whole.
-
-        `among`: which ones these are of all the rows whose values are given, the others of which are in order.
-        """
-        if not rows:
-            return
-        shape = (len(rows), len(self.features))
-        values, codes = _converted(rows, convert, [column.dtype == "bool" for column in self._columns])
-        values, codes = values.reshape(shape), codes.reshape(shape)
-        skip = list(malformed)
-        codes[skip] = _OK
-        values[skip] = np.nan
-        self._check_values(values, codes, skip=skip)
-        numbers, everything = among if among is not None else (np.arange(len(rows)), values)
-        if not malformed and not codes.any():
-            everything[numbers] = values
-            found.add(everything)
-            return
-        wrong = itertools.islice(np.argwhere(codes), MAX_REPORTED_PROBLEMS)
-        problems = [
-            {
-                "row": int(numbers[row]),
-                "column": self.features[place],
-                "value": shown(rows[row][place]),
-                "reason": self._reason(int(codes[row, place]), self._columns[place]),
-            }
-            for row, place in wrong
-        ]
-        for row, reason in itertools.islice(malformed.items(), MAX_REPORTED_PROBLEMS):
-            problems.append({"row": int(numbers[row]), "column": None, "value": None, "reason": reason})
-        problems.sort(key=lambda problem: problem["row"])
-        bad = np.count_nonzero(codes.any(axis=1)) + len(malformed)
-        found.add_problems(len(everything), problems, len(malformed) + int(np.count_nonzero(codes)), int(bad))
-
-    def _check_values(self, values: np.ndarray, codes: np.ndarray, skip: Iterable[int] = ()) -> None:
-        """Set `codes` where a value is not allowed, and clear them where a null is."""
-        for place, column in enumerate(self._columns):
-            given = codes[:, place] == _OK
-            given[list(skip)] = False
-            if column.nullable:
-                codes[codes[:, place] == _MISSING, place] = _OK
-            x, code = values[:, place], codes[:, place]
-            finite = np.isfinite(x)
-            code[given & ~finite] = _NOT_FINITE
-            given &= finite
-            code[given & ~self._limits[place].permit(x)] = _OUTSIDE
-            if column.dtype in _WHOLE:
-                code[given & (x != np.floor(x))] = _NOT_WHOLE
-
-    @staticmethod
-    def _reason(code: int, column: ColumnSpec) -> str:
-        allowed = "0 or 1" if column.dtype == "bool" and not column.constraint() else column.constraint()
-        expected = f"; allowed: {allowed}" if allowed else ""
-        wanted, whole = ("a boolean",) * 2 if column.dtype == "bool" else ("a number", "a whole number")
-        return {
-            _MISSING: f"missing{expected}",
-            _NOT_A_NUMBER: f"not {wanted}{expected}",
-            _NOT_FINITE: f"not finite{expected}",
-            _NOT_WHOLE: f"not {whole}{expected}",
-            _OUTSIDE: f"out of range{expected}",
-        }[code]
+def _problem(row: Any, column: str | None, value: Any, reason: str) -> dict[str, Any]:
+    return {"row": int(row), "column": column, "value": value, "reason": reason}
 
 
-def _empty_fields(characters: np.ndarray, quotes: bool) -> int:
-    """How many fields of several in a line are empty, also those of two `quotes`; no comma is within quotes."""
-    comma = characters == _COMMA
-    between = comma | (characters == _LINE_END)
-    empty = np.count_nonzero((comma[:-1] & between[1:]) | (between[:-1] & comma[1:]))
-    if quotes:
-        quote = characters == _QUOTE
-        empty += np.count_nonzero(between[:-3] & quote[1:-2] & quote[2:-1] & between[3:])
-    return int(empty)
+def _csv_rows(records: CsvRecords, layout: _Layout) -> list[Row]:
+    """Some of the next records. Raises `RequestError` where a line end in quotes makes several lines one bad row."""
+    rows: list[Row] = []
+    while not records.ended and len(rows) < _SOME:
+        first = records.line
+        record = records.read()
+        if records.line > first + 1 and (
+            len(record) != layout.width or any("\n" in record[place] for place in layout.places)
+        ):
+            what = f"the record of lines {first} to {records.line - 1} has a line end within quotes"
+            raise RequestError(400, f"{what}; is one of them out of place?")
+        rows.append(_csv_row(record, layout))
+    return rows
 
 
-def _converted(
-    rows: Sequence[Sequence[Any]], convert: Callable[[Any, bool], tuple[float, int]], booleans: Sequence[bool]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Values and codes, both flat."""
-    cells = list(itertools.chain.from_iterable(rows))
-    if {*map(type, cells)} <= {int, float}:
-        try:
-            return np.array(cells, np.float64), np.zeros(len(cells), np.uint8)
-        except OverflowError:  # an integer beyond the range of floats: find it
-            pass
-    pairs = [convert(value, boolean) for value, boolean in zip(cells, itertools.cycle(booleans), strict=False)]
-    return np.array([value for value, _ in pairs], np.float64), np.array([code for _, code in pairs], np.uint8)
+def _csv_row(record: Sequence[str], layout: _Layout) -> Row:
+    if len(record) != layout.width:
+        return f"{counted(len(record), 'field')}, expected {layout.width}{layout.hint}"
+    return [record[place] for place in layout.places]
 
 
-def _from_text(field: str, boolean: bool) -> tuple[float, int]:
+def _text_number(field: str, boolean: bool) -> float:
     field = field.strip()
     if not field:
-        return math.nan, _MISSING
+        return math.nan
     if boolean and field.lower() in ("true", "false"):
-        return float(field.lower() == "true"), _OK
+        return float(field.lower() == "true")
+    if "_" in field or not field.isascii():  # Python's float reads 1_000 and other scripts' digits
+        return _NOT_A_NUMBER
     try:
-        if "_" in field or not field.isascii():  # Python's float reads 1_000 and other scripts' digits
-            return math.nan, _NOT_A_NUMBER
-        return float(field), _OK
+        number = float(field)
     except ValueError:
-        return math.nan, _NOT_A_NUMBER
+        return _NOT_A_NUMBER
+    return number if math.isfinite(number) else _NOT_FINITE
 
 
-def _from_json(value: Any, boolean: bool) -> tuple[float, int]:
-    kind = type(value)
-    if kind is float:
-        return value, _OK
-    if kind is int or (kind is bool and boolean):
+def _json_number(value: Any, boolean: bool) -> float:
+    if value is None:
+        return math.nan
+    if type(value) in (int, float) or (type(value) is bool and boolean):
         try:
-            return float(value), _OK
+            number = float(value)
         except OverflowError:
-            return math.inf, _OK
-    return math.nan, _MISSING if value is None else _NOT_A_NUMBER
+            return _NOT_FINITE
+        return number if math.isfinite(number) else _NOT_FINITE
+    return _NOT_A_NUMBER
+
+
+def _folded(name: str) -> str:
+    """The same for names that differ only in case or in their Unicode form."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

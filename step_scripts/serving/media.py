@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
+import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+
+from step_scripts.serving.deployment import MAX_BODY_BYTES
 
 CSV = "text/csv"
 JSON = "application/json"
@@ -20,6 +22,7 @@ _WILDCARDS = {"*/*": "", "text/*": CSV, "application/*": ""}
 _CHARSETS = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
 _MAX_SHOWN = 100  # characters of a wrong value
 _ENCODED = 4096  # predictions
+_GZIP = 16 + zlib.MAX_WBITS
 
 
 class RequestError(Exception):
@@ -97,6 +100,33 @@ def encode(predictions: np.ndarray, media: str) -> bytes:
     return f'{{"prediction": {values}}}\n'.encode()
 
 
+def unpacked(body: bytes, encoding: str) -> bytes:
+    """The body without its Content-Encoding.
+
+    Raises `RequestError` 415 for another one than gzip, 400 if it is not what it says, 413 if it is too large then.
+    """
+    if encoding.strip().lower() in ("", "identity"):
+        return body
+    if encoding.strip().lower() not in ("gzip", "x-gzip"):
+        raise RequestError(415, f"content encoding {encoding[:100]!r} is not supported; send gzip, or none")
+    stream = zlib.decompressobj(wbits=_GZIP)
+    try:
+        content = stream.decompress(body, MAX_BODY_BYTES + 1)
+    except zlib.error as error:
+        raise RequestError(400, f"the body is not gzip: {error}") from error
+    if len(content) > MAX_BODY_BYTES:
+        raise too_large()
+    if not stream.eof or stream.unused_data:
+        problem = "something follows its end" if stream.eof else "its end is missing"
+        raise RequestError(400, f"the body is not one gzip stream: {problem}")
+    return content
+
+
+def too_large() -> RequestError:
+    """The refusal of a body that is larger than the limit."""
+    return RequestError(413, f"the body is larger than {MAX_BODY_BYTES} bytes; send the rows in several requests")
+
+
 def decode_text(body: bytes) -> str:
     """The body as text. Raises `RequestError` 400 if it is not UTF-8 or blank."""
     try:
@@ -106,33 +136,6 @@ def decode_text(body: bytes) -> str:
     if not text.strip():
         raise RequestError(400, "the body is empty")
     return text
-
-
-def load_json(text: str, where: str) -> Any:
-    """The JSON value. Raises `RequestError` 400; `where` names the text in the message."""
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise RequestError(400, f"{where} is nested too deeply") from error
-    except ValueError as error:
-        raise RequestError(400, f"{where} is not JSON: {error}") from error
-
-
-def json_rows(value: Any) -> list[Any]:
-    """The rows in a JSON body: `instances`, a list of rows, or a row by itself. Raises `RequestError` 400."""
-    if isinstance(value, dict):
-        if "instances" not in value:
-            return [value]
-        if others := sorted(set(value) - {"instances"}):
-            raise RequestError(400, f"unknown members beside instances: {', '.join(others[:20])}")
-        if not isinstance(value["instances"], list):
-            raise RequestError(400, "instances is not a list")
-        return value["instances"]
-    if not isinstance(value, list):
-        raise RequestError(400, "the body is neither an object nor a list")
-    if value and not any(isinstance(row, list | dict) for row in value):
-        return [value]
-    return value
 
 
 def shown(value: Any) -> Any:

@@ -235,17 +235,17 @@ def test_smoke_test_rules() -> None:
     test = SmokeTest(body="h\n1\n2\n", expected=(1e6, 2.0))
     asked: list[str] = []
 
-    def predict(body: str) -> list[float]:
-        asked.append(body)
-        return {"h\n1\n2\n": [1e6 + 0.5, 2.0], "h\n1": [1e6], "h\n2": [2.0000005]}[body]
+    def invoke(body: bytes) -> bytes:
+        asked.append(body.decode())
+        return {b"h\n1\n2\n": b"1000000.5\n2.0\n", b"h\n1": b"1000000\n", b"h\n2": b"2.0000005\n"}[body]
 
-    result = test.run(predict)
+    result = test.run(invoke)
     assert asked == ["h\n1\n2\n", "h\n1", "h\n2"]
     assert result.largest_difference == 0.5
     with pytest.raises(SmokeTestFailed, match=r"2 of 2 predictions differ .* 0\.0 instead of 1000000\.0 for 1"):
-        test.run(lambda _: [0.0, float("nan")])
+        test.run(lambda _: b"0.0\nnan\n")
     with pytest.raises(SmokeTestFailed, match="1 prediction for 2 rows"):
-        test.run(lambda _: [1.0])
+        test.run(lambda _: b"1.0\n")
     with pytest.raises(ValueError, match="2 expected predictions for 4 lines"):
         SmokeTest(body="1\n2\n3\n4", expected=(1, 2))
 

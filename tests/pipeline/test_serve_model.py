@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ from hypothesis import strategies as st
 
 from housing_assets.schema import HOUSING_TABLE
 from step_scripts.model.artifact import load_model
-from step_scripts.serving.app import MAX_BODY_BYTES
+from step_scripts.serving.deployment import MAX_BODY_BYTES
 from step_scripts.serving.feature_parser import FeatureParser
 from step_scripts.serving.media import CSV, JSON, JSON_LINES, RequestError, encode, response_media
 from step_scripts.table.spec import ColumnSpec, TableSpec
@@ -198,6 +199,8 @@ BAD_JSON = [
     ("key missing", '[{"DECK": 1}]', "row 1: missing columns: YEAR_BUILT"),
     ("key unknown", json.dumps([{**ROW_OBJECT, "POOL": 1}]), "row 1: unknown columns: POOL"),
     ("key twice", json.dumps([{**ROW_OBJECT, "deck": 1}]), "row 1: column DECK is given twice"),
+    ("name twice", json.dumps(ROW_OBJECT)[:-1] + ', "DECK": 0}', "row 1: column DECK is given twice"),
+    ("instances twice", f'{{"instances": [[{ROW}]], "instances": [[{ROW}]]}}', "instances is given twice"),
     ("deep", "[" * 100_000, "the body is nested too deeply"),
 ]
 
@@ -280,6 +283,28 @@ def test_body_limit(port: int) -> None:
     assert "larger than 6291456 bytes" in response.json()["error"]
 
 
+def test_packed_bodies_are_unpacked_within_the_limit(port: int) -> None:
+    line = (ROW + "\n").encode()
+    fits = line * (MAX_BODY_BYTES // len(line))
+    for body in (ROW.encode(), fits):
+        status, _, content = request(
+            port, "/invocations", gzip.compress(body), Content_Type=CSV, Content_Encoding="gzip", Accept=CSV
+        )
+        assert status == 200, content
+        assert content == answer(port, body)
+    for body, encoding, expected, reason in (
+        (gzip.compress(fits + line), "gzip", 413, "larger than 6291456 bytes"),
+        (gzip.compress(b"1" * (1 << 30)), "gzip", 413, "larger than 6291456 bytes"),
+        (ROW.encode(), "gzip", 400, "the body is not gzip"),
+        (gzip.compress(ROW.encode())[:-4], "gzip", 400, "its end is missing"),
+        (gzip.compress(ROW.encode()) * 2, "gzip", 400, "something follows its end"),
+        (gzip.compress(b""), "gzip", 400, "the body is empty"),
+        (ROW.encode(), "br", 415, "content encoding 'br' is not supported"),
+    ):
+        status, said = refused(port, body, Content_Encoding=encoding)
+        assert (status, reason in said["error"]) == (expected, True), said
+
+
 def test_a_client_that_asks_first_is_refused_before_it_sends(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(
@@ -347,9 +372,12 @@ def test_boto3_works_unchanged(port: int) -> None:
     assert json.loads(response["Body"].read()) == {"predictions": [float(answer(port, ROW))]}
     with pytest.raises(ClientError, match=r"\(ValidationError\).*Endpoint other not found"):
         client.invoke_endpoint(EndpointName="other", ContentType=CSV, Body=ROW)
-    with pytest.raises(ClientError, match="YEAR_BUILT: not a number") as caught:
+    with pytest.raises(client.exceptions.ModelError, match="YEAR_BUILT: not a number") as caught:
         client.invoke_endpoint(EndpointName="housing", ContentType=CSV, Body=ROW.replace("1990", "old"))
-    assert caught.value.response["ResponseMetadata"]["HTTPStatusCode"] == 400
+    answered = caught.value.response  # as SageMaker answers, see test_emulator_endpoints.py
+    assert answered["ResponseMetadata"]["HTTPStatusCode"] == 424
+    assert answered["OriginalStatusCode"] == 400
+    assert json.loads(answered["OriginalMessage"])["rows"][0]["column"] == "YEAR_BUILT"
 
 
 def test_sigterm_finishes_the_requests_in_progress(model: str) -> None:
@@ -484,6 +512,24 @@ def test_nulls_booleans_and_keys() -> None:
     assert np.array_equal(parser.parse(json.dumps(objects).encode(), JSON), expected, equal_nan=True)
     with pytest.raises(RequestError, match="c: not a boolean; allowed: 0 or 1"):
         parser.parse(b"0,0,0.5", CSV)
+
+
+def test_names_that_differ_in_their_unicode_form_are_the_same() -> None:
+    composed, decomposed = "Gr\u00f6\u00dfe", "GRO\u0308SSE"
+    columns = [ColumnSpec(name=name, dtype="float64") for name in (composed, "y")]
+    parser = FeatureParser(TableSpec(name="t", target="y", columns=tuple(columns)))
+    for name in (composed, decomposed):
+        assert parser.parse(f"{name}\n5".encode(), CSV).tolist() == [[5.0]]
+        assert parser.parse(json.dumps({name: 5}).encode(), JSON).tolist() == [[5.0]]
+    with pytest.raises(RequestError, match=f"row 1: column {composed} is given twice"):
+        parser.parse(json.dumps({composed: 5, decomposed: 5}).encode(), JSON)
+
+
+def test_names_that_only_their_unicode_form_tells_apart_are_taken_as_they_are() -> None:
+    composed, decomposed = "\u00f6", "o\u0308"
+    columns = [ColumnSpec(name=name, dtype="float64") for name in (composed, decomposed, "y")]
+    parser = FeatureParser(TableSpec(name="t", target="y", columns=tuple(columns)))
+    assert parser.parse(f"{decomposed},{composed}\n1,2".encode(), CSV).tolist() == [[2.0, 1.0]]
 
 
 def test_an_absent_accept_header_leaves_the_choice() -> None:

@@ -48,7 +48,7 @@ def instance() -> Iterator[dg.DagsterInstance]:
 
 def resources_of(aws: Aws, folder: Path, environment: str, role: str = ROLE) -> dict[str, Any]:
     file = folder / "sagemaker.yaml"
-    fast = {"poll_seconds": 0.1, "prove_on_candidate": False}
+    fast = {"poll_seconds": 0.1, "smoke_test_on_candidate": False}
     file.write_text(json.dumps({"endpoint_host": fast, "feature_store": {"poll_seconds": 0.1}}))
     return load_resources(
         {

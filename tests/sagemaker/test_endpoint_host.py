@@ -215,7 +215,7 @@ def test_versions_that_fail_do_not_replace_the_one_that_serves(
     assert present(aws) == before
 
     # after the change, which is undone
-    careless = configured(aws, prove_on_candidate=False)
+    careless = configured(aws, smoke_test_on_candidate=False)
     with Load(host, "fails", [first, second]) as load, pytest.raises(
         EndpointDeploymentFailed, match=r"prices/1 keeps serving\. smoke test: 12 of 12"
     ):  # fmt: skip
@@ -284,7 +284,7 @@ def test_what_the_configuration_becomes(registry: SageMakerModelRegistry, aws: A
         mode="canary", percent=50, wait_seconds=60, keep_old_seconds=60, rollback_alarms=["too many errors"]
     )
     host = configured(
-        aws, image="housing-image", prove_on_candidate=False, traffic=traffic, kms_key="key-1",
+        aws, image="housing-image", smoke_test_on_candidate=False, traffic=traffic, kms_key="key-1",
         data_capture=DataCapture(sampling_percentage=100), tags={"team": "prices"},
     )  # fmt: skip
     host.deploy("full", version, smoke_test(artifact), LOG)
@@ -318,7 +318,7 @@ def test_what_the_configuration_becomes(registry: SageMakerModelRegistry, aws: A
     deployed = aws.sagemaker.describe_endpoint(EndpointName="full")["LastDeploymentConfig"]
     assert deployed["BlueGreenUpdatePolicy"]["TrafficRoutingConfiguration"]["CanarySize"]["Value"] == 50
 
-    less = configured(aws, serverless=Serverless(memory_mb=2048, max_concurrency=3), prove_on_candidate=False)
+    less = configured(aws, serverless=Serverless(memory_mb=2048, max_concurrency=3), smoke_test_on_candidate=False)
     status = less.deploy("full", better, smoke_test(second), LOG)
     assert (status.version, status.previous_version) == ("prices/2", "prices/1")
     config = aws.sagemaker.describe_endpoint(EndpointName="full")["EndpointConfigName"]

@@ -36,7 +36,9 @@ def registry(aws: Aws, aws_environment: SageMakerEmulator, group: str) -> Iterat
 
 @pytest.fixture
 def host(aws: Aws, aws_environment: SageMakerEmulator, group: str) -> Iterator[SageMakerEndpointHost]:
-    made = SageMakerEndpointHost(root=aws.uri("endpoints"), role_arn=ROLE, poll_seconds=0.1, prove_on_candidate=False)
+    made = SageMakerEndpointHost(
+        root=aws.uri("endpoints"), role_arn=ROLE, poll_seconds=0.1, smoke_test_on_candidate=False
+    )
     yield made
     made.delete(group)
 

@@ -75,7 +75,7 @@ class CodeLocation:
 def location(emulator: SageMakerEmulator, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CodeLocation]:
     """`housing_assets.definitions`, loaded again with the variables of a SageMaker deployment."""
     aws = Aws(emulator.endpoint_url, emulator)
-    fast = {"poll_seconds": 0.1, "prove_on_candidate": False}
+    fast = {"poll_seconds": 0.1, "smoke_test_on_candidate": False}
     file = tmp_path_factory.mktemp("automation") / "sagemaker.yaml"
     file.write_text(json.dumps({"endpoint_host": fast}))
     environment = {

@@ -148,6 +148,10 @@ def sagemaker(folder: Path, sections: dict[str, Any], **variables: str) -> dict[
         ({"model_registry": {"images": "x"}}, "model_registry.images is unknown; did you mean image?"),
         ({"endpoint_host": {"data_capture": {"percentage": 20}}}, "did you mean sampling_percentage?"),
         ({"endpoint_host": {"traffic": {"percent": 10, "alarms": []}}}, "endpoint_host.traffic.alarms is unknown"),
+        (
+            {"endpoint_host": {"prove_on_candidate": False}},
+            "endpoint_host.prove_on_candidate is now called smoke_test_on_candidate",
+        ),
         ({"compute": {"job": {"volume_kms_key": "alias/housing"}}}, "take the id or the ARN of a key, no alias"),
         ({"endpoint_host": {"traffic": {"mode": "linear", "percent": 5}}}, "linear steps have 10 to 50 %"),
         ({"endpoint_host": {"serverless": {}}}, "endpoint_host.serverless needs a custom image"),

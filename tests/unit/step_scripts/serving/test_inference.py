@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import subprocess
@@ -12,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from resources.model_registry.serving_container import serving_code, serving_container
+from resources.model_registry.serving_container import serving_code, serving_container, serving_requirements
 from step_scripts.inference import model_fn, transform_fn
 from step_scripts.model.artifact import load_model
 from step_scripts.runner.contract import Artifact, DamagedArtifactError
 from step_scripts.serving.served_model import ServedModel
+from tests.aws_image import CONTENT
 from tests.serving_models import house_rows, small_model
 
+ROOT = Path(__file__).parents[4]
 # As the image's server does it: a module imported by name, `model_fn` once, `transform_fn` as the view of a request.
 TOOLKIT = """
 import sys
@@ -88,6 +91,25 @@ def test_the_archive_is_all_that_the_server_needs(model: Artifact, tmp_path: Pat
     assert answers[:2] == [[200, "application/json", predictions]] * 2
     assert [status for status, _, _ in answers[2:]] == [400, 415, 400]
     assert answers[2][2]["rows"][0]["column"] == "YEAR_BUILT"
+
+
+def test_what_is_imported_is_in_the_archive_or_the_image() -> None:
+    """Of all modules of this project that the image's server loads."""
+    code = "import sys, step_scripts.inference\n"
+    code += "print(*(module.__file__ for name, module in sys.modules.items() if name.startswith('step_scripts')))"
+    files = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    ).stdout.split()
+    imported: set[str] = set()
+    for file in files:
+        for statement in ast.parse(Path(file).read_text()).body:
+            if isinstance(statement, ast.Import):
+                imported |= {alias.name for alias in statement.names}
+            elif isinstance(statement, ast.ImportFrom) and statement.module:
+                imported.add(statement.module)
+    modules = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names - {"step_scripts"}
+    stated = {line.partition("==")[0].lower() for line in (*serving_requirements().split(), *CONTENT)}
+    assert {"numpy", "polars", "pydantic"} <= modules <= stated
 
 
 def test_an_own_image_needs_no_code(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from step_scripts.table.spec import ColumnSpec, TableSpec
 BYTES = 6_291_456 // 4
 ROW = "1990,2000.5,3,2.5,0.5,2,1,0"
 BAD = ROW.replace("1990", "old")
+OBJECT = json.dumps(dict(zip(HOUSING_TABLE.features, json.loads(f"[{ROW}]"), strict=True)))
 QUOTED = ",".join(f'"{field}"' for field in ROW.split(","))
 PARSER = FeatureParser(HOUSING_TABLE)
 
@@ -270,6 +271,23 @@ def test_json_in_pieces_is_accepted_exactly_where_it_is_json_of_valid_rows(
         assert np.array_equal(PARSER.parse(body.encode(), JSON), np.array(value))
     else:
         assert refusal(body, JSON).status == 400
+
+
+@pytest.mark.parametrize("between", [",", ", ", ",\n", " ,\t", "\n,\n"])
+@pytest.mark.parametrize(
+    "row", [f"[{ROW}]", json.dumps(dict(zip(HOUSING_TABLE.features, map(float, ROW.split(",")), strict=True)))]
+)
+def test_large_json_bodies_may_have_white_space_anywhere(row: str, between: str) -> None:
+    rows = 3000
+    for body in (f"[{between.join([row] * rows)}]", f'{{"instances": [\n{between.join([row] * rows)} ] }}\n'):
+        assert len(body) > 1 << 16
+        assert len(PARSER.parse(body.encode(), JSON)) == rows
+
+
+def test_a_text_that_looks_like_the_end_of_a_row_is_a_text() -> None:
+    row = '{"size": 1, "age": null, "place": "a],[b},{", "note": "\\"}, {"}'
+    body = f"[{','.join([row] * 3000)}]"
+    assert FeatureParser(SALES).parse(body.encode(), JSON).shape == (3000, 2)
 
 
 MUTATION = st.tuples(st.floats(0, 1), st.integers(0, 9), st.sampled_from([*'",[]{}\n\r\\ 9e', '""', "\0", "\xff", ""]))

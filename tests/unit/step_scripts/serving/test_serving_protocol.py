@@ -1,4 +1,4 @@
-"""HTTP beyond what uvicorn does by itself: offers to change the protocol, heads that never end."""
+"""HTTP that is meant to hurt, or unusual: offers to change the protocol, heads that never end."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_an_offer_to_change_the_protocol_is_passed_over(port: int, pieces: int, 
     ]
 
 
-@pytest.mark.parametrize("sent", [b"GET /ping HT", b"GET /ping HTTP/1.1\r\nA: b\r\n", b"\r\n", b""])
+@pytest.mark.parametrize("sent", [b"GET /ping HT", b"GET /ping HTTP/1.1\r\nA: b\r\n", b"G", b""])
 def test_a_head_that_never_ends_is_given_up(port: int, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving_protocol, "HEAD_SECONDS", 0.2)
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
@@ -105,13 +105,28 @@ def test_a_head_that_never_ends_is_given_up(port: int, sent: bytes, monkeypatch:
             assert answer.startswith(b"HTTP/1.1 408") or (not sent and not answer)
 
 
+def test_a_head_that_comes_byte_by_byte_is_given_up(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_protocol, "HEAD_SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        received = b""
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError, TimeoutError):
+            connection.sendall(b"GET /ping HTTP/1.1\r\nA: ")
+            connection.settimeout(0.02)
+            for _ in range(200):
+                connection.sendall(b"b")
+                with contextlib.suppress(TimeoutError):
+                    received = connection.recv(1000)
+                    break
+        assert received.startswith(b"HTTP/1.1 408")
+
+
 def test_an_endless_head_is_refused(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         connection.sendall(b"GET /ping HTTP/1.1\r\n")
         with contextlib.suppress(ConnectionResetError, BrokenPipeError):
             for _ in range(200):
                 connection.sendall(b"A: " + b"b" * 997 + b"\r\n")
-            assert connection.recv(1000).startswith(b"HTTP/1.1 431")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 400")
 
 
 def test_what_libraries_print_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
