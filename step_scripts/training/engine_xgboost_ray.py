@@ -27,7 +27,7 @@ def train_booster(request: FitRequest, checkpoint: Checkpoint | None) -> EngineR
 
     xgboost_ray runs in an actor of its own: what it leaves behind when it fails ends with that actor.
     """
-    fit = ray.remote(_Fit).options(num_cpus=0).remote(wait_seconds())  # pyright: ignore[reportAttributeAccessIssue]
+    fit: Any = ray.remote(_Fit).options(num_cpus=0).remote(wait_seconds())
     try:
         return result_of(fit.run.remote(request, checkpoint))
     except TimeoutError as error:

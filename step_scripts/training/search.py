@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray import tune
@@ -155,7 +156,19 @@ def _scheduler(name: str, settings: TrialSettings) -> TrialScheduler:
         )
     if name == "median":
         return MedianStoppingRule(time_attr="rounds", grace_period=grace, min_samples_required=2)
-    return FIFOScheduler()
+    return _ToTheirEnd()
+
+
+class _ToTheirEnd(FIFOScheduler):
+    """Runs all trials to their end. A trial whose actor is starting is left to that actor.
+
+    Ray Tune would move it to an actor that is free, end the one that is starting, and start another for the next trial.
+    In a search of short trials one actor would do all the work, and the CPUs would be busy with starting others.
+    """
+
+    def choose_trial_to_run(self, tune_controller: Any, **kwargs: Any) -> None:
+        """None: trials that wait begin in their order, in actors that are free before others are started."""
+        return
 
 
 @contextlib.contextmanager

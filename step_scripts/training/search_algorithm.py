@@ -47,9 +47,9 @@ class LivesInDriver:
 class TrialProposals(LivesInDriver, Searcher):
     """Proposes the parameters of each trial: the same ones on a busy machine, where trials end in another order.
 
-    Trial n is proposed from the results of the trials up to n - lag, and waits for these. Later trials count as running,
-    whether they have ended or not. The lag grows with the number of trials at a time, so that few wait for a long one.
-    Random proposals need no results.
+    Trial n is proposed from the results of the trials up to n - lag, and waits for these. Later trials count as
+    running, whether they have ended or not. The lag grows with the number of trials at a time, so that few wait for a
+    long one. Random proposals need no results.
 
     `finished` are the trials of an interrupted search. All its proposals are made once more, with the results that are
     known. Where they differ from `finished` (another number of trials at a time, trials that SageMaker proposed),

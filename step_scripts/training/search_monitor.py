@@ -67,7 +67,7 @@ class SearchMonitor(LivesInDriver, tune.Callback, tune.Stopper):
         """Give the matrices to the trial's actor."""
         self._started[trial.trial_id] = time.monotonic()
         # There is no public way to an actor of Ray Tune, and no other one to give it what should not be kept for good.
-        actor = trial.temporary_state.ray_actor
+        actor: Any = trial.temporary_state.ray_actor
         self._actors.append(actor)
         actor.receive.remote(self._matrices)
 
