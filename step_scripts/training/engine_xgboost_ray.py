@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import os
 import threading
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from step_scripts.model.xgboost_native import xgb
 from step_scripts.runner.cluster_resources import no_room, wait_seconds
@@ -19,78 +19,74 @@ from step_scripts.training.engines import WHAT, EngineResult, FitRequest, Worker
 from step_scripts.training.fit_checkpoints import Checkpoint
 from step_scripts.training.training_data import TrainingSplit
 
-_TRACKER_STOP_SECONDS = 2.0
-
 
 def train_booster(request: FitRequest, checkpoint: Checkpoint | None) -> EngineResult:
     """Fit on one actor a worker, from `checkpoint` on; raises `WorkersLost` if xgboost_ray fails, whatever the reason.
 
-    xgboost_ray runs in an actor of its own: what it leaves behind when it fails ends with that actor.
+    What xgboost_ray leaves behind when it fails runs in a placement group, and ends with it.
     """
-    fit: Any = ray.remote(_Fit).options(num_cpus=0).remote(wait_seconds())
+    group = placement_group([{"CPU": request.cpus_per_worker}] * (request.num_workers or 1), strategy="SPREAD")
     try:
-        return result_of(fit.run.remote(request, checkpoint))
-    except TimeoutError as error:
-        raise no_room(WHAT) from error
+        if not group.wait(wait_seconds()):
+            raise no_room(WHAT)
+        place = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
+        # Its process ends with it (`max_calls`), and with that all that was adapted.
+        task: Any = ray.remote(num_cpus=0, max_calls=1, max_retries=0, scheduling_strategy=place)(_fit)
+        return result_of(task.remote(request, checkpoint))
     finally:
-        ray.kill(fit)
+        remove_placement_group(group)
 
 
-class _Fit:
-    def __init__(self, wait: float) -> None:
-        os.environ["RXGB_PLACEMENT_GROUP_TIMEOUT_S"] = f"{wait:.0f}"
-
-    def run(self, request: FitRequest, checkpoint: Checkpoint | None) -> EngineResult:
-        main, num_workers, results = adapted_main(), request.num_workers or 1, {}
-        train, validation = (
-            main.RayDMatrix(_partitions(split, num_workers), label=split.target)
-            for split in (request.train, request.validation)
+def _fit(request: FitRequest, checkpoint: Checkpoint | None) -> EngineResult:
+    main, num_workers, results = adapted_main(), request.num_workers or 1, {}
+    train, validation = (
+        main.RayDMatrix(_partitions(split, num_workers), label=split.target)
+        for split in (request.train, request.validation)
+    )
+    try:
+        booster = main.train(
+            request.parameters_from(checkpoint),
+            train,
+            request.rounds_from(checkpoint),
+            evals=[(train, "train"), (validation, "validation")],
+            additional_results=results,
+            ray_params=main.RayParams(
+                num_actors=num_workers,
+                cpus_per_actor=request.cpus_per_worker,
+                gpus_per_actor=0,
+                checkpoint_frequency=request.num_boost_round + 1,
+                distributed_callbacks=[_ranked_by_actor(main)],
+                verbose=False,
+            ),
+            verbose_eval=False,
+            xgb_model=None if checkpoint is None else checkpoint.model,
+            callbacks=[request.segmented()],
         )
-        try:
-            booster = main.train(
-                request.parameters_from(checkpoint),
-                train,
-                request.rounds_from(checkpoint),
-                evals=[(train, "train"), (validation, "validation")],
-                additional_results=results,
-                ray_params=main.RayParams(
-                    num_actors=num_workers,
-                    cpus_per_actor=request.cpus_per_worker,
-                    gpus_per_actor=0,
-                    checkpoint_frequency=request.num_boost_round + 1,
-                    distributed_callbacks=[_ranked_by_actor(main)],
-                    verbose=False,
-                ),
-                verbose_eval=False,
-                xgb_model=None if checkpoint is None else checkpoint.model,
-                callbacks=[request.segmented()],
-            )
-        except RuntimeError as error:  # does not say whether a worker was lost or has failed
-            reason = error.__cause__ and error.__cause__.__cause__
-            if isinstance(cause := getattr(reason, "cause", None), StepError):
-                raise cause from error
-            raise WorkersLost(f"xgboost_ray failed: {reason or error}") from error
-        return EngineResult(booster, tuple(sorted({node for nodes in results["callback_returns"] for node in nodes})))
+    except RuntimeError as error:  # does not say whether a worker was lost or has failed
+        reason = error.__cause__ and error.__cause__.__cause__
+        if isinstance(cause := getattr(reason, "cause", None), StepError):
+            raise cause from error
+        raise WorkersLost(f"xgboost_ray failed: {reason or error}") from error
+    return EngineResult(booster, tuple(sorted({node for nodes in results["callback_returns"] for node in nodes})))
 
 
 def _partitions(split: TrainingSplit, num_workers: int) -> Any:
     """The split by the protocol `__partitioned__`: each worker reads its own part."""
+
+    def get(ranks: list[int]) -> list[pd.DataFrame]:
+        features, target = split.load(ranks[0], num_workers)
+        return [pd.DataFrame(features, columns=list(split.scaler.features)).assign(**{split.target: target})]
+
     parts = {(rank, 0): {"data": rank, "location": [""]} for rank in range(num_workers)}
-    get = partial(_frames, split, num_workers)
     described = {"shape": (split.rows, 1), "partition_tiling": (num_workers, 1), "partitions": parts, "get": get}
     return SimpleNamespace(__partitioned__=described)
-
-
-def _frames(split: TrainingSplit, num_workers: int, ranks: list[int]) -> list[pd.DataFrame]:
-    features, target = split.load(ranks[0], num_workers)
-    return [pd.DataFrame(features, columns=list(split.scaler.features), copy=False).assign(**{split.target: target})]
 
 
 def adapted_main() -> Any:
     """xgboost_ray's main module with the tracker of XGBoost 3, through which workers find each other."""
     main: Any = importlib.import_module("xgboost_ray.main")
     main._start_rabit_tracker = _start_tracker
-    main._stop_rabit_tracker = lambda thread: thread.join(_TRACKER_STOP_SECONDS)
+    main._stop_rabit_tracker = lambda thread: thread.join(2.0)  # seconds; it ends with the workers
     return main
 
 

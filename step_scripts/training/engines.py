@@ -273,12 +273,12 @@ def boost_in_task(request: FitRequest, checkpoint: Checkpoint | None) -> EngineR
 
 
 def result_of(reference: ray.ObjectRef) -> EngineResult:
-    """What a task or an actor returns. Raises its own error if that means something to users or to `fit`."""
+    """What a task returns. Raises its own error if that means something to users or to `fit`."""
     try:
         return ray.get(reference)
     except (WorkerCrashedError, RayActorError) as error:
         raise WorkersLost(str(error)) from error
     except RayTaskError as error:
-        if isinstance(error.cause, StepError | WorkersLost | TimeoutError):
+        if isinstance(error.cause, StepError | WorkersLost):
             raise error.cause from error
         raise
