@@ -27,7 +27,7 @@ from benchmarks.steps import TARGET
 from benchmarks.whole_graph import whole_run
 from housing_assets.sample_data import write_sample
 
-_ROUNDS, _PATIENCE = 100, 10
+_ROUNDS, _EARLY_STOPPING_ROUNDS = 100, 10
 
 
 class _FeatureStore(BaseHTTPRequestHandler):
@@ -131,23 +131,23 @@ def train(folder: str, parameters: str, model: str) -> None:
     import ray
     from xgboost_ray import RayDMatrix, RayFileType
 
-    from step_scripts.training.engine_xgboost_ray import _adapted
+    from step_scripts.training.engine_xgboost_ray import adapted_main
 
     ray.init(include_dashboard=False, logging_level=logging.ERROR)
     files = {name: sorted(map(str, Path(folder, name).iterdir())) for name in ("train", "validation")}
     matrices = {name: RayDMatrix(paths, label=TARGET, filetype=RayFileType.CSV) for name, paths in files.items()}
     history: dict[str, Any] = {}
-    with _adapted() as (main_module, _):
-        booster = main_module.train(
-            json.loads(parameters) | {"objective": "reg:squarederror", "eval_metric": "rmse", "tree_method": "hist"},
-            matrices["train"],
-            _ROUNDS,
-            evals=[(matrices["validation"], "validation")],
-            evals_result=history,
-            early_stopping_rounds=_PATIENCE,
-            verbose_eval=False,
-            ray_params=main_module.RayParams(num_actors=os.cpu_count() or 1, cpus_per_actor=1),
-        )
+    main_module = adapted_main()
+    booster = main_module.train(
+        json.loads(parameters) | {"objective": "reg:squarederror", "eval_metric": "rmse", "tree_method": "hist"},
+        matrices["train"],
+        _ROUNDS,
+        evals=[(matrices["validation"], "validation")],
+        evals_result=history,
+        early_stopping_rounds=_EARLY_STOPPING_ROUNDS,
+        verbose_eval=False,
+        ray_params=main_module.RayParams(num_actors=os.cpu_count() or 1, cpus_per_actor=1),
+    )
     booster.save_model(model)
     print(min(history["validation"]["rmse"]))
 

@@ -1,8 +1,8 @@
 """How long does the final fit of one host take, and how long `xgboost.train` with as many threads?
 
 `python -m benchmarks.final_fit [--rows 2000000] [--rounds 100]`. 60 % of the rows are fitted, 20 % evaluated after
-every round, on both sides. `seconds`: reading, binning and boosting, on a Ray session as a search of
-short trials leaves it.
+every round, on both sides. `seconds`: reading, binning and boosting, on a Ray session
+whose workers have imported XGBoost.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def on_ray(folder: str, rounds: int) -> dict[str, Any]:
 
     importlib.import_module("step_scripts.tune_model")  # the step whose second half the fit is
     figures: dict[str, float] = {}
-    with warm_ray("step_scripts.training.trial_task"), stopwatch(figures):
+    with warm_ray("step_scripts.training.boosting"), stopwatch(figures):
         _, train, validation = read_splits(read_inputs(folder), HOUSING_TABLE)
         fitted = fit(
             "ray_train",

@@ -180,10 +180,9 @@ class TuneModelSettings(StepSettings):
 
 
 class TuneModelParams(TuneModelSettings, StepParams):
-    """Parameters of step `tune_model`, resolved. `checkpoint_uri`: where finished trials are kept for a resume."""
+    """Parameters of step `tune_model`, resolved."""
 
     table: TableSpec
-    checkpoint_uri: str | None = None
 
 
 class Slice(StepParams):

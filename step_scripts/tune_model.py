@@ -24,7 +24,7 @@ from step_scripts.training.boosting import History, xgboost_parameters
 from step_scripts.training.engines import FitRequest, FitResult, fit
 from step_scripts.training.search import SearchResult, run_search
 from step_scripts.training.training_data import read_splits
-from step_scripts.training.trial_records import TrialRecord, TrialStore, fingerprint
+from step_scripts.training.trials import TrialRecord, TrialStore, fingerprint
 
 _CURVE_POINTS = 500
 _SHOWN_POINTS = 100
@@ -37,9 +37,7 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
     resolved = params.resolved()
     statistics = context.inputs["statistics"]
     scaler_json, train, validation = read_splits(context.inputs, params.table)
-    store = None
-    if (kept := params.checkpoint_uri or context.checkpoint_uri) is not None:
-        store = TrialStore(kept, fingerprint(params, context.request.origins))
+    store = TrialStore(context.request.shared_checkpoint_uri, fingerprint(params, context.request.origins))
 
     with context.phase("tune"):
         search = run_search(params, train, validation, store, context.log)
@@ -60,7 +58,7 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
                 num_boost_round=resolved["num_boost_round"],
                 early_stopping_rounds=resolved["early_stopping_rounds"],
                 num_workers=resolved["num_workers"],
-                checkpoint_uri=_checkpoint_uri(context, params),
+                checkpoint_uri=_checkpoint_uri(context),
             ),
             context.log,
         )
@@ -164,10 +162,8 @@ def _outcome(
     )
 
 
-def _checkpoint_uri(context: StepContext, params: TuneModelParams) -> str | None:
-    """Where all nodes can keep checkpoints: as configured, or beside remote outputs; None: on this machine."""
-    if params.checkpoint_uri is not None:
-        return storage.join(params.checkpoint_uri, "fit", context.attempt_uri.rstrip("/").rpartition("/")[2])
+def _checkpoint_uri(context: StepContext) -> str | None:
+    """Where all nodes can keep checkpoints: as the request says, or beside remote outputs; None: on this machine."""
     if context.attempt_checkpoint_uri is not None:
         return storage.join(context.attempt_checkpoint_uri, "fit")
     return context.output_uri("checkpoints") if storage.is_remote(context.attempt_uri) else None

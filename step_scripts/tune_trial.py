@@ -20,7 +20,7 @@ from step_scripts.parameters import TuneModelParams
 from step_scripts.runner.code_version import CodeCheck
 from step_scripts.training.boosting import TrialBoosting, quantile_matrices, useful_threads, xgboost_parameters
 from step_scripts.training.training_data import read_splits
-from step_scripts.training.trial_records import TUNED
+from step_scripts.training.trials import TUNED
 
 _ROUNDS_BETWEEN_LINES = 100
 _log = logging.getLogger("step_scripts.tune_trial")
@@ -44,7 +44,7 @@ def run_trial(request_folder: str, hyperparameters: dict[str, str]) -> TrialBoos
         _log.info("round %d, RMSE %.6g", boosting.rounds, boosting.best_rmse)
     _log.info("ended by %s", stopped_by.replace("_", " "))
     code.require()
-    # What SageMaker reads: see METRICS in step_scripts.training.trial_records.
+    # What SageMaker reads: see METRICS in step_scripts.training.trials.
     _log.info("validation:rmse=%r; trial:rounds=%d; trial:best_rounds=%d;",
               boosting.best_rmse, boosting.rounds, boosting.best_rounds)  # fmt: skip
     return boosting

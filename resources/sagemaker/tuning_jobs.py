@@ -24,7 +24,7 @@ from resources.sagemaker.tuning_requests import NativeTuningConfig, tuning_reque
 from step_scripts.parameters import TuneModelParams, TuneModelSettings
 from step_scripts.runner.contract import StepRequest
 from step_scripts.runner.wording import counted, number
-from step_scripts.training.trial_records import OBJECTIVE, TRIAL_MODULE, TUNED, TrialRecord, TrialStore, fingerprint
+from step_scripts.training.trials import OBJECTIVE, TRIAL_MODULE, TUNED, TrialRecord, TrialStore, fingerprint
 
 URI_VARIABLE = "HOUSING_JOB_URI"
 
@@ -70,9 +70,7 @@ class NativeTuning:
         Raises `JobFailure` unless the tuning job completes; what it has finished is kept all the same.
         """
         params = TuneModelParams.model_validate(request.params)
-        place = params.checkpoint_uri or request.shared_checkpoint_uri
-        assert place is not None
-        store = TrialStore(place, fingerprint(params, request.origins))
+        store = TrialStore(request.shared_checkpoint_uri, fingerprint(params, request.origins))
         finished = store.load()
         wanted = params.resolved()["num_trials"]
         if len(finished) >= wanted:

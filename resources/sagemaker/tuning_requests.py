@@ -10,7 +10,7 @@ from pydantic import Field
 
 from resources.sagemaker.job_requests import JobConfig, training_request
 from step_scripts.parameters import TuneModelSettings
-from step_scripts.training.trial_records import METRICS, OBJECTIVE, TUNED
+from step_scripts.training.trials import METRICS, OBJECTIVE, TUNED
 
 _DEFINITION = (
     "RoleArn", "InputDataConfig", "OutputDataConfig", "ResourceConfig", "StoppingCondition", "VpcConfig",

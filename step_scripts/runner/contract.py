@@ -130,7 +130,7 @@ class StepRequest(BaseModel):
     checkpoint_uri: str | None = Field(
         default=None,
         description="Where a step keeps unfinished work for the next attempt at the same request; removed when it has "
-        "succeeded. No part of the digest.",
+        "succeeded. None: finished parts below `output_uri`. No part of the digest.",
     )
 
     @property
@@ -160,9 +160,11 @@ class StepRequest(BaseModel):
         return storage.join(self.output_uri, "failed", name)
 
     @property
-    def shared_checkpoint_uri(self) -> str | None:
-        """The part of `checkpoint_uri` that all attempts share."""
-        return None if self.checkpoint_uri is None else storage.join(self.checkpoint_uri, "shared")
+    def shared_checkpoint_uri(self) -> str:
+        """Prefix for finished parts of the work, which all attempts at the request share."""
+        if self.checkpoint_uri is None:
+            return storage.join(self.output_uri, "unfinished")
+        return storage.join(self.checkpoint_uri, "shared")
 
 
 class StepResult(BaseModel):
@@ -228,11 +230,6 @@ class StepContext:
         self.confirm: Callable[[], None] = lambda: None
         """Raises `StepError` if the step runs with other code than what was asked for: for steps that change more than
         their outputs, before they do."""
-
-    @property
-    def checkpoint_uri(self) -> str | None:
-        """Prefix for finished parts of the work, which all attempts at the request share. None: nothing is kept."""
-        return self.request.shared_checkpoint_uri
 
     @property
     def attempt_checkpoint_uri(self) -> str | None:

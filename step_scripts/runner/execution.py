@@ -150,7 +150,7 @@ def failure_of(error: BaseException) -> dict[str, Any]:
 
 def _forget_checkpoints(context: StepContext) -> None:
     """Remove what was kept for later attempts. An attempt that runs at the same time keeps its own."""
-    for uri in (context.checkpoint_uri, context.attempt_checkpoint_uri):
+    for uri in (context.request.shared_checkpoint_uri, context.attempt_checkpoint_uri):
         if uri is not None:
             try:
                 storage.delete(uri)

@@ -8,18 +8,24 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from step_scripts.model.xgboost_native import TrainingCallback, xgb
-from step_scripts.training.matrix import Matrix
 
 _HISTORY = "history"
 _ROWS_PER_THREAD = 20_000
 _SEGMENTS, _SMALLEST_SEGMENT = 10, 25  # rounds of the smallest
 _SEED_STEP = 0x5851F42D  # odd, so that its multiples below 2**31 differ
+
+
+class Matrix(NamedTuple):
+    """Scaled features, float32, shape (rows, features), nulls as NaN; and the target, float32, shape (rows,)."""
+
+    features: np.ndarray
+    target: np.ndarray
 
 
 def xgboost_parameters(tuned: dict[str, float | int], seed: int) -> dict[str, Any]:
@@ -70,7 +76,7 @@ class TrialBoosting:
         early_stopping_rounds: int,
     ) -> None:
         self._train, self._validation = train, validation
-        self._limit, self._patience = num_boost_round, early_stopping_rounds
+        self._num_boost_round, self._early_stopping_rounds = num_boost_round, early_stopping_rounds
         self._interval, self._seed = segment_rounds(num_boost_round), parameters["seed"]
         # Updating the booster in place keeps its predictions; `xgboost.train` would make them again in every step.
         self._booster = xgb.Booster(parameters, [train, validation])
@@ -85,9 +91,9 @@ class TrialBoosting:
             self.rounds += 1
             if rmse < self.best_rmse:
                 self.best_rmse, self.best_rounds = rmse, self.rounds
-            if self.rounds - self.best_rounds >= self._patience:
+            if self.rounds - self.best_rounds >= self._early_stopping_rounds:
                 return "early_stopping"
-            if self.rounds >= self._limit:
+            if self.rounds >= self._num_boost_round:
                 return "all_rounds"
             if self.rounds % self._interval == 0:
                 begin_segment(self._booster, self._seed, self.rounds // self._interval)
@@ -119,7 +125,7 @@ def segment_seed(seed: int, segment: int) -> int:
 
 
 class SegmentedBoosting(TrainingCallback):
-    """Records the history, stops `patience` rounds after the best one, and cuts the fit into segments.
+    """Records the history, stops `early_stopping_rounds` after the best one, and cuts the fit into segments.
 
     XGBoost keeps neither the state of its random numbers nor its early stopping in a model. So every `interval` rounds
     the random numbers begin anew, whether the fit goes on in this process or in another one, from a seed that depends
@@ -132,13 +138,17 @@ class SegmentedBoosting(TrainingCallback):
     """
 
     def __init__(
-        self, patience: int, interval: int, seed: int = 0, keep: Callable[[xgb.Booster], None] | None = None
+        self,
+        early_stopping_rounds: int,
+        interval: int,
+        seed: int = 0,
+        keep: Callable[[xgb.Booster], None] | None = None,
     ) -> None:
         super().__init__()
         self.history = History()
         self._round_since: float | None = None
         self._best_rmse, self._best_rounds = math.inf, 0
-        self._patience, self._interval = patience, interval
+        self._early_stopping_rounds, self._interval = early_stopping_rounds, interval
         self._seed, self._save = seed, keep
 
     def before_training(self, model: Any) -> Any:
@@ -164,7 +174,7 @@ class SegmentedBoosting(TrainingCallback):
         rounds = len(self.history.validation)
         if self.history.validation[-1] < self._best_rmse:
             self._best_rmse, self._best_rounds = self.history.validation[-1], rounds
-        if rounds - self._best_rounds >= self._patience:
+        if rounds - self._best_rounds >= self._early_stopping_rounds:
             return True
         if rounds % self._interval == 0:
             self._note(model)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError, WorkerCrashedError
+from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 
 from step_scripts.model.xgboost_native import TrainingCallback, xgb
 from step_scripts.runner import storage
@@ -268,12 +268,17 @@ def boost_in_task(request: FitRequest, checkpoint: Checkpoint | None) -> EngineR
     def task() -> EngineResult:
         return EngineResult(boost(request, checkpoint=checkpoint), (ray.util.get_node_ip_address(),))
 
+    with reserved(WHAT, request.cpus_per_worker, None) as options:  # `fit` reports the waiting
+        return result_of(ray.remote(task).options(**options, max_retries=0).remote())
+
+
+def result_of(reference: ray.ObjectRef) -> EngineResult:
+    """What a task returns. Raises its own error if that means something to users or to `fit`."""
     try:
-        with reserved(WHAT, request.cpus_per_worker, None) as options:  # whoever fits tells of the waiting
-            return ray.get(ray.remote(task).options(**options, max_retries=0).remote())
-    except WorkerCrashedError as error:
+        return ray.get(reference)
+    except (WorkerCrashedError, RayActorError) as error:
         raise WorkersLost(str(error)) from error
     except RayTaskError as error:
-        if isinstance(error.cause, StepError):
+        if isinstance(error.cause, StepError | WorkersLost):
             raise error.cause from error
         raise

@@ -1,8 +1,10 @@
-"""What the hyperparameter search tries: Optuna's samplers behind Ray Tune's interface, also after an interruption."""
+"""What the hyperparameter search tries: Optuna's samplers behind Ray Tune's interface."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from itertools import count
+from typing import Any, Self
 
 import optuna
 from optuna.distributions import FloatDistribution, IntDistribution
@@ -10,9 +12,9 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from step_scripts.parameters import TuneModelParams
-from step_scripts.training.trial_records import TrialRecord
+from step_scripts.training.trials import TrialRecord
 
-# Where people would begin; the ranges clip it.
+# Customary values, from which the ranges are clipped.
 _FIRST_TRIAL = {"max_depth": 3, "eta": 0.1, "min_child_weight": 1.0, "subsample": 0.8}
 
 
@@ -32,103 +34,122 @@ def first_trial(params: TuneModelParams) -> dict[str, float | int]:
     return {name: min(max(_FIRST_TRIAL[name], d.low), d.high) for name, d in search_space(params).items()}
 
 
-def searcher(params: TuneModelParams, finished: list[TrialRecord], concurrent: int = 1) -> ContinuedSearch:
-    """The search algorithm, in the state in which a search was that `finished` these trials, in that order.
+class LivesInDriver:
+    """Base of what Ray Tune would copy, or write to a file that is never read, although the running search uses it."""
 
-    It goes through the earlier search once more: the same proposals, and the results that are known. Where that is not
-    possible (trials failed, or others ran at the same time), it is only told of the results and proposes others.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class TrialProposals(LivesInDriver, Searcher):
+    """Proposes the parameters of each trial: the same ones on a busy machine, where trials end in another order.
+
+    Trial n is proposed from the results of the trials up to n - lag, and waits for these. Later trials count as
+    running, whether they have ended or not. The lag grows with the number of trials at a time, so that few wait for a
+    long one. Random proposals need no results.
+
+    `finished` are the trials of an interrupted search. All its proposals are made once more, with the results that are
+    known. Where they differ from `finished` (another number of trials at a time, trials that SageMaker proposed),
+    `replayed` is False: the algorithm then learns from `finished`, and proposes from another seed.
     """
-    resolved = params.resolved()
-    seed, trials = resolved["seed"], resolved["num_trials"]
-    search = _algorithm(params, seed)
-    # Random proposals do not depend on results, and so not on how many trials run at a time.
-    waiting = _replay(search, finished, trials if resolved["search_algorithm"] == "random" else concurrent, trials)
-    if waiting is not None:
-        return ContinuedSearch(search, waiting)
-    # Another seed: the same one would propose the finished trials again.
-    search = _algorithm(params, (seed + len(finished)) % 2**32, first=False)
-    for record in finished:
-        if record.rmse is not None:
-            search.add_evaluated_point(record.parameters, record.rmse)
-    return ContinuedSearch(search, {}, replayed=False)
+
+    def __init__(self, params: TuneModelParams, finished: list[TrialRecord], concurrent: int) -> None:
+        super().__init__(metric="rmse", mode="min")
+        resolved = params.resolved()
+        random = resolved["search_algorithm"] == "random"
+        self._lag = resolved["num_trials"] if random else max(concurrent, 2 * concurrent - 2)
+        self._numbers: dict[str, int] = {}
+        self._begin(_algorithm(params, resolved["seed"], first_trial(params)), count(1))
+        self.replayed = self._replay({record.trial: record for record in finished})
+        if not self.replayed:
+            # The same seed would propose the finished trials again.
+            algorithm = _algorithm(params, (resolved["seed"] + len(finished)) % 2**32)
+            for record in finished:
+                if record.rmse is not None:
+                    algorithm.add_evaluated_point(record.parameters, record.rmse)
+            taken = {record.trial for record in finished}
+            self._begin(algorithm, (number for number in count(1) if number not in taken))
+
+    def _begin(self, algorithm: OptunaSearch, numbers: Iterator[int]) -> None:
+        self._algorithm, self._free_numbers = algorithm, numbers
+        self._proposed: list[int] = []  # numbers of trials, in order
+        self._learned = 0  # so many of them, from the first on, have results that the algorithm knows
+        self._rmse: dict[int, float | None] = {}  # of the trials that have ended; None if they failed
+        self._waiting: list[tuple[int, dict[str, Any]]] = []  # proposed, but not yet begun
+
+    def _replay(self, finished: dict[int, TrialRecord]) -> bool:
+        """Make the proposals up to the last finished trial; whether they are those that were tried."""
+        for _ in range(max(finished, default=0)):
+            if (proposal := self._propose()) is None:
+                return False
+            number, parameters = proposal
+            if number not in finished:
+                self._waiting.append(proposal)
+            elif finished[number].parameters != parameters:
+                return False
+            else:
+                self._rmse[number] = finished[number].rmse
+        return True
+
+    def _propose(self) -> tuple[int, dict[str, Any]] | None:
+        """Number and parameters of the next trial; None if a result that it depends on is not there."""
+        known = max(len(self._proposed) + 1 - self._lag, self._learned)
+        needed = self._proposed[self._learned : known]
+        if any(number not in self._rmse for number in needed):
+            return None
+        for number in needed:
+            rmse = self._rmse[number]
+            self._algorithm.on_trial_complete(str(number), None if rmse is None else {"rmse": rmse}, error=rmse is None)
+        self._learned = known
+        number = next(self._free_numbers)
+        parameters = self._algorithm.suggest(str(number))
+        assert isinstance(parameters, dict)  # Optuna always has another proposal
+        self._proposed.append(number)
+        return number, parameters
+
+    def number_of(self, trial_id: str) -> int:
+        """The number of the trial that Ray Tune calls `trial_id`."""
+        return self._numbers[trial_id]
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The parameters of a trial that begins; None if it has to wait for results."""
+        proposal = self._waiting.pop(0) if self._waiting else self._propose()
+        if proposal is None:
+            return None
+        self._numbers[trial_id], parameters = proposal
+        return parameters
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Take the result of a trial."""
+        self._rmse[self._numbers[trial_id]] = result["rmse"] if result and not error else None
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Results of trials that go on are of no use here."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Ray Tune's own checkpoints are not used: a search goes on from the records of its trials."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See `save`."""
+        raise NotImplementedError
 
 
-def _algorithm(params: TuneModelParams, seed: int, first: bool = True) -> OptunaSearch:
-    """The search algorithm before any trial; `first`: it proposes `first_trial` to begin with."""
+def _algorithm(params: TuneModelParams, seed: int, first: dict[str, float | int] | None = None) -> OptunaSearch:
+    """The search algorithm before any trial; it proposes `first` to begin with."""
     resolved = params.resolved()
     if resolved["search_algorithm"] == "random":
         sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
     else:
         startup = max(3, min(10, resolved["num_trials"] // 3))
-        # constant_liar: trials that run at the same time shall not be alike.
+        # constant_liar: trials that run at the same time must differ.
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)
     return OptunaSearch(
         search_space(params),  # pyright: ignore[reportArgumentType]  # invariant dict
         metric="rmse",
         mode="min",
         sampler=sampler,
-        points_to_evaluate=[first_trial(params)] if first else None,
+        points_to_evaluate=None if first is None else [first],
     )
-
-
-def _replay(
-    search: OptunaSearch, finished: list[TrialRecord], concurrent: int, num_trials: int
-) -> dict[int, dict[str, Any]] | None:
-    """Have `search` propose and learn as it did when the trials ran: the next proposal whenever one of them ended.
-
-    What it has proposed and was not finished, by number; None if it proposes something else than was tried.
-    """
-    proposed: dict[int, Any] = {}
-
-    def propose() -> None:
-        if (number := len(proposed) + 1) <= num_trials:
-            proposed[number] = search.suggest(str(number))
-
-    if not finished:
-        return proposed
-    for _ in range(concurrent):
-        propose()
-    for record in finished:
-        if proposed.get(record.trial) != record.parameters:
-            return None
-        search.on_trial_complete(str(record.trial), {"rmse": record.rmse})
-        propose()
-    done = {record.trial for record in finished}
-    return {number: parameters for number, parameters in proposed.items() if number not in done}
-
-
-class ContinuedSearch(Searcher):
-    """`search`, which has made the proposals `waiting` (by the trial's number) already: they are tried first.
-
-    `replayed`: whether its proposals are those of a search that was not interrupted.
-    """
-
-    def __init__(self, search: OptunaSearch, waiting: dict[int, dict[str, Any]], replayed: bool = True) -> None:
-        super().__init__(metric="rmse", mode="min")
-        self.replayed = replayed
-        self._search = search
-        self._waiting = sorted(waiting.items())
-        self._names: dict[str, str] = {}
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """The parameters of a trial that begins."""
-        if not self._waiting:
-            return self._search.suggest(trial_id)
-        number, parameters = self._waiting.pop(0)
-        self._names[trial_id] = str(number)
-        return parameters
-
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Tell the algorithm of a report."""
-        self._search.on_trial_result(self._names.get(trial_id, trial_id), result)
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the algorithm of an end."""
-        self._search.on_trial_complete(self._names.get(trial_id, trial_id), result, error)
-
-    def save(self, checkpoint_path: str) -> None:
-        """For Ray Tune, which writes a file that is never read."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Searches go on from the records of their trials instead."""
-        raise NotImplementedError

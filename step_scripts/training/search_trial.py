@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import time
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -11,49 +10,50 @@ from ray import tune
 
 from step_scripts.model.xgboost_native import xgb
 from step_scripts.training.boosting import TrialBoosting, quantile_matrices, useful_threads, xgboost_parameters
-from step_scripts.training.trial_task import TrialTask
 
-_SECONDS_BETWEEN_LOOKS = 0.05
-_NOTHING_YET = {"rmse": math.inf, "rounds": 0, "best_rounds": 0, "stopped_by": "scheduler", "done": False}
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """What all trials of a search share. There is a report every `report_rounds`; `cpus` are those of one trial."""
+
+    num_boost_round: int
+    early_stopping_rounds: int
+    report_rounds: int
+    cpus: int
+    seed: int
 
 
 class BoostingTrial(tune.Trainable):
     """Boosts `report_rounds` rounds a step and reports the best validation RMSE so far.
 
-    Until it has received the matrices it reports that there are no rounds yet. They are binned once an actor: their
-    bins do not depend on what is tuned.
+    The matrices are binned once an actor: the bins do not depend on what is tuned.
     """
 
-    def setup(  # pyright: ignore[reportIncompatibleMethodOverride]  # `tune.with_parameters` adds the task
-        self, config: dict[str, Any], *, task: TrialTask
+    def setup(  # pyright: ignore[reportIncompatibleMethodOverride]  # `tune.with_parameters` adds the settings
+        self, config: dict[str, Any], *, settings: TrialSettings
     ) -> None:
-        """Get ready to receive the matrices."""
-        self._task = task
-        self._config = config
-        self._references: list[ray.ObjectRef] = []
-        self._matrices: tuple[xgb.DMatrix, xgb.DMatrix] | None = None
-        self._boosting: TrialBoosting | None = None
+        """Begin the first trial in this actor."""
+        self._settings = settings
+        self._binned: tuple[xgb.DMatrix, xgb.DMatrix] | None = None
+        self.reset_config(config)
 
-    def receive(self, references: list[ray.ObjectRef]) -> None:
-        """Take references to the `Matrix` of each split, train first.
+    def receive(self, matrices: list[ray.ObjectRef]) -> None:
+        """Take references to the `Matrix` of each split, train first; called before the first step of each trial.
 
-        Not a parameter of the trial: Ray Tune keeps those, and with them the matrices, until the session ends.
+        Not a parameter of the trainable: Ray Tune keeps those, and with them the matrices, until the session ends.
         """
-        self._references = references
+        self._matrices = matrices
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Begin another trial in this actor."""
-        self._config = new_config
-        self._boosting = None
+        self._tuned = new_config
+        self._boosting: TrialBoosting | None = None
         return True
 
     def step(self) -> dict[str, Any]:
         """Boost until the next report, early stopping or the last round."""
-        if not self._references:
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-            return dict(_NOTHING_YET)
         boosting = self._boosting = self._boosting or self._begin()
-        stopped_by = boosting.advance(self._task.report_rounds)
+        stopped_by = boosting.advance(self._settings.report_rounds)
         return {
             "rmse": boosting.best_rmse,
             "rounds": boosting.rounds,
@@ -63,11 +63,10 @@ class BoostingTrial(tune.Trainable):
         }
 
     def _begin(self) -> TrialBoosting:
-        """Begin a trial. The first time, map the matrices (of which no copy is made) and bin them."""
-        task = self._task
-        if self._matrices is None:
-            train, validation = ray.get(self._references)
-            self._threads = useful_threads(len(train.target), task.cpus)
-            self._matrices = quantile_matrices(train, validation, self._threads)
-        parameters = xgboost_parameters(self._config, task.seed) | {"nthread": self._threads}
-        return TrialBoosting(*self._matrices, parameters, task.num_boost_round, task.early_stopping_rounds)
+        settings = self._settings
+        if self._binned is None:
+            train, validation = ray.get(self._matrices)  # mapped, not copied
+            self._threads = useful_threads(len(train.target), settings.cpus)
+            self._binned = quantile_matrices(train, validation, self._threads)
+        parameters = xgboost_parameters(self._tuned, settings.seed) | {"nthread": self._threads}
+        return TrialBoosting(*self._binned, parameters, settings.num_boost_round, settings.early_stopping_rounds)

@@ -19,7 +19,7 @@ from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, StepError
 from step_scripts.runner.wording import counted
 from step_scripts.table.spec import TableSpec
-from step_scripts.training.matrix import Matrix
+from step_scripts.training.boosting import Matrix
 
 
 @dataclass(frozen=True)

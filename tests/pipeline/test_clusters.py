@@ -74,13 +74,13 @@ from step_scripts.runner.ray_session import RaySession, RaySettings
 RaySession(RaySettings(address=sys.argv[1], ship_code=False)).ensure()
 import ray
 from step_scripts.runner import cluster_resources
-from step_scripts.training import engines, search, search_progress, short_trials
+from step_scripts.training import engines, search, search_monitor
 from step_scripts.training.boosting import xgboost_parameters
 from step_scripts.parameters import TuneModelParams
 from tests.split_files import TABLE, sales, splits_of, write_inputs
 engines.free_cpus = search.free_cpus = lambda *_: [2]
 cluster_resources._MESSAGE_SECONDS = 0.5
-search_progress._SECONDS_BETWEEN_MESSAGES = short_trials._SECONDS_BETWEEN_MESSAGES = 0.5
+search_monitor._SECONDS_BETWEEN_MESSAGES = 0.5
 splits = splits_of(write_inputs(Path(sys.argv[2]), sales(600), sales(200, seed=1)), sales(600))
 class Log:
     def __init__(self, react=None):
@@ -114,20 +114,17 @@ fit = engines.FitRequest(*splits, parameters, num_boost_round=40, early_stopping
 for name in engines.ENGINES:
     found[name] = refused(lambda log: engines.fit(name, fit, log))
 ray.kill(other)
-for name, short in (("short trials", True), ("Ray Tune", False)):
-    search.are_short = lambda *size: short
-    other = hold(2)
-    found[name] = refused(trials)
-    os.environ["HOUSING_RESOURCE_WAIT_SECONDS"] = "150"
-    released = []
-    def release():
-        released.append(time.monotonic())
-        ray.kill(other)
-    start = time.monotonic()
-    log = Log(release)
-    [trial] = trials(log).records
-    found[name] += (released[0] - start, log.last - released[0], trial.seconds)  # the end of a trial is told
-    os.environ["HOUSING_RESOURCE_WAIT_SECONDS"] = "3"
+other = hold(2)
+found["trials"] = refused(trials)
+os.environ["HOUSING_RESOURCE_WAIT_SECONDS"] = "150"
+released = []
+def release():
+    released.append(time.monotonic())
+    ray.kill(other)
+start = time.monotonic()
+log = Log(release)
+[trial] = trials(log).records
+found["trials"] += (released[0] - start, log.last - released[0], trial.seconds)  # the end of a trial is reported
 print(json.dumps(found))
 """
 
@@ -255,22 +252,15 @@ def test_a_fit_on_several_workers_tells_that_it_waits_and_gives_up_in_time(
     assert "the final fit waits for CPUs of the Ray cluster: 1 of 2 are free" in messages
 
 
-@pytest.mark.parametrize(
-    ("trials", "message"),
-    [
-        ("short trials", "1 trial under way, or waiting for a CPU of the Ray cluster: 0 of 2 are free"),
-        ("Ray Tune", "the search waits for CPUs of the Ray cluster, at most 3 s"),
-    ],
-)
 def test_trials_tell_that_they_wait_give_up_in_time_and_their_time_begins_afterwards(
-    waits: dict[str, list[Any]], trials: str, message: str
+    waits: dict[str, list[Any]],
 ) -> None:
-    refusal, messages, waited, since, seconds = waits[trials]
+    refusal, messages, waited, since, seconds = waits["trials"]
     assert refusal == (
         "the Ray cluster had no room for the trials of the search within 3 s: end what uses it, or wait longer by "
         "HOUSING_RESOURCE_WAIT_SECONDS"
     )
-    assert message in messages
+    assert "the search waits for CPUs of the Ray cluster, at most 3 s" in messages
     assert waited >= 0.5
     assert seconds <= since
 

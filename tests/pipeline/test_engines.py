@@ -19,7 +19,7 @@ import xgboost as xgb
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.ray_session import RaySession
 from step_scripts.training.boosting import SegmentedBoosting, xgboost_parameters
-from step_scripts.training.engines import ENGINES, FitRequest, FitResult, boost, fit
+from step_scripts.training.engines import ENGINES, FitRequest, FitResult, WorkersLost, boost, fit
 from tests.split_files import sales, splits_of, write_inputs
 
 PATIENCE = 5
@@ -222,7 +222,7 @@ def test_a_lost_worker_is_replaced_and_the_history_goes_on(
 
 def test_xgboost_ray_leaves_nothing_behind_when_it_fails(ray_session: RaySession, request_: FitRequest) -> None:
     _wait_for_free_cpus()
-    with pytest.raises(RuntimeError, match=r"xgboost_ray failed: (.|\n)*max_depth"):
+    with pytest.raises(WorkersLost, match=r"xgboost_ray failed: (.|\n)*max_depth"):
         fit("xgboost_ray", replace(request_, parameters=PARAMETERS | {"max_depth": -3}, num_workers=2))
     _wait_for_free_cpus()
     assert not _processes("RemoteRayXGBoostActor")

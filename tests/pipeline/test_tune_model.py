@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,8 +25,7 @@ from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepR
 from step_scripts.runner.execution import run_step
 from step_scripts.runner.ray_session import RaySession, private_folder_of_session
 from step_scripts.training import search
-from step_scripts.training.short_trials import are_short
-from step_scripts.training.trial_records import TrialRecord, TrialStore
+from step_scripts.training.trials import TrialRecord, TrialStore
 from tests.split_files import TABLE, sales, scaler_of, write_inputs, write_split
 
 FAST = {"num_boost_round": 40, "early_stopping_rounds": 10, "num_trials": 3, "eta_min": 0.1, "eta_max": 0.3}
@@ -56,18 +56,6 @@ def _done(texts: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     return write_inputs(tmp_path_factory.mktemp("splits"), sales(600), sales(200, seed=1), files=2)
-
-
-@pytest.fixture(params=["short trials", "Ray Tune"])
-def runner_of_trials(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What runs the trials: tasks, as for all data as small as here, or, as for large data, Ray Tune."""
-    monkeypatch.setattr(search, "are_short", lambda *size: request.param == "short trials")
-    return request.param
-
-
-@pytest.fixture
-def with_ray_tune(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "are_short", lambda *size: False)
 
 
 @pytest.fixture
@@ -114,6 +102,11 @@ def _leftovers() -> list[Path]:
     return [*session.glob("tune-*"), *session.glob("r/session_2*/artifacts/*/search-*")]
 
 
+def _kept_trials(folder: Path) -> list[Path]:
+    """Files of finished trials, below the step's outputs in `folder`."""
+    return sorted(folder.glob("out/tune_model/*/unfinished/trials/*.json"))
+
+
 def _wait_for_free_cpus() -> None:
     deadline = time.monotonic() + 20
     while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
@@ -121,7 +114,6 @@ def _wait_for_free_cpus() -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.usefixtures("runner_of_trials")
 def test_model_and_report(tune: Callable[..., StepResult], inputs: dict[str, Artifact]) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     environment = dict(os.environ)
@@ -175,33 +167,55 @@ def test_one_trial_with_fixed_parameters_is_reproducible(tune: Callable[..., Ste
     assert len(digests) == 1
 
 
-def test_only_short_trials_are_tasks() -> None:
-    assert are_short(6_000, 1500, "asha")
-    assert are_short(600_000, 100, "none")
-    assert not are_short(600_000, 100, "asha")  # what a scheduler spares is worth the start of actors
-    assert not are_short(600_000, 1500, "none")  # too long without news
-    assert not are_short(3_000_000, 1, "none")  # too many rows to leave in the workers
+def test_the_same_search_on_a_busy_machine_finds_the_same(tune: Callable[..., StepResult], tmp_path: Path) -> None:
+    """Trials end in another order, and the trials, the best one and the booster are the same, byte for byte."""
 
+    def disturb() -> None:
+        """Stop one process of a trial after the other for a while."""
+        while not over.wait(0.05):
+            for process in _workers("BoostingTrial") + _workers("ResourceTrainable"):
+                with contextlib.suppress(psutil.Error):
+                    process.suspend()
+                over.wait(0.4)
+                with contextlib.suppress(psutil.Error):
+                    process.resume()
 
-def test_both_runners_of_trials_find_the_same(tune: Callable[..., StepResult], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same proposals, rounds and RMSE of every trial, and therefore the same model."""
-    found = []
-    for short in (True, False):
-        monkeypatch.setattr(search, "are_short", lambda *size, answer=short: answer)
-        result = tune(num_trials=5, max_concurrent_trials=1, scheduler="none", checkpoint_uri=None)
+    found, orders = [], []
+    for busy in (False, True):
+        over, messages = threading.Event(), Messages()
+        disturber = threading.Thread(target=disturb)
+        if busy:
+            disturber.start()
+        try:
+            result = tune(messages, num_trials=8, num_boost_round=300, early_stopping_rounds=20)
+        finally:
+            over.set()
+            if busy:
+                disturber.join()
+        assert result.details["search_repeatable"] is True
         trials = _json(result.outputs["report"], "trials.json")
         found.append(([{**t, "seconds": 0} for t in trials], result.outputs["model"].digest))
-        shutil.rmtree(Path(result.outputs["model"].uri).parents[1])
+        orders.append([text.partition(" done, ")[2].partition(":")[0] for text in messages.trials()])
+        shutil.rmtree(tmp_path / "out")
     assert found[0] == found[1]
+    assert sorted(orders[0]) == sorted(orders[1])
 
 
-@pytest.mark.usefixtures("runner_of_trials")
+def test_what_a_scheduler_may_stop_is_not_repeatable(
+    tune: Callable[..., StepResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "_WORTH_STOPPING", 0)
+    for scheduler, repeatable in (("asha", False), ("median", False), ("none", True)):
+        result = tune(scheduler=scheduler)
+        assert result.details["search_repeatable"] is repeatable
+
+
 def test_an_interrupted_search_goes_on(tune: Callable[..., StepResult], tmp_path: Path) -> None:
     def interrupt(texts: list[str]) -> None:
         if len(_done(texts)) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    settings = {"num_trials": 6, "checkpoint_uri": str(tmp_path / "kept"), "num_boost_round": 400, "scheduler": "none"}
+    settings = {"num_trials": 6, "num_boost_round": 400, "scheduler": "none"}
     with pytest.raises(KeyboardInterrupt):
         tune(Messages(interrupt), **settings)
     _wait_for_free_cpus()
@@ -209,7 +223,7 @@ def test_an_interrupted_search_goes_on(tune: Callable[..., StepResult], tmp_path
     while _leftovers():
         assert time.monotonic() < deadline, _leftovers()
         time.sleep(0.1)
-    kept = [json.loads(path.read_bytes())["record"] for path in sorted((tmp_path / "kept" / "trials").iterdir())]
+    kept = [json.loads(path.read_bytes())["record"] for path in _kept_trials(tmp_path)]
     assert 2 <= len(kept) < 6
 
     messages = Messages()
@@ -219,10 +233,10 @@ def test_an_interrupted_search_goes_on(tune: Callable[..., StepResult], tmp_path
     assert [t["trial"] for t in trials] == list(range(1, 7))
     assert all(record in trials for record in kept)
     assert result.details["trials_resumed"] == len(kept)
+    assert not _kept_trials(tmp_path)
     assert len({json.dumps(t["parameters"]) for t in trials}) == 6
 
 
-@pytest.mark.usefixtures("runner_of_trials")
 def test_an_interrupted_run_makes_the_model_of_one_that_was_not(
     tune: Callable[..., StepResult], tmp_path: Path
 ) -> None:
@@ -232,13 +246,13 @@ def test_an_interrupted_run_makes_the_model_of_one_that_was_not(
 
     # The fifth trial is proposed by what was learned from those before.
     settings = {"num_trials": 6, "max_concurrent_trials": 1, "num_boost_round": 60, "scheduler": "none"}
-    undisturbed = tune(**settings, checkpoint_uri=str(tmp_path / "one"))
+    undisturbed = tune(**settings)
     trials = _json(undisturbed.outputs["report"], "trials.json")
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
-        tune(Messages(interrupt), **settings, checkpoint_uri=str(tmp_path / "two"))
+        tune(Messages(interrupt), **settings)
     _wait_for_free_cpus()
-    resumed = tune(**settings, checkpoint_uri=str(tmp_path / "two"))
+    resumed = tune(**settings)
     again = _json(resumed.outputs["report"], "trials.json")
     assert [t["parameters"] for t in again] == [t["parameters"] for t in trials]
     assert [t["rmse"] for t in again] == [t["rmse"] for t in trials]
@@ -259,7 +273,6 @@ def test_trials_of_another_search_are_not_taken_over(tmp_path: Path) -> None:
     assert TrialStore(str(tmp_path), "a" * 64).load() == []
 
 
-@pytest.mark.usefixtures("with_ray_tune")
 def test_a_lost_trial_is_in_the_table_and_the_others_count(tune: Callable[..., StepResult]) -> None:
     def during_the_second_trial(texts: list[str]) -> None:
         if _done(texts) == [texts[-1]]:
@@ -276,46 +289,6 @@ def test_a_lost_trial_is_in_the_table_and_the_others_count(tune: Callable[..., S
     assert result.metrics["trials_failed"] == 1
 
 
-def test_a_short_trial_that_lost_its_process_is_run_again(tune: Callable[..., StepResult]) -> None:
-    killed: list[int] = []
-
-    def during_the_second_trial(texts: list[str]) -> None:
-        if _done(texts) == [texts[-1]]:
-            threading.Timer(0.3, lambda: killed.append(_kill_the_worker("run_trial"))).start()
-
-    long = {"num_boost_round": 5000, "early_stopping_rounds": 5000}
-    result = tune(Messages(during_the_second_trial), max_concurrent_trials=1, **long)
-    assert killed
-    trials = _json(result.outputs["report"], "trials.json")
-    assert [t["status"] for t in trials] == ["completed"] * 3
-    assert [t["rounds"] for t in trials] == [5000] * 3
-
-
-def test_a_short_trial_that_loses_its_process_again_is_in_the_table(tune: Callable[..., StepResult]) -> None:
-    killed: set[int] = set()
-    over = threading.Event()
-
-    def kill_twice() -> None:
-        while len(killed) < 2 and not over.wait(0.05):
-            for process in _workers("run_trial"):
-                process.kill()
-                killed.add(process.pid)
-
-    long = {"num_boost_round": 5000, "early_stopping_rounds": 5000}
-    killer = threading.Thread(target=kill_twice)
-    killer.start()
-    try:
-        result = tune(max_concurrent_trials=1, **long)
-    finally:
-        over.set()
-        killer.join()
-    trials = _json(result.outputs["report"], "trials.json")
-    assert [t["status"] for t in trials] == ["failed", "completed", "completed"]
-    assert "WorkerCrashedError" in trials[0]["error"]
-    assert result.metrics["trials_failed"] == 1
-
-
-@pytest.mark.usefixtures("runner_of_trials")
 def test_the_first_reason_is_told_if_all_trials_fail(tune: Callable[..., StepResult], tmp_path: Path) -> None:
     infinite = sales(600).with_columns(area=pl.lit(float("inf")))
     with pytest.raises(StepError, match=r"no trial of 3 succeeded; the first failure: .*XGBoostError.*inf") as caught:
@@ -324,7 +297,6 @@ def test_the_first_reason_is_told_if_all_trials_fail(tune: Callable[..., StepRes
     _wait_for_free_cpus()
 
 
-@pytest.mark.usefixtures("runner_of_trials")
 def test_an_unreadable_split_is_named(tune: Callable[..., StepResult], tmp_path: Path) -> None:
     bad = write_split(tmp_path / "bad", sales(50).with_columns(price=pl.lit(None, dtype=pl.Float64)))
     with pytest.raises(StepError, match="50 of 50 rows of the validation split without a finite price"):

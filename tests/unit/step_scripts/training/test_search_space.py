@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from step_scripts.parameters import PRESETS, TuneModelParams
 from step_scripts.runner.cluster_resources import cpus_per_worker
 from step_scripts.training.boosting import useful_threads
-from step_scripts.training.search_algorithm import first_trial, searcher
-from step_scripts.training.trial_records import TUNED, TrialRecord, fingerprint
+from step_scripts.training.search_algorithm import TrialProposals, first_trial
+from step_scripts.training.trials import TUNED, TrialRecord, fingerprint
 from tests.split_files import TABLE
 
 
@@ -49,7 +49,7 @@ def _record(number: int, parameters: dict[str, float | int], rmse: float | None)
 @given(ranges=_RANGES, algorithm=st.sampled_from(["optuna", "random"]), seed=st.integers(0, 2**31 - 1))
 def test_proposals_stay_within_the_ranges(ranges: dict[str, tuple[Any, Any]], algorithm: str, seed: int) -> None:
     params = _params(ranges, search_algorithm=algorithm, seed=seed, num_trials=9)
-    search = searcher(params, [])
+    search = TrialProposals(params, [], concurrent=1)
     for number in range(9):
         proposed = search.suggest(str(number))
         assert proposed is not None
@@ -73,18 +73,21 @@ def _search(
 
     `ends` says which of the trials that run ends next.
     """
-    search = searcher(params, list(done), concurrent)
+    search = TrialProposals(params, list(done), concurrent)
+    assert search.replayed
     proposed = {record.trial: record.parameters for record in done}
-    free = iter(sorted(set(range(1, (params.num_trials or 0) + 1)) - set(proposed)))
-    running: list[int] = []
+    total, running, waits = params.num_trials or 0, [], 0
     while len(done) < up_to:
-        while len(running) < concurrent and (number := next(free, None)) is not None:
-            proposal = search.suggest(f"id-{number}")
-            assert proposal is not None
-            proposed[number] = proposal
-            running.append(number)
-        number = running.pop(ends[len(done)] % len(running))
-        search.on_trial_complete(f"id-{number}", {"rmse": _rmse(proposed[number])})
+        while len(running) < concurrent and len(done) + len(running) < total:
+            if (proposal := search.suggest(trial_id := f"id-{len(proposed)}-{waits}")) is None:
+                waits += 1
+                assert running, "nothing runs whose end it could wait for"
+                break
+            proposed[search.number_of(trial_id)] = proposal
+            running.append(trial_id)
+        trial_id = running.pop(ends[len(done)] % len(running))
+        number = search.number_of(trial_id)
+        search.on_trial_complete(trial_id, {"rmse": _rmse(proposed[number])})
         done.append(_record(number, proposed[number], _rmse(proposed[number])))
     return proposed
 
@@ -94,11 +97,12 @@ def _search(
     algorithm=st.sampled_from(["optuna", "random"]),
     concurrent=st.integers(1, 4),
     ends=st.lists(st.integers(0, 3), min_size=14, max_size=14),
+    others=st.lists(st.integers(0, 3), min_size=14, max_size=14),
     interruptions=st.lists(st.integers(0, 13), max_size=3).map(sorted),
     seed=st.integers(0, 2**31 - 1),
 )
-def test_a_search_that_goes_on_proposes_what_it_would_have_proposed(
-    algorithm: str, concurrent: int, ends: list[int], interruptions: list[int], seed: int
+def test_a_search_proposes_the_same_trials_in_whatever_order_they_end_and_after_interruptions(
+    algorithm: str, concurrent: int, ends: list[int], others: list[int], interruptions: list[int], seed: int
 ) -> None:
     params = TuneModelParams.model_validate(
         {"table": TABLE, "num_trials": 14, "search_algorithm": algorithm, "seed": seed}
@@ -106,25 +110,38 @@ def test_a_search_that_goes_on_proposes_what_it_would_have_proposed(
     undisturbed = _search(params, concurrent, ends, [], 14)
     done: list[TrialRecord] = []
     for up_to in interruptions:
-        _search(params, concurrent, ends, done, up_to)
-    assert _search(params, concurrent, ends, done, 14) == undisturbed
+        _search(params, concurrent, others, done, up_to)
+    assert _search(params, concurrent, others, done, 14) == undisturbed
     assert len({str(parameters) for parameters in undisturbed.values()}) == 14
 
 
 @pytest.mark.parametrize("algorithm", ["optuna", "random"])
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_where_a_search_cannot_be_repeated_other_trials_follow(algorithm: str, preset: str) -> None:
-    """The trials are those of another seed, as after a failure or with other numbers of trials at a time."""
+    """The trials are those of another seed, as where SageMaker has proposed trials."""
     params = TuneModelParams.model_validate({"table": TABLE, "preset": preset, "search_algorithm": algorithm})
-    search, done = searcher(params.model_copy(update={"seed": 5}), []), []
+    search, done = TrialProposals(params.model_copy(update={"seed": 5}), [], concurrent=3), []
     for number in range(3):
         proposed = search.suggest(str(number))
         assert proposed is not None
         done.append(_record(number + 1, proposed, 10.0 + number))
-    resumed = searcher(params, done)
+    resumed = TrialProposals(params, done, concurrent=3)
     assert not resumed.replayed
     again = [resumed.suggest(str(number)) for number in range(3)]
     assert not [p for p in again if p in [r.parameters for r in done]]
+    assert [resumed.number_of(str(number)) for number in range(3)] == [4, 5, 6]
+
+
+def test_a_trial_that_takes_long_holds_up_only_those_that_are_proposed_from_it() -> None:
+    search = TrialProposals(TuneModelParams(table=TABLE, num_trials=9), [], concurrent=3)
+    assert all(search.suggest(str(number)) for number in (1, 2, 3))
+    for number in (2, 3):
+        search.on_trial_complete(str(number), {"rmse": 1.0})
+    assert search.suggest("4") is not None
+    assert search.suggest("5") is None
+    search.on_trial_complete("1", error=True)
+    assert all(search.suggest(str(number)) for number in (5, 6, 7))
+    assert search.suggest("8") is None
 
 
 def test_the_search_learns_from_finished_trials() -> None:
@@ -136,7 +153,8 @@ def test_the_search_learns_from_finished_trials() -> None:
         _record(i + 1, {"max_depth": 3, "eta": 0.1, "min_child_weight": 1.0, "subsample": s}, abs(s - 0.7))
         for i, s in enumerate(near)
     ]
-    search = searcher(params, done)
+    search = TrialProposals(params, done, concurrent=5)
+    assert not search.replayed
     proposed = [search.suggest(str(i)) for i in range(5)]
     assert all(p is not None and abs(p["subsample"] - 0.7) < 0.15 for p in proposed)
 

@@ -1,4 +1,4 @@
-"""Records of trials, and where they are kept so that an interrupted search can go on. Imports nothing heavy."""
+"""Records of trials, and where they are kept, so that an interrupted search can go on. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -60,8 +60,6 @@ class TrialRecord(BaseModel):
 class _KeptTrial(BaseModel):
     fingerprint: str
     record: TrialRecord
-    place: int = 0
-    """In the order in which trials ended: what a search proposes depends on it."""
 
 
 class TrialStore:
@@ -70,11 +68,10 @@ class TrialStore:
     def __init__(self, uri: str, fingerprint: str) -> None:
         self._uri = storage.join(uri, "trials")
         self._fingerprint = fingerprint
-        self._places = 0
 
     def load(self) -> list[TrialRecord]:
-        """The kept trials, in the order in which they ended."""
-        found: list[_KeptTrial] = []
+        """The kept trials, by their numbers."""
+        found: list[TrialRecord] = []
         for uri in storage.list_files(self._uri):
             if not uri.endswith(".json"):
                 continue
@@ -83,14 +80,12 @@ class TrialStore:
             except ValidationError:  # of another version
                 continue
             if kept.fingerprint == self._fingerprint:
-                found.append(kept)
-        self._places = max((kept.place for kept in found), default=0)
-        return [kept.record for kept in sorted(found, key=lambda k: (k.place, k.record.trial))]
+                found.append(kept.record)
+        return sorted(found, key=lambda record: record.trial)
 
     def save(self, record: TrialRecord) -> None:
-        """Keep one completed trial, the latest to end, atomically."""
-        self._places += 1
-        kept = _KeptTrial(fingerprint=self._fingerprint, record=record, place=self._places)
+        """Keep one completed trial, atomically."""
+        kept = _KeptTrial(fingerprint=self._fingerprint, record=record)
         name = f"{self._fingerprint[:8]}-{record.trial:05d}.json"
         storage.write_bytes(storage.join(self._uri, name), kept.model_dump_json(indent=2).encode())
 
