@@ -12,7 +12,7 @@ group. Every function can be repeated: it overwrites what an earlier attempt has
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import polars as pl
@@ -40,6 +40,7 @@ _EVENTS: dict[str, pl.DataType] = {
     "source": pl.UInt32(),
     "row": pl.UInt32(),
 }
+_DIGESTS = ("stored_sums", "live_added", "live_removed")
 _SELECTED = pl.DataFrame(
     schema={"source": pl.UInt32(), "row": pl.UInt32(), "time": pl.Int64(), "is_latest": pl.Boolean()}
 )
@@ -51,9 +52,9 @@ class Changes:
 
     Counts of rows as in `Commit`; `outdated`: rows that are not the record's latest state; `latest`: events to store
     that are their records' latest from then on. `live_rows`: how many live records there are more. Digests, two sums
-    each, of the events to store and of the live events that come and go. `conflicts`: source and row of rows that
-    contradict another row of the dataset (same record and event time, other content); if there are any, nothing else
-    is filled in.
+    each, of the events to store and of the live events that come and go. `further_events`: how many events, stored or
+    to be stored, are not the only ones of their records. `conflicts`: source and row of rows that contradict another
+    row of the dataset (same record and event time, other content); if there are any, nothing else is filled in.
     """
 
     added: int = 0
@@ -66,25 +67,17 @@ class Changes:
     stored_sums: tuple[int, int] = (0, 0)
     live_added: tuple[int, int] = (0, 0)
     live_removed: tuple[int, int] = (0, 0)
-    deduplicate: bool = False
+    further_events: int = 0
     conflicts: tuple[tuple[int, int], ...] = ()
 
     def __add__(self, other: Changes) -> Changes:
         """Both, of different records."""
-        return Changes(
-            added=self.added + other.added,
-            unchanged=self.unchanged + other.unchanged,
-            superseded=self.superseded + other.superseded,
-            deleted=self.deleted + other.deleted,
-            outdated=self.outdated + other.outdated,
-            latest=self.latest + other.latest,
-            live_rows=self.live_rows + other.live_rows,
-            stored_sums=add_sums(self.stored_sums, other.stored_sums),
-            live_added=add_sums(self.live_added, other.live_added),
-            live_removed=add_sums(self.live_removed, other.live_removed),
-            deduplicate=self.deduplicate or other.deduplicate,
-            conflicts=self.conflicts + other.conflicts,
-        )
+
+        def total(name: str) -> Any:
+            mine, others = getattr(self, name), getattr(other, name)
+            return add_sums(mine, others) if name in _DIGESTS else mine + others
+
+        return Changes(**{field.name: total(field.name) for field in fields(self)})
 
 
 def partition_count(events: int) -> int:
@@ -180,7 +173,7 @@ def changes(incoming: pl.DataFrame, stored: pl.DataFrame, mirror_time: int | Non
         stored_sums=_sums(news),
         live_added=_sums(line[records.filter(changed & is_live)["after"]]),
         live_removed=_sums(line[superseded["before"]]),
-        deduplicate=int(line["kept"].sum()) > records.height,
+        further_events=int(line["kept"].sum()) - records.height,
     )
     if mirror_time is None:
         return found, news.select(_SELECTED.columns)
@@ -197,7 +190,7 @@ def changes(incoming: pl.DataFrame, stored: pl.DataFrame, mirror_time: int | Non
         live_rows=-stones.height,
         stored_sums=_sums(stones),
         live_removed=_sums(absent),
-        deduplicate=stones.height > 0,
+        further_events=stones.height,
     )
     return found, pl.concat([news.select(_SELECTED.columns), stones.select(_SELECTED.columns)])
 

@@ -199,7 +199,7 @@ class _Ingestion:
             live_rows=(last.live_rows if last else 0) + found.live_rows,
             live_digest=digest_of(subtract_sums(live, found.live_removed)),
             mirrors=self.options.mirror or not state.files,
-            deduplicate=found.deduplicate or bool(last and last.deduplicate),
+            deduplicate=found.further_events > 0 or bool(last and last.deduplicate),
         )
 
     def _compare(self, state: GroupState, target: WriteTarget, scratch: str) -> tuple[Changes, list[WriteItem]]:

@@ -153,17 +153,9 @@ class OfflineStore:
         """
         folder = self._existing(group)
         state = folder.state(commit)
-        last, files = state.last, state.files
-        if last is None:
+        if state.last is None:
             raise self._empty(group)
-        moment = as_utc(as_of) if as_of else None
-        if moment is None or all(f.last_event_time <= moment for f in files):
-            artifact = folder.artifact(files, last.live_digest, last.live_rows)
-        else:
-            files = [f for f in files if f.first_event_time <= moment]
-            names = "\n".join([moment.isoformat(), *sorted(f.sha256 for f in files)])
-            artifact = folder.artifact(files, hashlib.sha256(names.encode()).hexdigest(), None)
-        return Snapshot(artifact, last.deduplicate, last.number, last.snapshot_id, moment)
+        return _snapshot(folder, state.last, state.files, as_of)
 
     def find_ingestion(self, group: str, dataset_digest: str, *, mirror: bool) -> Snapshot | None:
         """The group's snapshot if to ingest this dataset (again) would change nothing, and no file is missing."""
@@ -173,7 +165,7 @@ class OfflineStore:
         state = folder.state()
         if not ingested_by(state.commits, dataset_digest, mirror=mirror) or folder.lost_files(state.files)[0]:
             return None
-        return self.snapshot(group, commit=len(state.commits))
+        return _snapshot(folder, state.commits[-1], state.files)
 
     def get_record(self, group: str, record_id: str) -> dict[str, Any] | None:
         """The record's latest event (record_id, event_time, the table's columns); None if unknown or deleted."""
@@ -254,6 +246,18 @@ class OfflineStore:
 
     def _empty(self, group: str) -> StepError:
         return StepError(f"nothing has been ingested into feature group {group} yet")
+
+
+def _snapshot(folder: Group, last: Commit, files: list[StoredFile], as_of: datetime | None = None) -> Snapshot:
+    """The files of a group after its commit `last`, as a snapshot."""
+    moment = as_utc(as_of) if as_of else None
+    if moment is None or all(f.last_event_time <= moment for f in files):
+        artifact = folder.artifact(files, last.live_digest, last.live_rows)
+    else:
+        files = [f for f in files if f.first_event_time <= moment]
+        names = "\n".join([moment.isoformat(), *sorted(f.sha256 for f in files)])
+        artifact = folder.artifact(files, hashlib.sha256(names.encode()).hexdigest(), None)
+    return Snapshot(artifact, last.deduplicate, last.number, last.snapshot_id, moment)
 
 
 def _events(
