@@ -88,8 +88,6 @@ class RaySession:
             return
         if sys.flags.optimize > 1:
             raise RuntimeError("Ray cannot start without docstrings: unset PYTHONOPTIMIZE=2, or leave out -OO")
-        import ray
-
         common = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
         if self.settings.address:
             shipped = {"py_modules": [str(_PACKAGE_FOLDER)]} if self.settings.ship_code else None
@@ -105,6 +103,8 @@ class RaySession:
             _require_token(self.temporary_folder)
             own = {FOLDER_VARIABLE: str(self.temporary_folder), JOURNAL: str(self.temporary_folder / "loaded-code")}
             cpus = self.settings.num_cpus or available_cpus()
+            import ray
+
             with environment_set(_session_environment(cpus) | own):
                 ray.init(
                     address="local",
