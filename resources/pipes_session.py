@@ -14,7 +14,7 @@ import dagster as dg
 def pipes_session(context: dg.OpExecutionContext | dg.AssetExecutionContext, **parts: Any) -> Iterator[dg.PipesSession]:
     """`dagster.open_pipes_session`, without its advice on messages that are missing where an error has ended it.
 
-    A process that was cancelled could not say goodbye, and nobody should look for a fault in its script.
+    A canceled process could not close its session; that is no fault of its script.
     """
 
     def is_no_advice(record: logging.LogRecord) -> bool:

@@ -53,7 +53,7 @@ def splits(
     if config.as_of:
         as_of = datetime.fromisoformat(config.as_of)
         snapshot = feature_store.offline(feature_group.group, as_of, feature_group.commit)
-    read = feature_store.read_by(snapshot.model_copy(update={"run_id": feature_group.run_id}))
+    read = feature_store.snapshot_lineage(snapshot.model_copy(update={"run_id": feature_group.run_id}))
     passed = require_checks_passed(context, evidence, "train_split", feature_group, read)
     params = PrepareSplitsParams(
         **settings_of(config, PrepareSplitsSettings),

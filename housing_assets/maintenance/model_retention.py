@@ -1,4 +1,4 @@
-"""Which registered model versions may go: old ones that nobody serves, goes back to, compares with or waits for."""
+"""Which registered model versions may go: old ones that are not served, rolled back to, compared with or waiting."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,5 +1,7 @@
-"""Pruning: what nobody needs of results of steps, references, evidence of checks, model versions, captured requests,
-snapshots of feature groups, and old runs of Dagster.
+"""Pruning of what is not needed any more.
+
+That is: results of steps, references, evidence of checks, model versions, captured requests, snapshots of feature
+groups, and old runs of Dagster.
 
 What assets refer to, what is younger than the limit, and versions that are served or compared with stay.
 """
@@ -120,7 +122,7 @@ def mentioned(resources: Any, versions: Sequence[ModelVersion]) -> set[str]:
             continue
         # As of now: with the datasets before the last one that replaced all others.
         snapshot = store.offline(item.name, as_of=datetime.now(UTC))
-        found |= {dataset.digest for dataset in store.read_by(snapshot).datasets}
+        found |= {dataset.digest for dataset in store.snapshot_lineage(snapshot).datasets}
     return found
 
 
@@ -157,7 +159,7 @@ def prune_old(context: dg.OpExecutionContext, config: PruneConfig) -> None:
         context.log.info(f"model versions stay for now: runs {running} are in progress and may need one")
     found: list[Removal] = []
     versions = VersionsFound()
-    # Where a reference cannot be read, nobody knows what it needs: whatever it may need stays.
+    # Where a reference cannot be read, it is not known what it needs: everything it may need stays.
     with _noted("references (so results, model versions, evidence and runs stay)", problems):
         references = find_references(
             context.instance,

@@ -18,7 +18,7 @@ _CHECK_FAILED = "dagster._core.errors.DagsterAssetCheckFailedError"
 # Dagster's words for what the lines before have said already, and for the channel between a run and its steps.
 _NOISE = re.compile(r"\[pipes\] |Dependencies for step .* Not executing\.$")
 _LEVELS = {logging.WARNING: "warning: ", logging.ERROR: "error: ", logging.CRITICAL: "error: "}
-# Of what follows a failure's own text nobody reads anything on a terminal. Log lines of a job, which may hold such
+# What follows the text of a failure is of no use on a terminal. Log lines of a job, which may hold such
 # words too, are indented.
 _TRACE = re.compile(r"^(?:Stack Trace:|Traceback \(most recent call last\):|The above exception )", re.MULTILINE)
 # Ray puts the traceback first: of each process that was in between.

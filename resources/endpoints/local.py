@@ -256,7 +256,7 @@ class LocalEndpointHost(EndpointHost):
             log.info(f"Endpoint {name} serves {version.reference} already.")
             return self._status(name, _smoke(server, name, smoke_test))
         record = self._record(name, version, current, server)
-        first = current is None and server is None  # nobody calls it yet: it is tested as it is
+        first = current is None and server is None  # it has no callers yet: it is tested as it is
         if not first:
             self._smoke_test_on_candidate(folder, record, smoke_test, log)
         with rollback_on_failure(folder, current, server if served else None, self.swap_timeout_seconds, log):
@@ -308,7 +308,7 @@ class LocalEndpointHost(EndpointHost):
     def _smoke_test_on_candidate(
         self, folder: Path, record: DeploymentRecord, smoke_test: SmokeTest, log: DeploymentLog
     ) -> None:
-        """Run the smoke test on a server of its own, which nobody else knows of."""
+        """Run the smoke test on a server of its own, which has no other callers."""
         for leftover in folder.glob(".candidate-*"):  # of a deployment that was killed; its server ended with it
             shutil.rmtree(leftover, ignore_errors=True)
         trial = folder / f".candidate-{record.deployment_id}"

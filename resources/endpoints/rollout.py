@@ -199,7 +199,7 @@ class Rollout:
         if found and found.status == "InService" and found.config == config:
             return found
         if found is None:
-            raise EndpointDeploymentFailed(f"endpoint {name} was deleted meanwhile")
+            raise EndpointDeploymentFailed(f"endpoint {name} was deleted in the meantime")
         reason = found.description.get("FailureReason", "SageMaker gives no reason")
         outcome = f"was rolled back to {found.config}" if found.status == "InService" else f"is {found.status}"
         raise EndpointDeploymentFailed(f"Endpoint {name} {outcome}: {reason}")

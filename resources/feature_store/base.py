@@ -61,7 +61,7 @@ class FeatureStore(dg.ConfigurableResource, ABC):
     another schema, missing files.
     """
 
-    name_suffix: str = Field(default="", description="End of the names of groups that nobody named.")
+    name_suffix: str = Field(default="", description="Suffix of the names of groups whose name is not configured.")
 
     @abstractmethod
     def ensure_group(self, name: str, table: TableSpec) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class FeatureStore(dg.ConfigurableResource, ABC):
         if not storage.exists(uri):
             storage.write_bytes(uri, dataset.model_dump_json(indent=2).encode())
 
-    def read_by(self, snapshot: OfflineSnapshot) -> SnapshotRef:
+    def snapshot_lineage(self, snapshot: OfflineSnapshot) -> SnapshotRef:
         """What a snapshot is made of: the datasets whose records it holds, as far as they were recorded."""
         commits = [c for c in self._store().commits(snapshot.group, snapshot.commit) if c.dataset_digest is not None]
         mirrors = [index for index, commit in enumerate(commits) if commit.mirrors]

@@ -170,7 +170,7 @@ class SageMakerFeatureStore(FeatureStore):
         described = self._groups().describe(name)
         if described is not None:
             self._check_place(name, described, check_stores=False)
-            # The table first: without the group nobody knows which it is.
+            # The table first: only the group says which it is.
             self._groups().delete(name, first=self._tables().drop)
         if storage.exists(folder.uri):
             folder.remove()

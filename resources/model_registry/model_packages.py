@@ -94,7 +94,7 @@ class ModelPackages:
         try:
             self.client.create_model_package_group(**request)
         except ClientError as error:
-            if not already_exists(error):  # created by another process meanwhile
+            if not already_exists(error):  # created by another process in the meantime
                 raise
         self._await(f"model package group {name}", "ModelPackageGroupStatus", lambda: self.group(name))
 

@@ -18,7 +18,7 @@ from step_scripts.runner import storage
 
 # Metadata of a materialization: the URI of its reference file, and those of the files that its step has read.
 REFERENCE, READ = "reference", "references_read"
-# Earlier versions kept one file a day and one an asset, `<asset>.json`, which nobody reads any more.
+# Earlier versions kept one file a day and one an asset, `<asset>.json`, which are not read any more.
 _OWN = re.compile(r"[\w-]+-[0-9a-f]{16}\.json|\d{4}-\d\d-\d\d\.json")
 _PAGE = 200
 

@@ -17,7 +17,7 @@ class Reference(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class MadeReference(Reference):
+class ProducedRef(Reference):
     """Base of references to what a run has made: with which code."""
 
     run_id: str | None = None
@@ -35,8 +35,8 @@ class DataFile(Reference):
     rows: int | None = None
 
 
-class DatasetRef(MadeReference):
-    """What was ingested at once. `digest` is that of the validated rows. No files: nobody recorded them."""
+class DatasetRef(ProducedRef):
+    """What was ingested at once. `digest` is that of the validated rows. No files: they were not recorded."""
 
     digest: str
     source: str = ""
@@ -62,7 +62,7 @@ class SnapshotRef(Reference):
     datasets: tuple[DatasetRef, ...] = ()
 
 
-class SourceRef(MadeReference):
+class SourceRef(ProducedRef):
     """Validated rows of a source, the rows that were rejected, and the table (with its bounds) that decided."""
 
     source: str
@@ -74,7 +74,7 @@ class SourceRef(MadeReference):
     files: tuple[DataFile, ...] = ()
 
 
-class SplitRef(MadeReference):
+class SplitRef(ProducedRef):
     """One split. Only the training split carries the statistics that were fitted on it.
 
     `splits`: digests of all three that were made together, by name. `judged`: what they stand on, as in the references
@@ -91,7 +91,7 @@ class SplitRef(MadeReference):
     judged: tuple[Judged, ...] = ()
 
 
-class ModelRef(MadeReference):
+class ModelRef(ProducedRef):
     """A trained model, the report of the search that found it, and the training split that it was fitted on."""
 
     model: Artifact

@@ -110,7 +110,8 @@ class JobPolling:
 
     `interval` grows to `longest_interval` while a job runs. `retry` bounds how long throttled or unanswered calls are
     repeated. `drain` bounds the wait for the last messages and log lines after a job's end; the log is complete when
-    nothing new came for `quiet`. `stop` bounds the wait for a job that was told to stop. `lease`: interval of renewals.
+    nothing new came for `quiet`. `stop` bounds the wait for a job that was asked to stop. `lease`: interval between
+    renewals.
     """
 
     interval: float = 2.0

@@ -1,4 +1,4 @@
-"""What people are told about a job: its status while it runs, what it cost, and why it failed with what to do."""
+"""Reports about a job: its status while it runs, its cost, and why it failed with the remedy."""
 
 from __future__ import annotations
 

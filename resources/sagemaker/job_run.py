@@ -178,7 +178,7 @@ class JobRun:
         raise RuntimeError(f"no name is left for another attempt of {self._names.base}")
 
     def _orphan(self) -> tuple[str, dict[str, Any]] | None:
-        """A running job of another run that does the same work, and whose lease nobody renews."""
+        """A running job of another run that does the same work, and whose lease is not renewed."""
         from botocore.exceptions import ClientError
 
         kind, log = self.kind, self._context.log

@@ -33,7 +33,7 @@ class JobContextInjector(PipesS3ContextInjector):
 
     @contextmanager
     def inject_context(self, context: PipesContextData) -> Iterator[PipesParams]:
-        """Write the context; yields bucket and key. It stays, as a record of what the job was told."""
+        """Write the context; yields bucket and key. It stays, as a record of what the job was given."""
         if self._write:
             self._prefix.put(CONTEXT, json.dumps(context).encode())
         yield {"bucket": self._prefix.bucket, "key": self._prefix.path(CONTEXT)}

@@ -48,7 +48,7 @@ class ExperimentTracker(dg.ConfigurableResource, ABC):
 
     @abstractmethod
     def record(self, search: TrackedSearch) -> dict[str, Any]:
-        """Record a tuning run, once however often it is told. Returns metadata that leads to the record."""
+        """Record a tuning run, once, however often it is called. Returns metadata that leads to the record."""
 
     def try_to_record(self, search: TrackedSearch, log: Any) -> dict[str, Any]:
         """`record`, or a warning in `log` with the reason: the model is there, whatever becomes of its record."""
@@ -122,7 +122,7 @@ class MlflowTracking(ExperimentTracker):
         try:
             return client.create_experiment(self.experiment, artifact_location=self.artifact_location)
         except MlflowException:
-            if (found := client.get_experiment_by_name(self.experiment)) is not None:  # made by another run meanwhile
+            if (found := client.get_experiment_by_name(self.experiment)) is not None:  # by another run
                 return found.experiment_id
             raise
 

@@ -6,7 +6,7 @@ input ends the process. How the step ended is written to the file `DriverTask.ou
 failure as `step_scripts.cluster.failure` describes it.
 
 SIGTERM: the step saves what it can (see `step_scripts.runner.interruption`), then the process ends with status 143.
-Dagster is told, but the Pipes session is not closed: the step may go on in the job's next attempt.
+The failure is reported to Dagster, but the Pipes session is not closed: the step may go on in the job's next attempt.
 """
 
 from __future__ import annotations

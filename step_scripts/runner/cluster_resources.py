@@ -45,7 +45,7 @@ def wait_seconds() -> float:
 
 
 def free_cpus(what: str, needed: int, log: Reporter | None) -> list[int]:
-    """CPUs of each node that nobody uses, most first, as soon as `needed` of them are free for `what`.
+    """Free CPUs of each node, most first, as soon as `needed` of them are free for `what`.
 
     In a private session these are all: what is in use is ours and about to end. Raises `StepError` if too few are free
     within `wait_seconds`.
@@ -75,7 +75,7 @@ def free_cpus(what: str, needed: int, log: Reporter | None) -> list[int]:
 def reserved(what: str, cpus: int, log: Reporter | None) -> Iterator[dict[str, Any]]:
     """Options for a task that gets that many CPUs of one node. They are reserved when the block begins.
 
-    Raises `StepError` if they are not free within `wait_seconds`. In a private session nobody else could use them.
+    Raises `StepError` if they are not free within `wait_seconds`. In a private session no one else could use them.
     """
     if private_folder_of_session() is not None:
         yield {"num_cpus": cpus}

@@ -239,7 +239,7 @@ class StepContext:
         return storage.join(self.request.checkpoint_uri, self.attempt_uri.rstrip("/").rpartition("/")[2])
 
     def output_uri(self, name: str) -> str:
-        """Prefix below which output `name` is to be written. Seen by nobody until the step has returned."""
+        """Prefix below which output `name` is to be written. Not visible to readers until the step has returned."""
         return storage.join(self.attempt_uri, name)
 
     @contextmanager

@@ -1,7 +1,7 @@
 """Files behind URIs: a local path, or `s3://bucket/prefix`. The same calls serve both, through Arrow's file systems.
 
 Small objects are written atomically: a reader sees the old bytes or the new ones, never a part of them. Whether a file
-has changed is told without reading it, by `FileState`.
+has changed is seen without reading it, by `FileState`.
 """
 
 from __future__ import annotations

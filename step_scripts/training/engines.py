@@ -153,7 +153,7 @@ def fit(engine: str, request: FitRequest, log: Reporter | None = None) -> FitRes
     many workers as before, its result is the one of a fit that was not interrupted.
 
     Raises `StepError` if the cluster has no room for the workers, or the split has fewer rows than there are workers.
-    `log` is told what is waited for.
+    `log` gets a line that says what is waited for.
     """
     request = run_in_thread(lambda: with_resources(request, log))
     start = time.perf_counter()

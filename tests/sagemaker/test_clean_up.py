@@ -179,7 +179,7 @@ def test_everything_goes_but_what_is_not_ours(
     traced = lineage_of(name, resources["endpoint_host"], resources["model_registry"])
     assert [(line["stage"], line["run"]) for line in traced[:2]] == [("endpoint", ""), ("model version", "run-7")]
     store: SageMakerFeatureStore = resources["feature_store"]
-    [dataset] = store.read_by(store.offline(f"house_sales-{environment}")).datasets
+    [dataset] = store.snapshot_lineage(store.offline(f"house_sales-{environment}")).datasets
     assert (dataset.commit, dataset.source, dataset.run_id) == (1, "s3://in", "run-d")
     try:
         done, metadata = launch(teardown, resources, instance)

@@ -134,7 +134,7 @@ STARTS: dict[str, Callable[[Root], Any]] = {
     ),
     "splits": lambda r: splits(
         r.context(), SplitsConfig(), feature_group=r.values["feature_group"], compute=Stub(),
-        feature_store=Stub(read_by=lambda snapshot: r.values["read"]), evidence=r.store,
+        feature_store=Stub(snapshot_lineage=lambda snapshot: r.values["read"]), evidence=r.store,
     ),
     "tuned_model": lambda r: tuned_model(
         r.context(), TunedModelConfig(), train_split=r.values["train"], validation_split=r.values["validation"],

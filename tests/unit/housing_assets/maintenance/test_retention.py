@@ -81,7 +81,7 @@ def test_old_evidence_goes_with_the_last_that_mentions_what_it_judged(
     store: EvidenceStore = resources["evidence"]
     LocalFeatureStore(root=resources["feature_store"].root).ensure_group("sales", TABLE)
     ingest_rows(OfflineStore(resources["feature_store"].root), write_rows(tmp_path / "rows", [row(1)]), mirror=True)
-    [ingested] = resources["feature_store"].read_by(resources["feature_store"].offline("sales")).datasets
+    [ingested] = resources["feature_store"].snapshot_lineage(resources["feature_store"].offline("sales")).datasets
     version = register(resources["model_registry"], "housing", artifact(tmp_path / "model"), "Approved")
     value: Any = {"rows": {"digest": "referenced"}}
     StoredReference(asset="train_split", run_id="run-1", value=value).write(str(tmp_path / "references"))

@@ -127,15 +127,15 @@ def test_a_snapshot_names_the_datasets_that_it_holds(tmp_path: Path) -> None:
     file = DataFile(uri="/in/a.csv", bytes=1, modified=0.0)
     store.record_dataset("sales", DatasetRef(digest=first.digest, source="/in", files=(file,), run_id="run-1"))
     store.record_dataset("sales", DatasetRef(digest=first.digest, source="/elsewhere"))
-    read = store.read_by(store.offline("sales"))
+    read = store.snapshot_lineage(store.offline("sales"))
     assert [(d.digest, d.commit, d.source, d.files) for d in read.datasets] == [
         (first.digest, 1, "/in", (file,)),
         (second.digest, 2, "", ()),
     ]
     ingest_rows(files, third, mirror=True)
-    assert [d.commit for d in store.read_by(store.offline("sales")).datasets] == [3]
+    assert [d.commit for d in store.snapshot_lineage(store.offline("sales")).datasets] == [3]
     # At an earlier point in time, records of earlier datasets were live.
-    assert [d.commit for d in store.read_by(store.offline("sales", as_of=NOW)).datasets] == [1, 2, 3]
+    assert [d.commit for d in store.snapshot_lineage(store.offline("sales", as_of=NOW)).datasets] == [1, 2, 3]
 
 
 def test_the_command_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
