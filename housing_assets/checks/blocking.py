@@ -11,7 +11,9 @@ from typing import Any
 import dagster as dg
 
 # Has no public name.
-from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluationTargetMaterializationData
+from dagster._core.definitions.asset_checks.asset_check_evaluation import (  # has no public name
+    AssetCheckEvaluationTargetMaterializationData,
+)
 
 from housing_assets.checks.gate import EVIDENCE, JUDGED, SUBJECT
 from resources.compute.base import as_metadata

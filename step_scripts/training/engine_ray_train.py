@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError  # has no public name
 
 from step_scripts.model.xgboost_native import TrainingCallback, xgb
 from step_scripts.runner import storage
