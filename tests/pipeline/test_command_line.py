@@ -203,7 +203,8 @@ def test_a_terminated_run_is_canceled_within_ten_seconds(
     assert alive == []
     assert platform.runs()[0].status == dg.DagsterRunStatus.CANCELED
     artifacts = tmp_path / "data" / "artifacts"
-    assert [p for p in artifacts.glob("tune_model/*/*") if p.is_dir()] == []
+    # Of the attempt nothing is left, of the search its finished trials, which the next attempt goes on with.
+    assert {p.name for p in artifacts.glob("tune_model/*/*") if p.is_dir()} <= {"unfinished"}
 
     again = platform.materialize("raw_csv feature_group")
     assert again.returncode == 0, again.stdout
@@ -238,7 +239,8 @@ def test_the_terminal_of_a_run_whose_step_fails_ends_with_the_reason(tmp_path: P
         "100,000"
     )
     assert re.fullmatch(
-        rf"raw_csv: 100 rows validated in [\d.]+ s, 1 of 1 piece\nerror: {re.escape(reason)}\n"
+        r"raw_csv: validate_source: 1 of 1 fragment, [\d.]+ s\nraw_csv: 100 rows validated\n"
+        rf"error: {re.escape(reason)}\n"
         r"Error: Materialization failed\.\n\nRun \w{8} is FAILURE\.\nMade:   nothing\n"
         rf"Error:  {re.escape(reason)}\nmake: \*\*\* \[Makefile:\d+: run\] Error 1\n",
         printed,
