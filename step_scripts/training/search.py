@@ -8,7 +8,6 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -115,14 +114,13 @@ def run_search(
 
 
 def _tune(settings: TrialSettings, tune_config: tune.TuneConfig, monitor: SearchMonitor) -> None:
-    name = f"search-{uuid.uuid4().hex[:12]}"
     with _quiet(), scratch_folder("tune-") as folder:
         trainable = tune.with_parameters(BoostingTrial, settings=settings)
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": settings.cpus}),
             tune_config=tune_config,
             run_config=tune.RunConfig(
-                name=name,
+                name=f"search-{uuid.uuid4().hex[:12]}",
                 storage_path=folder,
                 verbose=0,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -132,9 +130,9 @@ def _tune(settings: TrialSettings, tune_config: tune.TuneConfig, monitor: Search
         )
         try:
             tuner.fit()
-        finally:  # what Ray Tune leaves in the folder of the session, which may be that of a cluster
-            for leftover in Path(folder).parent.glob(f"artifacts/*/{name}"):
-                shutil.rmtree(leftover, ignore_errors=True)
+        finally:
+            if monitor.staging_folder is not None:  # Ray Tune leaves it; the session may be that of a cluster
+                shutil.rmtree(monitor.staging_folder, ignore_errors=True)
 
 
 def _report_rounds(rounds: int, stops_early: bool) -> int:

@@ -40,6 +40,8 @@ class SearchMonitor(LivesInDriver, tune.Callback, tune.Stopper):
         self.records = list(finished)
         self.waited_too_long = False
         """Whether no trial got a CPU for as long as one may wait."""
+        self.staging_folder: Path | None = None
+        """Where Ray Tune keeps files of the search on this machine: in the folder of the Ray session."""
         self._proposals, self._matrices = proposals, matrices
         self._num_trials, self._store, self._log = num_trials, store, log
         self._interrupted = threading.Event()
@@ -74,6 +76,8 @@ class SearchMonitor(LivesInDriver, tune.Callback, tune.Stopper):
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Say so while trials wait and none runs, which is because others use the cluster."""
         now = time.monotonic()
+        if trials:
+            self.staging_folder = Path(trials[0].local_experiment_path).parent
         if not trials or any(trial.status != Trial.PENDING and not trial.is_finished() for trial in trials):
             self._idle_since = None
             return
