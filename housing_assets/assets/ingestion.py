@@ -135,7 +135,7 @@ def _source_files(
 
 @dg.asset(
     group_name="ingestion",
-    kinds={"featurestore", "parquet", "ray"},
+    kinds={"featurestore", "iceberg", "ray"},
     code_version=step_version("ingest_features"),
     partitions_def=PARTITIONS,
     backfill_policy=BACKFILL,
