@@ -1,6 +1,7 @@
-"""The code location as a whole, for its own parts: `housing_assets.definitions` hands it in when it is complete.
+"""Gives assets, checks and jobs access to all definitions without a circular import.
 
-So assets, checks and jobs may ask what else there is without importing what imports them.
+`housing_assets.definitions` imports them all, so they cannot import it. When it is complete it calls `hand_in`, and
+they call `whole`.
 """
 
 from __future__ import annotations

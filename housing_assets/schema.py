@@ -1,4 +1,4 @@
-"""The table: columns, types, ranges, target. The only place that knows them; everything else is derived from here.
+"""The table: columns, types, ranges, target. They are declared only here; everything else is derived from it.
 
 To use the project for another table, edit `HouseSale` and `HOUSING_TABLE`, and the slices in `housing_assets.config`.
 This module imports pandera (0.7 s): import it inside functions, so that the code location loads fast.
@@ -10,7 +10,7 @@ from step_scripts.table.constraints import table_from_pandera
 
 
 class HouseSale(pa.DataFrameModel):
-    """One sale of a house. Ranges are wide: they stop what cannot be, not what is rare."""
+    """One sale of a house. Ranges are wide: they reject impossible values, not unusual ones."""
 
     PRICE: float = pa.Field(ge=0, le=1e9, description="Sale price, US dollars.")
     YEAR_BUILT: int = pa.Field(ge=1600, le=2100, description="Year the house was built.")

@@ -46,12 +46,12 @@ _SHOWN, _FILES_SHOWN = 20, 200  # names in a message, rows of a table
 def raw_csv(
     context: dg.AssetExecutionContext, config: RawCsvConfig, compute: ComputeBackend, source_location: SourceLocation
 ) -> dg.MaterializeResult[SourceRef]:
-    """The house sales of the source, row by row checked against the schema, as Parquet.
+    """The house sales of the source as Parquet, each row checked against the schema.
 
     Rows that violate the schema are left out and listed, each with its reason, in `rejected_rows.csv`. Too many of
     them, or a file that is not such a table at all, fail the asset. Read by `feature_group`.
     """
-    compute.prepare(context)  # while the schema is imported
+    compute.prepare(context)  # Ray starts in the background while the schema (pandera) is imported
     from housing_assets.schema import HOUSING_TABLE
 
     ranges = {name: ColumnRange(**bounds.model_dump()) for name, bounds in config.column_ranges.items()}
@@ -90,13 +90,13 @@ def raw_csv(
 
 
 def _data_files(files: tuple[SourceFile, ...], read: list[dict[str, Any]]) -> tuple[DataFile, ...]:
-    """The files with their numbers of rows and digests, as far as the step lists them."""
+    """The files, with row counts and digests for those that the step reports (`read`)."""
     listed = {file["file"]: {"rows": file["rows"], "content": file["content"]} for file in read}
     return tuple(DataFile(**file.model_dump(), **listed.get(file.uri, {})) for file in files)
 
 
 def _left_out(context: dg.AssetExecutionContext, source: str, listing: Listing) -> dict[str, Any]:
-    """Say what the source holds that was not read. Returns it as metadata."""
+    """Log what the source holds that was not read: files set aside, names that do not match. Also as metadata."""
     left = [{"name": item.name, "why": item.reason, "remedy": item.remedy} for item in listing.set_aside]
     for item in listing.set_aside[:_SHOWN]:
         context.log.warning(f"set aside: {item}")
@@ -111,7 +111,7 @@ def _left_out(context: dg.AssetExecutionContext, source: str, listing: Listing) 
 def _source_files(
     context: dg.AssetExecutionContext, config: RawCsvConfig, location: SourceLocation
 ) -> tuple[str, Listing]:
-    """What was asked for, and its files. Raises `StepError` if there are none."""
+    """The source that the run asks for (or the landing place), and its files. Raises `StepError` if there are none."""
     if location.landing is None or config.source:
         source = config.source or location.resolve()
         return source, list_source(source)
@@ -151,8 +151,8 @@ def feature_group(
 ) -> dg.MaterializeResult[OfflineSnapshot]:
     """The feature store's records of the source: every version of every record, each with its event time.
 
-    Ingestion adds what is new or changed and nothing twice; the asset fails unless every row that went in can be read.
-    Read by the splits, at a point in time.
+    Only new and changed rows are added. The asset fails unless every row that went in can be read back. The splits read
+    it as of a point in time.
     """
     from housing_assets.schema import HOUSING_TABLE
 
@@ -160,7 +160,7 @@ def feature_group(
     name = config.feature_group_name or (
         default_group_name(HOUSING_TABLE.name, raw_csv.source) + feature_store.name_suffix
     )
-    # A day's files are not all there is.
+    # A partition holds the files of one day: what is missing in them has not been removed from the source.
     mirror = config.ingestion == "mirror" and not context.has_partition_key
     try:
         target = feature_store.ensure_group(name, HOUSING_TABLE) | {"mirror": mirror}
@@ -194,7 +194,7 @@ def feature_group(
     read = {"commit": snapshot.commit, "snapshot_id": str(snapshot.snapshot_id), "rows_live": snapshot.artifact.rows}
     found = {**read, **artifact_metadata(snapshot.artifact)}
     found["dagster/column_schema"] = column_schema(HOUSING_TABLE)
-    # In one order, whether there was something to ingest or not.
+    # The metadata has one order, whether rows were ingested or an earlier snapshot is reused.
     order = {"feature_group_name": name, "rows_in": raw_csv.rows.rows or 0, "added": 0, **found}
     metadata = {**order, **figures, **found}
     return dg.MaterializeResult(

@@ -1,4 +1,4 @@
-"""Blocking checks: what all of them have in common is that every result is kept as evidence."""
+"""The decorator of blocking checks: every result is also stored as evidence, which `gate` reads in later runs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from typing import Any
 
 import dagster as dg
 
-# Has no public name.
-from dagster._core.definitions.asset_checks.asset_check_evaluation import (  # has no public name
-    AssetCheckEvaluationTargetMaterializationData,
-)
+# Dagster has no public name for it.
+from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluationTargetMaterializationData
 
 from housing_assets.checks.gate import EVIDENCE, JUDGED, SUBJECT
 from resources.compute.base import as_metadata
@@ -30,10 +28,10 @@ def blocking_check(
     partitions_def: dg.PartitionsDefinition | None = None,
     **more: Any,
 ) -> Callable[[Callable[..., dg.AssetCheckResult]], dg.AssetChecksDefinition]:
-    """`dagster.asset_check` with `blocking=True`, whose results are kept below the root before Dagster sees them.
+    """`dagster.asset_check` with `blocking=True`: each result is stored as evidence before Dagster records it.
 
-    `judged` says what was judged, from the arguments of the check and its result. A result that cannot be kept fails
-    the check: without evidence nothing behind it would start.
+    `judged(arguments, result)` names the data that the check has judged, by digests: a later run may use exactly this
+    data, and no other. If the result cannot be stored the check fails, because no asset downstream starts without it.
     """
 
     def decorate(check: Callable[..., dg.AssetCheckResult]) -> dg.AssetChecksDefinition:
@@ -52,6 +50,7 @@ def blocking_check(
         hints = inspect.get_annotations(check, eval_str=True)
         parameters = [p.replace(annotation=hints[p.name]) for p in given.parameters.values() if p.name != "context"]
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        # Dagster takes inputs and resources from the signature: those of `check`, and `evidence`.
         evaluate.__signature__ = inspect.Signature(  # pyright: ignore[reportAttributeAccessIssue]
             [
                 inspect.Parameter("context", kind, annotation=dg.AssetCheckExecutionContext),
@@ -75,7 +74,7 @@ def _kept(
     judged: Judged,
     result: dg.AssetCheckResult,
 ) -> dg.AssetCheckResult:
-    """The result, with its evidence written and named in its metadata."""
+    """Write the evidence of `result`. Returns the result with the URI of the evidence in its metadata."""
     metadata = dict(result.metadata or {})
     uri = store.record(
         Evidence(
@@ -108,9 +107,9 @@ def _record_by_day(
     key: dg.AssetCheckKey,
     result: dg.AssetCheckResult,
 ) -> None:
-    """Record the result of a run over several days for each of them.
+    """Record the result for each partition of a run over several days.
 
-    Dagster 1.13 records it without a day, and whoever waits for checked days (`keep_up_to_date`) would wait for ever.
+    Dagster 1.13 records it once, without a partition; sensor `keep_up_to_date` would wait for the checks for ever.
     """
     if partitions is None:
         return

@@ -1,4 +1,4 @@
-"""The quality gate and its advisory companions."""
+"""Checks of the evaluation: the quality gate, which blocks, and two advisory checks."""
 
 import dagster as dg
 
@@ -19,7 +19,7 @@ from step_scripts.runner.wording import number
     ),
 )
 def rmse_threshold(evaluation_report: EvaluationRef) -> dg.AssetCheckResult:
-    """The quality gate: RMSE on the test split is at most the threshold. Without it nothing is registered or served."""
+    """The quality gate: RMSE on the test split is at most the threshold; otherwise nothing is registered."""
     rmse, threshold = evaluation_report.metrics["rmse"], evaluation_report.rmse_threshold
     passed = rmse <= threshold  # also false for NaN
     return dg.AssetCheckResult(

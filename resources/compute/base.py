@@ -1,4 +1,7 @@
-"""The abstract compute backend: answers a step from its manifest, or has it run."""
+"""The abstract compute backend: runs a step, or reuses the result of an earlier run.
+
+A step's result is its manifest: the file that the step writes last, and that lists its outputs, metrics and details.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,7 @@ class ComputeBackend(dg.ConfigurableResource, ABC):
             return found
         if unusable:
             context.log.warning(unusable[0])
-            request = request.model_copy(update={"not_before": now})  # nor is an earlier job's success of any use
+            request = request.model_copy(update={"not_before": now})  # no earlier job is taken over either
         try:
             require_unchanged(request)
         except StepError as error:
@@ -78,18 +81,18 @@ class ComputeBackend(dg.ConfigurableResource, ABC):
         return self._execute(context, request)
 
     def prepare(self, context: dg.AssetExecutionContext) -> None:
-        """Get ready for a first step that will follow in a moment, if it is certain that it has to be run."""
+        """Begin, in the background, with what the first step needs (start Ray), if no earlier result can be reused."""
 
     @abstractmethod
     def inventory(self) -> Sequence[OwnedItem]:
-        """Results of steps, and what is running now."""
+        """What this backend owns: stored results of steps, and processes or jobs that run now."""
 
     @abstractmethod
     def remove(self, item: OwnedItem) -> None:
-        """Remove what `inventory` listed; nothing happens if it is gone. Raises `NotOwned` for what is another's."""
+        """Remove an item of `inventory`, if it is still there. Raises `NotOwned` for what is not this deployment's."""
 
     def _environment(self) -> dict[str, str]:
-        """What steps run with, as far as results depend on it. It is compared with what is there where they run."""
+        """Versions of the libraries that results depend on. The process of the step compares them with its own."""
         return library_versions()
 
     @abstractmethod
@@ -132,7 +135,7 @@ def _rounded(value: Any) -> Any:
 
 
 def table(rows: list[dict[str, Any]]) -> dg.TableMetadataValue:
-    """Rows as a metadata table. Of a dictionary in a row each entry has a column; lists and others are text."""
+    """Rows as a metadata table. Entries of a dictionary in a row become columns; lists and other values become text."""
     spread = [_spread(row) for row in rows]
     names = list(dict.fromkeys(name for row in spread for name in row))
     columns = []

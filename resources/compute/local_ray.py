@@ -1,9 +1,9 @@
 """Steps on Ray on this machine, or on a cluster given by its address.
 
-The Ray driver is a process of its own: it serves all steps of a run in one Ray session, a crash of it does not take the
-run's process along, and a termination does not wait for Ray, because the run's main thread only waits for a socket.
-Between the two stands a keeper (`step_scripts.runner.keeper`), which ends all of Ray's processes however driver or run
-ended.
+The Ray driver is a process of its own (`step_scripts.runner.worker`). It runs all steps of a run in one Ray session. If
+it crashes, the run's process survives; a termination does not wait for Ray, because the run's main thread only waits
+for a socket. The run starts a small process, the keeper (`step_scripts.runner.keeper`), which starts the driver and
+ends all of Ray's processes when the driver or the run has ended, for whatever reason.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _TERMINATION_SECONDS = 4.0
 
 @dataclass
 class _Worker:
-    """The driver process, this end of its control socket, and the folder of everything temporary."""
+    """A keeper and its child, the driver: the keeper's process, this end of the socket, the session's folder."""
 
     process: subprocess.Popen[bytes]
     channel: socket.socket
@@ -59,7 +59,7 @@ class _Worker:
     received: bytes = b""
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send `message`. That the process has ended is seen when its reply is waited for."""
+        """Send `message`. If the process has ended, `reply` finds out."""
         with contextlib.suppress(ConnectionError):
             self.channel.sendall(json.dumps(message).encode() + b"\n")
 
@@ -171,7 +171,7 @@ class LocalRay(ComputeBackend):
     def _sessions(self) -> list[_Session]:
         """Sessions with this backend's artifacts, of any run, by the environment of their processes.
 
-        So what is left of a session is found without its first process, or its folder.
+        It finds what is left of a session even if its first process or its folder is gone.
         """
         found: dict[tuple[str, str | None], list[psutil.Process]] = {}
         for process in psutil.process_iter():
@@ -199,7 +199,7 @@ class LocalRay(ComputeBackend):
         settings = RaySettings(
             address=self.address, num_cpus=self.num_cpus, object_store_memory=self.object_store_memory
         )
-        # By these an abandoned process is found.
+        # `_sessions` finds abandoned processes by these variables.
         owner = {"HOUSING_ARTIFACTS": self.artifact_root, "HOUSING_RUN_ID": run_id}
         environment = os.environ | {
             "HOUSING_RAY_SETTINGS": settings.model_dump_json(),
@@ -251,7 +251,10 @@ class LocalRay(ComputeBackend):
         return StepResult.model_validate(reply["result"])
 
     def _reply(self, context: dg.AssetExecutionContext, request: StepRequest) -> dict[str, Any]:
-        """What the driver answers, or an error if it does not; a driver that has ended is gone with what it left."""
+        """The driver's answer (see `step_scripts.runner.worker` for its keys), or an error if the driver has ended.
+
+        If it has ended, its other processes and the outputs of this attempt are removed.
+        """
         attempt = uuid.uuid4().hex[:12]
         try:
             if self._worker is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -84,7 +83,9 @@ def _partitions(split: TrainingSplit, num_workers: int) -> Any:
 
 def adapted_main() -> Any:
     """xgboost_ray's main module with the tracker of XGBoost 3, through which workers find each other."""
-    main: Any = importlib.import_module("xgboost_ray.main")
+    import xgboost_ray.main
+
+    main: Any = xgboost_ray.main
     main._start_rabit_tracker = _start_tracker
     main._stop_rabit_tracker = lambda thread: thread.join(2.0)  # seconds; it ends with the workers
     return main
@@ -105,7 +106,9 @@ def _ranked_by_actor(main: Any) -> Any:
     They would be sorted by the address of an object, and so would their rows' summaries, of which the bins are made.
     """
 
-    class RankedByActor(importlib.import_module("xgboost_ray.callback").DistributedCallback):
+    from xgboost_ray.callback import DistributedCallback
+
+    class RankedByActor(DistributedCallback):
         def before_train(self, actor: Any, *args: Any, **kwargs: Any) -> None:
             main.put_queue(ray.util.get_node_ip_address())
             context = main._RabitContext  # of the actor's process, which trains once

@@ -79,3 +79,13 @@ def test_a_range_of_days_is_one_run(ui: UserInterface, browser: Browser) -> None
     browser.open("/assets/feature_group?view=partitions")
     browser.sees(DAYS[0])
     browser.screenshot("partitions")
+
+
+def test_a_range_of_some_days_leaves_the_records_of_the_others(platform: Platform) -> None:
+    """A range of days is not the whole source: what it lacks has not been removed."""
+    command = ["-m", "dagster", "asset", "materialize", "-m", "housing_assets.definitions"]
+    command += ["--select", 'key:"raw_csv" or key:"feature_group"']
+    done = platform.run(*command, "--partition-range", f"{DAYS[1]}...{DAYS[2]}")
+    assert done.returncode == 0, done.stdout
+    group = platform.metadata("feature_group")
+    assert (group["rows_in"], group["added"], group["rows_live"]) == (2 * ROWS, 0, 3 * ROWS)

@@ -132,6 +132,7 @@ def test_wrong_fields_and_values_are_refused_when_the_code_location_loads(
 
 
 def test_the_names_of_the_ops_are_those_of_the_assets() -> None:
+    """A new asset needs a class with `@configures` in `housing_assets/config.py`, and its name in `ASSET_OPS` there."""
     from housing_assets.definitions import defs
 
     ops = {a.node_def.name for a in defs.assets or () if isinstance(a, dg.AssetsDefinition)}
