@@ -160,8 +160,9 @@ def feature_group(
     name = config.feature_group_name or (
         default_group_name(HOUSING_TABLE.name, raw_csv.source) + feature_store.name_suffix
     )
-    # A partition holds the files of one day: what is missing in them has not been removed from the source.
-    mirror = config.ingestion == "mirror" and not context.has_partition_key
+    # Days are not the whole source: what their files lack has not been removed from it.
+    by_day = context.has_partition_key or context.has_partition_key_range
+    mirror = config.ingestion == "mirror" and not by_day
     try:
         target = feature_store.ensure_group(name, HOUSING_TABLE) | {"mirror": mirror}
     except StepError as error:

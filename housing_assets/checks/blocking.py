@@ -122,16 +122,19 @@ def _record_by_day(
         target = AssetCheckEvaluationTargetMaterializationData(
             storage_id=record.storage_id, run_id=record.run_id, timestamp=record.timestamp
         )
-        context.instance.report_runless_asset_event(
-            dg.AssetCheckEvaluation(
-                asset_key=key.asset_key,
-                check_name=key.name,
-                passed=result.passed,
-                metadata=result.metadata,
-                description=result.description,
-                severity=result.severity,
-                blocking=True,
-                partition=record.partition_key,
-                target_materialization_data=target,
-            )
+        evaluation = dg.AssetCheckEvaluation(
+            asset_key=key.asset_key,
+            check_name=key.name,
+            passed=result.passed,
+            metadata=result.metadata,
+            description=result.description,
+            severity=result.severity,
+            blocking=True,
+            partition=record.partition_key,
+            target_materialization_data=target,
         )
+        # As an event of this run: of those without a run, Dagster can store only one for each partition.
+        event = dg.DagsterEvent(
+            dg.DagsterEventType.ASSET_CHECK_EVALUATION.value, run.run.job_name, event_specific_data=evaluation
+        )
+        context.instance.report_dagster_event(event, run_id=run.run_id)
