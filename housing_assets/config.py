@@ -116,8 +116,8 @@ class FeatureGroupConfig(IngestFeaturesSettings, dg.Config):
     )
     ingestion: Literal["mirror", "append"] = Field(
         default="mirror",
-        description="`mirror`: records that the source no longer has are marked deleted; `append`: they stay, as always "
-        "where files are ingested by day (HOUSING_LANDING).",
+        description="`mirror`: records that the source no longer has are marked deleted; `append`: they stay. By day "
+        "(HOUSING_LANDING) they always stay.",
     )
 
 
