@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+import housing_assets
 from housing_assets import code_location
 from housing_assets.deployments import load_resources
 from tests import ROOT
@@ -52,7 +55,25 @@ def snapshot() -> dict[str, object]:
 def test_the_definitions_are_those_of_the_snapshot() -> None:
     """After an intended change: `python -m tests.unit.housing_assets.test_code_location >
     tests/unit/housing_assets/definitions.json`."""
-    assert snapshot() == json.loads(SNAPSHOT.read_text())
+    found, kept = snapshot(), json.loads(SNAPSHOT.read_text())
+    differing = {
+        name: (found.get(name), kept.get(name)) for name in {*found, *kept} if found.get(name) != kept.get(name)
+    }
+    assert differing == {}
+
+
+def test_every_job_schedule_and_sensor_of_a_module_is_in_the_definitions() -> None:
+    """One that was forgotten there would be no error, and would never run."""
+    from housing_assets.definitions import defs
+
+    repository = defs.get_repository_def()
+    known = {job.name for job in repository.get_all_jobs()}
+    known |= {one.name for one in (*repository.schedule_defs, *repository.sensor_defs)}
+    kinds = (dg.JobDefinition, dg.ScheduleDefinition, dg.SensorDefinition, type(dg.define_asset_job("any")))
+    for info in pkgutil.walk_packages(housing_assets.__path__, "housing_assets."):
+        for value in vars(importlib.import_module(info.name)).values():
+            if isinstance(value, kinds):
+                assert value.name in known, f"{value.name} of {info.name}"
 
 
 def test_parts_ask_for_the_whole_only_when_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,29 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_the_places_that_contributing_names_exist() -> None:
+    """Paths, rooms, anchors, and the names in the code."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    spans = set(re.findall(r"`([^`\n]+)`", text))
+    paths = {span for span in spans if "/" in span and re.fullmatch(r"[\w./-]+", span)}
+    assert sorted(path for path in paths if not (ROOT / path).exists()) == []
+    rooms = set(re.findall(r"ROOM=(\S+?)[`\s]", text))
+    assert rooms
+    assert sorted(room for room in rooms if not (ROOT / "tests" / "unit" / room).is_dir()) == []
+    headings = {
+        re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
+    code = "\n".join(
+        file.read_text()
+        for folder in ("housing_assets", "resources", "step_scripts", "tests")
+        for file in (ROOT / folder).rglob("*.py")
+    )
+    words = set(re.findall(r"\w+", code + (ROOT / "pyproject.toml").read_text().replace("-", "_")))
+    names = {span.replace("-", "_") for span in spans if re.fullmatch(r"[A-Za-z_]\w*|[a-z]+(-[a-z]+)+", span)}
+    assert sorted(names - words) == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_targets_of_make_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

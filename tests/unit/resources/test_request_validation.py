@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from resources.aws.request_validation import InvalidJobRequest, check_request, compiled, problems
-from resources.sagemaker.job_requests import JobConfig, processing_request, training_request
+from resources.compute.sagemaker import StepJob
+from resources.sagemaker.job_requests import TRAINING_ONLY, JobConfig, processing_request, training_request
 
 ROLE = "arn:aws:iam::123456789012:role/housing-assets"
 EVERYTHING: dict[str, Any] = {
@@ -139,3 +140,7 @@ def test_every_pattern_of_the_service_model_is_understood() -> None:
 def test_contradictory_configuration_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         JobConfig(**EVERYTHING | changes)
+
+
+def test_what_only_training_jobs_have_can_be_set_for_a_step() -> None:
+    assert set(TRAINING_ONLY) <= set(JobConfig.model_fields) & set(StepJob.model_fields)
