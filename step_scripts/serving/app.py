@@ -7,7 +7,6 @@ which passes on what the container refuses as a `ModelError` with the status and
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import logging
 import uuid
@@ -15,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from http import HTTPMethod
 from typing import Any
 
-import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -43,7 +41,6 @@ class InferenceApp:
     def __init__(self) -> None:
         self.model: ServedModel | None = None
         self.capture: RequestCapture | None = None
-        self._together: list[tuple[ServedModel, np.ndarray, asyncio.Future[np.ndarray]]] = []
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="predict")
         routes = [
             Route("/ping", self._ping, methods=[HTTPMethod.GET]),
@@ -90,8 +87,7 @@ class InferenceApp:
         media, accept = headers.get("content-type", ""), headers.get("accept", "")
         encoding = headers.get("content-encoding", "")
         if len(body) <= _INLINE_BYTES and not encoding:
-            read = model.read(body, media, accept)
-            answer = read.answer(await self._predict_together(model, read.features))
+            answer = model.answer(body, media, accept)
         else:
             loop = asyncio.get_running_loop()
             answer = await loop.run_in_executor(self._threads, model.answer, body, media, accept, encoding)
@@ -99,37 +95,6 @@ class InferenceApp:
             inference_id = headers.get("x-amzn-sagemaker-inference-id", "")
             self.capture.add(CapturedRequest(now(), *answer, inference_id))
         return _response(answer.output_body, 200, answer.output_type, _identity(model))
-
-    def _predict_together(self, model: ServedModel, features: np.ndarray) -> asyncio.Future[np.ndarray]:
-        """Predictions of a small request, made by one call with those of the requests that have arrived with it.
-
-        A call is half of the work of such a request, and takes hardly longer for eight rows than for one. No request
-        waits for others to arrive.
-        """
-        loop = asyncio.get_running_loop()
-        if not self._together:
-            loop.call_soon(self._predict_waiting)
-        predicted: asyncio.Future[np.ndarray] = loop.create_future()
-        self._together.append((model, features, predicted))
-        return predicted
-
-    def _predict_waiting(self) -> None:
-        waiting, self._together = self._together, []
-        # Together only with requests of the same model: it may have been replaced in between.
-        for _, group in itertools.groupby(waiting, key=lambda entry: id(entry[0])):
-            entries = [entry for entry in group if not entry[2].done()]  # done: its client has gone
-            if not entries:
-                continue
-            try:
-                values = entries[0][0].predict(np.concatenate([features for _, features, _ in entries]))
-            except Exception as error:  # noqa: BLE001  # each request reports it
-                for _, _, predicted in entries:
-                    predicted.set_exception(error)
-                continue
-            start = 0
-            for _, features, predicted in entries:
-                predicted.set_result(values[start : start + len(features)])
-                start += len(features)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

@@ -25,19 +25,6 @@ class Answer(NamedTuple):
     output_body: bytes
 
 
-class ParsedRequest(NamedTuple):
-    """A request that was read: media types, the body without its Content-Encoding, raw features (rows, features)."""
-
-    input_type: str
-    input_body: bytes
-    output_type: str
-    features: np.ndarray
-
-    def answer(self, predictions: np.ndarray) -> Answer:
-        """The answer with these predictions, one a row."""
-        return Answer(self.input_type, self.input_body, self.output_type, encode(predictions, self.output_type))
-
-
 @dataclass(frozen=True)
 class ServedModel:
     """Immutable once loaded, so that it can be replaced as a whole while requests are answered."""
@@ -58,20 +45,15 @@ class ServedModel:
         booster = self.small if len(scaled) < _ROWS_ON_ONE_THREAD else self.large
         return booster.inplace_predict(scaled, validate_features=False)
 
-    def read(self, body: bytes, content_type: str, accept: str, content_encoding: str = "") -> ParsedRequest:
-        """A request; the last three are its headers. Raises `RequestError`."""
-        given = request_media(content_type or "")
-        wanted = response_media(accept or "", given)
-        content = unpacked(body, content_encoding)
-        return ParsedRequest(given, content, wanted, self.parser.parse(content, given))
-
     def answer(self, body: bytes, content_type: str, accept: str, content_encoding: str = "") -> Answer:
         """The answer to a request; the last three are its headers. Raises `RequestError`.
 
         It imports no server: AWS's image has one of its own.
         """
-        request = self.read(body, content_type, accept, content_encoding)
-        return request.answer(self.predict(request.features))
+        given = request_media(content_type or "")
+        wanted = response_media(accept or "", given)
+        content = unpacked(body, content_encoding)
+        return Answer(given, content, wanted, encode(self.predict(self.parser.parse(content, given)), wanted))
 
     def description(self) -> dict[str, Any]:
         """What `/ping` says."""
