@@ -229,10 +229,12 @@ def _unneeded(
     found += [_of_result(r) for r in unused(stored_results(resources.compute.artifact_root), in_use, results_before)]
     with _noted("evidence and snapshots of feature groups", problems):
         registered = registered_versions(resources.model_registry)
-        with _noted("evidence", problems):
-            known = set() if running else mentioned(resources, registered)
-            for uri, why in [] if running else unneeded_evidence(resources.evidence, known, results_before):
-                found.append(Removal("evidence", uri, why, partial(resources.evidence.remove_file, uri)))
+        if not running:
+            with _noted("evidence", problems):
+                unneeded = unneeded_evidence(resources.evidence, mentioned(resources, registered), results_before)
+                found += [
+                    Removal("evidence", uri, why, partial(resources.evidence.remove_file, uri)) for uri, why in unneeded
+                ]
         kept = kept_commits(registered, [*references.current.values(), *references.waiting.values()])
         for item in [item for item in resources.feature_store.inventory() if not item.discarded]:
             with _noted(f"snapshots of feature group {item.name}", problems):
