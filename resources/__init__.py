@@ -2,5 +2,6 @@
 
 Begin with `compute.base`, `feature_store.base`, `model_registry.base` and `endpoints.base`; a backend's module lies
 beside each. `sagemaker` runs jobs, `aws` is below everything on AWS, `references` is what assets hand to each other,
-`sources` finds files, `services` are what a run can do without. Knows nothing of house prices.
+`sources` finds files, `services` are what a run can do without, `waiting` waits for states. Knows
+nothing of house prices.
 """

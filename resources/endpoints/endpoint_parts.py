@@ -12,9 +12,9 @@ from typing import Any
 from resources.aws.calls import already_exists, error_code, error_message, if_found, is_missing, pages
 from resources.aws.ownership import is_ours, tags_of
 from resources.aws.request_validation import check_request
-from resources.aws.waiting import wait_until
 from resources.endpoints.base import DeploymentLog, EndpointDeploymentFailed
 from resources.endpoints.endpoint_requests import CANDIDATE, ENDPOINT_TAG, ROLE_TAG, name_prefix
+from resources.waiting import wait_until
 
 MOVING = ("Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting")
 BROKEN = ("Failed", "OutOfService")

@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 
-from resources.aws.waiting import wait_until
 from resources.endpoints.base import InvocationFailed
+from resources.waiting import wait_until
 from step_scripts.runner.private_files import open_private
 from step_scripts.serving.deployment import (
     DEPLOYMENT_FILE,

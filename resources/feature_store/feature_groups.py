@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from resources.aws.calls import already_exists, error_code, error_message, if_found
-from resources.aws.waiting import wait_until
+from resources.waiting import wait_until
 from step_scripts.runner.contract import StepError
 
 _ADDED_AT_ONCE = 100  # UpdateFeatureGroup's limit

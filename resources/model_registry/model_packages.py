@@ -10,7 +10,7 @@ from typing import Any
 from resources.aws.calls import already_exists, error_code, if_found, is_missing, pages
 from resources.aws.ownership import is_ours, owned, tags_of
 from resources.aws.request_validation import check_request
-from resources.aws.waiting import wait_until
+from resources.waiting import wait_until
 
 CONTENT_TYPES = ("text/csv", "application/json", "application/jsonlines")
 GROUP = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")

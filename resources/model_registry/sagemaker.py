@@ -22,7 +22,6 @@ from pydantic import Field, JsonValue, model_validator
 from resources.aws.calls import aws_client
 from resources.aws.ownership import root_tags
 from resources.aws.request_validation import check_request
-from resources.aws.waiting import wait_until
 from resources.inventory import OwnedItem, remove_file
 from resources.model_registry import package_files as files
 from resources.model_registry.base import (
@@ -49,6 +48,7 @@ from resources.model_registry.package_record import (
     version_of,
 )
 from resources.model_registry.serving_container import DIGEST_VARIABLE, serving_container
+from resources.waiting import wait_until
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, DamagedArtifactError, check_files
 from step_scripts.runner.s3_objects import delete_prefix

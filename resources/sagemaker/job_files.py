@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from resources.aws.calls import aws_client, error_code, if_found
-from resources.aws.waiting import wait_until
+from resources.waiting import wait_until
 
 CONTEXT = "context.json"
 BOOTSTRAP = "pipes.json"

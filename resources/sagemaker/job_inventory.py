@@ -11,11 +11,11 @@ import dagster as dg
 
 from resources.aws.ownership import belongs_to, created_here, tags_of
 from resources.aws.tags import RUN_TAG
-from resources.aws.waiting import wait_until
 from resources.inventory import NotOwned, OwnedItem
 from resources.sagemaker.job_files import LEASE, JobSettings
 from resources.sagemaker.job_kinds import PROCESSING, TERMINAL, TRAINING, TUNING
 from resources.sagemaker.job_run import stop_job
+from resources.waiting import wait_until
 
 _LEASE_SECONDS = 120.0  # several intervals of renewal
 

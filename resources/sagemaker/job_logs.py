@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resources.aws.calls import is_missing, is_transient, pages
-from resources.aws.waiting import wait_until
+from resources.waiting import wait_until
 
 _CALLS_PER_POLL = 10
 _TAIL = 30

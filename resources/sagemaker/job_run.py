@@ -17,7 +17,6 @@ from resources.aws.calls import error_code, error_message, is_missing, is_transi
 from resources.aws.ownership import creation_tags, tags_of
 from resources.aws.request_validation import check_request
 from resources.aws.tags import RUN_TAG, WORK_TAG, asset_names, run_tags, tag_list
-from resources.aws.waiting import wait_until
 from resources.sagemaker.job_files import (
     BOOTSTRAP,
     LEASE,
@@ -30,6 +29,7 @@ from resources.sagemaker.job_files import (
 from resources.sagemaker.job_kinds import TERMINAL, TUNING, JobKind
 from resources.sagemaker.job_names import JobName, Work, request_digest
 from resources.sagemaker.job_reports import start_failure
+from resources.waiting import wait_until
 
 Context = dg.OpExecutionContext | dg.AssetExecutionContext
 _APPEARANCE_SECONDS = 2.0

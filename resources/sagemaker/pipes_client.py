@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from dagster._core.definitions.resource_annotation import TreatAsResourceParam  # has no public name
 
-from resources.aws.waiting import wait_until
 from resources.pipes_session import pipes_session
 from resources.sagemaker.job_files import SHORT_RETRY_SECONDS, JobInputs, JobPolling, JobSettings
 from resources.sagemaker.job_kinds import PROCESSING, TRAINING, JobKind
@@ -18,6 +17,7 @@ from resources.sagemaker.job_logs import JobLogs
 from resources.sagemaker.job_names import JobName, Work, given_name, job_name
 from resources.sagemaker.job_reports import StatusLog, job_failure, job_metadata
 from resources.sagemaker.job_run import Context, JobRun
+from resources.waiting import wait_until
 
 if TYPE_CHECKING:
     from resources.sagemaker.pipes_io import JobMessageReader

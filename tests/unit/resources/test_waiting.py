@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from resources.aws.waiting import wait_until
+from resources.waiting import wait_until
 
 
 def test_the_first_true_answer_is_returned_without_a_pause_if_it_is_there_at_once() -> None:
