@@ -6,16 +6,15 @@ that `HOUSING_CONFIG` names gives fields other defaults, for every launch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
-from functools import cache
 from typing import Any, Literal, TypeVar
 
 import dagster as dg
 from pydantic import Field, ValidationError, field_validator
 
-from housing_assets.config_fields import suggestion, unknown_fields, with_defaults
-from housing_assets.settings import load_launch_defaults
+from housing_assets.config_fields import mapping, suggestion, unknown_fields, with_defaults, yaml_file
+from housing_assets.settings import Settings
 from step_scripts.parameters import (
     DeployEndpointSettings,
     EvaluateModelSettings,
@@ -33,19 +32,31 @@ SLICES = (
     Slice(name="decade built", column="YEAR_BUILT", width=10),
 )
 
-ASSET_OPS = ("raw_csv", "feature_group", "splits", "tuned_model", "evaluation_report", "registered_model", "endpoint")
 # By the name of the op that Dagster makes of the assets; filled below.
 CONFIG_OF_OP: dict[str, type[dg.Config]] = {}
 _Config = TypeVar("_Config", bound=dg.Config)
 
 
-@cache
-def _launch_defaults() -> dict[str, dict[str, Any]]:
-    """What `HOUSING_CONFIG` says, by op. Raises `ValueError` for an op that takes no defaults."""
-    sections = load_launch_defaults()
-    if unknown := [f"ops.{op} is unknown{suggestion(op, ASSET_OPS)}" for op in sections if op not in ASSET_OPS]:
-        raise ValueError(f"HOUSING_CONFIG: {'. '.join(unknown)}")
+def load_launch_defaults(environment: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """By op: the fields that the file named by `HOUSING_CONFIG` sets for every launch, as it has them.
+
+    The file is run configuration, as `--config` takes it. Raises `ValueError` for another form.
+    """
+    path = Settings.load(environment).config
+    content = yaml_file("HOUSING_CONFIG", path)
+    form = f"HOUSING_CONFIG={path!r} must be run configuration, as YAML: `ops: {{raw_csv: {{config: {{…}}}}}}`"
+    if others := sorted(map(str, set(content) - {"ops"})):
+        raise ValueError(f"{form}. It has {', '.join(others)}, which gives no defaults")
+    sections = {}
+    for op, section in mapping(content.get("ops"), form).items():
+        section = mapping(section, f"{form}. ops.{op} is not of this form")
+        if others := sorted(map(str, set(section) - {"config"})):
+            raise ValueError(f"{form}. ops.{op} has {', '.join(others)} beside or instead of config")
+        sections[str(op)] = mapping(section.get("config"), f"{form}. ops.{op}.config is not of this form")
     return sections
+
+
+_LAUNCH_DEFAULTS = load_launch_defaults()
 
 
 def _problems(op: str, model: type[dg.Config], given: dict[str, Any]) -> list[str]:
@@ -75,7 +86,7 @@ def configures(op: str) -> Callable[[type[_Config]], type[_Config]]:
     """
 
     def configure(config: type[_Config]) -> type[_Config]:
-        given = _launch_defaults().get(op, {})
+        given = _LAUNCH_DEFAULTS.get(op, {})
         if given and (problems := _problems(op, config, given)):
             raise ValueError(f"HOUSING_CONFIG: {'; '.join(problems)}")
         CONFIG_OF_OP[op] = configured = with_defaults(config, given)
@@ -157,6 +168,17 @@ class RegistrationConfig(RegisterModelSettings, dg.Config):
 @configures("endpoint")
 class EndpointConfig(DeployEndpointSettings, dg.Config):
     """Where the model is served."""
+
+
+def refuse_unknown_ops(defaults: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for defaults of an op that takes none."""
+    if unknown := [
+        f"ops.{op} is unknown{suggestion(op, [*CONFIG_OF_OP])}" for op in defaults if op not in CONFIG_OF_OP
+    ]:
+        raise ValueError(f"HOUSING_CONFIG: {'. '.join(unknown)}")
+
+
+refuse_unknown_ops(_LAUNCH_DEFAULTS)
 
 
 def settings_of(config: dg.Config, model: type) -> dict[str, Any]:

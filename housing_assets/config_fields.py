@@ -1,4 +1,4 @@
-"""Configuration models: other defaults for their fields, and a refusal, at every level, of fields that they lack.
+"""Configuration from files: what a model takes of it, and a refusal, at every level, of fields that it lacks.
 
 Pydantic's own refusal is off in Dagster's configuration classes, and its message does not say what is known.
 """
@@ -10,9 +10,12 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, create_model
+
+from resources.sources.listing import expanded
 
 _Model = TypeVar("_Model", bound=BaseModel)
 # Fields by their former names.
@@ -21,6 +24,29 @@ RENAMED = {
     "invocation_patience_seconds": "invocation_retry_timeout_seconds",
     "prove_on_candidate": "smoke_test_on_candidate",
 }
+
+
+def yaml_file(variable: str, path: str | None) -> dict[Any, Any]:
+    """The mapping in the file that the variable names; an empty one without a file.
+
+    Raises `ValueError` if it cannot be read, or holds something else.
+    """
+    import yaml
+
+    if path is None:
+        return {}
+    try:
+        content = yaml.safe_load(Path(expanded(path)).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{variable}={path!r} cannot be read: {error}") from error
+    return mapping(content, f"{variable}={path!r} must hold sections with fields, as YAML")
+
+
+def mapping(value: Any, problem: str) -> dict[Any, Any]:
+    """`value`, a mapping; an empty one for nothing. Raises `ValueError` with `problem` for anything else."""
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(problem)
+    return value or {}
 
 
 def with_defaults(model: type[_Model], values: Mapping[str, Any]) -> type[_Model]:

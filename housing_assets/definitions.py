@@ -21,8 +21,7 @@ from housing_assets.checks.watching import endpoint_watch, watch_endpoint
 from housing_assets.code_location import hand_in
 from housing_assets.config import SLICES, RawCsvConfig
 from housing_assets.deployments import load_resources
-from housing_assets.maintenance.retention import nightly_prune, prune
-from housing_assets.maintenance.snapshot_retention import compact
+from housing_assets.maintenance.retention import compact, nightly_prune, prune
 from housing_assets.maintenance.sweeper import hourly_sweep, sweep
 from housing_assets.maintenance.teardown import teardown
 from housing_assets.partitions import BACKFILL

@@ -52,12 +52,12 @@ def clean(home: Path, environment: Mapping[str, str]) -> list[str]:
     Returns what should have gone and has not, with the reason. Raises `ValueError` for a deployment that keeps nothing
     on this machine.
     """
-    from housing_assets.settings import DEPLOYMENTS, root_of
+    from housing_assets.settings import Settings
 
-    if environment.get("HOUSING_DEPLOYMENT", DEPLOYMENTS[0]) != DEPLOYMENTS[0]:
+    if environment.get("HOUSING_DEPLOYMENT", "local") != "local":
         raise ValueError("clean-data removes what is on this machine; for what is on AWS, launch the job teardown")
     base = {name: value for name, value in environment.items() if name != "HOUSING_ENVIRONMENT"}
-    root = Path(root_of(base))
+    root = Path(Settings.load(base).own_root)
     left = []
     for name in ["", *(folder.name for folder in _folders(root / "environments"))]:
         left += _clean_root({**base, "HOUSING_ENVIRONMENT": name})
@@ -72,27 +72,24 @@ def clean(home: Path, environment: Mapping[str, str]) -> list[str]:
 def _clean_root(environment: Mapping[str, str]) -> list[str]:
     """Everything that the inventories of one environment list. Returns what could not be removed."""
     import housing_assets.definitions  # noqa: F401  # all assets
-    from housing_assets.code_location import asset_keys
     from housing_assets.deployments import load_resources
-    from housing_assets.maintenance.owners import look, owners_of, protected_places, remove_all
-    from housing_assets.settings import root_of
+    from housing_assets.maintenance.inventory import CleanUp, remove_owned
+    from housing_assets.settings import Settings
     from resources.inventory import KINDS
     from step_scripts.runner.wording import counted
 
-    root = Path(root_of(environment))
+    root = Path(Settings.load(environment).own_root)
     if not root.is_dir():
         return []
-    resources = SimpleNamespace(**load_resources(environment))
-    findings = look(owners_of(resources, asset_keys()), KINDS)
-    protected = protected_places(resources.source_location)
-    removed, failed, kept = remove_all(findings, protected, logging.getLogger(__name__))
-    print(f"removed {len(removed)} of {counted(len(findings.items), 'thing')} below {root}")
+    clean_up = CleanUp(logging.getLogger(__name__))
+    found, kept = remove_owned(SimpleNamespace(**load_resources(environment)), KINDS, clean_up)
+    print(f"removed {len(clean_up.gone)} of {counted(len(found), 'thing')} below {root}")
     for lock in (root / "endpoints").glob(".*.lock"):  # of endpoints that are gone; nobody deploys now
         lock.unlink()
     for folder in _folders(root):
         _remove_if_empty(folder)
-    problems = {**failed, **{place: f"kept, because {why}" for place, why in kept.items()}, **findings.problems}
-    return [f"{place}: {why}" for place, why in problems.items()]
+    left = {**clean_up.failed, **{place: f"kept, because {why}" for place, why in kept.items()}, **clean_up.problems}
+    return [f"{place}: {why}" for place, why in left.items()]
 
 
 def _clean_home(home: Path) -> list[str]:

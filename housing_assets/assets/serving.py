@@ -3,6 +3,7 @@
 import dagster as dg
 
 from housing_assets.checks.gate import refusal, require_checks_passed
+from housing_assets.checks.smoke_test import smoke_test_from
 from housing_assets.config import EndpointConfig
 from housing_assets.reporting.lineage import lineage_rows
 from housing_assets.reporting.metadata import run_costs
@@ -31,8 +32,6 @@ def endpoint(
     A new version is tried beside the one that serves, with rows whose predictions are known, and takes over only if
     they agree. It goes on serving when the run has ended.
     """
-    from housing_assets.checks.smoke_test import smoke_test_from
-
     name = config.endpoint_name or endpoint_host.default_name
     version = _chosen_version(name, config, registered_model, model_registry, endpoint_host)
     if not version.gate.passed:

@@ -1,12 +1,13 @@
 """When assets follow their inputs by themselves, and when they are stale."""
 
 from collections.abc import Mapping
+from datetime import timedelta
 
 import dagster as dg
 
-from housing_assets.settings import load_automation
+from housing_assets.settings import Settings
 
-_SETTINGS = load_automation()
+_SETTINGS = Settings.load()
 _CHECKED = dg.AutomationCondition.all_deps_blocking_checks_passed()
 _FOLLOWS = dg.AutomationCondition.eager() & _CHECKED
 _CONDITIONS: Mapping[str, dg.AutomationCondition] = {
@@ -37,6 +38,6 @@ def automated(spec: dg.AssetSpec) -> dg.AssetSpec:
     if condition is not None:
         spec = spec.replace_attributes(automation_condition=condition)
     if spec.key.to_user_string() in ("registered_model", "endpoint"):
-        stale = _SETTINGS.stale_after
+        stale = timedelta(days=_SETTINGS.freshness_days)
         spec = spec.replace_attributes(freshness_policy=dg.FreshnessPolicy.time_window(stale, warn_window=stale * 0.9))
     return spec

@@ -2,9 +2,9 @@
 
 import dagster as dg
 
-from housing_assets.settings import load_automation
+from housing_assets.settings import Settings
 
-_SETTINGS = load_automation()
+_SETTINGS = Settings.load()
 _INGESTION = dg.AssetSelection.assets("raw_csv", "feature_group")
 _TRAINING = dg.AssetSelection.assets(
     "train_split", "validation_split", "test_split", "tuned_model", "evaluation_report", "registered_model"

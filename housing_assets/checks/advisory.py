@@ -37,12 +37,7 @@ def advisory_check(*, asset: str, remedy: str, **options: Any) -> Callable[[Call
         @functools.wraps(check)
         def guarded(*arguments: Any, **named: Any) -> dg.AssetCheckResult:
             result = judged(lambda: check(*arguments, **named), remedy)
-            return dg.AssetCheckResult(
-                passed=result.passed,
-                severity=result.severity,
-                description=result.description,
-                metadata=as_metadata(result.metadata),
-            )
+            return result.with_metadata(as_metadata(result.metadata))
 
         return dg.asset_check(asset=asset, blocking=False, **options)(guarded)
 

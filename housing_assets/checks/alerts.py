@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
@@ -17,7 +17,16 @@ from step_scripts.runner.wording import number
 NOTIFIED = "notified"
 _NOT_NOTIFIED = "none"
 _RANKS = {_NOT_NOTIFIED: 0, dg.AssetCheckSeverity.WARN.value: 1, dg.AssetCheckSeverity.ERROR.value: 2}
-_ROWS, _LENGTH = 10, 200  # of tables and texts in a message
+_LINES, _ROWS, _LENGTH = 25, 10, 200  # in a message, of a table, of a text
+
+
+def send(notifier: Notifier, title: str, lines: Sequence[str], log: Any) -> str | None:
+    """Send one message. Returns why that did not work, if it did not, and logs it."""
+    more = [f"and {len(lines) - _LINES} more"] if len(lines) > _LINES else []
+    text = "\n".join([*lines[:_LINES], *more])
+    if problem := attempt(lambda: notifier.notify(title, text)):
+        log.warning(f"The notification '{title}' could not be sent: {problem}")
+    return problem
 
 
 def notify_on_degradation(
@@ -37,12 +46,7 @@ def notify_on_degradation(
         text = "\n".join([result.description or "", *_figures(result.metadata), f"Remedy: {remedy}"])
         if problem := attempt(lambda: notifier.notify(title, text)):
             facts = {NOTIFIED: known, "message_not_sent": problem}
-    return dg.AssetCheckResult(
-        passed=False,
-        severity=result.severity,
-        description=result.description,
-        metadata={**(result.metadata or {}), **facts},
-    )
+    return result.with_metadata({**(result.metadata or {}), **facts})
 
 
 def _known(instance: dg.DagsterInstance, key: dg.AssetCheckKey) -> str:

@@ -1,7 +1,5 @@
 """Checks of the endpoint."""
 
-import statistics
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +9,8 @@ from housing_assets.checks import watching
 from housing_assets.checks.advisory import advisory_check, judged
 from housing_assets.checks.alerts import notify_on_degradation
 from housing_assets.checks.blocking import blocking_check
-from resources.endpoints.base import PROBE_ID, EndpointHost, EndpointStatus
+from housing_assets.checks.smoke_test import ask, smoke_test_from
+from resources.endpoints.base import EndpointHost, EndpointStatus
 from resources.model_registry.base import ModelRegistry
 from resources.references.evidence import Judged
 from resources.references.types import SplitRef
@@ -48,40 +47,29 @@ def serves_offline_predictions(
 
     Another run may have deployed since, or deploy at the same time: then that version counts.
     """
-    status = endpoint_host.describe(endpoint.name) or endpoint
-    result = _served(status, test_split, endpoint_host, model_registry)
-    after = endpoint_host.describe(endpoint.name) or status
-    if result.passed or watching.same_deployment(status, after):
-        return result
-    return _served(after, test_split, endpoint_host, model_registry)
+
+    def judge(status: EndpointStatus | None) -> dg.AssetCheckResult:
+        return _served(status or endpoint, test_split, endpoint_host, model_registry)
+
+    return watching.unless_redeployed(endpoint.name, endpoint_host, judge)
 
 
 def _served(
     endpoint: EndpointStatus, test_split: SplitRef, endpoint_host: EndpointHost, model_registry: ModelRegistry
 ) -> dg.AssetCheckResult:
-    from housing_assets.checks.smoke_test import smoke_test_from
-
     group, _, number = endpoint.version.rpartition("/")
     test = smoke_test_from(model_registry.get(group, int(number)).artifact, test_split.rows, ROWS)
-    served: list[float] = []
-    milliseconds: list[float] = []
-    for row in test.body.splitlines():
-        start = time.perf_counter()
-        answer = endpoint_host.invoke(endpoint.name, row.encode(), "text/csv", "text/csv", inference_id=PROBE_ID)
-        milliseconds.append((time.perf_counter() - start) * 1000)
-        served.append(float(answer))
-    errors = [abs(s - e) / max(abs(e), 1.0) for s, e in zip(served, test.expected, strict=True)]
-    worst = max(errors)
+    answers = ask(endpoint_host, endpoint.name, test)
+    rows = len(answers.served)
     return dg.AssetCheckResult(
-        passed=worst <= test.tolerance,
-        description=f"largest relative difference {worst:.1e} over {counted(len(served), 'row')}",
+        passed=answers.difference <= test.tolerance,
+        description=f"largest relative difference {answers.difference:.1e} over {counted(rows, 'row')}",
         metadata={
             "model_version": endpoint.version,
-            "rows": len(served),
-            "largest_relative_difference": worst,
+            "rows": rows,
+            "largest_relative_difference": answers.difference,
             "threshold": test.tolerance,
-            "median_milliseconds": round(statistics.median(milliseconds), 3),
-            "slowest_milliseconds": round(max(milliseconds), 3),
+            **answers.latency,
         },
     )
 
@@ -98,7 +86,12 @@ def endpoint_health(
     A warning if another version has been approved since and waits to be deployed.
     """
     name = watching.endpoint_name(context.instance, endpoint_host)
-    return _told(watching.health(name, endpoint_host, model_registry), watching.HEALTH_CHECK, context, notifier)
+
+    def judge(status: EndpointStatus | None) -> dg.AssetCheckResult:
+        return watching.health(name, status, endpoint_host, model_registry)
+
+    result = watching.unless_redeployed(name, endpoint_host, judge)
+    return _notified(result, watching.HEALTH_CHECK, context, notifier)
 
 
 _LOOK_AGAIN = "look into the endpoint's log and its captured requests; job watch_endpoint looks again"
@@ -114,10 +107,10 @@ def prediction_drift(
     """Features and predictions of captured requests are distributed as the training data of the served model (PSI)."""
     name = watching.endpoint_name(context.instance, endpoint_host)
     result = judged(lambda: watching.drift(name, endpoint_host, model_registry), _LOOK_AGAIN)
-    return _told(result, watching.DRIFT_CHECK, context, notifier)
+    return _notified(result, watching.DRIFT_CHECK, context, notifier)
 
 
-def _told(
+def _notified(
     result: dg.AssetCheckResult, check: str, context: dg.AssetCheckExecutionContext, notifier: Notifier
 ) -> dg.AssetCheckResult:
     key = dg.AssetCheckKey(dg.AssetKey("endpoint"), check)

@@ -1,31 +1,108 @@
-"""Rows whose predictions are known, to compare a served model with the offline one."""
+"""Rows whose predictions are known, and how an endpoint's answers to them compare with the model's own."""
 
 from __future__ import annotations
 
-from resources.endpoints.base import SmokeTest
+import json
+import math
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from housing_assets.checks.stability import distributions
+from resources.endpoints.base import PROBE_ID, EndpointHost, SmokeTest
+from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact
+from step_scripts.table.spec import TableSpec
+
+if TYPE_CHECKING:
+    import polars as pl
 
 # Served and offline predictions come from the same float32 model; only the text form of a number may differ.
 RELATIVE_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What an endpoint answered to single rows, and what it should have."""
+
+    served: list[float]
+    expected: tuple[float, ...]
+    milliseconds: list[float]
+
+    @property
+    def difference(self) -> float:
+        """The largest, relative to the expected prediction."""
+        return max(abs(s - e) / max(abs(e), 1.0) for s, e in zip(self.served, self.expected, strict=True))
+
+    @property
+    def latency(self) -> dict[str, float]:
+        """As metadata."""
+        return {
+            "median_milliseconds": round(statistics.median(self.milliseconds), 3),
+            "slowest_milliseconds": round(max(self.milliseconds), 3),
+        }
+
+
+def ask(host: EndpointHost, name: str, test: SmokeTest) -> Answers:
+    """Ask for each row in a request of its own. Raises `EndpointNotFound`, `InvocationFailed`."""
+    served, milliseconds = [], []
+    for row in test.body.splitlines():
+        start = time.perf_counter()
+        answer = host.invoke(name, row.encode(), "text/csv", "text/csv", inference_id=PROBE_ID)
+        milliseconds.append((time.perf_counter() - start) * 1000)
+        served.append(float(answer))
+    return Answers(served, test.expected, milliseconds)
 
 
 def smoke_test_from(model: Artifact, rows: Artifact, count: int) -> SmokeTest:
     """The first `count` rows of `rows` as CSV of raw features, with the predictions of `model` made here."""
     import polars as pl
 
-    from step_scripts.model.artifact import load_model
-    from step_scripts.runner import storage
-
-    trained = load_model(model.uri, threads=1)
     frames: list[pl.DataFrame] = []
     for uri in rows.file_uris(".parquet"):
         with storage.open_input(uri) as file:
             frames.append(pl.read_parquet(file, n_rows=count - sum(f.height for f in frames)))
         if sum(f.height for f in frames) >= count:
             break
-    frame = pl.concat(frames).select(trained.table.features)
+    return _predicted(model, pl.concat(frames))
+
+
+def typical_test(model: Artifact, requests: int) -> SmokeTest:
+    """A typical row, so many times."""
+    import polars as pl
+
+    return _predicted(model, pl.concat([typical_row(model)] * requests))
+
+
+def typical_row(model: Artifact) -> pl.DataFrame:
+    """One row of the training data's medians: valid, whatever the table."""
+    import polars as pl
+
+    from step_scripts.table.distributions import quantile
+
+    table, known = table_of(model), distributions(model)
+    means = json.loads(storage.read_bytes(model.file_uri("scaler.json")))["mean"]
+    values: dict[str, list[float | int]] = {}
+    for feature in table.features:
+        median = quantile(known[feature], 0.5) if feature in known else math.nan
+        typical = median if math.isfinite(median) else float(means[feature])
+        values[feature] = [round(typical) if table.column(feature).dtype in ("int64", "bool") else typical]
+    return pl.DataFrame(values)
+
+
+def table_of(model: Artifact) -> TableSpec:
+    """The table that a model was trained on."""
+    return TableSpec.model_validate_json(storage.read_bytes(model.file_uri("table.json")))
+
+
+def _predicted(model: Artifact, frame: pl.DataFrame) -> SmokeTest:
+    from step_scripts.model.artifact import load_model
+
+    trained = load_model(model.uri, threads=1)
+    rows = frame.select(trained.table.features)
     return SmokeTest(
-        body=frame.write_csv(include_header=False),
-        expected=tuple(float(value) for value in trained.predict(frame)),
+        body=rows.write_csv(include_header=False),
+        expected=tuple(float(value) for value in trained.predict(rows)),
         tolerance=RELATIVE_TOLERANCE,
     )

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
 
 from resources.compute.base import table
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact
 
 PSI_THRESHOLD = 0.2  # the customary limit above which a population counts as shifted
+
+
+def distributions(artifact: Artifact) -> dict[str, Any]:
+    """Distributions in the training split, by column, as a model or the split's statistics hold them."""
+    return json.loads(storage.read_bytes(artifact.file_uri("statistics.json"))).get("distributions", {})
+
+
+def stability_indices(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, float]:
+    """The index of each column that both have."""
+    from step_scripts.table.distributions import psi
+
+    return {name: round(psi(before[name], now[name]), 4) for name in now if name in before}
 
 
 def stability_result(

@@ -4,22 +4,20 @@ The two checks are in `housing_assets.checks.serving`; the job runs them alone, 
 the UI. They send one notification when they fail, not one at every evaluation. A failed health check fails its run.
 """
 
-import json
-import statistics
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from housing_assets.checks.stability import PSI_THRESHOLD, stability_result
+from housing_assets.checks.smoke_test import RELATIVE_TOLERANCE, ask, table_of, typical_test
+from housing_assets.checks.stability import PSI_THRESHOLD, distributions, stability_indices, stability_result
 from housing_assets.config import EndpointConfig
-from housing_assets.settings import load_automation
-from resources.endpoints.base import PROBE_ID, EndpointHost, EndpointNotFound, EndpointStatus, InvocationFailed
-from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound, RegistryDamaged
+from housing_assets.settings import Settings
+from resources.endpoints.base import EndpointHost, EndpointNotFound, EndpointStatus, InvocationFailed
+from resources.model_registry.base import ModelRegistry, ModelVersionNotFound, RegistryDamaged
 from resources.services.optional import attempt
+from step_scripts.table.spec import TableSpec
 
 if TYPE_CHECKING:
     from step_scripts.serving.captured_requests import CapturedRows
@@ -33,10 +31,9 @@ REMEDIES = {
 }
 _PREDICTIONS = "predictions"
 _PROBES = 5
-_TOLERANCE = 1e-5  # relative; only the text form of a number may differ
 _MOST_ROWS = 20_000
 
-_SETTINGS = load_automation()
+_SETTINGS = Settings.load()
 
 watch_endpoint = dg.define_asset_job(
     "watch_endpoint",
@@ -62,28 +59,14 @@ def endpoint_name(instance: dg.DagsterInstance, endpoint_host: EndpointHost) -> 
     return str(found.value) if found else EndpointConfig().endpoint_name or endpoint_host.default_name
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Answers to one typical row. `expected` is the model's own prediction."""
-
-    expected: float
-    served: float
-    milliseconds: list[float]
-
-    @property
-    def agrees(self) -> bool:
-        """Whether the endpoint predicts what the model does."""
-        return abs(self.served - self.expected) <= _TOLERANCE * max(abs(self.expected), 1.0)
-
-
-def health(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry) -> dg.AssetCheckResult:
-    """Passed if the endpoint answers, and answers with a version that is approved now."""
-    status = endpoint_host.describe(name)
-    result = _health(name, status, endpoint_host, model_registry)
-    after = endpoint_host.describe(name)
-    if result.passed or same_deployment(status, after):
-        return result
-    return _health(name, after, endpoint_host, model_registry)  # a deployment came in between
+def unless_redeployed(
+    name: str, host: EndpointHost, judge: Callable[[EndpointStatus | None], dg.AssetCheckResult]
+) -> dg.AssetCheckResult:
+    """What `judge` finds; a failure is judged again if a deployment came in between."""
+    status = host.describe(name)
+    result = judge(status)
+    after = host.describe(name)
+    return result if result.passed or same_deployment(status, after) else judge(after)
 
 
 def same_deployment(before: EndpointStatus | None, after: EndpointStatus | None) -> bool:
@@ -92,9 +75,10 @@ def same_deployment(before: EndpointStatus | None, after: EndpointStatus | None)
     return [getattr(before, field, None) for field in kept] == [getattr(after, field, None) for field in kept]
 
 
-def _health(
+def health(
     name: str, status: EndpointStatus | None, endpoint_host: EndpointHost, model_registry: ModelRegistry
 ) -> dg.AssetCheckResult:
+    """Passed if the endpoint answers, and answers with a version that is approved now."""
     if status is None:
         return _ill(f"there is no endpoint {name}: materialize endpoint", {"endpoint_name": name})
     group, number = _parts(status.version)
@@ -111,24 +95,19 @@ def _health(
         return _ill(f"{name} does not answer ({status.state}): materialize endpoint to start it again", facts)
     try:
         version = model_registry.get(group, number)
-    except ModelVersionNotFound as error:
-        return _ill(f"{name} serves {status.version}, which the registry does not have: {error}", facts)
-    except RegistryDamaged as error:
-        return _ill(f"{name} serves {status.version}, which the registry cannot read: {error}", facts)
+    except (ModelVersionNotFound, RegistryDamaged) as error:
+        lacks = "does not have" if isinstance(error, ModelVersionNotFound) else "cannot read"
+        return _ill(f"{name} serves {status.version}, which the registry {lacks}: {error}", facts)
     if version.artifact.digest != status.model_digest:
         return _ill(f"{name} serves another model than {status.version} of the registry: materialize endpoint", facts)
     try:
-        probe = _probe(name, version, endpoint_host)
+        answers = ask(endpoint_host, name, typical_test(version.artifact, _PROBES))
     except (EndpointNotFound, InvocationFailed) as error:
         return _ill(f"{name} does not answer a typical row (look into its log): {error}", facts)
-    facts |= {
-        "requests": len(probe.milliseconds),
-        "median_milliseconds": round(statistics.median(probe.milliseconds), 3),
-        "slowest_milliseconds": round(max(probe.milliseconds), 3),
-        "relative_difference": abs(probe.served - probe.expected) / max(abs(probe.expected), 1.0),
-    }
-    if not probe.agrees:
-        return _ill(f"{name} predicts {probe.served!r} where {status.version} predicts {probe.expected!r}", facts)
+    facts |= {"requests": _PROBES, **answers.latency, "relative_difference": answers.difference}
+    if answers.difference > RELATIVE_TOLERANCE:
+        wrong = f"{name} predicts {answers.served[-1]!r} where {status.version} predicts {answers.expected[-1]!r}"
+        return _ill(wrong, facts)
     if version.status != "Approved":
         last = version.status_history[-1]
         reason = f"{version.status} ({last.who}: {last.why})"
@@ -154,55 +133,9 @@ def _parts(reference: str) -> tuple[str, int]:
     return group, int(number)
 
 
-def _probe(name: str, version: ModelVersion, endpoint_host: EndpointHost) -> Probe:
-    """Ask for a typical row some times. Raises `EndpointNotFound`, `InvocationFailed`."""
-    from step_scripts.model.artifact import load_model
-
-    model = load_model(version.artifact.uri, threads=1)
-    row = typical_row(version)
-    body = row.write_csv(include_header=False).encode()
-    served, milliseconds = float("nan"), []
-    for _ in range(_PROBES):
-        start = time.perf_counter()
-        served = float(endpoint_host.invoke(name, body, "text/csv", "text/csv", inference_id=PROBE_ID))
-        milliseconds.append((time.perf_counter() - start) * 1000)
-    return Probe(float(model.predict(row)[0]), served, milliseconds)
-
-
-def typical_row(version: ModelVersion) -> Any:
-    """One row (a Polars frame) of the training data's medians: valid, whatever the table."""
-    import math
-
-    import polars as pl
-
-    from step_scripts.runner import storage
-    from step_scripts.table.distributions import quantile
-    from step_scripts.table.spec import TableSpec
-
-    table = TableSpec.model_validate_json(storage.read_bytes(version.artifact.file_uri("table.json")))
-    known = _distributions(version)
-    means = json.loads(storage.read_bytes(version.artifact.file_uri("scaler.json")))["mean"]
-    values: dict[str, list[float | int]] = {}
-    for feature in table.features:
-        median = quantile(known[feature], 0.5) if feature in known else math.nan
-        typical = median if math.isfinite(median) else float(means[feature])
-        values[feature] = [round(typical) if table.column(feature).dtype in ("int64", "bool") else typical]
-    return pl.DataFrame(values)
-
-
-def _distributions(version: ModelVersion) -> dict[str, Any]:
-    """Distributions in the training split, by column."""
-    from step_scripts.runner import storage
-
-    return json.loads(storage.read_bytes(version.artifact.file_uri("statistics.json"))).get("distributions", {})
-
-
 def drift(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry) -> dg.AssetCheckResult:
     """Passed if captured features and predictions are distributed as the served model's training data, or if there is
     too little to judge."""
-    from step_scripts.runner import storage
-    from step_scripts.table.spec import TableSpec
-
     status = endpoint_host.describe(name)
     if status is None:
         return dg.AssetCheckResult(passed=True, description=f"there is no endpoint {name}")
@@ -210,7 +143,7 @@ def drift(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry)
         version = model_registry.get(*_parts(status.version))
     except (ModelVersionNotFound, RegistryDamaged) as error:
         return dg.AssetCheckResult(passed=True, description=f"nothing to compare with: {error}")
-    table = TableSpec.model_validate_json(storage.read_bytes(version.artifact.file_uri("table.json")))
+    table = table_of(version.artifact)
     since = max(status.deployed_at, datetime.now(UTC) - timedelta(days=_SETTINGS.drift_days))
     read: list[CapturedRows | None] = []
     if problem := attempt(lambda: read.append(endpoint_host.captured(name, table, since, _MOST_ROWS))):
@@ -233,7 +166,7 @@ def drift(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry)
     if rows.rows < _SETTINGS.drift_rows:
         reason = f"not enough captured rows: {rows.rows} since {since:%Y-%m-%d %H:%M}, {_SETTINGS.drift_rows} needed"
         return dg.AssetCheckResult(passed=True, description=reason, metadata=facts)
-    found = _stability(_distributions(version), rows, table)
+    found = _indices(distributions(version.artifact), rows, table)
     if not found:
         return dg.AssetCheckResult(passed=True, description=f"{version.reference} has no statistics", metadata=facts)
     if _PREDICTIONS in found:
@@ -241,14 +174,12 @@ def drift(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry)
     return stability_result(found, version.reference, facts)
 
 
-def _stability(known: Mapping[str, Any], rows: "CapturedRows", table: Any) -> dict[str, float]:
+def _indices(known: dict[str, Any], rows: "CapturedRows", table: TableSpec) -> dict[str, float]:
     """Population stability index of each feature; of the predictions, against the target."""
-    from step_scripts.table.distributions import distribution_of, psi
+    from step_scripts.table.distributions import distribution_of
 
-    current = {name: rows.features[:, index] for index, name in enumerate(table.features)}
-    found = {
-        name: round(psi(known[name], distribution_of(values)), 4) for name, values in current.items() if name in known
-    }
+    now = {name: distribution_of(rows.features[:, index]) for index, name in enumerate(table.features)}
     if table.target in known:
-        found[_PREDICTIONS] = round(psi(known[table.target], distribution_of(rows.predictions)), 4)
-    return found
+        known = {**known, _PREDICTIONS: known[table.target]}
+        now[_PREDICTIONS] = distribution_of(rows.predictions)
+    return stability_indices(known, now)

@@ -11,8 +11,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from housing_assets.code_location import asset_keys
-from housing_assets.maintenance.owners import RESOURCES, look, owners_of, protected_places, remove_all
+from housing_assets.maintenance.inventory import RESOURCES, CleanUp, remove_owned
 from housing_assets.runs.statuses import BUSY
 from resources.compute.base import table
 from resources.inventory import KINDS, ItemKind, OwnedItem
@@ -31,40 +30,39 @@ class TeardownConfig(dg.Config):
     )
 
 
-@dg.op(required_resource_keys={*RESOURCES, "io_manager", "source_location"})
+@dg.op(required_resource_keys=set(RESOURCES))
 def remove_everything(context: dg.OpExecutionContext, config: TeardownConfig) -> None:
     """List, and unless it is a dry run remove, what the deployment has created."""
     resources: Any = context.resources
     root = resources.io_manager.root.removesuffix("/references")
     kinds = _check(context, config, root)
-    owners = owners_of(resources, asset_keys())
-    protected = protected_places(resources.source_location)
-    findings = look(owners, kinds)
+    clean_up = CleanUp(context.log, dry_run=config.dry_run)
+    found, kept = remove_owned(resources, kinds, clean_up)
+    items = {item.location: item for item in found}
+    gone = [_shown(items[one.place]) for one in clean_up.gone]
     if config.dry_run:
-        for _, item in findings.items:
-            context.log.info(f"would remove {item.kind} {item.name} ({item.location}): {item.detail}")
         context.log.info(f"to remove it, launch teardown with dry_run: false and confirm: {json.dumps(root)}")
         context.add_output_metadata(
             {
                 "dry_run": True,
                 "root": root,
-                "items": len(findings.items),
-                "would_remove": table([_shown(item) for _, item in findings.items]),
-                "could_not_be_listed": dg.MetadataValue.json(findings.problems),
+                "items": len(found),
+                "would_remove": table(gone),
+                "kept": dg.MetadataValue.json(kept),
+                "could_not_be_listed": dg.MetadataValue.json(clean_up.problems),
             }
         )
         return
-    removed, failed, kept = remove_all(findings, protected, context.log)
-    after = look(owners, kinds)
-    there = {item.location: item for _, item in after.items if item.location not in kept}
+    after = CleanUp(context.log)
+    there = {item.location: item for item, _ in after.look(resources, RESOURCES, kinds) if item.location not in kept}
     # What could not be removed whole may be found under another place, or not at all: it counts in any case.
-    there |= {item.location: item for _, item in findings.items if item.location in failed}
-    left = [{**_shown(item), "why": failed.get(place, "it is still there")} for place, item in there.items()]
+    there |= {place: items[place] for place in clean_up.failed}
+    left = [{**_shown(item), "why": clean_up.failed.get(place, "it is still there")} for place, item in there.items()]
     metadata = {
         "dry_run": False,
         "root": root,
-        "items": len(removed),
-        "removed": table([_shown(item) for item in removed]),
+        "items": len(gone),
+        "removed": table(gone),
         "left": table(left),
         "kept": dg.MetadataValue.json(kept),
         "could_not_be_listed": dg.MetadataValue.json(after.problems),
@@ -73,7 +71,7 @@ def remove_everything(context: dg.OpExecutionContext, config: TeardownConfig) ->
         names = [f"{row['kind']} {row['name']}: {row['why']}" for row in left]
         names += [f"{owner}: {problem}" for owner, problem in after.problems.items()]
         raise dg.Failure(
-            f"removed: {counted(len(removed), 'item')}; not removed: {'; '.join(names)}. Remove the reason, then run "
+            f"removed: {counted(len(gone), 'item')}; not removed: {'; '.join(names)}. Remove the reason, then run "
             "teardown again",
             metadata=metadata,
             allow_retries=False,

@@ -50,7 +50,7 @@ def console_line(event: dg.DagsterEvent) -> str | None:
         said = f": {check.description}" if check.description else ""
         return f"{level}check {check.check_name} of {check.asset_key.to_user_string()} failed{said}"
     if event.event_type == dg.DagsterEventType.STEP_UP_FOR_RETRY and (error := event.step_retry_data.error):
-        return f"warning: {event.step_key} failed and is tried again: {_said(error)}"
+        return f"warning: {event.step_key} failed and is tried again: {said(error)}"
     return f"error: {reason}" if (reason := failure_reason(event)) is not None else None
 
 
@@ -58,17 +58,18 @@ def failure_reason(event: dg.DagsterEvent) -> str | None:
     """What failed and why, without stack traces. `None` if nothing did, or if other events say so themselves."""
     if event.is_step_failure:
         error = event.step_failure_data.error
-        text = _said(error) if error else plain_reason(event.message or "")
+        text = said(error) if error else plain_reason(event.message or "")
         return None if text.startswith(_CHECK_FAILED) else f"{event.step_key} failed: {text}"
     if event.is_job_failure and event.job_failure_data.first_step_failure_event is None:
         error = event.job_failure_data.error
-        text = _said(error) if error else ""
+        text = said(error) if error else ""
         # In the process of `dagster asset materialize` a check that blocks ends the run by an exception.
         return None if not text or text.startswith(_CHECK_FAILED) else text
     return None
 
 
-def _said(error: SerializableErrorInfo) -> str:
+def said(error: SerializableErrorInfo) -> str:
+    """What the error that was raised first says."""
     while error.cause is not None:
         error = error.cause
     text = plain_reason(error.message)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import dagster as dg
 
-from resources.compute.base import table
+from resources.compute.base import as_metadata, table
 from resources.services.optional import extra
 from step_scripts.runner.contract import Artifact, StepResult
 from step_scripts.runner.wording import rounded
 from step_scripts.table.spec import TableSpec
 
+_Value = TypeVar("_Value")
 # Figures that add up over a run, and the metadata that says which piece of work each is of.
 _COSTS = {
     "core_seconds": "request_digest",
@@ -23,6 +24,27 @@ _COSTS = {
     "tuning_billable_seconds": "tuning_job",
 }
 _DAGSTER_TYPES = {"int64": "int", "float64": "float", "bool": "bool", "string": "string", "datetime": "timestamp"}
+
+
+def made_by(context: dg.AssetExecutionContext, result: StepResult) -> dict[str, Any]:
+    """Fields of a reference: the run and the code that made what it refers to."""
+    return {"run_id": result.run_id or context.run.run_id, "code_version": result.code_version}
+
+
+def materialized(
+    value: _Value,
+    artifact: Artifact,
+    metadata: Mapping[str, Any],
+    result: StepResult | None = None,
+    asset_key: str | None = None,
+) -> dg.MaterializeResult[_Value]:
+    """An asset's result: its reference, metadata as the UI shows them, and the content's digest as data version.
+
+    `result`: of the step that was run for it.
+    """
+    facts = {**metadata, **artifact_metadata(artifact), **(run_metadata(result) if result else {})}
+    version = dg.DataVersion(artifact.digest)
+    return dg.MaterializeResult(asset_key, value=value, metadata=as_metadata(facts), data_version=version)
 
 
 def artifact_metadata(artifact: Artifact) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import dagster as dg
 
 from housing_assets.checks.gate import REMEDIES
 from housing_assets.reporting.console import failure_reason
-from housing_assets.settings import root_of
+from housing_assets.settings import Settings
 from resources.endpoints.base import EndpointStatus
 from resources.model_registry.base import ModelVersion
 from resources.references.files import event_log_name, latest_file, read_reference
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] = ()) -> int:
 
     An argument is a moment, in seconds since 1970: where no run was created since, Dagster itself has said why.
     """
-    root = Path(root_of())
+    root = Path(Settings.load().own_root)
     try:
         with dg.DagsterInstance.get() as instance:
             [last] = instance.get_run_records(limit=1) or [None]

@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from housing_assets.settings import root_of
+from housing_assets.settings import Settings
 from step_scripts.runner import storage
 
 
@@ -16,7 +16,7 @@ class UnusableRoot(Exception):
 
 def check_root_is_writable() -> None:
     """Make the deployment's root if there is none, and try to write there. Raises `UnusableRoot`."""
-    root = root_of(os.environ)
+    root = Settings.load().own_root
     if storage.is_remote(root):
         return
     try:

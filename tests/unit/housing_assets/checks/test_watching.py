@@ -22,9 +22,10 @@ from dagster._core.loader import LoadingContextForTest
 from housing_assets.automation import sensors
 from housing_assets.checks import watching
 from housing_assets.checks.alerts import notify_on_degradation
+from housing_assets.checks.smoke_test import typical_row
 from housing_assets.definitions import defs
 from housing_assets.schema import HOUSING_TABLE
-from housing_assets.settings import load_automation
+from housing_assets.settings import Settings
 from resources.endpoints.local import LocalDataCapture, LocalEndpointHost
 from resources.endpoints.server_process import start_detached, wait_until_serving
 from resources.model_registry.base import ModelVersion
@@ -158,10 +159,10 @@ def test_the_job_and_its_schedule() -> None:
 
 def test_settings_come_from_the_environment() -> None:
     variables = {"HOUSING_WATCH_CRON": "0 * * * *", "HOUSING_DRIFT_DAYS": "2", "HOUSING_DRIFT_ROWS": "10"}
-    settings = load_automation(variables)
+    settings = Settings.load(variables)
     assert (settings.watch_cron, settings.drift_days, settings.drift_rows) == ("0 * * * *", 2.0, 10)
     with pytest.raises(ValueError, match="HOUSING_DRIFT_ROWS='0'"):
-        load_automation({"HOUSING_DRIFT_ROWS": "0"})
+        Settings.load({"HOUSING_DRIFT_ROWS": "0"})
 
 
 def test_health_from_the_first_deployment_to_the_end_of_the_server(platform: Platform) -> None:
@@ -358,7 +359,7 @@ def test_drift_is_found_in_captured_requests(platform: Platform) -> None:
 def test_the_typical_row_is_valid_with_statistics_and_without(platform: Platform) -> None:
     for model in (trained(platform.folder / "with"), small_model(platform.folder / "without")):
         version = registered(platform.registry, model)
-        row = watching.typical_row(version)
+        row = typical_row(version.artifact)
         assert row.height == 1
         parsed = FeatureParser(HOUSING_TABLE).parse(row.write_csv(include_header=False).encode(), "text/csv")
         np.testing.assert_allclose(parsed, row.cast(pl.Float64).to_numpy())

@@ -18,8 +18,8 @@ from pyiceberg.types import BooleanType, DoubleType, LongType, NestedField, Stri
 
 import housing_assets.definitions  # noqa: F401  # jobs ask the code location what there is
 from housing_assets.deployments import load_resources
+from housing_assets.maintenance.retention import compact as compaction
 from housing_assets.maintenance.retention import prune
-from housing_assets.maintenance.snapshot_retention import compact as compaction
 from resources.references.files import StoredReference
 from step_scripts.feature_store import __main__ as command
 from step_scripts.feature_store import iceberg_table, upkeep
