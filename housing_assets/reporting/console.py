@@ -47,8 +47,8 @@ def console_line(event: dg.DagsterEvent) -> str | None:
         if check.passed:
             return None
         level = "error: " if check.severity == dg.AssetCheckSeverity.ERROR else "warning: "
-        said = f": {check.description}" if check.description else ""
-        return f"{level}check {check.check_name} of {check.asset_key.to_user_string()} failed{said}"
+        why = f": {check.description}" if check.description else ""
+        return f"{level}check {check.check_name} of {check.asset_key.to_user_string()} failed{why}"
     if event.event_type == dg.DagsterEventType.STEP_UP_FOR_RETRY and (error := event.step_retry_data.error):
         return f"warning: {event.step_key} failed and is tried again: {said(error)}"
     return f"error: {reason}" if (reason := failure_reason(event)) is not None else None
@@ -88,8 +88,8 @@ class _ConsoleHandler(logging.StreamHandler):  # pyright: ignore[reportMissingTy
             line = None
         else:
             step = metadata.get("step_key")
-            said = _ESCAPES.sub("", str(metadata.get("orig_message", record.getMessage())))
-            line = f"{_LEVELS.get(record.levelno, '')}{step + ': ' if step else ''}{said}"
+            text = _ESCAPES.sub("", str(metadata.get("orig_message", record.getMessage())))
+            line = f"{_LEVELS.get(record.levelno, '')}{step + ': ' if step else ''}{text}"
         if line is not None:
             self.stream.write(f"{self.formatTime(record)}  {line}\n")
             self.flush()
