@@ -2,12 +2,11 @@
 
 import dagster as dg
 
+from housing_assets.checks.comparisons import smoke_test_from
 from housing_assets.checks.gate import refusal, require_checks_passed
-from housing_assets.checks.smoke_test import smoke_test_from
 from housing_assets.config import EndpointConfig
 from housing_assets.reporting.lineage import lineage_rows
-from housing_assets.reporting.metadata import run_costs
-from housing_assets.reporting.timeline import run_timeline
+from housing_assets.reporting.metadata import run_costs, run_timeline
 from resources.compute.base import as_metadata, table
 from resources.endpoints.base import EndpointDeploymentFailed, EndpointHost, EndpointStatus, VersionNotApproved
 from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound

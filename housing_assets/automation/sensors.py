@@ -13,9 +13,9 @@ from pydantic import BaseModel, ValidationError
 from housing_assets.assets.landing import LandingCursor, files_by_day, run_key
 from housing_assets.automation.jobs import deploy_endpoint, ingest
 from housing_assets.checks.alerts import NOTIFIED, send
-from housing_assets.checks.watching import watch_endpoint
-from housing_assets.reporting.console import said
-from housing_assets.runs.statuses import BUSY
+from housing_assets.checks.serving import watch_endpoint
+from housing_assets.reporting.summary import said
+from housing_assets.runs.executor import BUSY
 from housing_assets.settings import Settings
 from resources.endpoints.base import EndpointHost
 from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound, RegistryDamaged

@@ -22,8 +22,8 @@ from typing import Any
 import dagster as dg
 from pydantic import BaseModel
 
-from housing_assets.checks.history import finished_checks
-from housing_assets.code_location import whole
+from housing_assets.checks.alerts import finished_checks
+from housing_assets.code_location import definitions
 from resources.feature_store.base import OfflineSnapshot
 from resources.model_registry.base import GateEvidence, ModelVersion
 from resources.references.evidence import Evidence, EvidenceStore, EvidenceUnreadable, Judged
@@ -162,7 +162,7 @@ def require_gate_passed(
 @functools.cache
 def blocking_checks_before(asset: str) -> tuple[dg.AssetCheckKey, ...]:
     """All blocking checks of assets that `asset` is made from, directly or not."""
-    graph = whole().resolve_asset_graph()
+    graph = definitions().resolve_asset_graph()
     before = graph.get_ancestor_asset_keys(dg.AssetKey(asset))
     return tuple(sorted(key for key in graph.asset_check_keys if key.asset_key in before and graph.get(key).blocking))
 

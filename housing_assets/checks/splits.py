@@ -7,8 +7,8 @@ import dagster as dg
 
 from housing_assets.checks.advisory import advisory_check
 from housing_assets.checks.blocking import blocking_check
+from housing_assets.checks.comparisons import distributions, stability_indices, stability_result
 from housing_assets.checks.gate import judged_splits
-from housing_assets.checks.stability import distributions, stability_indices, stability_result
 from resources.model_registry.base import ModelRegistry
 from resources.references.evidence import Judged
 from resources.references.types import SplitRef

@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from housing_assets.checks.watching import watch_endpoint
+from housing_assets.checks.serving import watch_endpoint
 from housing_assets.code_location import asset_keys
 from housing_assets.maintenance.inventory import CleanUp, Removable
 from housing_assets.maintenance.sweeper import sweep
@@ -30,7 +30,7 @@ from housing_assets.maintenance.unneeded import (
     unused_results,
     uris_in,
 )
-from housing_assets.runs.statuses import BUSY
+from housing_assets.runs.executor import BUSY
 from housing_assets.settings import Settings
 from resources.compute.base import table
 from resources.endpoints.captured_files import surplus

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from housing_assets.checks.alerts import NOTIFIED, send
 from housing_assets.maintenance.inventory import CleanUp, removable
-from housing_assets.runs.statuses import BUSY
+from housing_assets.runs.executor import BUSY
 from housing_assets.settings import Settings
 from resources.compute.base import table
 from resources.inventory import OwnedItem

@@ -12,7 +12,7 @@ import dagster as dg
 from pydantic import Field
 
 from housing_assets.maintenance.inventory import RESOURCES, CleanUp, remove_owned
-from housing_assets.runs.statuses import BUSY
+from housing_assets.runs.executor import BUSY
 from resources.compute.base import table
 from resources.inventory import KINDS, ItemKind, OwnedItem
 from step_scripts.runner.wording import counted

@@ -12,9 +12,9 @@ from typing import Any
 import dagster as dg
 from pydantic import ValidationError
 
-from housing_assets.code_location import asset_keys, whole
+from housing_assets.code_location import asset_keys, definitions
 from housing_assets.maintenance.inventory import Removable
-from housing_assets.runs.statuses import FINISHED
+from housing_assets.runs.executor import FINISHED
 from resources.endpoints.base import EndpointHost
 from resources.endpoints.captured_files import CapturedFile
 from resources.inventory import RESULT_FILE, OwnedItem, remove_file
@@ -233,7 +233,7 @@ def _own_runs(own: dg.DagsterRun) -> Callable[[dg.DagsterRun], bool]:
     job, and for a materialization its assets, must be ours.
     """
     assets = set(asset_keys())
-    jobs = {job.name for job in whole().resolve_all_job_defs()}
+    jobs = {job.name for job in definitions().resolve_all_job_defs()}
     here = _code_location(own)
 
     def is_ours(run: dg.DagsterRun) -> bool:

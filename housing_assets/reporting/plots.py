@@ -26,7 +26,7 @@ _COLOURS = 48
 _BLUE, _ORANGE, _GREY, _INK = "#2b6cb0", "#c2560c", "#8a94a0", "#28323c"
 _SMALL = 9  # font size of ticks, legends, and what stands on the right of a title
 _MOST_BARS = 20
-_STYLE = {
+_STYLE: Any = {
     "figure.dpi": 100,
     "figure.constrained_layout.use": True,
     "figure.titlesize": 11,
@@ -230,7 +230,7 @@ def _log_if_wide(axes: Axes, which: str, values: Sequence[float]) -> None:
         axis.set_minor_formatter("")
 
 
-def _short(value: float, _: int | None) -> str:
+def _short(value: float, _: float) -> str:
     return short_number(value)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from housing_assets.automation.approval import DecisionConfig
+from housing_assets.automation.jobs import DecisionConfig
 from housing_assets.config import CONFIG_OF_OP, check_run_config
 from housing_assets.config_fields import unknown_fields
 from housing_assets.deployments import load_resources

@@ -20,9 +20,9 @@ from dagster._core.definitions.freshness import FreshnessState
 from dagster._core.loader import LoadingContextForTest
 
 from housing_assets.automation import sensors
-from housing_assets.checks import watching
+from housing_assets.checks import serving
 from housing_assets.checks.alerts import notify_on_degradation
-from housing_assets.checks.smoke_test import typical_row
+from housing_assets.checks.comparisons import typical_row
 from housing_assets.definitions import defs
 from housing_assets.schema import HOUSING_TABLE
 from housing_assets.settings import Settings
@@ -90,19 +90,19 @@ class Platform:
             "notifier": self.notifier,
         }
         checks = [defs.get_asset_checks_def(key) for key in _keys()]
-        job = dg.Definitions(asset_checks=checks, jobs=[watching.watch_endpoint], resources=resources)
+        job = dg.Definitions(asset_checks=checks, jobs=[serving.watch_endpoint], resources=resources)
         done = job.resolve_job_def("watch_endpoint").execute_in_process(instance=self.instance, raise_on_error=False)
         return done, {e.check_name: e for e in done.get_asset_check_evaluations()}
 
     def health(self) -> tuple[bool, dg.AssetCheckEvaluation]:
         """Whether the run succeeded, and what the health check found."""
         done, found = self.watch()
-        return done.success, found[watching.HEALTH_CHECK]
+        return done.success, found[serving.HEALTH_CHECK]
 
     def drift(self) -> dg.AssetCheckEvaluation:
         done, found = self.watch()
         assert done.success
-        return found[watching.DRIFT_CHECK]
+        return found[serving.DRIFT_CHECK]
 
     def ask(self, rows: pl.DataFrame) -> None:
         """Requests of 100 rows, and the time until they are captured."""
@@ -128,7 +128,7 @@ class Platform:
 
 
 def _keys() -> list[dg.AssetCheckKey]:
-    names = (watching.HEALTH_CHECK, watching.DRIFT_CHECK)
+    names = (serving.HEALTH_CHECK, serving.DRIFT_CHECK)
     return [dg.AssetCheckKey(dg.AssetKey("endpoint"), name) for name in names]
 
 

@@ -1,4 +1,4 @@
-"""Rows whose predictions are known, and how an endpoint's answers to them compare with the model's own."""
+"""What a model is compared by: rows whose predictions are known, and the distributions of its training data."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from housing_assets.checks.stability import distributions
+import dagster as dg
+
+from resources.compute.base import table
 from resources.endpoints.base import PROBE_ID, EndpointHost, SmokeTest
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 # Served and offline predictions come from the same float32 model; only the text form of a number may differ.
 RELATIVE_TOLERANCE = 1e-5
+PSI_THRESHOLD = 0.2  # of the population stability index: the customary limit above which a population counts as shifted
 
 
 @dataclass(frozen=True)
@@ -105,4 +109,36 @@ def _predicted(model: Artifact, frame: pl.DataFrame) -> SmokeTest:
         body=rows.write_csv(include_header=False),
         expected=tuple(float(value) for value in trained.predict(rows)),
         tolerance=RELATIVE_TOLERANCE,
+    )
+
+
+def distributions(artifact: Artifact) -> dict[str, Any]:
+    """Distributions in the training split, by column, as a model or the split's statistics hold them."""
+    return json.loads(storage.read_bytes(artifact.file_uri("statistics.json"))).get("distributions", {})
+
+
+def stability_indices(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, float]:
+    """The index of each column that both have."""
+    from step_scripts.table.distributions import psi
+
+    return {name: round(psi(before[name], now[name]), 4) for name in now if name in before}
+
+
+def stability_result(
+    found: Mapping[str, float], reference: str, facts: Mapping[str, Any] | None = None
+) -> dg.AssetCheckResult:
+    """A warning if the index of a column is above the threshold. `reference`: the model version compared with."""
+    ranked = sorted(found.items(), key=lambda item: -item[1])
+    shifted = [column for column, index in found.items() if index > PSI_THRESHOLD]
+    known = f"the training data of {reference}"
+    return dg.AssetCheckResult(
+        passed=not shifted,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=f"shifted against {known}: {', '.join(shifted)}" if shifted else f"as {known}",
+        metadata={
+            **(facts or {}),
+            "threshold": PSI_THRESHOLD,
+            "largest_psi": max(found.values(), default=0.0),
+            "psi": table([{"column": name, "psi": index} for name, index in ranked]),
+        },
     )
