@@ -24,10 +24,6 @@ _DAGSTER = ("history", "storage", "schedules", "logs", ".telemetry", ".nux", ".l
 _TEMPLATE = Path(__file__).parents[1] / "deploy" / "dagster.yaml"
 
 
-class NotOurs(RuntimeError):
-    """A folder that something else may use: nothing in it is touched."""
-
-
 def prepare(home: Path, root: Path | None, template: Path = _TEMPLATE) -> list[str]:
     """Make DAGSTER_HOME, with the project's `dagster.yaml`, and the root, where they are not there yet.
 
@@ -73,23 +69,22 @@ def _clean_root(environment: Mapping[str, str]) -> list[str]:
     """Everything that the inventories of one environment list. Returns what could not be removed."""
     import housing_assets.definitions  # noqa: F401  # all assets
     from housing_assets.deployments import load_resources
-    from housing_assets.maintenance.inventory import CleanUp, remove_owned
+    from housing_assets.maintenance.inventory import CleanUp
     from housing_assets.settings import Settings
-    from resources.inventory import KINDS
     from step_scripts.runner.wording import counted
 
     root = Path(Settings.load(environment).own_root)
     if not root.is_dir():
         return []
     clean_up = CleanUp(logging.getLogger(__name__))
-    found, kept = remove_owned(SimpleNamespace(**load_resources(environment)), KINDS, clean_up)
-    print(f"removed {len(clean_up.gone)} of {counted(len(found), 'thing')} below {root}")
+    kept = clean_up.remove_owned(SimpleNamespace(**load_resources(environment)))
+    found = len(clean_up.gone) + len(clean_up.left) + len(kept)
+    print(f"removed {len(clean_up.gone)} of {counted(found, 'thing')} below {root}")
     for lock in (root / "endpoints").glob(".*.lock"):  # of endpoints that are gone; nobody deploys now
         lock.unlink()
     for folder in _folders(root):
         _remove_if_empty(folder)
-    left = {**clean_up.failed, **{place: f"kept, because {why}" for place, why in kept.items()}, **clean_up.problems}
-    return [f"{place}: {why}" for place, why in left.items()]
+    return [*clean_up.reasons(), *(f"{place}: kept, because {why}" for place, why in kept.items())]
 
 
 def _clean_home(home: Path) -> list[str]:

@@ -16,6 +16,7 @@ from dagster._core.storage.tags import (  # have no public names
 from pydantic import Field
 
 from housing_assets.code_location import asset_keys
+from housing_assets.config_fields import check_run_config
 from resources.inventory import OwnedItem, remove_empty, remove_file
 from resources.references.files import asset_folder, reference_files
 from resources.references.io_manager import ReferenceIOManager
@@ -84,8 +85,6 @@ class CheckedReferenceIOManager(ReferenceIOManager):
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         """Check the run's configuration."""
-        from housing_assets.config import check_run_config  # which reads the file of HOUSING_CONFIG
-
         if context.run is not None:
             check_run_config(dict(context.run.run_config))
             _check_days(context.run.tags)

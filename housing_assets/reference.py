@@ -10,7 +10,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AliasChoices, BaseModel
 from pydantic.fields import FieldInfo
 
-from housing_assets.config import CONFIG_OF_OP, TunedModelConfig
+from housing_assets.config import TunedModelConfig
+from housing_assets.config_fields import CONFIG_OF_OP
 from housing_assets.maintenance.retention import PruneConfig
 from housing_assets.maintenance.sweeper import SweepConfig
 from housing_assets.maintenance.teardown import TeardownConfig

@@ -15,7 +15,7 @@ from housing_assets.own_resources import SourceLocation
 from housing_assets.partitions import BACKFILL, PARTITIONS
 from housing_assets.reporting.metadata import column_schema, made_by, materialized, run_metadata
 from housing_assets.runs.executor import RAY_POOL
-from resources.compute.base import ComputeBackend, as_metadata
+from resources.compute.base import ComputeBackend
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
 from resources.references.evidence import EvidenceStore
 from resources.references.types import DataFile, DatasetRef, SourceRef
@@ -78,7 +78,9 @@ def raw_csv(
     metadata = {
         "source": source,
         **result.metrics,
-        **as_metadata({"rejected_examples": examples, "source_files": source_files, **details}),
+        "rejected_examples": examples,
+        "source_files": source_files,
+        **details,
         **_left_out(context, source, listing),
         "rejected_rows_file": result.outputs["rejected"].uri,
         "dagster/column_schema": column_schema(table),
@@ -101,7 +103,7 @@ def _left_out(context: dg.AssetExecutionContext, source: str, listing: Listing) 
         names = listed(listing.others)
         context.log.info(f"{source} holds what is not taken, because its name does not match: {names}")
         left += [{"name": name, "why": "its name does not match", "remedy": ""} for name in listing.others]
-    return as_metadata({"not_read": left[:_FILES_SHOWN]}) if left else {}
+    return {"not_read": left[:_FILES_SHOWN]} if left else {}
 
 
 def _source_files(
@@ -172,7 +174,7 @@ def feature_group(
             **settings_of(config, IngestFeaturesSettings), table=HOUSING_TABLE, group=name, target=target
         )
         result = compute.run(context, "ingest_features", params, {"rows": raw_csv.rows}, cacheable=False)
-        figures = {**result.metrics, **as_metadata(result.details), **run_metadata(result)}
+        figures = {**result.metrics, **result.details, **run_metadata(result)}
         snapshot = feature_store.offline(name, commit=result.details["commit"])
     feature_store.record_dataset(
         name,

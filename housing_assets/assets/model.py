@@ -9,7 +9,7 @@ from housing_assets.config import SLICES, EvaluationConfig, RegistrationConfig, 
 from housing_assets.reporting.lineage import lineage_facts
 from housing_assets.reporting.metadata import made_by, materialized, plot_metadata, run_costs
 from housing_assets.runs.executor import RAY_POOL
-from resources.compute.base import ComputeBackend, as_metadata
+from resources.compute.base import ComputeBackend
 from resources.model_registry.base import ModelRegistry, ModelVersion, champion_of
 from resources.references.evidence import EvidenceStore
 from resources.references.types import EvaluationRef, ModelRef, SplitRef
@@ -84,7 +84,7 @@ def tuned_model(
         **result.metrics,
         **plot_metadata(context, result, plots),
         **tracked,
-        **as_metadata(others),
+        **others,
     }
     return materialized(value, model, metadata, result)
 
@@ -143,7 +143,7 @@ def evaluation_report(
     metadata: dict[str, Any] = {
         "rmse_threshold": config.rmse_threshold,
         **result.metrics,
-        **as_metadata(details),
+        **details,
         **plot_metadata(context, result, plots),
         **({"champion": champion.reference} if champion else {}),
     }

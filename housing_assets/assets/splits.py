@@ -9,7 +9,7 @@ from housing_assets.checks.gate import require_checks_passed
 from housing_assets.config import SplitsConfig, settings_of
 from housing_assets.reporting.metadata import column_schema, made_by, materialized
 from housing_assets.runs.executor import RAY_POOL
-from resources.compute.base import ComputeBackend, as_metadata
+from resources.compute.base import ComputeBackend
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
 from resources.references.evidence import EvidenceStore
 from resources.references.types import SplitRef
@@ -80,6 +80,6 @@ def splits(
             "fraction": value.fraction,
             "configured_fraction": value.configured_fraction,
             "dagster/column_schema": column_schema(HOUSING_TABLE),
-            **(as_metadata(result.details) if split == "train" else {}),
+            **(result.details if split == "train" else {}),
         }
         yield materialized(value, rows, metadata, result, f"{split}_split")

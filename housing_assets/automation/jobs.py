@@ -11,6 +11,7 @@ from pydantic import Field
 
 from housing_assets.checks.gate import require_checks_passed
 from housing_assets.settings import Settings
+from resources.compute.base import table
 from resources.model_registry.base import (
     ApprovalStatus,
     GateNotPassed,
@@ -80,20 +81,9 @@ def _decide(
     except (ModelVersionNotFound, GateNotPassed, ValueError) as error:
         raise dg.Failure(str(error), allow_retries=False) from error
     context.log.info(f"{version.reference} is {version.status}: {config.why} ({config.who})")
-    history = [
-        dg.TableRecord({"status": c.status, "who": c.who, "why": c.why, "when": c.when.isoformat()})
-        for c in version.status_history
-    ]
-    context.log_event(
-        dg.AssetObservation(
-            asset_key="registered_model",
-            metadata={
-                "model_version": version.reference,
-                "approval_status": version.status,
-                "history": dg.MetadataValue.table(history),
-            },
-        )
-    )
+    history = table([change.model_dump(mode="json") for change in version.status_history])
+    metadata = {"model_version": version.reference, "approval_status": version.status, "history": history}
+    context.log_event(dg.AssetObservation(asset_key="registered_model", metadata=metadata))
 
 
 @dg.op

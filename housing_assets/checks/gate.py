@@ -16,17 +16,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
-from pydantic import BaseModel
 
 from housing_assets.checks.alerts import finished_checks
 from housing_assets.code_location import definitions
 from resources.feature_store.base import OfflineSnapshot
 from resources.model_registry.base import GateEvidence, ModelVersion
 from resources.references.evidence import Evidence, EvidenceStore, EvidenceUnreadable, Judged
+from resources.references.files import event_log_name
 from resources.references.types import EvaluationRef, ModelRef, SnapshotRef, SourceRef, SplitRef
 from step_scripts.runner import storage
 from step_scripts.runner.wording import listed
@@ -37,7 +36,6 @@ JUDGED, SUBJECT, EVIDENCE = "judged", "judged_subject", "evidence"
 _HISTORY = 1000
 _READERS = 16  # requests to S3 at once
 _SHOWN = 3
-_TEMPORARY_HOME = ".tmp_dagster_home"  # what Dagster's command line makes where DAGSTER_HOME is not set
 REMEDIES = {
     "raw_csv": "correct the source, then materialize raw_csv and what follows",
     "feature_group": "materialize raw_csv and feature_group again",
@@ -107,14 +105,14 @@ def require_checks_passed(
     known = {judged.asset for judged, _ in rules.values()}
     if missing := sorted({key.asset_key.to_user_string() for key in checks} - known):
         names = " and ".join(missing)
-        kinds = ", ".join(dict.fromkeys(_name(value) for value in inputs))
+        kinds = ", ".join(dict.fromkeys(type(value).__name__.removesuffix("Ref").lower() for value in inputs))
         raise refusal(
             f"{asset} does not start: its input ({kinds}) does not say which {names} it was made from, so no check of "
             f"{names} vouches for it",
             "materialize it, and what it is made from, again",
         )
     history = {key: list(finished_checks(context.instance, key, limit=_HISTORY)) for key in checks}
-    log = _event_log(context.instance)
+    log = event_log_name(context.instance)
     questions = [
         _Question(key, judged, rule, evidence, log, history[key])
         for judged, rule in rules.values()
@@ -122,11 +120,11 @@ def require_checks_passed(
         if key.asset_key.to_user_string() == judged.asset
     ]
     with ThreadPoolExecutor(_READERS if storage.is_remote(evidence.root) else 1) as pool:
-        answers = list(pool.map(_Question.answer, questions))
-    if refused := [answer.refused for answer in answers if answer.refused]:
-        texts = listed([text for text, _ in refused], most=_SHOWN, sign="; ")
-        raise refusal(f"{asset} does not start: {texts}", refused[0][1])
-    evaluations = tuple(evaluation for answer in answers for evaluation in answer.evaluations)
+        answers = list(pool.map(_Question.ask, questions))
+    if refused := [answer for answer in answers if isinstance(answer, _Refused)]:
+        texts = listed([one.text for one in refused], most=_SHOWN, sign="; ")
+        raise refusal(f"{asset} does not start: {texts}", refused[0].remedy)
+    evaluations = tuple(one for answer in answers if not isinstance(answer, _Refused) for one in answer)
     return Passed(tuple(judged for judged, _ in rules.values()), evaluations)
 
 
@@ -231,13 +229,8 @@ def _of_version(version: ModelVersion) -> _Needs:
 class _Refused(Exception):
     """Why something does not go on, and what people can do."""
 
-
-@dataclass(frozen=True)
-class _Answer:
-    """The evaluations that let something through, or why they do not, with the remedy."""
-
-    evaluations: Sequence[Evidence] = ()
-    refused: tuple[str, str] | None = None
+    def __init__(self, text: str, remedy: str) -> None:
+        self.text, self.remedy = text, remedy
 
 
 @dataclass(frozen=True)
@@ -251,22 +244,21 @@ class _Question:
     log: str
     history: Sequence[tuple[dg.AssetCheckEvaluation, str]]
 
-    def answer(self) -> _Answer:
-        """What decides."""
+    def ask(self) -> list[Evidence] | _Refused:
+        """The evaluations that let it through, or why they do not."""
         try:
+            found = []
             exact = self.store.latest(self.judged, self.check.name)
             if exact is not None or self.rule != Rule.EXACT_OR_LATEST:
-                found = [self._weighed(exact, of_subject=False)]
-            else:
-                found = []
+                found.append(self._weighed(exact, of_subject=False))
             if self.rule == Rule.EXACT_AND_LATEST or not found:
                 latest = self.store.latest(self.judged, self.check.name, of_subject=True)
                 found.append(self._weighed(latest, of_subject=True))
+            return found
         except EvidenceUnreadable as error:
-            return _Answer(refused=(f"{self._words}: {error}", self._evaluate))
+            return _Refused(f"{self._words}: {error}", self._evaluate)
         except _Refused as refused:
-            return _Answer(refused=refused.args)
-        return _Answer(found)
+            return refused
 
     def _weighed(self, evidence: Evidence | None, *, of_subject: bool) -> Evidence:
         """The evaluation. Raises `_Refused` if it has not passed, or the event log says something else."""
@@ -307,15 +299,3 @@ class _Question:
     def _evaluate(self) -> str:
         asset = self.check.asset_key.to_user_string()
         return f"materialize {asset} with its checks, or execute check {self.check.name} alone in the UI"
-
-
-def _event_log(instance: dg.DagsterInstance) -> str:
-    """The event log, as people know it."""
-    home = instance.root_directory
-    if instance.is_ephemeral or Path(home).name.startswith(_TEMPORARY_HOME):
-        return "the event log (DAGSTER_HOME is not set: a new one)"
-    return f"the event log of DAGSTER_HOME={home}"
-
-
-def _name(value: BaseModel) -> str:
-    return type(value).__name__.removesuffix("Ref").removesuffix("Offline").lower()

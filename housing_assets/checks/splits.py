@@ -75,7 +75,7 @@ def split_fractions(train_split: SplitRef, validation_split: SplitRef, test_spli
     return dg.AssetCheckResult(
         passed=not failed,
         description=f"outside the tolerance: {', '.join(failed)}" if failed else "all within the tolerance",
-        metadata={"fractions": dg.MetadataValue.table([dg.TableRecord(row) for row in rows])},
+        metadata={"fractions": rows},
     )
 
 

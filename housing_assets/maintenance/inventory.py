@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import dagster as dg
+
 from resources.inventory import KINDS, OwnedItem, expected_errors
 
 # In an order in which nothing is used any more when it is removed.
@@ -18,7 +20,7 @@ RESOURCES = ("endpoint_host", "model_registry", "compute", "feature_store", "evi
 
 @dataclass(frozen=True)
 class Removable:
-    """Something that may be removed, and how. `place` tells it from all others."""
+    """Something that may be removed, and how. `place` tells it from all others. `item`: if a resource owns it."""
 
     kind: str
     name: str
@@ -26,16 +28,17 @@ class Removable:
     detail: str
     remove: Callable[[], object]
     bytes: int = 0
+    item: OwnedItem | None = None
 
 
 @dataclass
 class CleanUp:
-    """What was removed or, in a dry run, would be; and what was not, with the reason, by its place."""
+    """What was removed (in a dry run: would be), what is left with the reason, by its place, and other problems."""
 
     log: Any
     dry_run: bool = False
     gone: list[Removable] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
+    left: dict[str, tuple[Removable, str]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
@@ -46,17 +49,21 @@ class CleanUp:
         except expected_errors() as error:
             self.problems[what] = f"{type(error).__name__}: {error}"
 
-    def look(self, resources: Any, names: Sequence[str], kinds: Sequence[str] = KINDS) -> list[tuple[OwnedItem, Any]]:
-        """What these resources own of these kinds, in the order of removal, each with its resource.
+    def look(self, resources: Any, names: Sequence[str], kinds: Sequence[str] = KINDS) -> list[Removable]:
+        """What these resources own of these kinds, in the order of removal.
 
         One that cannot be asked does not hide the others.
         """
-        found: list[tuple[OwnedItem, Any]] = []
+        found: list[Removable] = []
         for name in names:
             owner = getattr(resources, name)
             with self.noted(name):
-                found += [(item, owner) for item in owner.inventory() if item.kind in kinds]
-        return sorted(found, key=lambda pair: KINDS.index(pair[0].kind))
+                found += [
+                    Removable(i.kind, i.name, i.location, i.detail, partial(owner.remove, i), item=i)
+                    for i in owner.inventory()
+                    if i.kind in kinds
+                ]
+        return sorted(found, key=lambda one: [*KINDS].index(one.kind))
 
     def remove(self, found: Sequence[Removable]) -> None:
         """Remove one after the other, whatever happens to one of them; in a dry run, only say so."""
@@ -67,28 +74,34 @@ class CleanUp:
                 if not self.dry_run:
                     one.remove()
             except expected_errors() as error:
-                self.failed[one.place] = f"{type(error).__name__}: {error}"
-                self.log.error(f"{one.kind} {one.name} could not be removed: {self.failed[one.place]}")
+                self.left[one.place] = one, f"{type(error).__name__}: {error}"
+                self.log.error(f"{one.kind} {one.name} could not be removed: {self.left[one.place][1]}")
             else:
                 self.gone.append(one)
 
-    def reasons(self) -> str:
-        """Why it is incomplete; empty if it is not."""
-        return "; ".join(f"{name}: {reason}" for name, reason in {**self.failed, **self.problems}.items())
+    def remove_owned(self, resources: Any, kinds: Sequence[str] = KINDS) -> dict[str, str]:
+        """Remove what the deployment owns of these kinds.
 
+        Returns what was kept because people's own files are in it (location → reason).
+        """
+        found = self.look(resources, RESOURCES, kinds)
+        places = {one.place: resources.source_location.place_within(one.place) for one in found}
+        kept = {place: f"{own}, where your own files are, is in it" for place, own in places.items() if own}
+        self.remove([one for one in found if one.place not in kept])
+        return kept
 
-def removable(item: OwnedItem, owner: Any) -> Removable:
-    """What a resource owns, removed by it."""
-    return Removable(item.kind, item.name, item.location, item.detail, partial(owner.remove, item))
+    def reasons(self) -> list[str]:
+        """What is left and why; nothing if all went well."""
+        left = [f"{one.kind} {one.name}: {why}" for one, why in self.left.values()]
+        return left + [f"{name}: {reason}" for name, reason in self.problems.items()]
 
-
-def remove_owned(resources: Any, kinds: Sequence[str], clean_up: CleanUp) -> tuple[list[OwnedItem], dict[str, str]]:
-    """Remove what the deployment owns of these kinds.
-
-    Returns all that was found, and what was kept because people's own files are in it (location → reason).
-    """
-    found = clean_up.look(resources, RESOURCES, kinds)
-    places = {item.location: resources.source_location.place_within(item.location) for item, _ in found}
-    kept = {location: f"{place}, where your own files are, is in it" for location, place in places.items() if place}
-    clean_up.remove([removable(item, owner) for item, owner in found if item.location not in kept])
-    return [item for item, _ in found], kept
+    def finish(self, context: dg.OpExecutionContext, incomplete: str, metadata: dict[str, Any]) -> None:
+        """End the op. Raises `dagster.Failure`, which begins with the words `incomplete`, if something is left."""
+        metadata["could_not_be_listed"] = dg.MetadataValue.json(self.problems)
+        if reasons := self.reasons():
+            raise dg.Failure(
+                f"{incomplete}: {'; '.join(reasons)}. Remove the reason, then run {context.job_name} again",
+                metadata=metadata,
+                allow_retries=False,
+            )
+        context.add_output_metadata(metadata)

@@ -88,16 +88,9 @@ def prune_old(context: dg.OpExecutionContext, config: PruneConfig) -> None:
         ),
         "versions_kept": table([{"version": v.reference, "why": why} for v, why in pruning.versions_kept]),
         "versions_wait_for_runs": pruning.running,
-        "left": dg.MetadataValue.json(clean_up.failed),
-        "could_not_be_listed": dg.MetadataValue.json(clean_up.problems),
+        "left": dg.MetadataValue.json({place: why for place, (_, why) in clean_up.left.items()}),
     }
-    if reasons := clean_up.reasons():
-        raise dg.Failure(
-            f"the pruning is incomplete: {reasons}. Remove the reason, then run prune again",
-            metadata=metadata,
-            allow_retries=False,
-        )
-    context.add_output_metadata(metadata)
+    clean_up.finish(context, "the pruning is incomplete", metadata)
 
 
 class Pruning:
@@ -255,9 +248,7 @@ def compact_groups(context: dg.OpExecutionContext, config: CompactConfig) -> Non
             before, after = counted(done[-1]["files_before"], "file"), done[-1]["files_after"]
             context.log.info(f"feature group {name}: {before} before, {after:,} now")
     metadata = {"compacted": table(done), "left": dg.MetadataValue.json(clean_up.problems)}
-    if reasons := clean_up.reasons():
-        raise dg.Failure(f"not all feature groups were compacted: {reasons}", metadata=metadata, allow_retries=False)
-    context.add_output_metadata(metadata)
+    clean_up.finish(context, "not all feature groups were compacted", metadata)
 
 
 @dg.job

@@ -13,7 +13,7 @@ import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field
 
 from housing_assets.checks.alerts import NOTIFIED, send
-from housing_assets.maintenance.inventory import CleanUp, removable
+from housing_assets.maintenance.inventory import CleanUp
 from housing_assets.runs.executor import BUSY
 from housing_assets.settings import Settings
 from resources.compute.base import table
@@ -86,13 +86,13 @@ def sweep_abandoned(context: dg.OpExecutionContext, config: SweepConfig) -> None
     clean_up = CleanUp(context.log)
     found = clean_up.look(context.resources, _OWNERS, _KINDS)
     before = datetime.now(UTC) - timedelta(minutes=config.minutes)
-    owner_of = {item.location: owner for item, owner in found}
-    chosen = abandoned([item for item, _ in found], context.instance, before, [context.run_id])
+    chosen = abandoned([one.item for one in found if one.item], context.instance, before, [context.run_id])
     if config.stop:
-        clean_up.remove([removable(item, owner_of[item.location]) for item, _ in chosen])
+        places = {item.location for item, _ in chosen}
+        clean_up.remove([one for one in found if one.place in places])
     rows: list[dict[str, Any]] = []
     for item, why in chosen:
-        failed = clean_up.failed.get(item.location)
+        _, failed = clean_up.left.get(item.location, (None, None))
         outcome = f"could not be stopped: {failed}" if failed else "stopped" if config.stop else "reported"
         row = {"kind": item.kind, "name": item.name, "where": item.location, "detail": item.detail, "why": why}
         rows.append({**row, "outcome": outcome})
@@ -101,12 +101,9 @@ def sweep_abandoned(context: dg.OpExecutionContext, config: SweepConfig) -> None
         "looked_at": len(found),
         "abandoned": len(rows),
         "found": table(rows),
-        "could_not_be_listed": dg.MetadataValue.json(clean_up.problems),
         NOTIFIED: _notify(context, rows, clean_up.problems, timedelta(hours=config.repeat_hours)),
     }
-    if reasons := clean_up.reasons():
-        raise dg.Failure(f"the sweep is incomplete: {reasons}", metadata=metadata, allow_retries=False)
-    context.add_output_metadata(metadata)
+    clean_up.finish(context, "the sweep is incomplete", metadata)
 
 
 def _notify(
