@@ -49,17 +49,17 @@ def clean(home: Path, environment: Mapping[str, str]) -> list[str]:
     on this machine.
     """
     from housing_assets.settings import Settings
+    from resources.inventory import remove_empty
 
     if environment.get("HOUSING_DEPLOYMENT", "local") != "local":
         raise ValueError("clean-data removes what is on this machine; for what is on AWS, launch the job teardown")
     base = {name: value for name, value in environment.items() if name != "HOUSING_ENVIRONMENT"}
     root = Path(Settings.load(base).own_root)
     left = []
-    for name in ["", *(folder.name for folder in _folders(root / "environments"))]:
+    environments = _folders(root / "environments")
+    for name in ["", *(folder.name for folder in environments)]:
         left += _clean_root({**base, "HOUSING_ENVIRONMENT": name})
-        if name:
-            _remove_if_empty(root / "environments" / name)
-    _remove_if_empty(root / "environments")
+    remove_empty(*map(str, [*environments, root / "environments"]))
     left += _clean_home(home)
     _remove_if_ours(root)
     return left
@@ -71,6 +71,7 @@ def _clean_root(environment: Mapping[str, str]) -> list[str]:
     from housing_assets.deployments import load_resources
     from housing_assets.maintenance.inventory import CleanUp
     from housing_assets.settings import Settings
+    from resources.inventory import remove_empty
     from step_scripts.runner.wording import counted
 
     root = Path(Settings.load(environment).own_root)
@@ -82,8 +83,7 @@ def _clean_root(environment: Mapping[str, str]) -> list[str]:
     print(f"removed {len(clean_up.gone)} of {counted(found, 'thing')} below {root}")
     for lock in (root / "endpoints").glob(".*.lock"):  # of endpoints that are gone; nobody deploys now
         lock.unlink()
-    for folder in _folders(root):
-        _remove_if_empty(folder)
+    remove_empty(*map(str, _folders(root)))
     return [*clean_up.reasons(), *(f"{place}: kept, because {why}" for place, why in kept.items())]
 
 
@@ -128,11 +128,6 @@ def _remove_if_ours(folder: Path) -> None:
 
 def _folders(parent: Path) -> Sequence[Path]:
     return sorted(path for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
-
-
-def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> int:

@@ -84,8 +84,9 @@ def _read(kind: type[_Cursor], context: dg.SensorEvaluationContext) -> _Cursor:
 
 def _notified(context: dg.SensorEvaluationContext, notifier: Notifier, title: str, lines: list[str]) -> bool:
     """Send one message of what is set aside. Returns whether that worked; if not, the next evaluation tries again."""
-    context.log.warning("\n".join([title, *lines]))
-    return send(notifier, title, [*lines, "Set aside; the others go on."], context.log) is None
+    text = [listed(lines, sign="\n"), "Set aside; the others go on."]
+    context.log.warning("\n".join([title, *text]))
+    return send(notifier, title, text, context.log) is None
 
 
 def _unused_run_key(instance: dg.DagsterInstance, key: str) -> str:

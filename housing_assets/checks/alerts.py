@@ -20,7 +20,7 @@ NOTIFIED = "notified"
 _NOT_NOTIFIED = "none"
 _RANKS = {_NOT_NOTIFIED: 0, dg.AssetCheckSeverity.WARN.value: 1, dg.AssetCheckSeverity.ERROR.value: 2}
 _FINISHED = {AssetCheckExecutionRecordStatus.SUCCEEDED, AssetCheckExecutionRecordStatus.FAILED}
-_LINES, _ROWS, _LENGTH = 25, 10, 200  # in a message, of a table, of a text
+_ROWS, _LENGTH = 10, 200  # of tables and texts in a message
 
 
 def finished_checks(
@@ -37,9 +37,7 @@ def finished_checks(
 
 def send(notifier: Notifier, title: str, lines: Sequence[str], log: Any) -> str | None:
     """Send one message. Returns why that did not work, if it did not, and logs it."""
-    more = [f"and {len(lines) - _LINES} more"] if len(lines) > _LINES else []
-    text = "\n".join([*lines[:_LINES], *more])
-    if problem := attempt(lambda: notifier.notify(title, text)):
+    if problem := attempt(lambda: notifier.notify(title, "\n".join(lines))):
         log.warning(f"The notification '{title}' could not be sent: {problem}")
     return problem
 
@@ -58,8 +56,8 @@ def notify_on_degradation(
     facts: dict[str, Any] = {NOTIFIED: level}
     if _RANKS[level] > _RANKS[known]:
         title = f"Check {key.name} of {key.asset_key.to_user_string()} failed ({level.lower()})"
-        text = "\n".join([result.description or "", *_figures(result.metadata), f"Remedy: {remedy}"])
-        if problem := attempt(lambda: notifier.notify(title, text)):
+        lines = [result.description or "", *_figures(result.metadata), f"Remedy: {remedy}"]
+        if problem := send(notifier, title, lines, dg.get_dagster_logger()):
             facts = {NOTIFIED: known, "message_not_sent": problem}
     return result.with_metadata({**(result.metadata or {}), **facts})
 

@@ -145,7 +145,7 @@ def require_gate_passed(
             "materialize evaluation_report again",
         )
     passed = require_checks_passed(context, evidence, "registered_model", model, evaluation, train)
-    judged = _of_evaluation(evaluation)
+    judged = judged_report(evaluation)
     gate = GateEvidence(
         passed=True,
         metric="rmse",
@@ -191,7 +191,7 @@ def _needs(value: Standing) -> _Needs:
             yield from _carried(value.judged)
         case EvaluationRef():
             yield from _carried(value.judged)
-            yield _of_evaluation(value), Rule.EXACT
+            yield judged_report(value), Rule.EXACT
         case ModelVersion():
             yield from _of_version(value)
 
@@ -205,7 +205,8 @@ def _of_datasets(group: str, digest: str, datasets: Sequence[str]) -> _Needs:
     return _carried(j for d in datasets for j in (judged_source(d), judged_group(group, digest, d)))
 
 
-def _of_evaluation(evaluation: EvaluationRef) -> Judged:
+def judged_report(evaluation: EvaluationRef) -> Judged:
+    """What checks of `evaluation_report` judge, by its reference."""
     return judged_evaluation(evaluation.model_digest, evaluation.report.digest, evaluation.rmse_threshold)
 
 
