@@ -25,6 +25,7 @@ from pydantic import (
     ValidationError,
     field_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from resources.sources.listing import expanded
 from step_scripts.runner import storage
@@ -50,6 +51,15 @@ _WRONG = {
     "bool_parsing": ": choose on or off",
     "literal_error": ": choose one of {expected}",
 }
+
+
+def _on_or_off(value: Any) -> Any:
+    if isinstance(value, str) and value.lower() not in ("on", "off"):
+        raise PydanticCustomError("bool_parsing", "choose on or off")  # pydantic itself takes yes, 1 and others
+    return value
+
+
+_Switch = Annotated[bool, BeforeValidator(_on_or_off)]
 _Words = Annotated[list[str], BeforeValidator(lambda text: [word.strip() for word in text.split(",") if word.strip()])]
 
 
@@ -89,9 +99,9 @@ class Everywhere(_Variables):
         "folder. See [below](#run-configuration).",
     )
     sample_rows: int = _variable(10_000, "Rows to generate when there is no source.", ge=1)
-    cache: bool = _variable(True, "`off`: run every step, even if nothing has changed.")
+    cache: _Switch = _variable(True, "`off`: run every step, even if nothing has changed.")
     cache_hours: float = _variable(12.0, "How long an earlier run's result is reused.", gt=0)
-    data_capture: bool = _variable(False, "`on`: the endpoint keeps requests and answers, for `prediction_drift`.")
+    data_capture: _Switch = _variable(False, "`on`: the endpoint keeps requests and answers, for `prediction_drift`.")
     capture_percent: float | None = _variable(None, "Share of the requests that is kept, percent.", shown="100")
     capture_megabytes: float | None = _variable(
         None,
@@ -172,7 +182,7 @@ class Automation(_Variables):
     smtp_recipients: _Words = _variable([], "The addresses that receive them, separated by commas.")
     smtp_user: SecretStr | None = _variable(None, "User name, if the server wants one.")
     smtp_password: SecretStr | None = _variable(None, "Its password. A secret.")
-    smtp_allow_insecure: bool = _variable(
+    smtp_allow_insecure: _Switch = _variable(
         False, "`on`: send also without encryption, or to a server whose certificate cannot be verified."
     )
     mlflow_uri: str | None = _variable(
