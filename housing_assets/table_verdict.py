@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 from step_scripts.parameters import Slice, check_slices
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.loaded_code import own_places
-from step_scripts.runner.private_files import open_private, private_folder
+from step_scripts.runner.local_files import open_private, private_folder
 from step_scripts.table.spec import ColumnRange, TableSpec
 
 SCHEMA = Path(__file__).with_name("schema.py")

@@ -13,7 +13,6 @@ import json
 import os
 import selectors
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -34,12 +33,11 @@ from resources.inventory import NotOwned, OwnedItem, remove_empty, remove_step_r
 from resources.pipes_session import pipes_session
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepRequest, StepResult
+from step_scripts.runner.processes import end_processes, how_ended
 from step_scripts.runner.ray_session import RaySettings
-from step_scripts.runner.ray_watch import how_ended_by
 from step_scripts.runner.session_folder import (
     FOLDER_VARIABLE,
     SessionFolder,
-    end_processes,
     make_folder,
     processes_of,
     remove_abandoned,
@@ -286,6 +284,4 @@ class LocalRay(ComputeBackend):
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._worker.process.wait(1.0)
         status = self._worker.process.returncode
-        if status is None or status >= 0:
-            return f"the Ray driver process ended with status {status}"
-        return f"the Ray driver process {how_ended_by(signal.Signals(-status))}"
+        return f"the Ray driver process {'has ended' if status is None else how_ended(status)}"

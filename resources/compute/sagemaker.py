@@ -33,7 +33,7 @@ from resources.sagemaker.job_requests import (
 from resources.sagemaker.pipes_client import PipesSageMakerClient
 from resources.sagemaker.tuning_jobs import NativeTuning
 from resources.sagemaker.tuning_requests import NativeTuningConfig
-from step_scripts.cluster.failure import failure_from
+from step_scripts.cluster.job import failure_from
 from step_scripts.parameters import TuneModelSettings
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepRequest, StepResult

@@ -53,8 +53,7 @@ from resources.inventory import NotOwned, OwnedItem, discarded_items, remove_dis
 from resources.model_registry.base import ModelVersion
 from step_scripts.runner import storage
 from step_scripts.runner.contract import DamagedArtifactError, check_files
-from step_scripts.runner.locking import file_lock
-from step_scripts.runner.private_files import private_folder
+from step_scripts.runner.local_files import file_lock, private_folder
 from step_scripts.runner.wording import counted
 from step_scripts.serving.deployment import (
     CAPTURE_FOLDER,

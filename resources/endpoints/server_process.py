@@ -17,7 +17,7 @@ import psutil
 
 from resources.endpoints.base import InvocationFailed
 from resources.waiting import wait_until
-from step_scripts.runner.private_files import open_private
+from step_scripts.runner.local_files import open_private
 from step_scripts.serving.deployment import (
     DEPLOYMENT_FILE,
     LOG_FILE,

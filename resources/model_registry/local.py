@@ -31,7 +31,7 @@ from resources.model_registry.base import (
 )
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, DamagedArtifactError, check_files
-from step_scripts.runner.locking import file_lock
+from step_scripts.runner.local_files import file_lock
 from step_scripts.serving.deployment import verify_file
 
 _GROUP = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")

@@ -3,9 +3,9 @@
 Standard input carries JSON lines. The first is a `DriverTask`. While the cluster forms, the process imports what it
 needs. The line `{"address": …, "note": …}` starts the step; `{"warning": …}` is passed on to Dagster; the end of the
 input ends the process. How the step ended is written to the file `DriverTask.outcome`: `{"failure": null}`, or the
-failure as `step_scripts.cluster.failure` describes it.
+failure as `step_scripts.cluster.job` describes it.
 
-SIGTERM: the step saves what it can (see `step_scripts.runner.interruption`), then the process ends with status 143.
+SIGTERM: the step saves what it can (see `step_scripts.runner.processes`), then the process ends with status 143.
 The failure is reported to Dagster, but the Pipes session is not closed: the step may go on in the job's next attempt.
 """
 
@@ -37,13 +37,13 @@ from dagster_pipes import (
 )
 from pydantic import BaseModel
 
-from step_scripts.cluster.failure import failure_of
-from step_scripts.runner import interruption
+from step_scripts.cluster.job import STOPPED, failure_of
+from step_scripts.runner import storage
 from step_scripts.runner.contract import Reporter, StepRequest
 from step_scripts.runner.execution import PrintReporter, run_step
+from step_scripts.runner.processes import interrupt
 from step_scripts.runner.ray_session import RaySession, RaySettings
 
-INTERRUPTED = 128 + signal.SIGTERM
 _MESSAGES_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
@@ -93,9 +93,9 @@ class Driver:
             return
         self._stopping = True
         self._reporter.warning("the job is being stopped, or its machine is taken away: saving unfinished work")
-        for error in interruption.interrupt():
+        for error in interrupt():
             _log.error("work could not be saved: %s: %s", type(error).__name__, error)
-        _exit(INTERRUPTED)
+        _exit(STOPPED)
 
     def _run(self, address: str, note: str) -> None:
         failure: dict[str, Any] | None = None
@@ -103,52 +103,35 @@ class Driver:
             with self._reporting() as pipes:
                 try:
                     self._reporter.info(note)
-                    settings = RaySettings(address=address, ship_code=False)
-                    run_step(
-                        self._task.request,
-                        self._reporter,
-                        RaySession(settings),
-                        attempt=self._task.attempt,
-                    )
+                    session = RaySession(RaySettings(address=address, ship_code=False))
+                    run_step(self._task.request, self._reporter, session, attempt=self._task.attempt)
                 except Exception as error:
                     failure = failure_of(error)
                     if pipes is not None:
                         pipes.report_custom_message({"step_error": failure})
                     raise
-        except Exception as error:  # noqa: BLE001  # the process's boundary: becomes the job's failure
+        except BaseException as error:  # noqa: BLE001  # becomes the job's failure: also that of sys.exit in a step
             failure = failure or failure_of(error)
-        except BaseException as error:  # noqa: BLE001  # a step that calls sys.exit has not succeeded
-            failure = failure_of(error)
         if self._stopping:  # the main thread ends the process; the step's errors are those of an interrupted step
             return
-        self._write_outcome(failure)
+        storage.write_bytes(str(self._task.outcome), json.dumps({"failure": failure}, default=str).encode())
         _exit(0 if failure is None else 1)
-
-    def _write_outcome(self, failure: dict[str, Any] | None) -> None:
-        path = self._task.outcome
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"failure": failure}, default=str))
-        temporary.replace(path)
 
     @contextmanager
     def _reporting(self) -> Iterator[PipesContext | None]:
         if self._task.pipes is None:
             yield None
             return
-        with _pipes(self._task.pipes) as pipes:
+        params = PipesMappingParamsLoader(self._task.pipes)
+        loader: PipesContextLoader = PipesDefaultContextLoader()
+        writer: PipesMessageWriter[Any] = PipesDefaultMessageWriter()
+        if "bucket" in params.load_context_params():
+            loader = PipesS3ContextLoader(_s3_client())
+        if "bucket" in params.load_messages_params():
+            writer = _Messages(_s3_client(), interval=_MESSAGES_SECONDS)
+        with PipesContext(params_loader=params, context_loader=loader, message_writer=writer) as pipes:
             self._reporter = pipes.log
             yield pipes
-
-
-def _pipes(bootstrap: dict[str, str]) -> PipesContext:
-    params = PipesMappingParamsLoader(bootstrap)
-    loader: PipesContextLoader = PipesDefaultContextLoader()
-    writer: PipesMessageWriter[Any] = PipesDefaultMessageWriter()
-    if "bucket" in params.load_context_params():
-        loader = PipesS3ContextLoader(_s3_client())
-    if "bucket" in params.load_messages_params():
-        writer = _Messages(_s3_client(), interval=_MESSAGES_SECONDS)
-    return PipesContext(params_loader=params, context_loader=loader, message_writer=writer)
 
 
 def _s3_client() -> Any:

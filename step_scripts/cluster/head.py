@@ -12,37 +12,46 @@ import sys
 from typing import Any
 
 from step_scripts.cluster.driver import DriverTask
-from step_scripts.cluster.failure import ClusterError, failure_of, write_failure
-from step_scripts.cluster.job import Deadline, own_address, pauses, resolve
-from step_scripts.cluster.node import FAILED, STOPPED, SUCCEEDED, NodeContext, NodeRole, Stopped
+from step_scripts.cluster.job import (
+    FAILED,
+    STOPPED,
+    SUCCEEDED,
+    ClusterError,
+    Deadline,
+    failure_of,
+    own_address,
+    pauses,
+    resolve,
+    write_failure,
+)
+from step_scripts.cluster.node import Node, Stopped
 from step_scripts.cluster.status import ClusterStatusClient, HeadUnavailable, JobOutcome
 from step_scripts.runner import storage
 from step_scripts.runner.contract import write_json
 from step_scripts.runner.execution import find_result
-from step_scripts.runner.ray_join import is_open
+from step_scripts.runner.ray_session import is_open
 
 _log = logging.getLogger(__name__)
 
 
-class Head(NodeRole):
+class Head(Node):
     """Runs Ray's control store and the step's driver."""
 
-    def __init__(self, context: NodeContext) -> None:
-        super().__init__(context)
-        self._request = context.files.request()
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._request = self.files.request()
         self._attempt = os.environ.get("HOUSING_ATTEMPT") or "attempt"
-        self._outcome_file = context.folder / "outcome.json"
+        self._outcome_file = self.folder / "outcome.json"
         # Started first: it imports what it needs while the cluster forms.
-        self._driver = context.children.start([sys.executable, "-m", "step_scripts.cluster.driver"], os.environ)
+        self._driver = self.children.start([sys.executable, "-m", "step_scripts.cluster.driver"], os.environ)
         self._status: ClusterStatusClient | None = None
         self._lost: dict[str, str] = {}
 
     def run(self) -> int:
         """Run the step on the cluster, and tell the other hosts how it ended."""
         stopped = False
-        task = DriverTask(
-            request=self._request, attempt=self._attempt, pipes=self.context.files.pipes(), outcome=self._outcome_file
-        )
+        pipes = self.files.pipes()
+        task = DriverTask(request=self._request, attempt=self._attempt, pipes=pipes, outcome=self._outcome_file)
         self._tell_driver(task.model_dump_json())
         try:
             failure = self._form_and_run()
@@ -51,7 +60,7 @@ class Head(NodeRole):
         except Exception as error:  # noqa: BLE001  # becomes the job's failure, which the workers repeat
             failure = failure_of(error)
             _log.error("failed: %s", failure["message"], exc_info=error if "traceback" in failure else None)
-            self.context.children.end(self._driver, 0)
+            self._end_driver(0)
         if failure is not None and not stopped:
             write_failure(self.hosts.failure_file, failure)
         self._publish(JobOutcome(failure))
@@ -175,7 +184,7 @@ class Head(NodeRole):
     def _stop_step(self) -> dict[str, Any] | None:
         """After SIGTERM: let the step save its work. Returns None if it succeeded at the last moment."""
         _log.warning("SIGTERM: the step has %g s to save its work", self.limits.checkpoint_seconds)
-        self.context.children.end(self._driver, self.limits.checkpoint_seconds)
+        self._end_driver(self.limits.checkpoint_seconds)
         if self._outcome_file.exists() and self._step_failure() is None:
             return None
         return {"kind": "crash", "message": "the job was stopped, or its machine was taken away (SIGTERM)"}
@@ -195,7 +204,7 @@ class Head(NodeRole):
                 if deadline.passed:
                     _log.warning("%s may not know how the step has ended", ", ".join(waiting))
                     return
-                self.context.stop.wait(min(pause, deadline.left))
+                self.stop.wait(min(pause, deadline.left))
         except HeadUnavailable as error:
             _log.warning("the other hosts could not be told how the step has ended: %s", error)
 
@@ -206,6 +215,14 @@ class Head(NodeRole):
                 storage.delete(storage.join(self._request.output_uri, self._attempt))
         except OSError as error:
             _log.warning("files of the failed attempt remain below %s: %s", self._request.output_uri, error)
+
+    def _end_driver(self, seconds: float) -> None:
+        self._driver.terminate()
+        try:
+            self._driver.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._driver.kill()
+            self._driver.wait()
 
     def _tell_driver(self, line: str) -> None:
         assert self._driver.stdin is not None

@@ -22,8 +22,7 @@ from step_scripts.feature_store.event_schema import iceberg_schema
 from step_scripts.feature_store.group import COMMAND, LOCK_SECONDS, Group, GroupInfo
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.locking import try_lock
-from step_scripts.runner.private_files import private_folder
+from step_scripts.runner.local_files import private_folder, try_lock
 
 _POLL_SECONDS = 0.05
 

@@ -16,8 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from step_scripts.runner.background import repeated
 from step_scripts.runner.contract import Reporter, StepError
-from step_scripts.runner.ray_join import is_open
-from step_scripts.runner.ray_session import private_folder_of_session
+from step_scripts.runner.ray_session import is_open, private_folder_of_session
 
 WAIT_VARIABLE = "HOUSING_RESOURCE_WAIT_SECONDS"
 _DEFAULT_WAIT_SECONDS = 1800.0

@@ -34,7 +34,7 @@ from step_scripts.runner.contract import (
     StepResult,
     check_files,
 )
-from step_scripts.runner.disk_space import explain_full_disk
+from step_scripts.runner.local_files import explain_full_disk
 from step_scripts.runner.operators import operators_noted
 from step_scripts.runner.ray_session import RaySession, RaySettings
 

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import psutil
 
-from step_scripts.runner.locking import try_lock
+from step_scripts.runner.local_files import try_lock
+from step_scripts.runner.processes import end_processes
 
 PREFIXES = ("housing-", "ray-")
 FOLDER_VARIABLE = "HOUSING_RAY_FOLDER"  # in the environment of every process of the session
 MARKER = ".housing-session"
-_END_SECONDS = 5.0
 
 
 @dataclass
@@ -91,20 +91,6 @@ def processes_of(folder: Path) -> list[psutil.Process]:
             ):
                 found.append(process)
     return sorted(found, key=lambda process: process.create_time())
-
-
-def end_processes(processes: list[psutil.Process], seconds: float = 0.0) -> None:
-    """End processes: with SIGTERM if they have `seconds` for it, then by force. Processes that are gone are ignored."""
-    alive = processes
-    if seconds:
-        for process in processes:
-            with contextlib.suppress(psutil.Error):
-                process.terminate()
-        _, alive = psutil.wait_procs(processes, timeout=seconds)
-    for process in alive:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(alive, timeout=_END_SECONDS)
 
 
 def _marked_folders() -> Iterator[Path]:

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from step_scripts.runner.disk_space import file_named
-from step_scripts.runner.private_files import private_folder
+from step_scripts.runner.local_files import file_named, private_folder
 
 if TYPE_CHECKING:
     from pyarrow import fs

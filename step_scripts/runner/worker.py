@@ -26,8 +26,7 @@ from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultM
 
 from step_scripts.runner.contract import StepRequest
 from step_scripts.runner.execution import failure_of, run_step
-from step_scripts.runner.ray_join import use_token_if_present
-from step_scripts.runner.ray_session import RaySession, RaySettings
+from step_scripts.runner.ray_session import RaySession, RaySettings, use_token_if_present
 
 _SHUTDOWN_SECONDS = 3.0
 # What later steps import, one module at a time: a request that comes meanwhile waits for one import at most. The names

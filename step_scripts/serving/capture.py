@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from step_scripts.runner.private_files import open_private, private_folder
+from step_scripts.runner.local_files import open_private, private_folder
 from step_scripts.serving.deployment import CaptureCounts, CaptureSettings
 from step_scripts.serving.media import CSV
 

@@ -16,7 +16,7 @@ from step_scripts.model.xgboost_native import TrainingCallback, xgb
 from step_scripts.runner import storage
 from step_scripts.runner.cluster_resources import no_room, wait_seconds
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.environment import environment_defaults
+from step_scripts.runner.ray_environment import environment_defaults
 from step_scripts.training.engines import WHAT, EngineResult, FitRequest, WorkersLost, boost, boost_in_task
 from step_scripts.training.fit_checkpoints import Checkpoint
 

@@ -18,7 +18,7 @@ from step_scripts.parameters import TuneModelParams
 from step_scripts.runner.background import run_in_thread
 from step_scripts.runner.cluster_resources import cpus_per_worker, free_cpus, no_room, node_cpus, scratch_folder
 from step_scripts.runner.contract import Reporter, StepError
-from step_scripts.runner.environment import environment_set
+from step_scripts.runner.ray_environment import environment_set
 from step_scripts.runner.wording import counted
 from step_scripts.training.search_algorithm import TrialProposals
 from step_scripts.training.search_monitor import SearchMonitor

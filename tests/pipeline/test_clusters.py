@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.ray_join import join_cluster
+from step_scripts.runner.ray_session import join_cluster
 
 _START = "from ray.scripts.scripts import main; main()"
 _STARTS = 3

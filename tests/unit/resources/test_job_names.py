@@ -109,7 +109,7 @@ def test_the_code_package_holds_packages_modules_pins_and_start_script() -> None
     assert package.digest != code_package(["step_scripts"]).digest
     with tarfile.open(fileobj=io.BytesIO(package.files["source.tar.gz"])) as opened:
         names = set(opened.getnames())
-    assert {"step_scripts/cluster/program.py", "housing_assets/schema.py", "tests/probe_step.py"} <= names
+    assert {"step_scripts/cluster/__main__.py", "housing_assets/schema.py", "tests/probe_step.py"} <= names
     assert not [name for name in names if "__pycache__" in name]
     pins = package.files["requirements.txt"].decode().splitlines()
     assert all(re.fullmatch(r"[a-z0-9-]+(\[[a-z,]+\])?==[0-9][\w.+]*", pin) for pin in pins)

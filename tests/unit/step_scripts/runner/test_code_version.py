@@ -315,7 +315,7 @@ def test_other_libraries_are_another_request_and_are_refused_where_the_step_runs
 def test_nodes_of_a_cluster_are_asked_for_their_code_and_libraries(
     ray_session: RaySession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    joined = RaySession(RaySettings(address=ray.get_runtime_context().gcs_address), _started=True)
+    joined = RaySession(RaySettings(address=ray.get_runtime_context().gcs_address), is_started=True)
     [report] = joined.node_reports().values()
     assert report.libraries == library_versions()
     sources = step_sources("tune_model")
