@@ -25,8 +25,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource
 from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
 
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, Reporter, StepError
-from step_scripts.runner.operators import note_operators
+from step_scripts.runner.contract import Artifact, Reporter, StepError, note_operators
 from step_scripts.runner.wording import counted
 
 _RETRIES = 3  # of a task whose process has ended; Ray Data's default is for ever

@@ -12,8 +12,7 @@ import polars as pl
 import pytest
 
 from step_scripts.runner import ray_data
-from step_scripts.runner.contract import Artifact, FileInfo, StepError
-from step_scripts.runner.operators import operators_noted
+from step_scripts.runner.contract import Artifact, FileInfo, StepError, operators_noted
 from step_scripts.runner.ray_data import Progress, each_call, parquet_blocks
 from step_scripts.runner.ray_environment import worker_environment
 from step_scripts.runner.ray_session import RaySession
