@@ -18,7 +18,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultM
 
 from step_scripts.runner.contract import StepRequest
 from step_scripts.runner.execution import failure_of, run_step
-from step_scripts.runner.ray_session import RaySession, RaySettings, use_token_if_present
+from step_scripts.runner.ray_environment import use_token_if_present
+from step_scripts.runner.ray_session import RaySession, RaySettings
 
 _SHUTDOWN_SECONDS = 3.0
 # What later steps import, one module at a time: a request that comes meanwhile waits for one import at most. The names
@@ -70,13 +70,6 @@ def _end(session: RaySession) -> None:
     os._exit(0)
 
 
-def _next_request(requests: queue.SimpleQueue[dict[str, Any]], imports: Iterator[str]) -> dict[str, Any]:
-    """The next request. While there is none, import what later steps need."""
-    while requests.empty() and (module := next(imports, None)) is not None:
-        importlib.import_module(module, __package__)
-    return requests.get()
-
-
 def main(descriptor: int) -> None:
     """Serve requests until the other end closes."""
     channel = socket.socket(fileno=descriptor)
@@ -104,10 +97,12 @@ def main(descriptor: int) -> None:
         _end(session)
 
     threading.Thread(target=listen, daemon=True).start()
-    imports, later = iter(()), iter(_LATER_IMPORTS)
+    later, answered = iter(_LATER_IMPORTS), False
     ready = 0.0
     while True:
-        request = _next_request(requests, imports)
+        while answered and requests.empty() and (module := next(later, None)) is not None:
+            importlib.import_module(module, __package__)
+        request = requests.get()
         if "prepare" in request:
             # The request would raise the error again; it is reported then.
             with contextlib.suppress(Exception):
@@ -115,6 +110,5 @@ def main(descriptor: int) -> None:
             ready = time.monotonic()
             continue
         request["waited"] = max(0.0, ready - request["received"])
-        reply = answer(request, session)
-        channel.sendall(json.dumps(reply).encode() + b"\n")
-        imports = later
+        channel.sendall(json.dumps(answer(request, session)).encode() + b"\n")
+        answered = True
