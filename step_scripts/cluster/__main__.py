@@ -9,7 +9,7 @@
 
 The head (the first host in natural order; with instance groups, of the group `HOUSING_CLUSTER_HEAD_GROUP`, or of the
 first group) starts Ray, waits until all hosts have joined, runs the step in a process of its own
-(`step_scripts.cluster.driver`), and publishes how it ended. The others join, and leave when they have read the outcome.
+(`step_scripts.runner.worker`), and publishes how it ended. The others join, and leave when they have read the outcome.
 
 Every wait has a limit: see `step_scripts.cluster.job.ClusterLimits` for names and defaults. Other variables:
 `HOUSING_NODE_CPUS` and `HOUSING_OBJECT_STORE_BYTES` (per host; the default is Ray's), `HOUSING_RAY_PORT` (6379),

@@ -7,11 +7,11 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from typing import Any
 
-from step_scripts.cluster.driver import DriverTask
 from step_scripts.cluster.job import (
     FAILED,
     STOPPED,
@@ -41,18 +41,19 @@ class Head(Node):
         super().__post_init__()
         self._request = self.files.request()
         self._attempt = os.environ.get("HOUSING_ATTEMPT") or "attempt"
-        self._outcome_file = self.folder / "outcome.json"
+        self._answers = b""
+        self._channel, theirs = socket.socketpair()
+        self._channel.setblocking(False)
         # Started first: it imports what it needs while the cluster forms.
-        self._driver = self.children.start([sys.executable, "-m", "step_scripts.cluster.driver"], os.environ)
+        command = [sys.executable, "-m", "step_scripts.runner.worker", str(theirs.fileno())]
+        with theirs:
+            self._driver = self.children.start(command, os.environ, inherit=[theirs.fileno()])
         self._status: ClusterStatusClient | None = None
         self._lost: dict[str, str] = {}
 
     def run(self) -> int:
         """Run the step on the cluster, and tell the other hosts how it ended."""
         stopped = False
-        pipes = self.files.pipes()
-        task = DriverTask(request=self._request, attempt=self._attempt, pipes=pipes, outcome=self._outcome_file)
-        self._tell_driver(task.model_dump_json())
         try:
             failure = self._form_and_run()
         except Stopped:
@@ -80,7 +81,8 @@ class Head(Node):
         addresses = self._await_hosts(status, ray)
         note = f"Ray cluster of {len(addresses)} hosts: " + ", ".join(f"{n} {a}" for n, a in addresses.items())
         _log.info("%s", note)
-        self._tell_driver(json.dumps({"address": f"{address}:{self.port}", "note": note}))
+        task = {"request": self._request.model_dump(mode="json"), "pipes": self.files.pipes(), "attempt": self._attempt}
+        self._tell_driver({**task, "address": f"{address}:{self.port}", "note": note})
         return self._follow(status, ray, addresses)
 
     def _await_hosts(self, status: ClusterStatusClient, ray: subprocess.Popen[bytes]) -> dict[str, str]:
@@ -127,6 +129,7 @@ class Head(Node):
         unavailable: Deadline | None = None
         lost_host: Deadline | None = None
         for pause in pauses(self.limits.poll_seconds):
+            self._receive()
             if self._driver.poll() is not None:
                 break
             if ray.poll() is not None:
@@ -163,17 +166,23 @@ class Head(Node):
                 self._lost[name] = address
                 message = f"host {name} ({address}) was lost during the run; Ray goes on without it where it can"
                 _log.warning("%s", message)
-                self._tell_driver(json.dumps({"warning": message}))
+                self._tell_driver({"warning": message})
 
     def _lost_hosts(self) -> str:
         names = ", ".join(f"{name} ({address})" for name, address in self._lost.items())
         return f"host {names} was lost during the run" if len(self._lost) == 1 else f"hosts {names} were lost"
 
+    def _receive(self) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            while data := self._channel.recv(1 << 16):
+                self._answers += data
+
     def _step_failure(self) -> dict[str, Any] | None:
-        try:
-            return json.loads(self._outcome_file.read_text())["failure"]
-        except FileNotFoundError:
-            code = self._driver.poll()
+        """How the step has failed, once its process has ended; None if it succeeded."""
+        self._receive()
+        if self._answers.endswith(b"\n"):
+            return json.loads(self._answers).get("error")
+        code = self._driver.poll()
         if code is not None and code < 0:
             hint = "; perhaps the host ran out of memory" if code == -signal.SIGKILL else ""
             message = f"the step's process was killed by {signal.Signals(-code).name}{hint}"
@@ -185,7 +194,7 @@ class Head(Node):
         """After SIGTERM: let the step save its work. Returns None if it succeeded at the last moment."""
         _log.warning("SIGTERM: the step has %g s to save its work", self.limits.checkpoint_seconds)
         self._end_driver(self.limits.checkpoint_seconds)
-        if self._outcome_file.exists() and self._step_failure() is None:
+        if self._step_failure() is None:
             return None
         return {"kind": "crash", "message": "the job was stopped, or its machine was taken away (SIGTERM)"}
 
@@ -224,8 +233,8 @@ class Head(Node):
             self._driver.kill()
             self._driver.wait()
 
-    def _tell_driver(self, line: str) -> None:
-        assert self._driver.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # that it has ended is noticed elsewhere
-            self._driver.stdin.write(line.encode() + b"\n")
-            self._driver.stdin.flush()
+    def _tell_driver(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(ConnectionError):  # that it has ended is noticed elsewhere
+            self._channel.setblocking(True)
+            self._channel.sendall(json.dumps(message).encode() + b"\n")
+            self._channel.setblocking(False)

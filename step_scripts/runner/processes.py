@@ -96,16 +96,24 @@ class Children:
         adopt_orphans()
 
     def start(
-        self, command: Sequence[str], environment: Mapping[str, str], output: Path | None = None
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        output: Path | None = None,
+        inherit: Sequence[int] = (),
     ) -> subprocess.Popen[bytes]:
-        """Start a process in a session of its own. With `output`, what it prints goes to the end of that file."""
+        """Start a process in a session of its own. With `output`, what it prints goes to the end of that file.
+
+        It has the descriptors `inherit`.
+        """
         with output.open("ab") if output else contextlib.nullcontext() as target:
             process = subprocess.Popen(
                 command,
                 env=dict(environment),
-                stdin=subprocess.PIPE,
+                stdin=subprocess.DEVNULL,
                 stdout=target,
                 stderr=subprocess.STDOUT if target else None,
+                pass_fds=inherit,
                 start_new_session=True,
             )
         self._started[process.pid] = process
