@@ -67,15 +67,15 @@ class StopSignal:
     def _request_stop(self, *_: object) -> None:
         self.stop_requested = True
 
-    def wait(self, seconds: float | None, peer: int | None = None) -> bool:
+    def wait(self, seconds: float | None, peer: int | None = None, events: int = 0) -> bool:
         """Wait so long (None: without limit), or until a signal comes, or the other end of socket `peer` is closed.
 
-        Returns whether that is closed. What it has sent is left to others.
+        Returns whether that is closed, or one of `events` has come from it.
         """
         poll = select.poll()
         poll.register(self._reader, select.POLLIN)
         if peer is not None:
-            poll.register(peer, getattr(select, "POLLRDHUP", 0))  # the close is always reported
+            poll.register(peer, getattr(select, "POLLRDHUP", 0) | events)  # the close is always reported
         ready = dict(poll.poll(None if seconds is None else max(0.0, seconds) * 1000))
         if self._reader in ready:
             os.read(self._reader, 4096)

@@ -7,9 +7,7 @@ import os
 import shutil
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,6 @@ _DEFAULT_CONNECT_SECONDS = 60.0
 _PACKAGE_FOLDER = Path(__file__).parents[1]
 _REPORT_SECONDS = 60.0
 _NEEDED = ("gcs_server", "raylet")
-_WATCH_SECONDS = 0.5
 _LAST_LINES = 3
 _private_folders: list[Path] = []
 
@@ -60,17 +57,12 @@ class RaySettings(BaseModel):
 
 @dataclass
 class RaySession:
-    """Starts Ray on first use. `stop` ends what was started here and removes its temporary folder.
-
-    `on_loss` is called, in a thread, when a process of a private session has ended without which Ray cannot work.
-    """
+    """Starts Ray on first use. `stop` ends what was started here and removes its temporary folder."""
 
     settings: RaySettings
     temporary_folder: Path | None = field(default=None)
-    on_loss: Callable[[str], None] | None = None
     is_started: bool = False
     _own_folder: SessionFolder | None = None
-    _watch: _RayWatch | None = None
     _reports: dict[str, NodeReport] | None = None
 
     @property
@@ -99,8 +91,6 @@ class RaySession:
             self._own_folder = make_folder("ray-")
             self.temporary_folder = self._own_folder.path
         folder = self.temporary_folder
-        if self.on_loss is not None and self._watch is None:
-            self._watch = _RayWatch(folder, self.on_loss)
         require_token(folder)
         cpus = self.settings.num_cpus or available_cpus()
         import ray
@@ -119,9 +109,6 @@ class RaySession:
 
     def stop(self) -> None:
         """Disconnect; end a private session and remove its folder."""
-        if self._watch is not None:
-            self._watch.stopped.set()
-            self._watch = None
         if self.is_started:
             import ray
 
@@ -137,8 +124,23 @@ class RaySession:
             self._own_folder = None
 
     def loss(self) -> str | None:
-        """Which of Ray's processes has ended and how, if one has that is watched."""
-        return None if self._watch is None else self._watch.loss()
+        """Which process has ended, and how, without which a private session cannot work; None if none has.
+
+        It is a child whose status nobody has collected yet. Ray itself waits for missed heartbeats: 15 seconds and
+        more, a minute during its start.
+        """
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if child.status() == psutil.STATUS_ZOMBIE and (name := child.name()) in _NEEDED:
+                    return f"Ray's process {name} {_how_child_ended(child.pid)}{self._end_of_log(name)}"
+        return None
+
+    def _end_of_log(self, name: str) -> str:
+        for log in sorted((self.temporary_folder or Path()).glob(f"r/session_2*/logs/{name}.err")):
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            if lines:
+                return ". The end of its log:\n" + "\n".join(lines[-_LAST_LINES:])
+        return ""
 
     def node_reports(self) -> dict[str, NodeReport]:
         """What the nodes of a given cluster have, by address; empty for a private session.
@@ -179,49 +181,6 @@ def _alive_nodes() -> list[dict[str, Any]]:
     import ray
 
     return [node for node in ray.nodes() if node["Alive"]]
-
-
-class _RayWatch:
-    """Notices within a second that a process that Ray needs has ended, also while Ray is being started.
-
-    Ray itself waits for missed heartbeats: 15 seconds and more, a minute during its start. Calls `on_loss` once, in a
-    thread, with the reason, unless `stopped` is set: from then on Ray's processes may end.
-    """
-
-    def __init__(self, folder: Path, on_loss: Callable[[str], None]) -> None:
-        self._folder = folder
-        self._on_loss = on_loss
-        self._seen: dict[str, psutil.Process] = {}
-        self.stopped = threading.Event()
-        threading.Thread(target=self._run, name="ray-watch", daemon=True).start()
-
-    def loss(self) -> str | None:
-        """Which process has ended and how, if one has."""
-        if len(self._seen) < len(_NEEDED):
-            for child in psutil.Process().children():
-                with contextlib.suppress(psutil.Error):
-                    if (name := child.name()) in _NEEDED:
-                        self._seen.setdefault(name, child)
-        for name, process in self._seen.copy().items():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                    continue
-            return f"Ray's process {name} {_how_child_ended(process.pid)}{self._end_of_log(name)}"
-        return None
-
-    def _run(self) -> None:
-        while not self.stopped.wait(_WATCH_SECONDS):
-            if (reason := self.loss()) is not None:
-                if not self.stopped.is_set():
-                    self._on_loss(reason)
-                return
-
-    def _end_of_log(self, name: str) -> str:
-        for log in sorted(self._folder.glob(f"r/session_2*/logs/{name}.err")):
-            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            if lines:
-                return ". The end of its log:\n" + "\n".join(lines[-_LAST_LINES:])
-        return ""
 
 
 def _how_child_ended(pid: int) -> str:

@@ -94,10 +94,8 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 
 
 def _marked_folders() -> Iterator[Path]:
-    for parent in dict.fromkeys([Path("/tmp"), Path(tempfile.gettempdir())]):
-        for prefix in PREFIXES:
-            for path in sorted(parent.glob(f"{prefix}*")):
-                with contextlib.suppress(OSError):
-                    own = path.lstat().st_uid == os.geteuid()
-                    if own and path.is_dir() and not path.is_symlink() and (path / MARKER).is_file():
-                        yield path
+    parents = dict.fromkeys([Path("/tmp"), Path(tempfile.gettempdir())])
+    for path in (found for parent in parents for prefix in PREFIXES for found in sorted(parent.glob(f"{prefix}*"))):
+        with contextlib.suppress(OSError):
+            if path.lstat().st_uid == os.geteuid() and not path.is_symlink() and (path / MARKER).is_file():
+                yield path

@@ -9,9 +9,9 @@ this process leaves behind. The control descriptor is one end of a socket pair t
 - `{"warning": …}` is passed on to Dagster while a step runs.
 
 The process ends Ray and itself when the other end closes. It ends when Ray has lost a process that it needs; then it
-first sends an error with `"ended": true`, and with `"starting": true` if no step has begun. On SIGTERM the step saves what it
-can (see `step_scripts.runner.processes`), and the process ends with status 143. The Pipes session is not closed then:
-the step may go on in the job's next attempt.
+first sends an error with `"ended": true`, and with `"starting": true` if no step has begun. On SIGTERM the step saves
+what it can (see `step_scripts.runner.processes`), and the process ends with status 143. The Pipes session is not closed
+then: the step may go on in the job's next attempt.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import queue
+import select
 import signal
 import socket
 import sys
@@ -47,7 +48,7 @@ from dagster_pipes import (
 
 from step_scripts.runner.contract import Reporter, StepRequest
 from step_scripts.runner.execution import PrintReporter, failure_of, run_step
-from step_scripts.runner.processes import interrupt
+from step_scripts.runner.processes import StopSignal, interrupt
 from step_scripts.runner.ray_environment import use_token_if_present
 from step_scripts.runner.ray_session import RaySession, RaySettings
 from step_scripts.runner.s3_objects import service_client
@@ -92,25 +93,39 @@ class _Driver:
         settings = RaySettings.model_validate_json(os.environ.get("HOUSING_RAY_SETTINGS", "{}"))
         if settings.address:
             use_token_if_present()  # before anything imports Ray
-        self._session = RaySession(settings, on_loss=self._lost)
+        self._session = RaySession(settings)
         if folder := os.environ.get("HOUSING_RAY_FOLDER"):
             self._session.temporary_folder = Path(folder)
 
     def listen(self) -> None:
-        """Take requests until the other end closes."""
-        signal.signal(signal.SIGTERM, self._stop)
+        """Take requests until the other end closes. Ends the process on SIGTERM, and when Ray's processes end."""
+        signals, data = StopSignal(), b""
         threading.Thread(target=self._work, name="step", daemon=True).start()
-        with self._channel.makefile("r", encoding="utf-8") as lines, contextlib.suppress(OSError):
-            for line in lines:
-                message = json.loads(line)
-                if "warning" in message:
-                    self._reporter.warning(message["warning"])
-                else:
-                    self._requests.put({**message, "received": time.monotonic()})
+        while True:
+            readable = signals.wait(None, self._channel.fileno(), select.POLLIN)
+            if signals.stop_requested:
+                self._stop()
+            if (reason := self._session.loss()) is not None:
+                self._lost(reason)
+            if readable:
+                received = b""
+                with contextlib.suppress(ConnectionError):
+                    received = self._channel.recv(1 << 16)
+                if not received:
+                    break
+                *lines, data = (data + received).split(b"\n")
+                for line in lines:
+                    self._take(json.loads(line))
         stopper = threading.Thread(target=self._session.stop, daemon=True)
         stopper.start()
         stopper.join(_SHUTDOWN_SECONDS)
         _exit(0)  # Ray's own processes follow it
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "warning" in message:
+            self._reporter.warning(message["warning"])
+        else:
+            self._requests.put({**message, "received": time.monotonic()})
 
     def _work(self) -> None:
         later, answered, ready = iter(_LATER_IMPORTS), False, 0.0
@@ -188,10 +203,8 @@ class _Driver:
         self._send({"error": error, "ended": True, "starting": not self._session.is_started})
         os._exit(1)
 
-    def _stop(self, *_: object) -> None:
-        """Let the step save its work, then end the process. The handler of SIGTERM."""
-        if self._stopping:
-            return
+    def _stop(self) -> None:
+        """Let the step save its work, then end the process."""
         self._stopping = True
         self._reporter.warning("the step is being stopped, or its machine is taken away: saving unfinished work")
         for error in interrupt():
