@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import shutil
 import sys
 import tempfile
@@ -45,9 +44,8 @@ from step_scripts.cluster.job import (
     write_failure,
 )
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.local_files import write_private
 from step_scripts.runner.processes import Children, StopSignal
-from step_scripts.runner.ray_environment import worker_environment
+from step_scripts.runner.ray_environment import require_token, worker_environment
 
 _LONGEST_FOLDER = 24  # Ray puts sockets below its folder; a socket's path is limited to 107 bytes
 _log = logging.getLogger("step_scripts.cluster")  # not `__main__`
@@ -116,26 +114,18 @@ def _own_folder() -> Path:
 def _prepare_environment(hosts: JobHosts, files: JobFiles, folder: Path) -> None:
     """Token as a file; settings of Ray that its processes inherit."""
     token = files.token()
-    if token is None:
-        if len(hosts.names) > 1:
-            raise StepError(
-                f"there is no {files.uri}/ray_token: {len(hosts.names)} hosts need a secret that they share"
-            )
-        token = secrets.token_hex(32)
-    path = folder / "ray_token"
-    write_private(path, token.encode())
+    if token is None and len(hosts.names) > 1:
+        raise StepError(f"there is no {files.uri}/ray_token: {len(hosts.names)} hosts need a secret that they share")
+    require_token(folder, token)
     project = str(Path(__file__).resolve().parents[2])
     paths = [project, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ |= {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(path),
         # SIGTERM ends Ray's processes at once: when it comes, the step has ended or saved its work.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "TMPDIR": str(folder),  # temporary files of the step are removed with it
         **worker_environment(),
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
     }
-    os.environ.pop("RAY_AUTH_TOKEN", None)  # would win over the file
 
 
 def _fail(hosts: JobHosts | None, root: Path, error: Exception) -> int:

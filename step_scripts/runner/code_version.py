@@ -14,7 +14,7 @@ import importlib.metadata
 import importlib.util
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -65,15 +65,6 @@ def step_sources(step: str) -> Mapping[str, str]:
 def module_version(module: str) -> str:
     """The version of a module that is no step, and of what it imports."""
     return version_of(_sources(module))
-
-
-def sources_now(modules: Iterable[str]) -> dict[str, set[str]]:
-    """Digests of modules, read from their files again; none for a file that is gone. Other names are left out."""
-    found: dict[str, set[str]] = {}
-    for module in modules:
-        if (path := _file_of(module)) is not None:
-            found[module] = {digest_of(path.read_bytes())} if path.exists() else set()
-    return found
 
 
 def version_of(sources: Mapping[str, str]) -> str:
@@ -158,7 +149,8 @@ def _mentioned(source: str, package: str) -> Iterator[str]:
 
 def require_unchanged(request: StepRequest) -> None:
     """Raise `StepError` if a file of the request's code has changed since. For before the step starts."""
-    _require_same(request, sources_now(request.sources))
+    files = {module: path for module in request.sources if (path := _file_of(module)) is not None}
+    _require_same(request, {m: {digest_of(path.read_bytes())} if path.exists() else {} for m, path in files.items()})
 
 
 def _require_same(request: StepRequest, found: Mapping[str, Collection[str]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -67,20 +66,16 @@ def session_environment(num_cpus: int) -> dict[str, str]:
     return {**worker_environment(), _IDLE_WORKERS: os.environ.get(_IDLE_WORKERS, str(2 * num_cpus))}
 
 
-def require_token(folder: Path) -> None:
+def require_token(folder: Path, token: str | None = None) -> None:
     """Have Ray refuse whoever does not know a secret in a file in `folder`: its ports are open to the network.
 
-    Unless `RAY_AUTH_MODE` says otherwise, Ray wants a token for a cluster that `ray.init` starts. What the user has set
-    is for other clusters.
+    To be called before Ray is imported. What the user has set is for other clusters.
     """
     path = folder / "ray_token"
     if not path.exists():
-        write_private(path, secrets.token_hex(32).encode())
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # the token itself would win over the file
-        os.environ.pop(name, None)
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
-    # Ray recommends to choose a mode.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+        write_private(path, (token or secrets.token_hex(32)).encode())
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # would win over the file
 
 
 def use_token_if_present() -> None:
