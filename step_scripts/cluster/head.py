@@ -48,7 +48,8 @@ class Head(Node):
         command = [sys.executable, "-m", "step_scripts.runner.worker", str(theirs.fileno())]
         with theirs:
             self._driver = self.children.start(command, os.environ, inherit=[theirs.fileno()])
-        self._status: ClusterStatusClient | None = None
+        self._status: ClusterStatusClient | None = None  # once it answers
+        self._addresses: dict[str, str] = {}
         self._lost: dict[str, str] = {}
 
     def run(self) -> int:
@@ -78,20 +79,20 @@ class Head(Node):
         address = self.find_address(self.hosts.current, lambda: own_address(self.hosts))
         ray = self.start_ray(address, "--head", "--port", str(self.port), "--include-dashboard=false", "--no-monitor")
         status = ClusterStatusClient(address, self.port)
-        addresses = self._await_hosts(status, ray)
-        note = f"Ray cluster of {len(addresses)} hosts: " + ", ".join(f"{n} {a}" for n, a in addresses.items())
+        self._await_hosts(status, ray)
+        hosts = ", ".join(f"{name} {place}" for name, place in self._addresses.items())
+        note = f"Ray cluster of {len(self._addresses)} hosts: {hosts}"
         _log.info("%s", note)
         task = {"request": self._request.model_dump(mode="json"), "pipes": self.files.pipes(), "attempt": self._attempt}
         self._tell_driver({**task, "address": f"{address}:{self.port}", "note": note})
-        return self._follow(status, ray, addresses)
+        return self._follow(status, ray)
 
-    def _await_hosts(self, status: ClusterStatusClient, ray: subprocess.Popen[bytes]) -> dict[str, str]:
-        """Addresses of all hosts, once Ray on the head answers and all have joined."""
-        joined: dict[str, str] = {}
+    def _await_hosts(self, status: ClusterStatusClient, ray: subprocess.Popen[bytes]) -> None:
+        """Wait until Ray on the head answers, and all hosts have joined."""
         problem = "it has not joined its own cluster"
 
-        def poll(wanted: set[str]) -> dict[str, str] | None:
-            nonlocal joined, problem
+        def poll(wanted: set[str]) -> bool | None:
+            nonlocal problem
             if ray.poll() is not None:
                 raise ClusterError(f"Ray did not start on the head {self.hosts.current}: {self.ray_output()}")
             try:
@@ -100,10 +101,10 @@ class Head(Node):
                 problem = str(error)
                 return None
             now = {name: place for name in self.hosts.names if (place := nodes.get(name)) is not None}
-            for name in now.keys() - joined.keys():
+            for name in now.keys() - self._addresses.keys():
                 _log.info("%s has joined (%d of %d)", name, len(now), len(self.hosts.names))
-            joined = now
-            return joined if wanted <= joined.keys() else None
+            self._addresses = now
+            return True if wanted <= now.keys() else None
 
         if self.poll(lambda: poll({self.hosts.current}), Deadline(self.limits.start_seconds)) is None:
             raise ClusterError(
@@ -111,20 +112,16 @@ class Head(Node):
                 f"(HOUSING_CLUSTER_START_SECONDS): {problem}; {self.ray_output()}"
             )
         self._status = status
-        found = self.poll(lambda: poll(set(self.hosts.names)), Deadline(self.limits.join_seconds))
-        if found is None:
-            missing = [name for name in self.hosts.names if name not in joined]
+        if self.poll(lambda: poll(set(self.hosts.names)), Deadline(self.limits.join_seconds)) is None:
+            missing = [name for name in self.hosts.names if name not in self._addresses]
             unknown = [name for name in missing if resolve(name) is None]
             raise ClusterError(
                 f"{len(missing)} of {len(self.hosts.names)} hosts did not join within {self.limits.join_seconds:g} s "
                 f"(HOUSING_CLUSTER_JOIN_SECONDS): {', '.join(missing)}"
                 + (f"; names that do not resolve: {', '.join(unknown)}" if unknown else "")
             )
-        return found
 
-    def _follow(
-        self, status: ClusterStatusClient, ray: subprocess.Popen[bytes], addresses: dict[str, str]
-    ) -> dict[str, Any] | None:
+    def _follow(self, status: ClusterStatusClient, ray: subprocess.Popen[bytes]) -> dict[str, Any] | None:
         """Wait for the step's end. Returns its failure."""
         unavailable: Deadline | None = None
         lost_host: Deadline | None = None
@@ -135,7 +132,7 @@ class Head(Node):
             if ray.poll() is not None:
                 raise ClusterError(f"Ray on the head {self.hosts.current} ended: {self.ray_output()}")
             try:
-                self._find_lost_hosts(status, addresses)
+                self._find_lost_hosts(status)
                 unavailable = None
             except HeadUnavailable as error:
                 unavailable = unavailable or Deadline(self.limits.head_unresponsive_timeout)
@@ -150,17 +147,17 @@ class Head(Node):
                 )
             self.pause(pause)
         failure = self._step_failure()
-        if failure is not None and failure["kind"] == "crash" and len(addresses) > 1:
+        if failure is not None and failure["kind"] == "crash" and len(self.hosts.names) > 1:
             with contextlib.suppress(HeadUnavailable):
-                self._find_lost_hosts(status, addresses, probe=True)
+                self._find_lost_hosts(status, probe=True)
             if self._lost:
                 failure["message"] = f"{self._lost_hosts()}; then: {failure['message']}"
         return failure
 
-    def _find_lost_hosts(self, status: ClusterStatusClient, addresses: dict[str, str], probe: bool = False) -> None:
+    def _find_lost_hosts(self, status: ClusterStatusClient, probe: bool = False) -> None:
         """Record hosts that are gone. With `probe`, connect to each: Ray takes a while to notice a loss."""
         nodes = status.nodes()
-        for name, address in addresses.items():
+        for name, address in self._addresses.items():
             gone = nodes.get(name) is None or (probe and not is_open(address, status.node_ports[name]))
             if gone and name not in self._lost:
                 self._lost[name] = address
