@@ -78,8 +78,7 @@ def _s3(endpoint: str | None, region: str | None, credentials: tuple[str | None,
 
 def read_bytes(uri: str) -> bytes:
     """The whole content. Raises `FileNotFoundError`."""
-    filesystem_, path = filesystem(uri)
-    with filesystem_.open_input_file(path) as file:
+    with open_input(uri) as file:
         return file.read()
 
 
@@ -87,9 +86,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     """Write `data` atomically: locally by renaming a temporary file, on S3 because a put is atomic."""
     if is_remote(uri):
         content = memoryview(data)  # fails before anything is written: Arrow would store a part
-        filesystem_, path = filesystem(uri)
-        # Without `compression` Arrow compresses what goes into a file whose name ends with .gz.
-        with filesystem_.open_output_stream(path, compression=None) as stream:
+        with open_output(uri) as stream:
             stream.write(content)
         return
     target = local_path(uri)
@@ -109,13 +106,11 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 def upload(file: Path, uri: str) -> None:
     """Copy a local file to `uri` on S3, in pieces. If that fails, there is nothing at `uri`."""
-    filesystem_, path = filesystem(uri)
     if not is_remote(uri):
         raise ValueError(f"{uri} is a local path: write the file there")
     try:
-        with file.open("rb") as source, filesystem_.open_output_stream(path, compression=None) as stream:
-            while chunk := source.read(8 << 20):
-                stream.write(chunk)
+        with file.open("rb") as source, open_output(uri) as stream:
+            shutil.copyfileobj(source, stream, 8 << 20)
     except BaseException:
         delete(uri)  # Arrow stores the part that was written
         raise
@@ -136,6 +131,7 @@ def open_output(uri: str) -> Iterator[IO[bytes]]:
     if not is_remote(uri):
         private_folder(Path(path).parent)
     naming = contextlib.nullcontext() if is_remote(uri) else file_named(Path(path))
+    # Without `compression` Arrow compresses what goes into a file whose name ends with .gz.
     with naming, filesystem_.open_output_stream(path, compression=None) as stream:
         yield stream  # pyright: ignore[reportReturnType]  # Arrow's NativeFile implements the file protocol
 
