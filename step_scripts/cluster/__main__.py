@@ -120,6 +120,7 @@ def _prepare_environment(hosts: JobHosts, files: JobFiles, folder: Path) -> None
     project = str(Path(__file__).resolve().parents[2])
     paths = [project, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ |= {
+        "RAY_AUTH_MODE": "token",
         # SIGTERM ends Ray's processes at once: when it comes, the step has ended or saved its work.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "TMPDIR": str(folder),  # temporary files of the step are removed with it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -69,13 +70,17 @@ def session_environment(num_cpus: int) -> dict[str, str]:
 def require_token(folder: Path, token: str | None = None) -> None:
     """Have Ray refuse whoever does not know a secret in a file in `folder`: its ports are open to the network.
 
-    To be called before Ray is imported. What the user has set is for other clusters.
+    Where `RAY_AUTH_MODE` says nothing, `ray.init` wants a token for what it starts; `ray start` has to be told. What
+    the user has set is for other clusters.
     """
     path = folder / "ray_token"
     if not path.exists():
         write_private(path, (token or secrets.token_hex(32)).encode())
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
-    os.environ.pop("RAY_AUTH_TOKEN", None)  # would win over the file
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # the token itself would win over the file
+        os.environ.pop(name, None)
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    # Ray recommends to choose a mode.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
 
 
 def use_token_if_present() -> None:
