@@ -324,7 +324,9 @@ def operators_noted() -> Iterator[list[dict[str, Any]]]:
 
 def note_operators(function: str, summary: Any) -> None:
     """Add what each operator of Ray Data took; `summary` is what `Dataset.get_stats_summary` returns."""
-    for operator in summary.operators_stats if (found := _operators.get()) is not None else ():
+    if (found := _operators.get()) is None:
+        return
+    for operator in summary.operators_stats:
         wall, cpu, rows = operator.wall_time, operator.cpu_time, operator.task_rows
         found.append(
             {
