@@ -28,6 +28,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,6 +129,13 @@ class _Driver:
             self._requests.put({**message, "received": time.monotonic()})
 
     def _work(self) -> None:
+        try:
+            self._run_requests()
+        except BaseException:  # noqa: BLE001  # without this thread the process would answer nobody
+            traceback.print_exc()
+            _exit(1)
+
+    def _run_requests(self) -> None:
         later, answered, ready = iter(_LATER_IMPORTS), False, 0.0
         while True:
             while answered and self._requests.empty() and (module := next(later, None)) is not None:
