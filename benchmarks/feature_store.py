@@ -68,7 +68,7 @@ def row_by_row(rows_file: str, online: bool, delay: float) -> dict[str, Any]:
     import ray
 
     from housing_assets.schema import HOUSING_TABLE
-    from step_scripts.feature_store.feature_values import encoded_records
+    from step_scripts.feature_store.online_client import encoded_records
 
     class Writer:
         def __init__(self) -> None:

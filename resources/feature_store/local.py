@@ -27,7 +27,7 @@ class LocalFeatureStore(FeatureStore):
     def ensure_group(self, name: str, table: TableSpec) -> dict[str, Any]:
         """Create the group, or check its schema. Returns the step's `target`."""
         self._store().ensure_group(name, table)
-        return {"kind": "local", "root": self.root, "mirror": self.mirror}
+        return {"root": self.root, "mirror": self.mirror}
 
     def get_record(self, name: str, record_id: str) -> dict[str, Any] | None:
         """The latest state of one record; None if unknown or deleted."""

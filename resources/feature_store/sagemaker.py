@@ -75,7 +75,7 @@ class SageMakerFeatureStore(FeatureStore):
         Returns the step's `target`. Raises `StepError`, naming the columns, for another schema, and for a group that
         is not below `root`, cannot be created, or takes too long.
         """
-        from step_scripts.feature_store.feature_values import feature_types
+        from step_scripts.feature_store.online_client import feature_types
 
         types = feature_types(table)
         self._store().check_table(name, table)
@@ -105,17 +105,13 @@ class SageMakerFeatureStore(FeatureStore):
                 "its records for good, or use another group name"
             )
         self._store().ensure_group(name, table, data_uri, glue_table)
-        return {
-            "kind": "sagemaker",
-            "root": self.root,
-            "data_uri": data_uri,
-            "glue_table": glue_table,
-            "mirror": self.mirror,
-            "online": self.online_store,
+        online = {
+            "group": name,
             "region_name": self.region_name,
-            "calls_in_flight": self.calls_in_flight,
+            "in_flight": self.calls_in_flight,
             "retry_timeout_seconds": self.retry_timeout_seconds,
         }
+        return {"root": self.root, "mirror": self.mirror, "online": online if self.online_store else None}
 
     def get_record(self, name: str, record_id: str) -> dict[str, Any] | None:
         """The latest state of one record, from the online store if there is one; None if unknown or deleted.
@@ -124,8 +120,7 @@ class SageMakerFeatureStore(FeatureStore):
         """
         from botocore.exceptions import ClientError
 
-        from step_scripts.feature_store.feature_values import decoded_record
-        from step_scripts.feature_store.online_client import features_of
+        from step_scripts.feature_store.online_client import decoded_record, features_of
 
         if not self.online_store:
             return self._store().get_record(name, record_id)
@@ -142,8 +137,7 @@ class SageMakerFeatureStore(FeatureStore):
 
     def compare_online(self, name: str, count: int) -> OnlineComparison | None:
         """See `FeatureStore.compare_online`. Raises `StepError` if the online store does not answer."""
-        from step_scripts.feature_store.feature_values import encoded_records
-        from step_scripts.feature_store.online_client import OnlineClient
+        from step_scripts.feature_store.online_client import OnlineClient, encoded_records
 
         if not self.online_store:
             return None

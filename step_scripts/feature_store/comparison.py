@@ -17,8 +17,7 @@ from typing import Any, cast
 
 import polars as pl
 
-from step_scripts.feature_store.event_schema import content_columns
-from step_scripts.feature_store.event_sources import Source, check_complete, read_source
+from step_scripts.feature_store.events import Source, check_complete, content_columns, read_source
 from step_scripts.runner import storage
 from step_scripts.table.hashes import add_sums, content_hashes, event_hashes, hash_sums, text_hashes
 from step_scripts.table.spec import TableSpec

@@ -12,22 +12,22 @@ import heapq
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import polars as pl
 
 from step_scripts.feature_store.data_files import WriteItem, item_events
-from step_scripts.feature_store.feature_values import (
+from step_scripts.feature_store.online_client import (
     EVENT_TIME,
+    OnlineClient,
     decoded_record,
     decoded_time,
     encoded_records,
     encoded_time,
     online_time,
 )
-from step_scripts.feature_store.online_client import OnlineClient
 from step_scripts.runner import storage
 from step_scripts.runner.background import repeated
 from step_scripts.runner.contract import Reporter, StepError
@@ -122,11 +122,9 @@ def bring_online(
         listing = None
         for _, outcome in run(write_online, calls):
             since = time.monotonic()
-            written, missing, unread = (
-                written + outcome.written,
-                missing + len(outcome.missing),
-                unread + outcome.unread,
-            )
+            written += outcome.written
+            missing += len(outcome.missing)
+            unread += outcome.unread
             problem = problem or outcome.problem
             first = heapq.nsmallest(_SHOWN, [*first, *outcome.missing])
             if outcome.missing and missing_uri is not None:
@@ -184,11 +182,12 @@ def write_online(
     reader = _Synchronizer(OnlineClient(client, target.group, _LOOKUP_SECONDS), table)
     left = [batch for number, batch in enumerate(batches) if number not in written]
     found, _ = _in_parallel(
-        lambda batch: reader.wrong_ids(_records(batch, table)), left, target.in_flight, threading.Event()
+        lambda batch: reader.different(_records(batch, table)), left, target.in_flight, threading.Event()
     )
-    unread = [batch["record_id"].to_list() for number, batch in enumerate(left) if number not in found]
-    missing = tuple(sorted(record_id for ids in (*found.values(), *unread) for record_id in ids))
-    return OnlineOutcome(events.height - len(missing), missing, sum(map(len, unread)), problem)
+    wrong = [record.record_id for records in found.values() for record in records]
+    unread = [i for number, batch in enumerate(left) if number not in found for i in batch["record_id"]]
+    missing = tuple(sorted([*wrong, *unread]))
+    return OnlineOutcome(events.height - len(missing), missing, len(unread), problem)
 
 
 def _records(events: pl.DataFrame, table: TableSpec) -> list[OnlineRecord]:
@@ -210,14 +209,14 @@ class _Synchronizer:
     def synchronize(self, records: Sequence[OnlineRecord]) -> int:
         """Write and read back. Returns the number of records; raises `StepError` for those that stay different."""
         self._send(records)
-        wrong = self._different(records)
+        wrong = self.different(records)
         if ties := {r: moment for r, moment in wrong.items() if moment == r.event_time}:  # ignored for good: no waiting
             self._replace(ties)
-            wrong = self._different(list(wrong))
+            wrong = self.different(list(wrong))
         wrong = self._settled(wrong)
         if wrong:
             self._replace(wrong)
-            wrong = self._settled(self._different(list(wrong)))
+            wrong = self._settled(self.different(list(wrong)))
         if wrong:
             raise StepError(
                 f"{len(wrong):,} of {counted(len(records), 'record')} written to the online store of feature group "
@@ -225,17 +224,13 @@ class _Synchronizer:
             )
         return len(records)
 
-    def wrong_ids(self, records: Sequence[OnlineRecord]) -> list[str]:
-        """Ids of those records that the store does not hold in their states."""
-        return [record.record_id for record in self._different(records)]
-
     def _settled(self, wrong: dict[OnlineRecord, int | None]) -> dict[OnlineRecord, int | None]:
         """What is still wrong after the store has had time to become consistent."""
         for pause in _CONSISTENT_AFTER:
             if not wrong:
                 break
             time.sleep(pause)
-            wrong = self._different(list(wrong))
+            wrong = self.different(list(wrong))
         return wrong
 
     def _send(self, records: Sequence[OnlineRecord]) -> None:
@@ -250,7 +245,7 @@ class _Synchronizer:
         self._store.delete([(r.record_id, later) for r in wrong], hard=True)
         self._send([record for record in wrong if record.features is not None])
 
-    def _different(self, records: Sequence[OnlineRecord]) -> dict[OnlineRecord, int | None]:
+    def different(self, records: Sequence[OnlineRecord]) -> dict[OnlineRecord, int | None]:
         """Records that are not in their state and have no later event either, with the event time that they have.
 
         A later event is that of another writer, who commits after this one or has failed and will be repeated.
@@ -277,22 +272,17 @@ def _in_parallel(
     function: Callable[[pl.DataFrame], _T], batches: Sequence[pl.DataFrame], threads: int, stop: threading.Event
 ) -> tuple[dict[int, _T], str]:
     """Results by number of batch, and the first problem. After a `StepError`, or `stop`, no more calls are begun."""
-    done: dict[int, _T] = {}
-    problems: list[str] = []
-
-    def call(number: int) -> None:
-        if stop.is_set():
-            return
-        try:
-            done[number] = function(batches[number])
-        except BaseException as error:
-            if isinstance(error, StepError) and not stop.is_set():
-                problems.append(str(error))
+    if stop.is_set():
+        return {}, ""
+    with ThreadPoolExecutor(max(1, min(threads, len(batches)))) as pool:
+        futures = [pool.submit(function, batch) for batch in batches]
+        ended, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        failures = [error for future in ended if (error := future.exception()) is not None]
+        if failures:
             stop.set()
-            if not isinstance(error, StepError):
-                raise
-
-    with ThreadPoolExecutor(max_workers=max(1, min(threads, len(batches)))) as pool:
-        for _ in pool.map(call, range(len(batches))):
-            pass
-    return done, problems[0] if problems else ""
+            pool.shutdown(cancel_futures=True)
+    for error in failures:
+        if not isinstance(error, StepError):
+            raise error
+    done = {n: f.result() for n, f in enumerate(futures) if not f.cancelled() and f.exception() is None}
+    return done, str(failures[0]) if failures else ""

@@ -7,18 +7,20 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-import polars as pl
-
 from step_scripts.feature_store import iceberg_table
-from step_scripts.feature_store.commits import COMPACTED_KEY, INGESTION_KEY, number_of, own_snapshots
-from step_scripts.feature_store.data_files import WriteTarget, events_digest, read_back, write_events
-from step_scripts.feature_store.event_schema import event_types, file_types
-from step_scripts.feature_store.event_sources import Source, read_source
+from step_scripts.feature_store.commits import (
+    COMPACTED_KEY,
+    INGESTION_KEY,
+    GroupState,
+    StoredFile,
+    number_of,
+    own_snapshots,
+    reading,
+)
+from step_scripts.feature_store.data_files import WriteTarget, verify_events, write_events
+from step_scripts.feature_store.events import Source, event_types, file_types, read_source
 from step_scripts.feature_store.group import ORPHAN_AGE, Group
-from step_scripts.feature_store.group_state import GroupState, StoredFile, reading
 from step_scripts.runner import storage
-from step_scripts.runner.contract import StepError
-from step_scripts.runner.wording import counted
 
 _TAG = "kept-"
 _LARGEST_FILE = 1 << 20  # rows
@@ -43,14 +45,25 @@ def tidy(group: Group, kept: Collection[int], before: datetime, *, dry_run: bool
     with group.lock(), reading(group.uri):
         group.info()  # raises for another format
         state = group.state()
-        if state.iceberg is None:
+        table = state.iceberg
+        if table is None:
             return Upkeep((), (), 0)
+        tags = {f"{_TAG}{c.number}": c.snapshot_id for c in state.commits if c.number in kept and c.snapshot_id}
+        current = table.current_snapshot()
+        needed = {*tags.values(), current.snapshot_id if current else None}
+        old = [s for s in own_snapshots(table) if s.timestamp_ms < before.timestamp() * 1000]
+        surplus = {s.snapshot_id: number_of(s) for s in old if s.snapshot_id not in needed}
         if not dry_run:
-            _tag(state, kept)
-            state = group.state()
-        surplus = _surplus(state, kept, before)
-        if surplus and not dry_run:
-            _expire(group, state, set(surplus))
+            present = {name: ref.snapshot_id for name, ref in table.refs().items() if name.startswith(_TAG)}
+            if tags != present:
+                with table.manage_snapshots() as manage:
+                    for name, _ in present.items() - tags.items():
+                        manage.remove_tag(name)
+                    for name, snapshot_id in tags.items() - present.items():
+                        manage.create_tag(snapshot_id, name)
+            if surplus:
+                _keep_facts(group, state, surplus)
+                table.maintenance.expire_snapshots().by_ids(list(surplus)).commit()
         # On S3 the metadata are where SageMaker wants them.
         metadata_uri = None if storage.is_remote(group.uri) else storage.join(group.uri, "metadata")
         orphans = group.orphan_files(datetime.now(UTC) - ORPHAN_AGE, metadata_uri=metadata_uri)
@@ -62,39 +75,14 @@ def tidy(group: Group, kept: Collection[int], before: datetime, *, dry_run: bool
     return Upkeep(tuple(gone), tuple(uri for uri, _ in orphans), sum(size for _, size in orphans))
 
 
-def _surplus(state: GroupState, kept: Collection[int], before: datetime) -> dict[int, int]:
-    """Snapshots to expire: their commits' numbers by id."""
-    assert state.iceberg is not None
-    current = state.iceberg.current_snapshot()
-    needed = {c.snapshot_id for c in state.commits if c.number in kept} | {current.snapshot_id if current else None}
-    limit = before.timestamp() * 1000
-    old = [s for s in own_snapshots(state.iceberg) if s.timestamp_ms < limit and s.snapshot_id not in needed]
-    return {snapshot.snapshot_id: number_of(snapshot) for snapshot in old}
-
-
-def _tag(state: GroupState, kept: Collection[int]) -> None:
-    assert state.iceberg is not None
-    wanted = {f"{_TAG}{c.number}": c.snapshot_id for c in state.commits if c.number in kept and c.snapshot_id}
-    present = {name: ref.snapshot_id for name, ref in state.iceberg.refs().items() if name.startswith(_TAG)}
-    if wanted == present:
-        return
-    with state.iceberg.manage_snapshots() as manage:
-        for name, _ in present.items() - wanted.items():
-            manage.remove_tag(name)
-        for name, snapshot_id in wanted.items() - present.items():
-            manage.create_tag(snapshot_id, name)
-
-
-def _expire(group: Group, state: GroupState, surplus: set[int]) -> None:
-    assert state.iceberg is not None
-    # Before the expiry: that a commit is known twice does no harm.
+def _keep_facts(group: Group, state: GroupState, surplus: Collection[int]) -> None:
+    """Keep what commits changed whose snapshots are about to be expired. That a commit is known twice does no harm."""
     history = {commit.number: commit for commit in group.expired()}
     for commit in state.commits:
         if commit.snapshot_id in surplus:
             history[commit.number] = commit.model_copy(update={"snapshot_id": None})
     facts = [history[number].model_dump(mode="json", exclude_defaults=True) for number in sorted(history)]
     storage.write_bytes(group.expired_uri, json.dumps(facts, indent=1).encode())
-    state.iceberg.maintenance.expire_snapshots().by_ids(list(surplus)).commit()
 
 
 def compact(group: Group) -> dict[str, int]:
@@ -129,19 +117,9 @@ def compact(group: Group) -> dict[str, int]:
 def _compacted(group: Group, files: list[StoredFile], target: WriteTarget) -> list[str]:
     """Write the events of some files of one day anew; the paths of the new files."""
     uris = tuple(storage.join(group.data_uri, file.path) for file in files)
-    source = Source(0, uris, 0, sum(file.rows for file in files), file_types(target.schema))
+    source = Source(0, uris, sum(file.rows for file in files), file_types(target.schema))
     events = read_source(source, list(event_types(target.table)), target.table)
     ordered = events.sort("record_id", "event_time", "write_time")
     paths = [write_events(part, target) for part in ordered.iter_slices(_LARGEST_FILE)]
     verify_events(paths, events, target, group.name)
     return paths
-
-
-def verify_events(paths: list[str], events: pl.DataFrame, target: WriteTarget, group: str) -> None:
-    """Raise `StepError` unless the written files hold exactly these events."""
-    read, sums = read_back(paths, target)
-    if sum(rows for _, rows in read) != events.height or sums != events_digest(events, target.table):
-        raise StepError(
-            f"{counted(events.height, 'event')} of feature group {group} could not be read back after they were "
-            "written anew; nothing was changed. Check the storage, then try again"
-        )

@@ -24,7 +24,7 @@ from resources.references.files import StoredReference
 from step_scripts.feature_store import __main__ as command
 from step_scripts.feature_store import iceberg_table, upkeep
 from step_scripts.feature_store.group import COMMAND
-from step_scripts.feature_store.local_group import LocalGroup
+from step_scripts.feature_store.group_places import LocalGroup
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.feature_store.upkeep import compact, tidy
 from step_scripts.runner.contract import StepError
