@@ -140,9 +140,9 @@ def create(catalog: Catalog, identifier: tuple[str, ...], spec: TableSpec, locat
     """Make the table for events of `spec`, one partition a day of the event time."""
     catalog.create_namespace_if_not_exists(identifier[:-1])
     made: dict[str, Any] = {"location": location, "properties": _PROPERTIES}
-    with catalog.create_table_transaction(identifier, table_columns(spec), **made) as transaction:
-        with transaction.update_spec() as update:
-            update.add_field("event_time", DayTransform(), "event_time_day")
+    begun = catalog.create_table_transaction(identifier, table_columns(spec), **made)
+    with begun as transaction, transaction.update_spec() as update:
+        update.add_field("event_time", DayTransform(), "event_time_day")
 
 
 def partition_name(table: Table) -> str:

@@ -21,6 +21,7 @@ from step_scripts.feature_store.group import Group
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.feature_store.online_client import feature_types
 from step_scripts.runner.contract import StepError
+from step_scripts.table.spec import TableSpec
 from tests.feature_rows import TABLE, ingest_rows, record_id, records, row, run_here, write_rows
 from tests.sagemaker_emulator import SageMakerEmulator
 from tests.sagemaker_emulator.iceberg_tables import create_table
@@ -65,21 +66,24 @@ ingest_rows(OfflineStore(sys.argv[1]), write_rows(Path(sys.argv[2]), [row(1), ro
 class _Group(group_places.GlueGroup):
     """Its table is made, and dropped, as on SageMaker before the offline store has to do with it."""
 
-    @property
-    def identifier(self) -> tuple[str, str]:
+    def create(self, table: TableSpec, data_uri: str | None = None, glue_table: str | None = None) -> None:
         bucket = self.root.split("/")[2].replace("-", "_")
-        return "offline_stores", f"{bucket}_{self.name}"
+        super().create(table, data_uri, f"offline_stores.{bucket}_{self.name}")
 
     def _make_table(self, info: GroupInfo) -> None:
+        identifier = self.identifier
+        assert identifier is not None
         with contextlib.suppress(TableAlreadyExistsError):
             create_table(
-                iceberg_table.glue_catalog(), self.identifier, dict(feature_types(info.table)),
+                iceberg_table.glue_catalog(), (identifier[0], identifier[1]), dict(feature_types(info.table)),
                 "event_time", f"{self.uri}/table",
             )  # fmt: skip
         super()._make_table(info)
 
     def remove(self) -> None:
-        iceberg_table.glue_catalog().drop_table(self.identifier)
+        identifier = self.identifier
+        assert identifier is not None
+        iceberg_table.glue_catalog().drop_table(identifier)
         super().remove()
 
 
