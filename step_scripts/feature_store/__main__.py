@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 from pyiceberg.io.pyarrow import PyArrowFile
 from pyiceberg.manifest import DataFile
 from pyiceberg.serializers import FromInputFile
@@ -26,13 +25,12 @@ from pyiceberg.typedef import Properties
 
 from step_scripts.feature_store import iceberg_table
 from step_scripts.feature_store.commits import FORMAT, REPLAYED_KEY, Commit, GroupInfo, reading, summary_of
-from step_scripts.feature_store.data_files import verify_events, write_events
-from step_scripts.feature_store.events import event_types
+from step_scripts.feature_store.data_files import write_anew
+from step_scripts.feature_store.events import Source, event_types
 from step_scripts.feature_store.group_places import LocalGroup
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.wording import counted
-from step_scripts.table.column_types import columns_as
 from step_scripts.table.spec import TableSpec
 
 _BUILDING = "_building.db"
@@ -130,25 +128,10 @@ def _take_over_commit(group: LocalGroup, facts: dict[str, Any]) -> None:
     attempt = group.begin(group.state(), commit.table, commit.write_time)
     written: list[str] = []
     for files in by_day.values():
-        events = pl.concat(_old_events(group, file["path"], commit.table) for file in files)
-        if events.height != sum(file["rows"] for file in files):
-            raise StepError(
-                f"commit {commit.number} of feature group {group.name} has other events than it should: restore "
-                f"{group.data_uri} from a backup, or delete the group and ingest its sources again"
-            )
-        path = write_events(events.sort("record_id", "event_time"), attempt.target)
-        verify_events([path], events, attempt.target, group.name)
-        written.append(path)
+        uris = tuple(storage.join(group.data_uri, file["path"]) for file in files)
+        source = Source(0, uris, sum(file["rows"] for file in files), event_types(commit.table))
+        written += write_anew(source, attempt.target, group.name)
     group.append(attempt, commit, written)
-
-
-def _old_events(group: LocalGroup, path: str, table: TableSpec) -> pl.DataFrame:
-    uri = storage.join(group.data_uri, path)
-    try:
-        frame = pl.read_parquet(uri, hive_partitioning=False, glob=False)
-    except (FileNotFoundError, pl.exceptions.PolarsError) as error:
-        raise StepError(f"{uri} cannot be read ({error}): restore it from a backup, or delete the group") from error
-    return frame.select(columns_as(frame.schema, event_types(table)))
 
 
 def _fresh(group: LocalGroup) -> LocalGroup:

@@ -26,6 +26,7 @@ from step_scripts.table.hashes import content_hashes, event_hashes, hash_sums, t
 from step_scripts.table.spec import TableSpec
 
 _ROW_GROUP_ROWS = 1 << 15  # a look-up decodes one row group a file
+LARGEST_FILE = 1 << 20  # rows of a file that several others are brought together in
 _NAME_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 _TOKEN_CHARACTERS = 6
 
@@ -128,6 +129,15 @@ def events_digest(events: pl.DataFrame, table: TableSpec) -> tuple[int, int]:
     time, deleted = events["event_time"].to_physical().to_numpy(), events["is_deleted"].to_numpy()
     content = content_hashes(events, content_columns(table))
     return hash_sums(event_hashes(text_hashes(events["record_id"]), time, content, deleted))
+
+
+def write_anew(source: Source, target: WriteTarget, group: str) -> list[str]:
+    """Write the events of stored files of one day anew, sorted by record; the paths of the new files."""
+    events = read_source(source, list(event_types(target.table)), target.table)
+    ordered = events.sort("record_id", "event_time", "write_time")
+    paths = [write_events(part, target) for part in ordered.iter_slices(LARGEST_FILE)]
+    verify_events(paths, events, target, group)
+    return paths
 
 
 def verify_events(paths: Sequence[str], events: pl.DataFrame, target: WriteTarget, group: str) -> None:

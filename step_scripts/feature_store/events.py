@@ -118,6 +118,11 @@ class Source:
     rows: int
     stored: Mapping[str, Any] | None = None
 
+    @property
+    def remedy(self) -> str:
+        """What to do about a file that is not as it should be."""
+        return "Make its asset again" if self.stored is None else "Restore it from a backup, or delete the group"
+
 
 def grouped(
     files: Sequence[tuple[str, int]], most_rows: int, first_index: int = 0, stored: Mapping[str, Any] | None = None
@@ -159,7 +164,7 @@ def read_source(
     except (FileNotFoundError, pl.exceptions.PolarsError) as error:
         raise StepError(_explained(source, types, error)) from error
     if result.height != source.rows:
-        raise StepError(f"{source.uris[0]} and those after it have fewer rows than they should. Make them again")
+        raise StepError(f"{source.uris[0]} and those after it have other rows than they should. {source.remedy}")
     return result if rows is None or len(rows) == source.rows else result[rows]
 
 
@@ -178,14 +183,13 @@ def _file(uri: str) -> Any:
 
 def _explained(source: Source, types: Mapping[str, Any], error: Exception) -> str:
     """Which file is to blame, and what is wrong with it."""
-    remedy = "Make its asset again" if source.stored is None else "Restore it from a backup, or delete the group"
     for uri in source.uris:
         try:
             schema = pl.read_parquet_schema(_file(uri))
         except (FileNotFoundError, pl.exceptions.PolarsError) as reason:
-            return f"{uri} cannot be read ({reason}). {remedy}"
+            return f"{uri} cannot be read ({reason}). {source.remedy}"
         if source.stored is None and (missing := [name for name in types if name not in schema]):
-            return f"{uri} lacks the columns {missing}; it has {list(schema)}. {remedy}"
+            return f"{uri} lacks the columns {missing}; it has {list(schema)}. {source.remedy}"
         if wrong := [f"{n} is {schema[n]}, not {types[n]}" for n in types if n in schema and schema[n] != types[n]]:
-            return f"{uri}: column {'; '.join(wrong)}. {remedy}"
-    return f"{source.uris[0]} cannot be read ({error}). {remedy}"
+            return f"{uri}: column {'; '.join(wrong)}. {source.remedy}"
+    return f"{source.uris[0]} cannot be read ({error}). {source.remedy}"

@@ -27,10 +27,12 @@ from typing import Any
 from pydantic import ValidationError
 from pyiceberg.exceptions import CommitFailedException, NoSuchTableError
 from pyiceberg.io.pyarrow import schema_to_pyarrow
+from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table, Transaction
 
 from step_scripts.feature_store import iceberg_table
 from step_scripts.feature_store.commits import (
+    COMPACTED_KEY,
     FORMAT,
     INGESTION_KEY,
     Commit,
@@ -215,11 +217,6 @@ class Group(ABC):
                 break
         return list(found.values())
 
-    def file_location(self, path: str) -> str:
-        """What the table calls a data file."""
-        uri = storage.join(self.data_uri, path)
-        return uri if storage.is_remote(uri) else f"file://{uri}"
-
     def begin(self, state: GroupState, table: TableSpec, write_time: datetime | None = None) -> Attempt:
         """What is needed to write events of `table` on top of `state`. Changes nothing.
 
@@ -236,7 +233,7 @@ class Group(ABC):
             table=table,
             token=attempt_token(),
             schema=schema_to_pyarrow(transaction.table_metadata.schema()),
-            partition=iceberg_table.partition_name(state.iceberg),
+            partition=state.iceberg.spec().fields[0].name,
             write_time=write_time or max(now, state.last.write_time + timedelta(microseconds=1) if state.last else now),
         )
         return Attempt(state, transaction, target)
@@ -253,19 +250,24 @@ class Group(ABC):
                     self._delete_files_of(begun.target.token)
             raise
 
-    def append(self, attempt: Attempt, commit: Commit, paths: Sequence[str]) -> Commit:
+    def append(
+        self, attempt: Attempt, commit: Commit, paths: Sequence[str], removed: Sequence[DataFile] = ()
+    ) -> Commit:
         """Make `commit` and its files visible, atomically. Returns it with its snapshot's id.
 
+        With `removed`, they hold the events that those files have held: a compaction after the latest commit.
         Raises `CommitTaken` if another writer has committed since the attempt began, and `StepError` if the group has
         been deleted.
         """
         table = attempt.state.iceberg
         assert table is not None
         last = attempt.state.last
-        summary = commit.summary(last.table if last else None) | {INGESTION_KEY: attempt.target.token}
+        summary = commit.summary(last.table if last and not removed else None)
+        summary |= {INGESTION_KEY: attempt.target.token} | ({COMPACTED_KEY: "true"} if removed else {})
+        folder = self.data_uri if storage.is_remote(self.data_uri) else f"file://{self.data_uri}"
+        added = [storage.join(folder, path) for path in paths]
         try:
-            added = [self.file_location(path) for path in paths]
-            snapshot_id = iceberg_table.commit(table, attempt.transaction, added, summary)
+            snapshot_id = iceberg_table.commit(table, attempt.transaction, added, summary, removed)
         except CommitFailedException as error:
             raise CommitTaken(f"another writer has made commit {commit.number} of feature group {self.name}") from error
         except NoSuchTableError as error:

@@ -24,6 +24,7 @@ from typing import Any
 
 from pyiceberg.catalog import Catalog
 from pyiceberg.exceptions import NoSuchIcebergTableError, NoSuchPropertyException
+from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table
 
 from step_scripts.feature_store import iceberg_table
@@ -172,7 +173,9 @@ class GlueGroup(Group):
         table = self._place("glue_table")
         return tuple(table.split(".", 1)) if table is not None else None
 
-    def append(self, attempt: Attempt, commit: Commit, paths: Sequence[str]) -> Commit:
+    def append(
+        self, attempt: Attempt, commit: Commit, paths: Sequence[str], removed: Sequence[DataFile] = ()
+    ) -> Commit:
         """See `Group.append`. Raises `StepError` also if this writer took too long."""
         longest = ORPHAN_AGE.total_seconds() / 2
         if self._began is not None and time.monotonic() - self._began > longest:
@@ -182,7 +185,7 @@ class GlueGroup(Group):
             )
         if self.info() is None:
             raise self._deleted()
-        return super().append(attempt, commit, paths)
+        return super().append(attempt, commit, paths, removed)
 
     @contextlib.contextmanager
     def lock(self, seconds: float = LOCK_SECONDS, *, create: bool = False) -> Iterator[None]:

@@ -145,12 +145,6 @@ def create(catalog: Catalog, identifier: tuple[str, ...], spec: TableSpec, locat
         update.add_field("event_time", DayTransform(), "event_time_day")
 
 
-def partition_name(table: Table) -> str:
-    """Name of the field that tables are partitioned by: that of the folders of the data files."""
-    fields = table.spec().fields
-    return fields[0].name if fields else "event_time_day"
-
-
 def entries(table: Table, snapshot: Snapshot) -> list[ManifestEntry]:
     """The data files of a snapshot, with the ids of the snapshots that have added them."""
     return [entry for manifest in snapshot.manifests(table.io) for entry in manifest.fetch_manifest_entry(table.io)]

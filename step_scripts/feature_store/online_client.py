@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any
 
 import polars as pl
 
@@ -23,15 +23,7 @@ from step_scripts.runner.contract import StepError
 from step_scripts.runner.wording import counted
 from step_scripts.table.spec import DType, TableSpec
 
-FeatureType = Literal["Integral", "Fractional", "String"]
-
-FEATURE_TYPES: dict[DType, FeatureType] = {
-    "int64": "Integral",
-    "bool": "Integral",
-    "float64": "Fractional",
-    "string": "String",
-    "datetime": "String",
-}
+_NUMBERS = {"int64": "Integral", "bool": "Integral", "float64": "Fractional"}  # others are texts
 RECORD_ID, EVENT_TIME = "record_id", "event_time"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = 1_000  # microseconds
@@ -193,11 +185,10 @@ def _answer(function: Any, **request: Any) -> tuple[dict[str, Any] | None, str]:
         return None, str(error)
 
 
-def feature_types(table: TableSpec) -> dict[str, FeatureType]:
-    """Type of each feature, in order: record id, event time, the table's columns."""
-    types: dict[str, FeatureType] = {RECORD_ID: "String", EVENT_TIME: "String"}
-    types.update((column.name, FEATURE_TYPES[column.dtype]) for column in table.columns)
-    return types
+def feature_types(table: TableSpec) -> dict[str, str]:
+    """SageMaker's type of each feature, in order: record id, event time, the table's columns."""
+    types = {RECORD_ID: "String", EVENT_TIME: "String"}
+    return types | {column.name: _NUMBERS.get(column.dtype, "String") for column in table.columns}
 
 
 def online_time(microseconds: int) -> int:

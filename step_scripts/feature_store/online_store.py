@@ -257,15 +257,14 @@ class _Synchronizer:
             moment = decoded_time(present[EVENT_TIME]) if present else None
             if moment is not None and moment > record.event_time:
                 continue
-            if not self._same(present, record.features):
+            wanted = record.features
+            if present is None or wanted is None:
+                is_same = present is wanted
+            else:  # by value: the store may write a number in another way
+                is_same = decoded_record(present, self._table) == decoded_record(wanted, self._table)
+            if not is_same:
                 wrong[record] = moment
         return wrong
-
-    def _same(self, present: dict[str, str] | None, wanted: dict[str, str] | None) -> bool:
-        """By value: the store may write a number in another way."""
-        if present is None or wanted is None:
-            return present is wanted
-        return decoded_record(present, self._table) == decoded_record(wanted, self._table)
 
 
 def _in_parallel(

@@ -7,23 +7,20 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from step_scripts.feature_store import iceberg_table
 from step_scripts.feature_store.commits import (
-    COMPACTED_KEY,
-    INGESTION_KEY,
     GroupState,
     StoredFile,
     number_of,
     own_snapshots,
+    path_in,
     reading,
 )
-from step_scripts.feature_store.data_files import WriteTarget, verify_events, write_events
-from step_scripts.feature_store.events import Source, event_types, file_types, read_source
+from step_scripts.feature_store.data_files import LARGEST_FILE, write_anew
+from step_scripts.feature_store.events import Source, file_types
 from step_scripts.feature_store.group import ORPHAN_AGE, Group
 from step_scripts.runner import storage
 
 _TAG = "kept-"
-_LARGEST_FILE = 1 << 20  # rows
 
 
 @dataclass(frozen=True)
@@ -94,32 +91,20 @@ def compact(group: Group) -> dict[str, int]:
     with group.lock():
         group.info()  # raises for another format
         state = group.state()
-        last, table, before = state.last, state.iceberg, len(state.files)
+        last, before = state.last, len(state.files)
         days: dict[str, list[StoredFile]] = {}
         for file in state.files:
             days.setdefault(file.path.rpartition("/")[0], []).append(file)
-        several = [d for d in days.values() if len(d) > max(1, -(-sum(f.rows for f in d) // _LARGEST_FILE))]
-        if last is None or table is None or not several:
+        several = [d for d in days.values() if len(d) > max(1, -(-sum(f.rows for f in d) // LARGEST_FILE))]
+        if last is None or not several:
             return {"files_before": before, "files_after": before}
         with group.attempt(state, last.table, last.write_time) as attempt:
-            written = [path for files in several for path in _compacted(group, files, attempt.target)]
-            old = {group.file_location(file.path) for files in several for file in files}
-            iceberg_table.commit(
-                table,
-                attempt.transaction,
-                [group.file_location(path) for path in written],
-                last.summary(None) | {INGESTION_KEY: attempt.target.token, COMPACTED_KEY: "true"},
-                removed=[file for file in state.data_files if file.file_path in old],
-            )
+            types, written = file_types(attempt.target.schema), list[str]()
+            for files in several:
+                uris = tuple(storage.join(group.data_uri, file.path) for file in files)
+                source = Source(0, uris, sum(file.rows for file in files), types)
+                written += write_anew(source, attempt.target, group.name)
+            old = {file.path for files in several for file in files}
+            removed = [file for file in state.data_files if path_in(file.file_path, state.data_uri) in old]
+            group.append(attempt, last, written, removed)
     return {"files_before": before, "files_after": before - len(old) + len(written)}
-
-
-def _compacted(group: Group, files: list[StoredFile], target: WriteTarget) -> list[str]:
-    """Write the events of some files of one day anew; the paths of the new files."""
-    uris = tuple(storage.join(group.data_uri, file.path) for file in files)
-    source = Source(0, uris, sum(file.rows for file in files), file_types(target.schema))
-    events = read_source(source, list(event_types(target.table)), target.table)
-    ordered = events.sort("record_id", "event_time", "write_time")
-    paths = [write_events(part, target) for part in ordered.iter_slices(_LARGEST_FILE)]
-    verify_events(paths, events, target, group.name)
-    return paths
