@@ -154,7 +154,6 @@ class Ingestion:
                         self.online,
                         found.latest,
                         self.log,
-                        scratch=scratch,
                         offline=f"the offline store is as before: {before}",
                         missing_uri=self.missing_uri,
                     )
