@@ -19,7 +19,6 @@ from pyiceberg.types import StringType
 
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.wording import counted
 from step_scripts.table.column_types import TIMESTAMP, columns_as, polars_schema
 from step_scripts.table.spec import TableSpec
 
@@ -166,15 +165,6 @@ def read_source(
     if result.height != source.rows:
         raise StepError(f"{source.uris[0]} and those after it have other rows than they should. {source.remedy}")
     return result if rows is None or len(rows) == source.rows else result[rows]
-
-
-def check_complete(ids: pl.DataFrame, source: Source) -> None:
-    """Raise `StepError` if a row has no record id or no event time."""
-    for name in ("record_id", "event_time"):
-        if empty := ids[name].null_count():
-            raise StepError(
-                f"{source.uris[0]}: {empty:,} of {counted(source.rows, 'row')} without {name}. Make its asset again"
-            )
 
 
 def _file(uri: str) -> Any:

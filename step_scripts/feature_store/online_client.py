@@ -26,7 +26,6 @@ from step_scripts.table.spec import DType, TableSpec
 _NUMBERS = {"int64": "Integral", "bool": "Integral", "float64": "Fractional"}  # others are texts
 RECORD_ID, EVENT_TIME = "record_id", "event_time"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MILLISECOND = 1_000  # microseconds
 _WRITTEN_AT_ONCE = 25  # the service's limits
 _READ_AT_ONCE = 100
 _LONGEST_PAUSE = 10.0  # seconds
@@ -191,14 +190,9 @@ def feature_types(table: TableSpec) -> dict[str, str]:
     return types | {column.name: _NUMBERS.get(column.dtype, "String") for column in table.columns}
 
 
-def online_time(microseconds: int) -> int:
-    """An event time as the online store can hold it: the millisecond that it is in, in microseconds since 1970."""
-    return microseconds // _MILLISECOND * _MILLISECOND
-
-
 def encoded_time(microseconds: int) -> str:
     """`yyyy-MM-ddTHH:mm:ss.SSSZ` of an event time in microseconds since 1970, without what is below a millisecond."""
-    moment = _EPOCH + timedelta(microseconds=online_time(microseconds))
+    moment = _EPOCH + timedelta(microseconds=microseconds)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

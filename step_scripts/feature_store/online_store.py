@@ -21,12 +21,12 @@ import polars as pl
 from step_scripts.feature_store.data_files import WriteItem, item_events
 from step_scripts.feature_store.online_client import (
     EVENT_TIME,
+    RECORD_ID,
     OnlineClient,
     decoded_record,
     decoded_time,
     encoded_records,
     encoded_time,
-    online_time,
 )
 from step_scripts.runner import storage
 from step_scripts.runner.background import repeated
@@ -188,12 +188,9 @@ def _client(target: OnlineTarget, retry_timeout_seconds: float) -> OnlineClient:
 
 
 def _records(events: pl.DataFrame, table: TableSpec) -> list[OnlineRecord]:
-    deleted = events["is_deleted"].to_list()
-    times = events["event_time"].to_physical().to_list()
-    texts = encoded_records(events, table)
     return [
-        OnlineRecord(features["record_id"], online_time(time_), None if gone else features)
-        for features, time_, gone in zip(texts, times, deleted, strict=True)
+        OnlineRecord(features[RECORD_ID], decoded_time(features[EVENT_TIME]), None if is_deleted else features)
+        for features, is_deleted in zip(encoded_records(events, table), events["is_deleted"], strict=True)
     ]
 
 
