@@ -7,7 +7,7 @@ killed before has changed nothing for readers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -144,8 +144,7 @@ class Ingestion:
                 self._read_back(attempt.target, paths, found, count, state)
             self.confirm()
             if self.online is not None:
-                last = state.last
-                before = f"its latest commit is still {last.number}" if last else "it has no commit"
+                before = f"its latest commit is still {len(state.commits)}" if state.commits else "it has no commit"
                 with self.phase("write online"):
                     bring_online(
                         self.run,
@@ -159,13 +158,13 @@ class Ingestion:
                     )
             with self.phase("commit"):
                 commit = group.append(attempt, self._commit(state, found, attempt.target), paths)
-        after = group.state(commit.number)
+        after, new = group.state(commit.number), set(paths)
         return IngestionResult(
             **vars(found),
             state=after,
             rows_in=rows,
             rows_readable=count - found.deleted + found.unchanged,
-            stored=tuple(file for file in after.files if file.path in set(paths)),
+            stored=tuple(file for file in after.files if file.path in new),
             written_online=found.latest if self.online else 0,
         )
 
@@ -251,8 +250,10 @@ class Ingestion:
             details={"record_ids": sorted(ids)},
         )
 
-    def _pieces(self, files: Sequence[tuple[str, int]], *numbers_and_types: Any) -> list[Source]:
-        return grouped(files, self._piece_rows(sum(rows for _, rows in files)), *numbers_and_types)
+    def _pieces(
+        self, files: Sequence[tuple[str, int]], first_index: int = 0, stored: Mapping[str, Any] | None = None
+    ) -> list[Source]:
+        return grouped(files, self._piece_rows(sum(rows for _, rows in files)), first_index, stored)
 
     def _piece_rows(self, rows: int) -> int:
         """Rows of a piece, so that all workers have one and none has too much to hold."""
