@@ -65,22 +65,21 @@ def table_columns(table: TableSpec, present: Schema | None = None) -> pa.Schema:
     return pa.schema([field.with_metadata({"doc": meanings.get(field.name) or ""}) for field in fields])
 
 
-def validate_columns(group: str, table: TableSpec) -> None:
-    """Raise `StepError` if a column has a name that the store itself uses."""
+def validate_schema_change(group: str, current: TableSpec | None, table: TableSpec) -> bool:
+    """Whether `table` has columns that `current` lacks. They are accepted if they may be empty.
+
+    Raises `StepError`, naming the columns, if the store itself uses the name of one, or if rows of `table` and stored
+    rows of `current`, if there are any, are not the same kind of record: other types, keys or event time, missing
+    columns, new columns that may not be empty.
+    """
     reserved = [name for name in table.column_names if name in _RESERVED_COLUMNS]
     if reserved:
         raise StepError(
             f"table {table.name!r} cannot be stored in feature group {group}: the store uses the names {reserved} "
             "itself. Rename these columns"
         )
-
-
-def validate_schema_change(group: str, current: TableSpec, table: TableSpec) -> bool:
-    """Whether `table` has columns that `current` lacks. They are accepted if they may be empty.
-
-    Raises `StepError`, naming the columns, if rows of `table` and stored rows of `current` are not the same kind of
-    record: other types, keys or event time, missing columns, new columns that may not be empty.
-    """
+    if current is None:
+        return False
     old = {column.name: column for column in current.columns}
     new = {column.name: column for column in table.columns}
     problems = [f"{name} is missing" for name in old if name not in new]

@@ -23,7 +23,6 @@ from step_scripts.feature_store.events import (
     file_types,
     grouped,
     read_source,
-    validate_columns,
     validate_schema_change,
 )
 from step_scripts.feature_store.group import LOCK_SECONDS, Group
@@ -99,7 +98,6 @@ class Ingestion:
         Raises `StepError`, having changed nothing, if the schema does not fit the group's, rows contradict each other,
         files of the group are missing, a row cannot be read back, or others hold the lock for too long.
         """
-        validate_columns(self.group.name, self.table)
         with contextlib.ExitStack() as stack:
             with self.phase("wait for the lock"):
                 stack.enter_context(self.group.lock(self.lock_seconds, create=True))
@@ -118,7 +116,7 @@ class Ingestion:
         if not rows:
             raise StepError(f"the dataset {self.dataset.uri} has no rows, so there is nothing to ingest")
         state = group.state()
-        has_new_columns = state.last is not None and validate_schema_change(group.name, state.last.table, table)
+        has_new_columns = validate_schema_change(group.name, state.last.table if state.last else None, table)
         if state.last is None:
             group.create(table)
             state = group.state()

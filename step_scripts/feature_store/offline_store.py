@@ -19,7 +19,7 @@ from pyiceberg.io.pyarrow import ArrowScan
 
 from step_scripts.feature_store.commits import Commit, GroupState, StoredFile, digest_of, ingested_by
 from step_scripts.feature_store.data_files import events_digest, tombstones, verify_events, write_events
-from step_scripts.feature_store.events import event_types, row_types, validate_columns, validate_schema_change
+from step_scripts.feature_store.events import event_types, row_types, validate_schema_change
 from step_scripts.feature_store.group import GROUP_NAME, Group
 from step_scripts.feature_store.group_places import GlueGroup, LocalGroup
 from step_scripts.feature_store.iceberg_table import retry_on_commit_conflict
@@ -106,9 +106,8 @@ class OfflineStore:
 
     def check_table(self, group: str, table: TableSpec) -> None:
         """Raise `StepError` if the group is there and does not accept rows of `table`; it names what does not fit."""
-        validate_columns(group, table)
-        if commits := self.folder(group).commits():
-            validate_schema_change(group, commits[-1].table, table)
+        last = self.folder(group).state().last
+        validate_schema_change(group, last.table if last else None, table)
 
     def commits(self, group: str, upto: int | None = None) -> list[Commit]:
         """The group's commits in order, all or up to a number."""
@@ -121,11 +120,9 @@ class OfflineStore:
     def table(self, group: str) -> TableSpec:
         """The group's columns."""
         folder = self._existing(group)
-        if commits := folder.commits():
-            return commits[-1].table
-        info = folder.info()
-        assert info is not None
-        return info.table
+        known = folder.state().last or folder.info()
+        assert known is not None
+        return known.table
 
     def scan(self, group: str, as_of: datetime | None = None, commit: int | None = None) -> pl.LazyFrame:
         """Records at a point in time: record_id, event_time and the table's columns, no order.
