@@ -121,7 +121,7 @@ def _write_rows(sample: Path, rows_file: str) -> None:
     """The file as step `validate_source` would write it."""
     from housing_assets.schema import HOUSING_TABLE
     from step_scripts.table.column_types import polars_schema
-    from step_scripts.table.record_ids import record_ids
+    from step_scripts.table.hashes import record_ids
 
     frame = pl.read_csv(sample).cast(dict(polars_schema(HOUSING_TABLE).items()))
     moment = pl.datetime(2024, 1, 1, time_unit="us", time_zone="UTC").alias("event_time")

@@ -28,7 +28,7 @@ import polars as pl
 from step_scripts.runner.wording import counted
 from step_scripts.serving.media import CSV, JSON, MAX_REPORTED_PROBLEMS, RequestError, decode_text, shown
 from step_scripts.serving.request_rows import CsvRecords, json_line_pieces, json_pieces
-from step_scripts.table.polars_csv import read_csv
+from step_scripts.table.column_types import read_csv
 from step_scripts.table.spec import ColumnSpec, TableSpec
 
 _BATCH = 4096  # characters from which on Polars is faster than the CSV reader
