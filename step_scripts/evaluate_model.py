@@ -52,7 +52,7 @@ def run(context: StepContext, params: EvaluateModelParams) -> StepOutcome:
         train, test = (_blocks(context, name, ["record_id", *table.column_names]) for name in ("train", "test"))
     with context.phase("fit linear baseline"):
         progress = Progress(context.log, "evaluate_model, linear baseline", train.rows)
-        sums = sum(train.reports(products, table.features, table.target, means, progress=progress))
+        sums = np.sum(train.reports(products, table.features, table.target, means, progress=progress), axis=0)
         if not sums[0, 0]:
             raise StepError(f"no row of the train split has a value of {table.target}; make the splits again")
     with context.phase("form slices"):

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from step_scripts.data.accepted_rows import FragmentReport, RowsPlan, merged_statistics, rewrite_rows, rows_artifact
 from step_scripts.data.csv_header import CsvFile, read_header
 from step_scripts.data.partitions import find_duplicates, partition_count
-from step_scripts.data.rejected_rows import as_details, rejection_message, rejections
+from step_scripts.data.rejected_rows import rejection_message, rejections
 from step_scripts.data.source_pass import check_counts, check_rows, check_unchanged, files_read, read_files
 from step_scripts.parameters import ValidateSourceParams
 from step_scripts.runner import storage
@@ -23,7 +24,7 @@ from step_scripts.runner.ray_data import each_call
 from step_scripts.runner.wording import are, counted
 
 _HEADER_THREADS = 16
-_FILES_SHOWN = 200
+_FILES_SHOWN, _REASONS_SHOWN, _ROWS_SHOWN = 200, 200, 50
 _REJECTED = "rejected_rows.csv"
 
 
@@ -67,7 +68,10 @@ def _run(context: StepContext, params: ValidateSourceParams, files: list[CsvFile
     # A row that takes many lines may be many rows, swallowed by a stray quote.
     rejected_lines, lines_total = sum(r.rejected_lines for r in reports) + dropped, sum(r.record_lines for r in reports)
     fraction = max(rejected / total, rejected_lines / lines_total)
-    details = as_details(table, reasons)
+    details: dict[str, Any] = {
+        "rejected_rows": table.head(_ROWS_SHOWN).to_dicts(),
+        "rejection_reasons": [vars(reason) for reason in reasons[:_REASONS_SHOWN]],
+    }
     if fraction > params.max_rejected_fraction or rejected == total:
         message = rejection_message(
             (rejected, total), (rejected_lines, lines_total), reasons, params, context.request.kept_uri(_REJECTED)

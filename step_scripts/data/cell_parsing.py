@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import polars as pl
 
+from step_scripts.data.csv_header import CsvFile
 from step_scripts.data.csv_text import Records
+from step_scripts.parameters import ValidateSourceParams
 from step_scripts.runner.wording import counted
 from step_scripts.table.column_types import polars_schema, read_csv
 from step_scripts.table.constraints import VIOLATION_SCHEMA, violations
@@ -24,29 +25,34 @@ _NOT_A: dict[DType, str] = {
 }
 
 
-@dataclass(frozen=True)
-class ParsedRows:
-    """`frame`: the table's columns, typed, one row a record. `faults`: row, column, value (as in the file), problem."""
-
-    frame: pl.DataFrame
-    faults: pl.DataFrame
-
-
-def parse_rows(
-    records: Records, positions: tuple[int, ...], fields: int, delimiter: str, table: TableSpec
-) -> ParsedRows:
+def parse_rows(records: Records, file: CsvFile, params: ValidateSourceParams) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Parse the records, and find the values that the table does not permit.
 
-    `positions` are the indices of the table's columns among the `fields` fields. Cells that do not parse are null in
-    the frame and listed among the faults, at most one fault a cell. Raises `polars.exceptions.ComputeError` if a record
-    has too many fields.
+    The first frame holds the table's columns, typed, one row a record, with null for cells that do not parse. The
+    second one lists the faults, at most one a cell: row, column, problem, value (as in the file). Raises
+    `polars.exceptions.ComputeError` if a record has too many fields.
     """
-    names = [f"column_{position + 1}" for position in positions]
+    table = params.table
+    names = [f"column_{position + 1}" for position in file.positions]
     numbers = {n: t for n, t in zip(names, polars_schema(table).values(), strict=True) if t.is_numeric()}
-    read = _read(records.data, records.quoted, fields, delimiter, numbers)
+
+    def cells_of(data: bytes, types: Mapping[str, pl.DataType]) -> pl.DataFrame:
+        """The table's fields: texts, or numbers where `types` asks for them, null where a cell is none."""
+        every = [f"column_{number}" for number in range(1, file.fields + 1)]
+        return read_csv(
+            data,
+            has_header=False,
+            schema={name: types.get(name, pl.String()) for name in every},
+            separator=params.delimiter,
+            quote_char='"' if records.quoted else None,
+            ignore_errors=True,
+            raise_if_empty=False,
+        ).select(names)
+
+    read = cells_of(records.data, numbers)
     if read.height != len(records.lines):
         raise RuntimeError(f"{counted(read.height, 'record')} read, {len(records.lines)} counted")
-    frame = _typed(read.select(names), table)
+    frame = _typed(read, table)
     # Few rows are looked at in detail: those with a number that the reader did not understand, or a wrong cell.
     doubtful = [violations(frame, table)["row"]]
     for cells, name in zip(frame, names, strict=True):
@@ -55,28 +61,14 @@ def parse_rows(
             doubtful.append(unread.arg_true().cast(pl.UInt32))
     rows = pl.concat(doubtful).unique().sort()
     if rows.is_empty():
-        return ParsedRows(frame, pl.DataFrame(schema={**VIOLATION_SCHEMA, "value": pl.String()}))
-    texts = _read(records.text_of(rows.to_numpy()), records.quoted, fields, delimiter, {}).select(names)
+        return frame, pl.DataFrame(schema={**VIOLATION_SCHEMA, "value": pl.String()})
+    texts = cells_of(records.text_of(rows.to_numpy()), {})
     exact = _typed(texts, table)
     columns = list(frame)
     for index, cells in enumerate(exact):
         if not columns[index].gather(rows).equals(cells, null_equal=True):  # to put them in copies the column
             columns[index] = columns[index].scatter(rows, cells)
-    return ParsedRows(pl.DataFrame(columns), _faults(exact, texts, rows, table))
-
-
-def _read(data: bytes, quoted: bool, fields: int, delimiter: str, numbers: Mapping[str, pl.DataType]) -> pl.DataFrame:
-    """All fields: integers and floats where `numbers` asks for them, null where a cell is none; else texts."""
-    names = [f"column_{number}" for number in range(1, fields + 1)]
-    return read_csv(
-        data,
-        has_header=False,
-        schema={name: numbers.get(name, pl.String()) for name in names},
-        separator=delimiter,
-        quote_char='"' if quoted else None,
-        ignore_errors=True,
-        raise_if_empty=False,
-    )
+    return pl.DataFrame(columns), _faults(exact, texts, rows, table)
 
 
 def _faults(exact: pl.DataFrame, texts: pl.DataFrame, rows: pl.Series, table: TableSpec) -> pl.DataFrame:

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import polars as pl
 
-from step_scripts.data.cell_parsing import ParsedRows, parse_rows
+from step_scripts.data.cell_parsing import parse_rows
 from step_scripts.data.csv_header import DIGEST_BLOCK, CsvFile, block_sum, encoding_fault, nul_fault
 from step_scripts.data.csv_text import (
     QUOTE,
@@ -105,17 +105,17 @@ def read_rows(facts: FragmentFacts, params: ValidateSourceParams) -> tuple[pl.Da
     data = _read_text(facts)
     facts.lines, facts.counted = count_lines(data), count_records(data, params.delimiter)
     _check_text(data, facts.start)
-    records, parsed = _parse(data, facts.fragment.file, params)
+    records, frame, faults = _parse(data, facts.fragment.file, params)
     malformed_lines = sum(row.lines for row in records.malformed_rows)
-    wrong = parsed.faults["row"].unique()
-    rows = parsed.frame.with_columns(pl.Series(LINE, records.lines))
+    wrong = faults["row"].unique()
+    rows = frame.with_columns(pl.Series(LINE, records.lines))
     accepted = rows.filter(~pl.int_range(pl.len(), dtype=pl.UInt32).is_in(wrong.implode())) if len(wrong) else rows
     facts.malformed_rows = len(records.malformed_rows)
     facts.records = rows.height + facts.malformed_rows
     facts.rejected_rows = len(wrong) + facts.malformed_rows
     facts.record_lines = int(records.spans.sum()) + malformed_lines
     facts.rejected_lines = int(records.spans[wrong.to_numpy()].sum()) + malformed_lines
-    return accepted, _rejected(records, parsed, facts.fragment.file.fields)
+    return accepted, _rejected(records, faults, facts.fragment.file.fields)
 
 
 def _read_text(facts: FragmentFacts) -> bytes:
@@ -155,9 +155,8 @@ def _check_text(data: bytes, offset: int) -> None:
             raise DamagedText(line, encoding_fault(data, error.start, offset)) from error
 
 
-def _parse(data: bytes, file: CsvFile, params: ValidateSourceParams) -> tuple[Records, ParsedRows]:
-    table = params.table
-    columns = zip(table.columns, file.positions, strict=True)
+def _parse(data: bytes, file: CsvFile, params: ValidateSourceParams) -> tuple[Records, pl.DataFrame, pl.DataFrame]:
+    columns = zip(params.table.columns, file.positions, strict=True)
     split = partial(
         split_records,
         delimiter=params.delimiter,
@@ -165,16 +164,15 @@ def _parse(data: bytes, file: CsvFile, params: ValidateSourceParams) -> tuple[Re
         max_line_bytes=params.max_line_bytes,
         single_line={position: column.name for column, position in columns if column.dtype != "string"},
     )
-    layout = (file.positions, file.fields, params.delimiter, table)
     terminated = data if data[-1:] in (b"\n", b"") else data + b"\n"  # Polars is lax on a last line without
     records = split(terminated)
     if terminated is not data and params.unterminated_last_row == "refuse":
         _check_last_line(data, params.delimiter)
     try:
-        return records, parse_rows(records, *layout)
+        return records, *parse_rows(records, file, params)
     except pl.exceptions.PolarsError:  # as many fields are missing in some records as others have too many
         records = split(terminated, exact=True)
-        return records, parse_rows(records, *layout)
+        return records, *parse_rows(records, file, params)
 
 
 def _check_last_line(data: bytes, delimiter: str) -> None:
@@ -189,14 +187,14 @@ def _check_last_line(data: bytes, delimiter: str) -> None:
         raise DamagedText(count_lines(data) + 1, problem)
 
 
-def _rejected(records: Records, parsed: ParsedRows, fields: int) -> pl.DataFrame:
+def _rejected(records: Records, faults: pl.DataFrame, fields: int) -> pl.DataFrame:
     """The faults of cells and the malformed rows, in order of line."""
-    rows = parsed.faults["row"].to_numpy()
+    rows = faults["row"].to_numpy()
     takes = pl.lit(pl.Series(records.spans[rows]))
     reason = pl.concat_str(pl.when(pl.col("value") != "").then(pl.col("value") + " ").otherwise(pl.lit("")), "problem")
     reason = pl.when(takes > 1).then(pl.format("{}; the row takes {} lines", reason, takes)).otherwise(reason)
     line = pl.Series("line", records.lines[rows], pl.Int64)
-    cells = parsed.faults.select(line, "column", "value", reason.alias("reason"), "problem")
+    cells = faults.select(line, "column", "value", reason.alias("reason"), "problem")
     malformed = []
     for row in records.malformed_rows:
         problem = f"row has {counted(row.fields, 'field')}, the header {fields}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import polars as pl
 
@@ -131,11 +130,3 @@ def rejection_message(
         f"at most {percent(limit)} may be (max_rejected_fraction). Reasons: {kinds}{more}. "
         f"Remedy: {', or '.join(remedies)}. {listed_in} lists them, up to {LISTED_REJECTIONS:,}"
     )
-
-
-def as_details(table: pl.DataFrame, reasons: Sequence[Reason], listed: int = 50) -> dict[str, Any]:
-    """The first rejected rows and all reasons, as plain data."""
-    return {
-        "rejected_rows": table.head(listed).to_dicts(),
-        "rejection_reasons": [vars(reason) for reason in reasons[:200]],
-    }

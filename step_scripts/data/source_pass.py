@@ -77,7 +77,7 @@ def _rightly_read(
 ) -> tuple[list[FileReport], list[Fragment]]:
     """Each file with its reports up to the first fragment that is to be read (again); which are to be read again."""
     found, again = [], []
-    for _, own in groupby(fragments, key=lambda fragment: fragment.file.uri):
+    for file, own in groupby(fragments, key=lambda fragment: fragment.file):
         right: list[FragmentReport] = []
         quoted, known = False, True
         for fragment in own:
@@ -89,7 +89,7 @@ def _rightly_read(
             if known:
                 right.append(report)
             quoted ^= report.odd_quotes
-        found.append(FileReport(fragment.file, right))
+        found.append(FileReport(file, right))
     return found, again
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import reduce
@@ -25,6 +24,7 @@ from step_scripts.table.hashes import RowSetDigest, distinct_hashes, hashes_of_i
 from step_scripts.table.spec import TableSpec
 
 SPLITS = ("train", "validation", "test")
+_COUNTS = ("rows_read", "rows_later", "rows_superseded", "rows_deleted")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def split_rows(rows: pl.DataFrame, plan: SplitPlan) -> SplitReport:
     live = current.filter(~pl.col("is_deleted")) if current["is_deleted"].any() else current
     report = _write(plan, place, live)
     later, deleted = frame.height - current.height, current.height - live.height
-    report.counts = {"rows_read": frame.height, "rows_later": later, "rows_superseded": 0, "rows_deleted": deleted}
+    report.counts = dict(zip(_COUNTS, (frame.height, later, 0, deleted), strict=True))
     return report
 
 
@@ -112,9 +112,8 @@ def split_outcome(
     sketch: TableSketch,
 ) -> StepOutcome:
     """Write output `statistics`; what the splits hold. Raises `StepError` if one of them would be empty."""
-    counts = Counter(dict.fromkeys(("rows_read", "rows_later", "rows_superseded", "rows_deleted"), 0))
-    for found in (plan.latest, *reports):
-        counts.update(found.counts if found else {})
+    counted_rows = [plan.latest.counts] if plan.latest else [report.counts for report in reports]
+    counts = {name: sum(found[name] for found in counted_rows) for name in _COUNTS}
     schema = ",".join(f"{column.name}:{column.dtype}" for column in plan.table.columns)
     splits: dict[str, Artifact] = {}
     for split in SPLITS:

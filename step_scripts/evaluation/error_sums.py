@@ -50,7 +50,7 @@ class ErrorSums(NamedTuple):
     def merge(self, other: ErrorSums) -> ErrorSums:
         """Of the rows of both."""
         sums = [mine + others for mine, others in zip(self[:-1], other[:-1], strict=True)]
-        return ErrorSums(*sums, max(self.largest, other.largest))
+        return ErrorSums._make([*sums, max(self.largest, other.largest)])
 
     @property
     def rmse(self) -> float:

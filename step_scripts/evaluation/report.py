@@ -27,12 +27,7 @@ def evaluation_outcome(
     deviations = standard_deviations(errors.sample[:, 0], errors.sample[:, 1], sums.rows)
     quantiles = np.quantile(errors.sample[:, 0] - errors.sample[:, 1], [p / 100 for p in _PERCENTS]).tolist()
     slices = [
-        {
-            "slice": grouping.name,
-            "group": grouping.label(key),
-            "rows": group.rows,
-            **{name: None if math.isnan(value) else value for name, value in _chosen(group, _OF_SLICES).items()},
-        }
+        {"slice": grouping.name, "group": grouping.label(key), "rows": group.rows, **_chosen(group, _OF_SLICES)}
         for grouping, groups in zip(plan.slices, errors.groups, strict=True)
         for key, group in sorted(groups.items())
     ]
@@ -105,9 +100,9 @@ def _figures(errors: RowErrors) -> dict[str, float]:
     }
 
 
-def _chosen(sums: ErrorSums, names: tuple[str, ...]) -> dict[str, Any]:
+def _chosen(sums: ErrorSums, names: tuple[str, ...]) -> dict[str, float | None]:
     figures = sums.figures()
-    return {name: figures[name] for name in names}
+    return {name: None if math.isnan(figures[name]) else figures[name] for name in names}
 
 
 def _comparison(errors: RowErrors) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ def test_least_squares_equals_numpy(seed: int, cuts: list[int]) -> None:
     table = frame_of(features, target)
     bounds = [0, *sorted(cut % 81 for cut in cuts), 80]
     means = features.mean(axis=0)
-    sums = sum(products(table[a:b], NAMES, "y", means) for a, b in pairwise(bounds))
+    sums = np.sum([products(table[a:b], NAMES, "y", means) for a, b in pairwise(bounds)], axis=0)
     fitted = least_squares(sums, NAMES, means)
     expected, *_ = np.linalg.lstsq(np.column_stack([features, np.ones(80)]), target, rcond=None)
     assert fitted.coefficients == pytest.approx(expected[:3], rel=1e-6)
