@@ -39,15 +39,19 @@ def parse_rows(records: Records, file: CsvFile, params: ValidateSourceParams) ->
     def cells_of(data: bytes, types: Mapping[str, pl.DataType]) -> pl.DataFrame:
         """The table's fields: texts, or numbers where `types` asks for them, null where a cell is none."""
         every = [f"column_{number}" for number in range(1, file.fields + 1)]
-        return read_csv(
-            data,
-            has_header=False,
-            schema={name: types.get(name, pl.String()) for name in every},
-            separator=params.delimiter,
-            quote_char='"' if records.quoted else None,
-            ignore_errors=True,
-            raise_if_empty=False,
-        ).select(names)
+        return (
+            read_csv(
+                data,
+                has_header=False,
+                schema={name: types.get(name, pl.String()) for name in every},
+                separator=params.delimiter,
+                quote_char='"' if records.quoted else None,
+                ignore_errors=True,
+                raise_if_empty=False,
+            )
+            .select(names)
+            .rechunk()
+        )
 
     read = cells_of(records.data, numbers)
     if read.height != len(records.lines):
@@ -73,18 +77,27 @@ def parse_rows(records: Records, file: CsvFile, params: ValidateSourceParams) ->
 
 def _faults(exact: pl.DataFrame, texts: pl.DataFrame, rows: pl.Series, table: TableSpec) -> pl.DataFrame:
     """What is wrong with the cells of `exact`, in order of row and column. `rows` are the numbers of its rows."""
-    violated = violations(exact, table)
-    found = []
-    for column, cells, text in zip(table.columns, exact, texts, strict=True):
-        shown = text.str.strip_chars().fill_null("")
-        unread = (cells.is_null() & (shown != "")).arg_true()
-        columns = {"row": unread.cast(pl.UInt32), "column": column.name, "problem": _NOT_A[column.dtype]}
-        problems = pl.concat(
-            [pl.DataFrame(columns, schema=VIOLATION_SCHEMA), violated.filter(pl.col("column") == column.name)]
-        ).unique("row", keep="first", maintain_order=True)
-        value = shown.gather(problems["row"]).str.slice(0, _SHOWN_CHARACTERS).alias("value")
-        found.append(problems.with_columns(value, rows.gather(problems["row"]).alias("row")))
-    return pl.concat(found).sort("row", maintain_order=True)
+    texts.columns = exact.columns
+    cells = texts.with_row_index("row").unpivot(index="row", variable_name="column")
+    unread = pl.col("column").replace_strict({column.name: _NOT_A[column.dtype] for column in table.columns})
+    return (
+        cells.with_columns(
+            pl.col("value").str.strip_chars().fill_null(""),
+            exact.select(pl.all().is_null()).unpivot()["value"].alias("null"),
+        )
+        .join(violations(exact, table), on=["row", "column"], how="left", maintain_order="left")
+        .with_columns(
+            pl.when(pl.col("null") & (pl.col("value") != "")).then(unread).otherwise("problem").alias("problem")
+        )
+        .filter(pl.col("problem").is_not_null())
+        .sort("row", maintain_order=True)
+        .select(
+            pl.lit(rows).gather("row").alias("row"),
+            "column",
+            "problem",
+            pl.col("value").str.slice(0, _SHOWN_CHARACTERS),
+        )
+    )
 
 
 def _typed(frame: pl.DataFrame, table: TableSpec) -> pl.DataFrame:

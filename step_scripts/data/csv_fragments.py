@@ -128,7 +128,7 @@ def _read_text(facts: FragmentFacts) -> bytes:
     with storage.open_input(file.uri) as source:
         source.seek(begin)
         data = source.read(min(length + DIGEST_BLOCK, file.bytes - begin))
-        facts.odd_quotes = count_byte(data[:length], QUOTE) % 2 == 1
+        facts.odd_quotes = count_byte(memoryview(data)[:length], QUOTE) % 2 == 1
         quoted = facts.fragment.quoted ^ facts.odd_quotes
         while True:
             complete = begin + len(data) >= file.bytes
