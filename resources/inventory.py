@@ -74,7 +74,7 @@ def step_results(root: str) -> list[OwnedItem]:
 
 
 def remove_step_results(root: str, uri: str) -> None:
-    """Remove the results of the step whose item is located at `uri`; with them the folder, if that leaves it empty."""
+    """Remove the results of the step whose item is located at `uri`; with them the folders that this leaves empty."""
     step = uri.removeprefix(root.rstrip("/") + "/")
     files = (f"{step}/{path}" for path, _, _ in storage.list_details(uri))
     digests = {found["digest"] for file in files if (found := RESULT_FILE.fullmatch(file))}

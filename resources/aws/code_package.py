@@ -14,7 +14,8 @@ import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from step_scripts.runner import storage
 
 ARCHIVE, REQUIREMENTS, BOOTSTRAP = "source.tar.gz", "requirements.txt", "bootstrap.sh"
 # What steps import. The versions are those of the Dagster process, so that both sides of a job agree.
@@ -46,16 +47,13 @@ class CodePackage:
     files: dict[str, bytes]
     digest: str
 
-    def upload(self, client: Any, code_root: str) -> str:
+    def upload(self, code_root: str) -> str:
         """Put the files below `<code_root>/<digest>/` unless they are there. Returns that URI, ending with a slash."""
-        bucket, _, root = code_root.removeprefix("s3://").strip("/").partition("/")
-        prefix = "/".join(part for part in (root, self.digest) if part) + "/"
-        found = client.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])
-        present = {item["Key"] for item in found}
-        for name, content in self.files.items():
-            if prefix + name not in present:
-                client.put_object(Bucket=bucket, Key=prefix + name, Body=content)
-        return f"s3://{bucket}/{prefix}"
+        uri = storage.join(code_root, self.digest)
+        present = storage.sizes(uri, list(self.files))
+        for name in self.files.keys() - present.keys():
+            storage.write_bytes(storage.join(uri, name), self.files[name])
+        return f"{uri}/"
 
 
 def code_package(packages: Iterable[str], modules: Iterable[str] = ()) -> CodePackage:

@@ -30,7 +30,7 @@ import psutil
 from pydantic import Field, PrivateAttr
 
 from resources.compute.base import ComputeBackend, failure_of
-from resources.inventory import NotOwned, OwnedItem, remove_empty, remove_step_results, step_results
+from resources.inventory import OwnedItem
 from resources.pipes_session import pipes_session
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepRequest, StepResult
@@ -153,7 +153,7 @@ class LocalRay(ComputeBackend):
         for session in self._sessions():
             with contextlib.suppress(psutil.NoSuchProcess):
                 running.append(session.item())
-        return [*running, *step_results(self.artifact_root)]
+        return [*running, *super().inventory()]
 
     def remove(self, item: OwnedItem) -> None:
         """See `ComputeBackend.remove`. A driver process is ended with all that it started."""
@@ -162,11 +162,8 @@ class LocalRay(ComputeBackend):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     if session.item().location == item.location:
                         session.end()
-        elif item.location.startswith(f"{self.artifact_root.rstrip('/')}/"):
-            remove_step_results(self.artifact_root, item.location)
-            remove_empty(self.artifact_root)
         else:
-            raise NotOwned(f"{item.location} is not below {self.artifact_root}")
+            super().remove(item)
 
     def _sessions(self) -> list[_Session]:
         """Sessions with this backend's artifacts, of any run, by the environment of their processes.
