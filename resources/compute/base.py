@@ -14,7 +14,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from resources.inventory import NotOwned, OwnedItem, remove_step_results, step_results
+from resources.inventory import RESULT_FILE, NotOwned, OwnedItem, files_below, remove_step_results
 from step_scripts.runner.code_version import library_versions, require_unchanged, step_sources, version_of
 from step_scripts.runner.contract import Artifact, StepError, StepParams, StepRequest, StepResult
 from step_scripts.runner.execution import find_result
@@ -85,7 +85,7 @@ class ComputeBackend(dg.ConfigurableResource, ABC):
 
     def inventory(self) -> Sequence[OwnedItem]:
         """What this backend owns: stored results of steps, and processes or jobs that run now."""
-        return step_results(self.artifact_root)
+        return files_below(self.artifact_root, RESULT_FILE, "results of")
 
     def remove(self, item: OwnedItem) -> None:
         """Remove an item of `inventory`, if it is still there. Raises `NotOwned` for what is not this deployment's."""

@@ -253,6 +253,7 @@ class LocalRay(ComputeBackend):
         If it has ended, its other processes and the outputs of this attempt are removed.
         """
         attempt = uuid.uuid4().hex[:12]
+        reply: dict[str, Any] | None = None
         try:
             if self._worker is None:
                 self._worker = self._start(context.run.run_id)
@@ -264,19 +265,15 @@ class LocalRay(ComputeBackend):
                 pipes = session.get_bootstrap_env_vars()
                 self._worker.send({"request": request.model_dump(mode="json"), "attempt": attempt, "pipes": pipes})
                 reply = self._worker.reply()
-        except BaseException:
+            if reply is None:
+                error = {"kind": "crash", "message": self._how_it_ended(), "traceback": "see the run's output"}
+                reply = {"error": error, "ended": True}
+            return reply
+        finally:
             # Any way out but the normal one (termination above all): nothing may go on running behind the run's back.
-            self._stop()
-            storage.delete(storage.join(request.output_uri, attempt))
-            raise
-        if reply is None:
-            reply = {"error": {"kind": "crash", "message": self._how_it_ended(), "traceback": "see the run's output"}}
-            self._stop()
-            storage.delete(storage.join(request.output_uri, attempt))
-        if reply.get("ended"):
-            self._stop()
-            storage.delete(storage.join(request.output_uri, attempt))
-        return reply
+            if reply is None or reply.get("ended"):
+                self._stop()
+                storage.delete(storage.join(request.output_uri, attempt))
 
     def _how_it_ended(self) -> str:
         assert self._worker is not None

@@ -15,7 +15,7 @@ from resources.aws.code_package import BOOTSTRAP, code_package
 from resources.aws.image import XGBOOST_IMAGE_VERSION, job_image
 from resources.aws.request_validation import check_request
 from resources.compute.base import ComputeBackend, as_metadata, failure_of
-from resources.inventory import NotOwned, OwnedItem, files_at, remove_tree
+from resources.inventory import NotOwned, OwnedItem, files_below, remove_tree
 from resources.sagemaker.job_files import JobInputs, JobPolling
 from resources.sagemaker.job_inventory import jobs_in_progress, remove_job
 from resources.sagemaker.job_kinds import PROCESSING, TRAINING, TUNING, JobKind, digest_of, request_digest
@@ -191,10 +191,7 @@ class SageMakerCompute(ComputeBackend):
 
     def inventory(self) -> Sequence[OwnedItem]:
         """See `ComputeBackend.inventory`. Jobs in progress; files of jobs, code and checkpoints below `job_root`."""
-        from step_scripts.runner.s3_objects import list_folders
-
-        folders = [name for name in sorted(list_folders(self.job_root)) if self._is_job_folder(name)]
-        files = [item for name in folders for item in files_at(f"{self.job_root}/{name}", f"files of job {name}")]
+        files = files_below(self.job_root, self._job_file, "files of job")
         return [*jobs_in_progress(self.client.settings), *super().inventory(), *files]
 
     def remove(self, item: OwnedItem) -> None:
@@ -202,16 +199,17 @@ class SageMakerCompute(ComputeBackend):
         if item.kind == "job":
             remove_job(self.client.settings, item)
         elif item.location.startswith(f"{self.job_root}/"):
-            if not self._is_job_folder(item.location.removeprefix(f"{self.job_root}/")):
+            if not self._job_file.fullmatch(f"{item.location.removeprefix(f'{self.job_root}/')}/"):
                 raise NotOwned(f"{item.location} holds no files of jobs of this deployment")
             remove_tree(item.location)
         else:
             super().remove(item)
 
-    def _is_job_folder(self, name: str) -> bool:
-        """Whether a folder of that name, below `job_root`, is one that this deployment's jobs use."""
-        ours = rf"code|checkpoints|{re.escape(self.name_prefix)}-[^/]+|tune-[0-9a-f]+-[0-9a-f]+(-[0-9]+)?"
-        return re.fullmatch(ours, name) is not None
+    @property
+    def _job_file(self) -> re.Pattern[str]:
+        """Files in folders, below `job_root`, that this deployment's jobs use."""
+        ours = rf"code|checkpoints|{re.escape(self.name_prefix)}-[^/]+|tune-[0-9a-f]+-[0-9a-f]+(?:-[0-9]+)?"
+        return re.compile(rf"({ours})/.*", re.DOTALL)
 
     def _environment(self) -> dict[str, str]:
         """See `ComputeBackend._environment`. The image decides on Python; other versions are installed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC
 from typing import Any
 
-from resources.aws.tags import sanitised
+from resources.aws.ownership import sanitised
 from resources.model_registry import package_files as files
 from resources.model_registry.base import GateEvidence, ModelVersion, StatusChange
 from resources.model_registry.model_packages import one_line

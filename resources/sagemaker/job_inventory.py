@@ -8,8 +8,7 @@ from datetime import UTC, datetime
 
 import dagster as dg
 
-from resources.aws.ownership import belongs_to, created_here, tags_of
-from resources.aws.tags import RUN_TAG
+from resources.aws.ownership import RUN_TAG, belongs_to, created_here, tags_of
 from resources.inventory import NotOwned, OwnedItem
 from resources.sagemaker.job_files import LEASE, JobSettings
 from resources.sagemaker.job_kinds import PROCESSING, TERMINAL, TRAINING, TUNING

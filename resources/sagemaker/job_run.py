@@ -14,9 +14,8 @@ from typing import Any
 import dagster as dg
 
 from resources.aws.calls import error_code, error_message, is_missing, is_transient
-from resources.aws.ownership import creation_tags, tags_of
+from resources.aws.ownership import RUN_TAG, WORK_TAG, asset_names, owned, root_tags, run_tags, tags_of
 from resources.aws.request_validation import check_request
-from resources.aws.tags import RUN_TAG, WORK_TAG, asset_names, run_tags, tag_list
 from resources.sagemaker.job_files import (
     BOOTSTRAP,
     LEASE,
@@ -216,8 +215,8 @@ class JobRun:
         request = copy.deepcopy(dict(self._params))
         request[self.kind.member("Name")] = self.name
         given = {tag["Key"]: tag["Value"] for tag in request.get("Tags", [])}
-        ours = {WORK_TAG: self._work, **creation_tags(self.settings.job_root)}
-        request["Tags"] = tag_list(ours, given, run_tags(self._context))
+        ours = {WORK_TAG: self._work, **root_tags(self.settings.job_root)}
+        request["Tags"] = owned(ours, given, run_tags(self._context))
         inputs = self._inputs
         environment = {inputs.uri_variable: self.prefix.uri} if inputs.uri_variable else dict(bootstrap)
         if inputs.name_variable:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from resources.feature_store.feature_groups import CatalogTables
+from resources.feature_store.feature_groups import FeatureGroups
 from resources.feature_store.sagemaker import SageMakerFeatureStore
 from step_scripts.feature_store.feature_values import feature_types
 from step_scripts.ingest_features import _TARGET
@@ -78,15 +78,15 @@ def test_a_table_that_is_not_there_yet_is_awaited_and_one_that_was_dropped_is_mi
     glue.delete_table(DatabaseName=database, Name=name)
     with pytest.raises(StepError, match=rf"its Iceberg table {database}\.{name} has not been in AWS Glue for 0 s"):
         store(aws, wait_seconds=0.2).ensure_group("iced", TABLE)
-    find, fields = CatalogTables._find, ("Name", "TableType", "Parameters", "StorageDescriptor")
+    find, fields = FeatureGroups._find_table, ("Name", "TableType", "Parameters", "StorageDescriptor")
 
-    def find_and_appear(self: CatalogTables, *place: Any) -> Any:
+    def find_and_appear(self: FeatureGroups, *place: Any) -> Any:
         if (found := find(self, *place)) is None:
             glue.create_table(DatabaseName=database, TableInput={field: table[field] for field in fields})
         return found
 
     with monkeypatch.context() as patched:
-        patched.setattr(CatalogTables, "_find", find_and_appear)
+        patched.setattr(FeatureGroups, "_find_table", find_and_appear)
         assert store(aws).ensure_group("iced", TABLE) == target
     plain = {**table, "Parameters": {"classification": "parquet"}}
     glue.update_table(DatabaseName=database, TableInput={field: plain[field] for field in fields})

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resources.aws.code_package import archive, code_package
-from resources.aws.tags import sanitised, tag_list
+from resources.aws.ownership import sanitised, tag_list
 from resources.sagemaker.job_kinds import (
     PROCESSING,
     TRAINING,
