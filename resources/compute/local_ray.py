@@ -95,33 +95,6 @@ class _Worker:
         self.folder.remove()
 
 
-@dataclass
-class _Session:
-    """What runs in one session's folder: a keeper, if it is alive, and other processes, oldest first."""
-
-    folder: Path
-    run_id: str | None
-    processes: list[psutil.Process]
-
-    def item(self) -> OwnedItem:
-        first = self.processes[0]
-        started = first.create_time()
-        return OwnedItem(
-            kind="job",
-            name=f"process {first.pid}",
-            location=f"process {first.pid} of {started:.2f}",
-            created_at=datetime.fromtimestamp(started, UTC),
-            run_id=self.run_id,
-            temporary=True,
-            detail="Ray driver",
-        )
-
-    def end(self) -> None:
-        end_processes(self.processes[:1], _TERMINATION_SECONDS)  # a keeper takes all others with it
-        end_processes(processes_of(self.folder))
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
 class LocalRay(ComputeBackend):
     """One Ray session a run, started with the first step that is not answered from the cache."""
 
@@ -149,28 +122,26 @@ class LocalRay(ComputeBackend):
 
     def inventory(self) -> Sequence[OwnedItem]:
         """See `ComputeBackend.inventory`. What is running now are the driver processes of runs."""
-        running = []
-        for session in self._sessions():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                running.append(session.item())
-        return [*running, *super().inventory()]
+        return [*(item for item, _, _ in self._sessions()), *super().inventory()]
 
     def remove(self, item: OwnedItem) -> None:
         """See `ComputeBackend.remove`. A driver process is ended with all that it started."""
-        if item.kind == "job":
-            for session in self._sessions():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if session.item().location == item.location:
-                        session.end()
-        else:
+        if item.kind != "job":
             super().remove(item)
+            return
+        for found, folder, first in self._sessions():
+            if found.location == item.location:
+                end_processes([first], _TERMINATION_SECONDS)  # a keeper takes all others with it
+                end_processes(processes_of(folder))
+                shutil.rmtree(folder, ignore_errors=True)
 
-    def _sessions(self) -> list[_Session]:
+    def _sessions(self) -> Iterator[tuple[OwnedItem, Path, psutil.Process]]:
         """Sessions with this backend's artifacts, of any run, by the environment of their processes.
 
-        It finds what is left of a session even if its first process or its folder is gone.
+        Each with its folder and its oldest process: the keeper, if it is alive. It finds what is left of a session even
+        if its first process or its folder is gone.
         """
-        found: dict[tuple[str, str | None], list[psutil.Process]] = {}
+        found: dict[tuple[str, str | None], list[tuple[float, psutil.Process]]] = {}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 environment = process.environ()
@@ -178,11 +149,20 @@ class LocalRay(ComputeBackend):
                 if folder is None or environment.get("HOUSING_ARTIFACTS") != self.artifact_root:
                     continue
                 if process.status() != psutil.STATUS_ZOMBIE:
-                    found.setdefault((folder, environment.get("HOUSING_RUN_ID")), []).append(process)
-        return [
-            _Session(Path(folder), run_id, sorted(members, key=lambda process: process.create_time()))
-            for (folder, run_id), members in found.items()
-        ]
+                    session = (folder, environment.get("HOUSING_RUN_ID"))
+                    found.setdefault(session, []).append((process.create_time(), process))
+        for (folder, run_id), processes in found.items():
+            started, first = min(processes, key=lambda process: process[0])
+            item = OwnedItem(
+                kind="job",
+                name=f"process {first.pid}",
+                location=f"process {first.pid} of {started:.2f}",
+                created_at=datetime.fromtimestamp(started, UTC),
+                run_id=run_id,
+                temporary=True,
+                detail="Ray driver",
+            )
+            yield item, Path(folder), first
 
     def _stop(self) -> None:
         worker, self._worker = self._worker, None
@@ -253,7 +233,7 @@ class LocalRay(ComputeBackend):
         If it has ended, its other processes and the outputs of this attempt are removed.
         """
         attempt = uuid.uuid4().hex[:12]
-        reply: dict[str, Any] | None = None
+        goes_on = False
         try:
             if self._worker is None:
                 self._worker = self._start(context.run.run_id)
@@ -268,10 +248,11 @@ class LocalRay(ComputeBackend):
             if reply is None:
                 error = {"kind": "crash", "message": self._how_it_ended(), "traceback": "see the run's output"}
                 reply = {"error": error, "ended": True}
+            goes_on = not reply.get("ended")
             return reply
         finally:
             # Any way out but the normal one (termination above all): nothing may go on running behind the run's back.
-            if reply is None or reply.get("ended"):
+            if not goes_on:
                 self._stop()
                 storage.delete(storage.join(request.output_uri, attempt))
 

@@ -174,15 +174,12 @@ class FeatureStore(dg.ConfigurableResource, ABC):
 
 def store_item(store: OfflineStore, name: str, arn: str | None = None) -> OwnedItem:
     """A group that is there, as an item of the inventory: also one that cannot be read, so that it can be removed."""
+    created_at = None
     try:
         facts = store.describe(name)
+        created_at = datetime.fromisoformat(facts["created_at"])
+        detail = f"{counted(facts['live_rows'], 'record')}, {megabytes(facts['bytes'])}"
     except StepError as error:  # moved, damaged, of another version
         detail = str(error).splitlines()[0]
-        return OwnedItem(kind="feature_group", name=name, location=arn or store.folder(name).uri, detail=detail)
-    return OwnedItem(
-        kind="feature_group",
-        name=name,
-        location=arn or facts["path"],
-        created_at=datetime.fromisoformat(facts["created_at"]),
-        detail=f"{counted(facts['live_rows'], 'record')}, {megabytes(facts['bytes'])}",
-    )
+    location = arn or store.folder(name).uri
+    return OwnedItem(kind="feature_group", name=name, location=location, created_at=created_at, detail=detail)
