@@ -40,7 +40,7 @@ STEPS = ("validate_source", "ingest_features", "prepare_splits", "tune_model", "
 HEAD_GROUP = "HOUSING_CLUSTER_HEAD_GROUP"  # read by step_scripts.cluster
 _SAME_FOR_ALL = {"role_arn", "subnets", "security_group_ids", "checkpoint_uri", "network_isolation", "tags"}
 _CHANGES: Mapping[str, Any] = {
-    name: (field.annotation | None, Field(default=None, description=field.description))  # pyright: ignore[reportOptionalOperand]
+    name: (field.annotation | None, Field(default=None, description=field.description))  # pyright: ignore[reportOperatorIssue]
     for name, field in JobConfig.model_fields.items()
     if name not in (*_SAME_FOR_ALL, "environment")
 }

@@ -49,7 +49,8 @@ class JobKind:
 
     def job(self, description: Mapping[str, Any]) -> Job:
         """The job of a description."""
-        return Job(self, *(description[self.member(what)] for what in ("Name", "Arn", "Status")), description)
+        name, arn, status = (description[self.member(what)] for what in ("Name", "Arn", "Status"))
+        return Job(self, name, arn, status, description)
 
     def describe(self, client: Any, name: str) -> Job | None:
         """The job as it is now; `None` if there is no such job."""

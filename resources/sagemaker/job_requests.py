@@ -166,7 +166,7 @@ def processing_request(
                 }
                 for name, uri in channels.items()
             ],
-            "ProcessingResources": {"ClusterConfig": _without_empty(_hosts(config))},
+            "ProcessingResources": {"ClusterConfig": _hosts(config)},
             "StoppingCondition": {"MaxRuntimeInSeconds": config.max_run_seconds},
             "NetworkConfig": _network(config),
         }
@@ -204,6 +204,6 @@ def _all_below(uri: str) -> dict[str, str]:
 
 
 def _without_empty(members: Mapping[str, Any]) -> dict[str, Any]:
-    """Members, and members of members, that have a value: what is not configured is not in a request."""
+    """Members that have a value, on all levels: what is not configured is not in a request."""
     kept = {name: _without_empty(value) if isinstance(value, Mapping) else value for name, value in members.items()}
     return {name: value for name, value in kept.items() if value not in (None, {}, [])}
