@@ -57,7 +57,16 @@ class OwnedItem(BaseModel):
 
 def files_at(uri: str, name: str) -> list[OwnedItem]:
     """Everything below `uri` as one item; none if there is nothing."""
-    return _as_items(uri, name, [(size, modified) for _, size, modified in storage.list_details(uri)])
+    return files_item(uri, name, [(size, modified) for _, size, modified in storage.list_details(uri)])
+
+
+def files_item(uri: str, name: str, files: list[tuple[int, float]]) -> list[OwnedItem]:
+    """Files at `uri` as one item; none if there are none. Of each: bytes, and seconds since 1970."""
+    if not files:
+        return []
+    created = datetime.fromtimestamp(min(modified for _, modified in files), UTC)
+    detail = f"{counted(len(files), 'file')}, {megabytes(sum(size for size, _ in files))}"
+    return [OwnedItem(kind="files", name=name, location=uri, created_at=created, detail=detail)]
 
 
 def step_results(root: str) -> list[OwnedItem]:
@@ -69,7 +78,7 @@ def step_results(root: str) -> list[OwnedItem]:
     return [
         item
         for step, files in sorted(found.items())
-        for item in _as_items(storage.join(root, step), f"results of {step}", files)
+        for item in files_item(storage.join(root, step), f"results of {step}", files)
     ]
 
 
@@ -141,11 +150,3 @@ def remove_empty(*uris: str) -> None:
             path = storage.local_path(uri)
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
-
-
-def _as_items(uri: str, name: str, files: list[tuple[int, float]]) -> list[OwnedItem]:
-    if not files:
-        return []
-    created = datetime.fromtimestamp(min(modified for _, modified in files), UTC)
-    detail = f"{counted(len(files), 'file')}, {megabytes(sum(size for size, _ in files))}"
-    return [OwnedItem(kind="files", name=name, location=uri, created_at=created, detail=detail)]

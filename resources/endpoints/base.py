@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from resources.endpoints.captured_files import CapturedFile
+from resources.endpoints.captured_files import CapturedFile, captured_below, remove_captured
 from resources.inventory import OwnedItem
 from resources.model_registry.base import ModelVersion
 from step_scripts.runner.wording import counted
@@ -56,16 +57,6 @@ class SmokeTestFailed(ValueError):
     """Served predictions are not the expected ones."""
 
 
-class DeploymentLog(Protocol):
-    """Where progress is reported: `context.log`, or any logger."""
-
-    def info(self, msg: str, /) -> None:
-        """Report progress."""
-
-    def warning(self, msg: str, /) -> None:
-        """Report something that people should look at."""
-
-
 class SmokeTestResult(BaseModel):
     """Figures of a passed smoke test. Latencies are of requests of one row, in milliseconds."""
 
@@ -77,6 +68,11 @@ class SmokeTestResult(BaseModel):
     requests: int
     median_ms: float
     largest_ms: float
+
+    def of(self, version: str) -> str:
+        """The figures as a line for a log."""
+        figures = f"largest difference {self.largest_difference:g}, {self.median_ms:g} ms a row"
+        return f"Smoke test of {version}: {counted(self.rows, 'row')}, {figures}."
 
 
 class SmokeTest(BaseModel):
@@ -188,9 +184,10 @@ class EndpointHost(dg.ConfigurableResource, ABC):
     """Serves models over HTTP. Assets depend on this type; the deployment picks the implementation."""
 
     default_name: str = Field(default="housing", description="Endpoint of a deployment that names no other.")
+    root: str = Field(description="Below it the host keeps its files.")
 
     @abstractmethod
-    def deploy(self, name: str, version: ModelVersion, smoke_test: SmokeTest, log: DeploymentLog) -> EndpointStatus:
+    def deploy(self, name: str, version: ModelVersion, smoke_test: SmokeTest, log: logging.Logger) -> EndpointStatus:
         """Serve `version` as `name`, without dropping requests if another version is being served.
 
         Raises `VersionNotApproved`, or `EndpointDeploymentFailed`, in which case what was served before still is.
@@ -210,27 +207,8 @@ class EndpointHost(dg.ConfigurableResource, ABC):
         """
 
     @abstractmethod
-    def captured(self, name: str, table: TableSpec, since: datetime, limit: int) -> CapturedRows | None:
-        """Raw features and predictions of at most `limit` rows, of the latest captured requests since that time.
-
-        None: there is no such endpoint, or its requests are not captured.
-        """
-
-    @abstractmethod
-    def captured_files(self) -> Sequence[CapturedFile]:
-        """Files of captured requests below this host's root, also of endpoints that are gone."""
-
-    @abstractmethod
-    def remove_captured(self, files: Sequence[CapturedFile]) -> None:
-        """Remove some of them; nothing happens to those that are gone. Raises `NotOwned` for what is another's."""
-
-    @abstractmethod
     def delete(self, name: str) -> None:
         """Remove the endpoint, after the requests in progress. Nothing happens if there is none."""
-
-    @abstractmethod
-    def list(self) -> Sequence[EndpointStatus]:
-        """All endpoints of this host, by name."""
 
     @abstractmethod
     def inventory(self) -> Sequence[OwnedItem]:
@@ -239,3 +217,51 @@ class EndpointHost(dg.ConfigurableResource, ABC):
     @abstractmethod
     def remove(self, item: OwnedItem) -> None:
         """Remove what `inventory` listed; nothing happens if it is gone. Raises `NotOwned` for what is another's."""
+
+    @abstractmethod
+    def _names(self) -> Sequence[str]:
+        """What may be the name of an endpoint of this host."""
+
+    @abstractmethod
+    def _capture_of(self, name: str) -> str | None:
+        """Where the requests of an endpoint are captured; None if they are not, or if there is no such endpoint."""
+
+    @abstractmethod
+    def _capture_folders(self) -> Mapping[str, str]:
+        """Folders of captured requests that are this host's own, by endpoint, also of endpoints that are gone."""
+
+    @property
+    @abstractmethod
+    def _captured(self) -> str:
+        """What those folders are below."""
+
+    def captured(self, name: str, table: TableSpec, since: datetime, limit: int) -> CapturedRows | None:
+        """Raw features and predictions of at most `limit` rows, of the latest captured requests since that time.
+
+        None: there is no such endpoint, or its requests are not captured.
+        """
+        from step_scripts.serving.captured_requests import read_captured
+
+        uri = self._capture_of(name)
+        return read_captured(uri, table, since, limit, without=PROBE_ID) if uri else None
+
+    def captured_files(self) -> Sequence[CapturedFile]:
+        """Files of captured requests below this host's root, also of endpoints that are gone."""
+        return [file for name, folder in self._capture_folders().items() for file in captured_below(folder, name)]
+
+    def remove_captured(self, files: Sequence[CapturedFile]) -> None:
+        """Remove some of them; missing files are ignored. Raises `NotOwned` for what is another's."""
+        remove_captured(files, self._captured)
+
+    def _not_served(self, name: str) -> EndpointNotFound:
+        names = ", ".join(status.name for status in self.list() if status.state == "InService") or "none"
+        return EndpointNotFound(f"endpoint {name} is not served; served are: {names} (in {self.root})")
+
+    def _not_deployed(self, name: str, version: ModelVersion, reason: object) -> EndpointDeploymentFailed:
+        kept = self.describe(name)
+        now = f"{kept.version} keeps serving" if kept and kept.state == "InService" else "nothing is served"
+        return EndpointDeploymentFailed(f"{version.reference} was not deployed to endpoint {name}; {now}. {reason}")
+
+    def list(self) -> Sequence[EndpointStatus]:
+        """All endpoints of this host, by name."""
+        return [status for name in self._names() if (status := self.describe(name)) is not None]

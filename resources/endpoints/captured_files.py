@@ -9,9 +9,8 @@ from itertools import groupby
 
 from pydantic import BaseModel, ConfigDict
 
-from resources.inventory import NotOwned, OwnedItem, remove_empty
+from resources.inventory import NotOwned, remove_empty
 from step_scripts.runner import storage
-from step_scripts.runner.wording import counted, megabytes
 
 # What SageMaker and the local server write below an endpoint's folder; anything else there is not ours.
 _FILE = re.compile(r"(?P<variant>[^/]+)/\d{4}/\d\d/\d\d/\d\d/[^/]+\.jsonl")
@@ -41,15 +40,6 @@ def captured_below(folder: str, endpoint: str) -> list[CapturedFile]:
     return sorted(found, key=lambda file: file.changed_at)
 
 
-def captured_items(files: Sequence[CapturedFile], location: str) -> list[OwnedItem]:
-    """All of them as one item of the inventory; none if there are none."""
-    if not files:
-        return []
-    detail = f"{counted(len(files), 'file')}, {megabytes(sum(file.bytes for file in files))}"
-    first = min(file.changed_at for file in files)
-    return [OwnedItem(kind="files", name="captured requests", location=location, created_at=first, detail=detail)]
-
-
 def surplus(files: Sequence[CapturedFile], before: datetime, most_bytes: float) -> list[CapturedFile]:
     """Those last changed `before`, and the oldest of each endpoint whose files have more than `most_bytes` together."""
     chosen = []
@@ -65,7 +55,7 @@ def surplus(files: Sequence[CapturedFile], before: datetime, most_bytes: float) 
 
 
 def remove_captured(files: Sequence[CapturedFile], root: str) -> None:
-    """Remove the files, which must lie below `root`. Those that are gone do not matter. Raises `NotOwned`."""
+    """Remove the files, which must lie below `root`. Missing files are ignored. Raises `NotOwned`."""
     for folder in sorted({file.folder for file in files}):
         if not folder.startswith(root.rstrip("/") + "/"):
             raise NotOwned(f"{folder} is not below {root}; it is left alone")

@@ -79,6 +79,8 @@ def _s3(endpoint: str | None, region: str | None, credentials: tuple[str | None,
 
 def read_bytes(uri: str) -> bytes:
     """The whole content. Raises `FileNotFoundError`."""
+    if not is_remote(uri):
+        return local_path(uri).read_bytes()  # without Arrow, which takes a while to import
     filesystem_, path = filesystem(uri)
     with filesystem_.open_input_file(path) as file:
         return file.read()
