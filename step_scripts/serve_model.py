@@ -20,7 +20,6 @@ import signal
 import socket
 import stat
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +30,7 @@ import uvloop
 
 from step_scripts.runner.contract import DamagedArtifactError
 from step_scripts.runner.locking import NoLocks, try_lock
-from step_scripts.serving.app import InferenceApp
+from step_scripts.serving.app import InferenceApp, RequestProtocol
 from step_scripts.serving.capture import RequestCapture
 from step_scripts.serving.deployment import (
     CAPTURE_FOLDER,
@@ -44,13 +43,13 @@ from step_scripts.serving.deployment import (
     ReloadRecord,
     ServerRecord,
 )
-from step_scripts.serving.protocol import RequestProtocol
 from step_scripts.serving.served_model import load_served_model, model_in_folder
 
 _GRACE_SECONDS = 25  # SageMaker kills a container 30 s after SIGTERM
 _KEEP_ALIVE_SECONDS = 75
 _LOG_BYTES, _LOG_FILES = 1 << 20, 2
 _OUTPUT_SECONDS = 1.0
+_STANDARD_INPUT = 0
 
 logger = logging.getLogger("housing.serving")
 
@@ -92,16 +91,18 @@ class ModelServer:
         )
         server = _Server(config)
 
+        loop = asyncio.get_running_loop()
+
         def stop() -> None:
             server.should_exit = True
+            loop.remove_reader(_STANDARD_INPUT)
 
-        loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, stop)
         loop.add_signal_handler(signal.SIGINT, stop)
         if self.state is not None:
             loop.add_signal_handler(signal.SIGHUP, self._reload.set)
         if until_input_closes:
-            threading.Thread(target=_call_at_end_of_input, args=(loop, stop), daemon=True).start()
+            loop.add_reader(_STANDARD_INPUT, stop)  # nobody writes there: it can be read when it is closed
         tasks = [asyncio.create_task(work) for work in (self._load_first(stop), self._follow(), self._bound_output())]
         if self.state is not None:
             _record_server(self.state, host, port)
@@ -204,11 +205,6 @@ def _record_server(state: Path, host: str, port: int) -> None:
     created = psutil.Process().create_time()
     record = ServerRecord(pid=os.getpid(), create_time=created, host=host, port=port, started_at=datetime.now(UTC))
     record.write(state / SERVER_FILE)
-
-
-def _call_at_end_of_input(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
-    sys.stdin.buffer.read()
-    loop.call_soon_threadsafe(stop)
 
 
 def _log_to(handler: logging.Handler) -> None:

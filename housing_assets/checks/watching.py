@@ -22,7 +22,7 @@ from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVers
 from resources.services.optional import attempt
 
 if TYPE_CHECKING:
-    from step_scripts.serving.captured_requests import CapturedRows
+    from step_scripts.serving.capture import CapturedRows
 
 HEALTH_CHECK, DRIFT_CHECK = "endpoint_health", "prediction_drift"
 REMEDIES = {

@@ -22,7 +22,7 @@ from step_scripts.serving.deployment import CaptureCounts
 from step_scripts.table.spec import TableSpec
 
 if TYPE_CHECKING:
-    from step_scripts.serving.captured_requests import CapturedRows
+    from step_scripts.serving.capture import CapturedRows
 
 # The inference id of this project's own test requests: they are not part of the traffic that is watched.
 PROBE_ID = "housing-assets-probe"
@@ -240,7 +240,7 @@ class EndpointHost(dg.ConfigurableResource, ABC):
 
         None: there is no such endpoint, or its requests are not captured.
         """
-        from step_scripts.serving.captured_requests import read_captured
+        from step_scripts.serving.capture import read_captured
 
         uri = self._capture_of(name)
         return read_captured(uri, table, since, limit, without=PROBE_ID) if uri else None

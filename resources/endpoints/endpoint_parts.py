@@ -102,19 +102,14 @@ class EndpointParts:
 
     def with_new_parts(self, function: Callable[..., Any], **params: Any) -> Any:
         """A call that names what may have been created a moment ago: not found is waited out for some seconds."""
-        from botocore.exceptions import ClientError
+        import tenacity
 
-        start = time.monotonic()
-
-        def answer() -> tuple[Any] | None:
-            try:
-                return (function(**params),)
-            except ClientError as error:
-                if is_missing(error) and time.monotonic() < start + _CONSISTENCY_SECONDS:
-                    return None
-                raise
-
-        return wait_until(answer, timeout=2 * _CONSISTENCY_SECONDS, interval=1.0, what="the answer")[0]
+        return tenacity.Retrying(
+            retry=tenacity.retry_if_exception(is_missing),
+            stop=tenacity.stop_after_delay(_CONSISTENCY_SECONDS),
+            wait=tenacity.wait_fixed(1.0),
+            reraise=True,
+        )(function, **params)
 
     def settled(self, name: str, seconds: float, log: logging.Logger, *, is_new: bool = False) -> FoundEndpoint | None:
         """The endpoint when nothing is in progress; None if it is gone, or for a new one still not there.
