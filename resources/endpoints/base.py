@@ -29,11 +29,8 @@ PROBE_ID = "housing-assets-probe"
 _SINGLE_REQUESTS = 20
 
 
-class EndpointNotFound(KeyError):
+class EndpointNotFound(LookupError):
     """There is no such endpoint. The message names those that exist."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])  # KeyError would show it quoted
 
 
 class VersionNotApproved(ValueError):
@@ -166,6 +163,9 @@ class EndpointStatus(BaseModel):
     previous_version: str | None = None
     smoke_test: SmokeTestResult | None = Field(default=None, description="Of this deployment; not kept.")
     captured: CaptureCounts | None = Field(default=None, description="Captured requests, where the server counts them.")
+    capture_uri: str | None = Field(
+        default=None, exclude=True, description="Where requests are captured. None: they are not. Not kept."
+    )
 
 
 def require_approved(version: ModelVersion) -> None:
@@ -223,10 +223,6 @@ class EndpointHost(dg.ConfigurableResource, ABC):
         """What may be the name of an endpoint of this host."""
 
     @abstractmethod
-    def _capture_of(self, name: str) -> str | None:
-        """Where the requests of an endpoint are captured; None if they are not, or if there is no such endpoint."""
-
-    @abstractmethod
     def _capture_folders(self) -> Mapping[str, str]:
         """Folders of captured requests that are this host's own, by endpoint, also of endpoints that are gone."""
 
@@ -242,8 +238,10 @@ class EndpointHost(dg.ConfigurableResource, ABC):
         """
         from step_scripts.serving.capture import read_captured
 
-        uri = self._capture_of(name)
-        return read_captured(uri, table, since, limit, without=PROBE_ID) if uri else None
+        status = self.describe(name)
+        if status is None or status.capture_uri is None:
+            return None
+        return read_captured(status.capture_uri, table, since, limit, without=PROBE_ID)
 
     def captured_files(self) -> Sequence[CapturedFile]:
         """Files of captured requests below this host's root, also of endpoints that are gone."""

@@ -242,7 +242,7 @@ class EndpointParts:
             self.delete(kind, item.name)
 
     def log_tail(self, name: str, since: datetime) -> str:
-        """The last lines of the containers that started after `since`; empty if there are none."""
+        """The last lines of the containers that started after `since`, for an error; empty if there are none."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         group, lines = f"/aws/sagemaker/Endpoints/{name}", []
@@ -255,4 +255,5 @@ class EndpointParts:
                     logGroupName=group, logStreamName=stream["logStreamName"], limit=_LOG_LINES
                 )["events"]
                 lines += [event["message"].rstrip() for event in events]
-        return "\n".join(lines[-_LOG_LINES:])
+        shown = "\n".join(lines[-_LOG_LINES:])
+        return f"\nEnd of the containers' log ({group}):\n{shown}" if shown else ""

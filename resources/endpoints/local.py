@@ -111,6 +111,7 @@ class LocalEndpointHost(EndpointHost):
             deployed_at=record.deployed_at,
             previous_version=record.previous_version,
             captured=CaptureCounts(**served["captured"]) if served and "captured" in served else None,
+            capture_uri=str(folder / CAPTURE_FOLDER) if record.capture else None,
         )
 
     def invoke(
@@ -187,16 +188,9 @@ class LocalEndpointHost(EndpointHost):
     def _captured(self) -> str:
         return str(Path(self.root).absolute())
 
-    def _capture_of(self, name: str) -> str | None:
-        record = read_deployment(self.folder(name))
-        return self._capture_folder(name) if record is not None and record.capture is not None else None
-
     def _capture_folders(self) -> Mapping[str, str]:
         """The serving process bounds the size of their files itself, but not their age."""
-        return {name: self._capture_folder(name) for name in self._names()}
-
-    def _capture_folder(self, name: str) -> str:
-        return str(self.folder(name) / CAPTURE_FOLDER)
+        return {name: str(self.folder(name) / CAPTURE_FOLDER) for name in self._names()}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -70,9 +70,8 @@ class SageMakerEndpointHost(EndpointRequests):
         try:
             result = SageMakerRollout(self, parts, name, version, smoke_test, log).run()
         except (EndpointDeploymentFailed, SmokeTestFailed, InvocationFailed, ClientError, BotoCoreError) as error:
-            tail = parts.log_tail(name, since)
-            shown = f"\nEnd of the containers' log (/aws/sagemaker/Endpoints/{name}):\n{tail}" if tail else ""
-            raise self._not_deployed(name, version, f"{error_message(error)}{shown}") from error
+            reason = f"{error_message(error)}{parts.log_tail(name, since)}"
+            raise self._not_deployed(name, version, reason) from error
         status = self.describe(name)
         if status is None:
             raise EndpointDeploymentFailed(f"endpoint {name} was deleted in the meantime")
@@ -84,7 +83,7 @@ class SageMakerEndpointHost(EndpointRequests):
         found = self._parts().find_ours(name)
         if found is None:
             return None
-        deployed = found.tags.get(DEPLOYED_TAG)
+        deployed, capture = found.tags.get(DEPLOYED_TAG), found.description.get("DataCaptureConfig", {})
         return EndpointStatus(
             name=name,
             state="OutOfService" if found.status in (*BROKEN, "Creating", "Deleting") else "InService",
@@ -94,6 +93,7 @@ class SageMakerEndpointHost(EndpointRequests):
             started_at=found.description["CreationTime"],
             deployed_at=datetime.fromisoformat(deployed) if deployed else found.description["LastModifiedTime"],
             previous_version=found.tags.get(PREVIOUS_VERSION_TAG) or None,
+            capture_uri=storage.join(capture["DestinationS3Uri"], name) if capture.get("EnableCapture") else None,
         )
 
     def invoke(
@@ -193,12 +193,6 @@ class SageMakerEndpointHost(EndpointRequests):
     def _names(self) -> Sequence[str]:
         """With those of others and of candidates, which `describe` leaves out."""
         return self._parts().names()
-
-    def _capture_of(self, name: str) -> str | None:
-        """SageMaker writes requests with a delay of minutes."""
-        found = self._parts().find_ours(name)
-        capture = found.description.get("DataCaptureConfig", {}) if found else {}
-        return storage.join(capture["DestinationS3Uri"], name) if capture.get("EnableCapture") else None
 
     def _capture_folders(self) -> Mapping[str, str]:
         """What is captured to another `uri` is its owner's business."""

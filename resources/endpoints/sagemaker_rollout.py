@@ -142,9 +142,7 @@ class SageMakerRollout:
             self._in_service(candidate, config, self.host.start_timeout_seconds)
             return self._smoke(candidate)
         except _FAILURES as error:
-            tail = self.parts.log_tail(candidate, since)
-            shown = f"\nEnd of the log of {candidate}:\n{tail}" if tail else ""
-            raise EndpointDeploymentFailed(f"{error}{shown}") from error
+            raise EndpointDeploymentFailed(f"{error}{self.parts.log_tail(candidate, since)}") from error
 
     def _change(self, current: FoundEndpoint, config: str) -> SmokeTestResult:
         """Have SageMaker change over, test, and go back if the test fails."""

@@ -21,11 +21,8 @@ NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")  # of model groups and en
 _READERS = 8
 
 
-class ModelVersionNotFound(KeyError):
+class ModelVersionNotFound(LookupError):
     """There is no such version. The message names those that exist."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])  # KeyError would show it quoted
 
 
 class GateNotPassed(ValueError):
