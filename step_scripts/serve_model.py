@@ -43,7 +43,7 @@ from step_scripts.serving.deployment import (
     ReloadRecord,
     ServerRecord,
 )
-from step_scripts.serving.served_model import load_served_model, model_in_folder
+from step_scripts.serving.served_model import container_record, load_served_model
 
 _GRACE_SECONDS = 25  # SageMaker kills a container 30 s after SIGTERM
 _KEEP_ALIVE_SECONDS = 75
@@ -155,13 +155,7 @@ class ModelServer:
     async def _load(self, record: DeploymentRecord) -> str:
         """Load the model of `record` in a thread and serve it from then on. Returns why that failed, or nothing."""
         try:
-            self.app.model = await asyncio.to_thread(
-                load_served_model,
-                record.model,
-                endpoint_name=record.endpoint_name,
-                version=record.version,
-                deployment_id=record.deployment_id,
-            )
+            self.app.model = await asyncio.to_thread(load_served_model, record)
         except (DamagedArtifactError, OSError) as error:
             return str(error)
         await self._capture_as(record)
@@ -246,7 +240,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--deployment", type=Path, help="deployment.json in the state folder of an endpoint")
     parser.add_argument("--until-input-closes", action="store_true", help="also stop at the end of standard input")
     folder = f"{os.environ.get('SAGEMAKER_BASE_DIR', '/opt/ml')}/model"
-    version = os.environ.get("HOUSING_MODEL_VERSION", "model")
     port = os.environ.get("SAGEMAKER_BIND_TO_PORT", "8080")
     parser.add_argument("--model-dir", default=folder, help="folder of the model artifact (%(default)s)")
     parser.add_argument("--endpoint-name", default="model", help="name in /endpoints/<name>/invocations")
@@ -258,16 +251,9 @@ def main(arguments: list[str]) -> int:
             serve_deployment(options.deployment.absolute(), options.until_input_closes)
             return 0
         _log_to(logging.StreamHandler())
-        record = DeploymentRecord(
-            deployment_id="",
-            endpoint_name=options.endpoint_name,
-            version=version if options.command else options.endpoint_name,
-            model=model_in_folder(options.model_dir, os.environ.get("HOUSING_MODEL_DIGEST")),
-            host=options.host or ("0.0.0.0" if options.command else "127.0.0.1"),
-            port=options.port,
-            port_is_required=True,
-            deployed_at=datetime.now(UTC),
-        )
+        host = options.host or ("0.0.0.0" if options.command else "127.0.0.1")
+        address = {"host": host, "port": options.port, "port_is_required": True}
+        record = container_record(options.model_dir, options.endpoint_name).model_copy(update=address)
         _run(ModelServer(record, None), options.until_input_closes)
     except (StartError, DamagedArtifactError) as error:
         sys.stderr.write(f"error: {error}\n")

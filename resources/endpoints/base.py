@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Literal
 
@@ -223,8 +223,8 @@ class EndpointHost(dg.ConfigurableResource, ABC):
         """What may be the name of an endpoint of this host."""
 
     @abstractmethod
-    def _capture_folders(self) -> Mapping[str, str]:
-        """Folders of captured requests that are this host's own, by endpoint, also of endpoints that are gone."""
+    def _capture_folders(self) -> Sequence[str]:
+        """Folders of captured requests that are this host's own, one an endpoint, also of endpoints that are gone."""
 
     @property
     @abstractmethod
@@ -245,7 +245,7 @@ class EndpointHost(dg.ConfigurableResource, ABC):
 
     def captured_files(self) -> Sequence[CapturedFile]:
         """Files of captured requests below this host's root, also of endpoints that are gone."""
-        return [file for name, folder in self._capture_folders().items() for file in captured_below(folder, name)]
+        return [file for folder in self._capture_folders() for file in captured_below(folder)]
 
     def remove_captured(self, files: Sequence[CapturedFile]) -> None:
         """Remove some of them; missing files are ignored. Raises `NotOwned` for what is another's."""

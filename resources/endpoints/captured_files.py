@@ -13,7 +13,7 @@ from resources.inventory import NotOwned, remove_empty
 from step_scripts.runner import storage
 
 # What SageMaker and the local server write below an endpoint's folder; anything else there is not ours.
-_FILE = re.compile(r"(?P<variant>[^/]+)/\d{4}/\d\d/\d\d/\d\d/[^/]+\.jsonl")
+_FILE = re.compile(r"[^/]+/\d{4}/\d\d/\d\d/\d\d/[^/]+\.jsonl")
 
 
 class CapturedFile(BaseModel):
@@ -21,19 +21,16 @@ class CapturedFile(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    endpoint: str
     folder: str
     path: str
     bytes: int
     changed_at: datetime
 
 
-def captured_below(folder: str, endpoint: str) -> list[CapturedFile]:
+def captured_below(folder: str) -> list[CapturedFile]:
     """The files of one endpoint, oldest first."""
     found = [
-        CapturedFile(
-            endpoint=endpoint, folder=folder, path=path, bytes=size, changed_at=datetime.fromtimestamp(modified, UTC)
-        )
+        CapturedFile(folder=folder, path=path, bytes=size, changed_at=datetime.fromtimestamp(modified, UTC))
         for path, size, modified in storage.list_details(folder)
         if _FILE.fullmatch(path)
     ]

@@ -9,20 +9,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 
 from resources.aws.calls import already_exists, error_code, error_message, if_found, is_missing, pages
 from resources.aws.ownership import belongs_to, created_here, is_ours, tags_of
 from resources.aws.request_validation import check_request
 from resources.endpoints.base import EndpointDeploymentFailed
 from resources.endpoints.endpoint_requests import CANDIDATE, ENDPOINT_TAG, ROLE_TAG, VERSION_TAG, name_prefix
-from resources.inventory import NotOwned, OwnedItem
+from resources.inventory import ItemKind, NotOwned, OwnedItem
 from resources.waiting import wait_until
 
-Kind = Literal["endpoint", "endpoint_config", "model"]
 MOVING = ("Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting")
 BROKEN = ("Failed", "OutOfService")
-MEMBERS: dict[Kind, str] = {"endpoint": "Endpoint", "endpoint_config": "EndpointConfig", "model": "Model"}
+MEMBERS: dict[ItemKind, str] = {"endpoint": "Endpoint", "endpoint_config": "EndpointConfig", "model": "Model"}
 _PART = re.compile(r".+-[0-9a-f]{12}")  # names that `part_name` makes; only of these the tags are asked for
 _LOG_LINES = 15
 _CONSISTENCY_SECONDS = 30.0  # SageMaker may not find for a moment what has just been created
@@ -55,11 +54,11 @@ class EndpointParts:
     logs: Any
     poll_seconds: float
 
-    def describe(self, kind: Kind, name: str) -> dict[str, Any] | None:
+    def describe(self, kind: ItemKind, name: str) -> dict[str, Any] | None:
         """What has that name, whoever created it; None if there is nothing."""
         return if_found(getattr(self.client, f"describe_{kind}"), **{f"{MEMBERS[kind]}Name": name})
 
-    def tags(self, kind: Kind, name: str) -> dict[str, str]:
+    def tags(self, kind: ItemKind, name: str) -> dict[str, str]:
         """The tags of what has that name; none if there is nothing."""
         described = self.describe(kind, name)
         return tags_of(self.client, described[f"{MEMBERS[kind]}Arn"]) if described else {}
@@ -82,7 +81,7 @@ class EndpointParts:
         """Names of all endpoints, whoever created them."""
         return sorted(item["EndpointName"] for item in pages(self.client, "list_endpoints", "Endpoints"))
 
-    def create(self, kind: Kind, request: Mapping[str, Any]) -> str:
+    def create(self, kind: ItemKind, request: Mapping[str, Any]) -> str:
         """Create it; what has that name and was created by this project is used as it is. Returns the name."""
         from botocore.exceptions import ClientError
 
@@ -158,7 +157,7 @@ class EndpointParts:
                 raise EndpointDeploymentFailed(f"endpoint {name} is being changed by somebody else") from error
             raise
 
-    def delete(self, kind: Kind, name: str) -> None:
+    def delete(self, kind: ItemKind, name: str) -> None:
         """Remove it, which must be this project's. Nothing happens if it is gone."""
         if_found(getattr(self.client, f"delete_{kind}"), **{f"{MEMBERS[kind]}Name": name})
 
@@ -174,17 +173,17 @@ class EndpointParts:
         Kept are `keep_configs`, and the models that they name. Configurations of candidates are left to those who
         test them, unless `candidates`. Returns what was removed.
         """
-        removed: list[tuple[Kind, str]] = []
-        needed: set[str] = set()
+        configs, needed = [], set[str]()
         for name, tags in self.made_for(endpoint, "endpoint_config"):
             if name in keep_configs or (tags.get(ROLE_TAG) == CANDIDATE and not candidates):
                 needed |= self._models_of(name)
             else:
-                removed.append(("endpoint_config", name))
-        removed += [("model", name) for name, _ in self.made_for(endpoint, "model") if name not in needed]
-        for kind, name in removed:
-            self.delete(kind, name)
-        return [name for _, name in removed]
+                configs.append(name)
+                self.delete("endpoint_config", name)
+        models = [name for name, _ in self.made_for(endpoint, "model") if name not in needed]
+        for name in models:
+            self.delete("model", name)
+        return configs + models
 
     def delete_candidates(self, endpoint: str, seconds: float, log: logging.Logger, *, older_than: float) -> None:
         """Remove candidates of the endpoint that interrupted deployments left, if they are `older_than` seconds."""
@@ -195,7 +194,7 @@ class EndpointParts:
                 self.delete_endpoint(name, seconds, log)
                 self.delete("endpoint_config", found.config)
 
-    def made_for(self, endpoint: str, kind: Kind) -> Iterator[tuple[str, dict[str, str]]]:
+    def made_for(self, endpoint: str, kind: ItemKind) -> Iterator[tuple[str, dict[str, str]]]:
         """Names and tags of what this project created for the endpoint."""
         member = MEMBERS[kind]
         # All are listed before anything is removed, which would shift the pages. Others' names may begin like these.
@@ -208,7 +207,7 @@ class EndpointParts:
         found = self.describe("endpoint_config", config) or {}
         return {variant["ModelName"] for variant in found.get("ProductionVariants", []) if "ModelName" in variant}
 
-    def items(self, kind: Kind, root: str) -> Iterator[OwnedItem]:
+    def items(self, kind: ItemKind, root: str) -> Iterator[OwnedItem]:
         """Everything of the kind that carries the tag of `root`, candidates too."""
         member, is_endpoint = MEMBERS[kind], kind == "endpoint"
 
@@ -231,11 +230,11 @@ class EndpointParts:
 
     def remove(self, item: OwnedItem, root: str, seconds: float, log: logging.Logger) -> None:
         """Remove what `items` has listed. Raises `NotOwned` if what has that name is another's."""
-        [kind] = [kind for kind in MEMBERS if kind == item.kind]
+        kind = item.kind
         if self.describe(kind, item.name) is None:
             return
         if not belongs_to(self.tags(kind, item.name), root):
-            raise NotOwned(f"{item.kind} {item.name} was not created by this deployment; it is left alone")
+            raise NotOwned(f"{kind} {item.name} was not created by this deployment; it is left alone")
         if kind == "endpoint":
             self.delete_endpoint(item.name, seconds, log)
         else:

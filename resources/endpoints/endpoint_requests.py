@@ -32,7 +32,6 @@ PREVIOUS_VERSION_TAG, PREVIOUS_CONFIG_TAG = "housing-assets:previous-version", "
 CONFIG_TAG, DEPLOYED_TAG = "housing-assets:config", "housing-assets:deployed-at"
 _SMALLEST_LINEAR_STEP = 10  # percent
 CANDIDATE, SERVING = "candidate", "serving"
-_Names, _Tags = list[str], list[dict[str, str]]  # in the class `list` is a method
 _NAME_PART = 40  # of an endpoint's name in the names of its parts, which have at most 63 characters
 
 
@@ -150,8 +149,8 @@ class EndpointRequests(EndpointHost, ABC):
         "instance for the minutes that takes. Off: the test comes after the change, which is undone if it fails.",
     )
     kms_key: str | None = Field(default=None, description="KMS key for the instances' volumes.")
-    subnets: _Names = Field(default_factory=_Names, description="VPC subnets. Empty: SageMaker's own network.")
-    security_group_ids: _Names = Field(default_factory=_Names, description="Security groups; needed with subnets.")
+    subnets: list[str] = Field(default_factory=list, description="VPC subnets. Empty: SageMaker's own network.")
+    security_group_ids: list[str] = Field(default_factory=list, description="Security groups; needed with subnets.")
     network_isolation: bool = Field(
         default=False, description="No connections from the containers. Needs an image that holds the code."
     )
@@ -252,12 +251,12 @@ class EndpointRequests(EndpointHost, ABC):
         name = part_name(endpoint, content, f"-{CANDIDATE}" if role == CANDIDATE else "")
         return {"EndpointConfigName": name, **content, "Tags": self.tags_for(endpoint, version, role)}
 
-    def tags_for(self, endpoint: str, version: ModelVersion, role: str) -> _Tags:
+    def tags_for(self, endpoint: str, version: ModelVersion, role: str) -> list[dict[str, str]]:
         """Tags of a model, an endpoint configuration or a candidate endpoint made for `version`."""
         holds = {VERSION_TAG: version.reference, DIGEST_TAG: version.artifact.digest}
         return self.owned({ENDPOINT_TAG: endpoint, ROLE_TAG: role, **holds})
 
-    def owned(self, own: Mapping[str, str]) -> _Tags:
+    def owned(self, own: Mapping[str, str]) -> list[dict[str, str]]:
         """Tags as the API takes them, with those of everything that this host creates."""
         return owned(own, root_tags(self.root), self.tags)
 

@@ -10,7 +10,7 @@ import argparse
 import logging
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -188,9 +188,9 @@ class LocalEndpointHost(EndpointHost):
     def _captured(self) -> str:
         return str(Path(self.root).absolute())
 
-    def _capture_folders(self) -> Mapping[str, str]:
+    def _capture_folders(self) -> Sequence[str]:
         """The serving process bounds the size of their files itself, but not their age."""
-        return {name: str(self.folder(name) / CAPTURE_FOLDER) for name in self._names()}
+        return [str(self.folder(name) / CAPTURE_FOLDER) for name in self._names()]
 
 
 def main(arguments: Sequence[str]) -> int:

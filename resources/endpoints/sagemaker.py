@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -194,11 +194,11 @@ class SageMakerEndpointHost(EndpointRequests):
         """With those of others and of candidates, which `describe` leaves out."""
         return self._parts().names()
 
-    def _capture_folders(self) -> Mapping[str, str]:
+    def _capture_folders(self) -> Sequence[str]:
         """What is captured to another `uri` is its owner's business."""
         from step_scripts.runner.s3_objects import list_folders
 
-        return {name: f"{self._captured}/{name}" for name in list_folders(self._captured)}
+        return [f"{self._captured}/{name}" for name in list_folders(self._captured)]
 
     def _client(self, service: str, retry_seconds: float | None = None) -> Any:
         return aws_client(service, self.region_name, retry_seconds=retry_seconds or self.retry_timeout_seconds)

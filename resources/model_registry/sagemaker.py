@@ -50,7 +50,6 @@ _MODEL = re.compile(r"[0-9a-f]{32}")  # folders of models, see `package_files`
 _ROOT = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_.=+@-]+)*")
 _ROOT_LENGTH = 128  # a property's value has at most 256 characters, and must hold the URI of a file below the root
 _OTHER_SECONDS = 5.0  # how long the version of a faster process may take to appear in the list
-_Names = list[str]  # in the class `list` is a method
 
 
 class SageMakerModelRegistry(ModelRegistry):
@@ -64,12 +63,12 @@ class SageMakerModelRegistry(ModelRegistry):
     environment: dict[str, str] = Field(
         default_factory=dict, description="Environment variables of the serving containers."
     )
-    instance_types: _Names = Field(
+    instance_types: list[str] = Field(
         default=["ml.m5.large", "ml.m5.xlarge", "ml.c5.large", "ml.c5.xlarge", "ml.t2.medium"],
         min_length=1,
         description="Instance types that the models are good for as endpoints.",
     )
-    transform_instance_types: _Names = Field(
+    transform_instance_types: list[str] = Field(
         default=["ml.m5.large", "ml.m5.xlarge"],
         min_length=1,
         description="Instance types that the models are good for in batch transform jobs.",

@@ -67,10 +67,9 @@ class InferenceApp(Starlette):
         try:
             if model is None:
                 raise _loading()
-            if endpoint not in (None, model.endpoint_name):
-                raise RequestError(
-                    404, f"Endpoint {endpoint[:100]} not found; this server serves {model.endpoint_name}."
-                )
+            if endpoint not in (None, model.record.endpoint_name):
+                served = model.record.endpoint_name
+                raise RequestError(404, f"Endpoint {endpoint[:100]} not found; this server serves {served}.")
             return await self._predicted(request, model)
         except RequestError as error:
             return _refusal(error, by_runtime=endpoint is not None)
@@ -150,7 +149,7 @@ def _response(body: bytes | str, status: int, media: str, headers: dict[str, str
 
 
 def _identity(model: ServedModel) -> dict[str, Any]:
-    return {"x-amzn-invoked-production-variant": model.version, "x-model-digest": model.digest}
+    return {"x-amzn-invoked-production-variant": model.record.version, "x-model-digest": model.record.model.digest}
 
 
 def _loading() -> RequestError:
