@@ -121,8 +121,8 @@ class ModelServer:
         logger.info("stopped")
 
     async def _load_first(self, stop: Callable[[], None]) -> None:
-        if error := await self._load(self.record):
-            self._failure = error
+        self._failure = await self._load(self.record)
+        if self._failure:
             stop()
 
     async def _follow(self) -> None:
@@ -180,19 +180,15 @@ class ModelServer:
 
 
 def bind(record: DeploymentRecord) -> socket.socket:
-    """A listening socket. Raises `StartError` if the port is in use and no other may be taken."""
+    """A listening socket: on any free port if that of the record is in use and not required. Raises `StartError`."""
     family = socket.AF_INET6 if ":" in record.host else socket.AF_INET
-    last = record.port if record.port_is_required else 0
-    for port in dict.fromkeys((record.port, last)):
-        try:  # listening before the state is recorded: from then on connections succeed
-            return socket.create_server((record.host, port), family=family, backlog=2048)
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
-            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                raise StartError(f"cannot listen on {record.host}:{port}: {reason}") from error
-            if port == last:
-                raise StartError(f"port {port} of {record.host} cannot be used ({reason}); choose another") from error
-    raise AssertionError("unreachable: the last port returns or raises")
+    try:  # listening before the state is recorded: from then on connections succeed
+        return socket.create_server((record.host, record.port), family=family, backlog=2048)
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES) and record.port and not record.port_is_required:
+            return bind(record.model_copy(update={"port": 0}))
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        raise StartError(f"port {record.port} of {record.host} cannot be used ({reason}); choose another") from error
 
 
 def _record_server(state: Path, host: str, port: int) -> None:

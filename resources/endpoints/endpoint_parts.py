@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any
 
-from resources.aws.calls import already_exists, error_code, error_message, if_found, is_missing, pages
+from resources.aws.calls import already_exists, error_code, error_message, if_found, pages
 from resources.aws.ownership import belongs_to, created_here, is_ours, tags_of
 from resources.aws.request_validation import check_request
 from resources.endpoints.base import EndpointDeploymentFailed
@@ -101,14 +102,10 @@ class EndpointParts:
 
     def with_new_parts(self, function: Callable[..., Any], **params: Any) -> Any:
         """A call that names what may have been created a moment ago: not found is waited out for some seconds."""
-        import tenacity
-
-        return tenacity.Retrying(
-            retry=tenacity.retry_if_exception(is_missing),
-            stop=tenacity.stop_after_delay(_CONSISTENCY_SECONDS),
-            wait=tenacity.wait_fixed(1.0),
-            reraise=True,
-        )(function, **params)
+        with contextlib.suppress(TimeoutError):
+            found = partial(if_found, function, **params)
+            return wait_until(found, timeout=_CONSISTENCY_SECONDS, interval=1.0, what="the appearance of the parts")
+        return function(**params)
 
     def settled(self, name: str, seconds: float, log: logging.Logger, *, is_new: bool = False) -> FoundEndpoint | None:
         """The endpoint when nothing is in progress; None if it is gone, or for a new one still not there.

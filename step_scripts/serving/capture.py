@@ -269,12 +269,8 @@ def _lines(uri: str, since: datetime) -> Iterator[bytes]:
     day, last = datetime.now(UTC).date(), since.astimezone(UTC).date()
     variants = storage.list_folders(uri)
     while day >= last:
-        files = [
-            file
-            for variant in variants
-            for file in storage.list_files(storage.join(variant, f"{day:%Y/%m/%d}"))
-            if file.endswith(".jsonl")
-        ]
+        folders = [storage.join(variant, f"{day:%Y/%m/%d}") for variant in variants]
+        files = [file for folder in folders for file in storage.list_files(folder) if file.endswith(".jsonl")]
         for file in sorted(files, key=lambda file: file.rsplit("/", 2)[1:], reverse=True):
             try:
                 content = storage.read_bytes(file)
