@@ -68,7 +68,7 @@ def row_by_row(rows_file: str, online: bool, delay: float) -> dict[str, Any]:
     import ray
 
     from housing_assets.schema import HOUSING_TABLE
-    from step_scripts.feature_store.feature_values import encoded_records
+    from step_scripts.feature_store.online_client import encoded_records
 
     class Writer:
         def __init__(self) -> None:
@@ -121,7 +121,7 @@ def _write_rows(sample: Path, rows_file: str) -> None:
     """The file as step `validate_source` would write it."""
     from housing_assets.schema import HOUSING_TABLE
     from step_scripts.table.column_types import polars_schema
-    from step_scripts.table.record_ids import record_ids
+    from step_scripts.table.hashes import record_ids
 
     frame = pl.read_csv(sample).cast(dict(polars_schema(HOUSING_TABLE).items()))
     moment = pl.datetime(2024, 1, 1, time_unit="us", time_zone="UTC").alias("event_time")

@@ -57,8 +57,7 @@ def _hosts(count: int) -> Iterator[None]:
     import ray
     from ray.cluster_utils import Cluster
 
-    from step_scripts.runner.environment import environment_set
-    from step_scripts.runner.ray_session import worker_environment
+    from step_scripts.runner.ray_environment import environment_set, worker_environment
 
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < count:

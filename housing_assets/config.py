@@ -1,21 +1,18 @@
 """Run configuration of the assets. Fields, defaults and ranges are those of the steps' settings.
 
 This is also where the domain's defaults live that are not columns: the slices by which errors are reported. The file
-that `HOUSING_CONFIG` names gives fields other defaults, for every launch.
+that `HOUSING_CONFIG` names gives fields other defaults, for every launch (`config_fields`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import datetime
-from functools import cache
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import dagster as dg
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
-from housing_assets.config_fields import suggestion, unknown_fields, with_defaults
-from housing_assets.settings import load_launch_defaults
+from housing_assets.config_fields import configures, refuse_unknown_ops
 from step_scripts.parameters import (
     DeployEndpointSettings,
     EvaluateModelSettings,
@@ -32,56 +29,6 @@ SLICES = (
     Slice(name="size", column="SQUARE_FEET", bands=5),
     Slice(name="decade built", column="YEAR_BUILT", width=10),
 )
-
-ASSET_OPS = ("raw_csv", "feature_group", "splits", "tuned_model", "evaluation_report", "registered_model", "endpoint")
-# By the name of the op that Dagster makes of the assets; filled below.
-CONFIG_OF_OP: dict[str, type[dg.Config]] = {}
-_Config = TypeVar("_Config", bound=dg.Config)
-
-
-@cache
-def _launch_defaults() -> dict[str, dict[str, Any]]:
-    """What `HOUSING_CONFIG` says, by op. Raises `ValueError` for an op that takes no defaults."""
-    sections = load_launch_defaults()
-    if unknown := [f"ops.{op} is unknown{suggestion(op, ASSET_OPS)}" for op in sections if op not in ASSET_OPS]:
-        raise ValueError(f"HOUSING_CONFIG: {'. '.join(unknown)}")
-    return sections
-
-
-def _problems(op: str, model: type[dg.Config], given: dict[str, Any]) -> list[str]:
-    """What is wrong with values for the fields of `model`: a sentence each."""
-    problems = list(unknown_fields(model, given, op))
-    try:
-        model(**{str(name): value for name, value in given.items()})
-    except ValidationError as error:
-        problems += [_describe(op, model, dict(e)) for e in error.errors()]
-    return problems
-
-
-def _describe(op: str, model: type[dg.Config], error: dict[str, Any]) -> str:
-    location = ".".join(str(part) for part in error["loc"])
-    message = error["msg"].removeprefix("Value error, ")
-    if not location:
-        return f"{op}: {message}"
-    text = f"{op}.{location} = {error['input']!r}: {message}"
-    field = model.model_fields.get(str(error["loc"][0]))
-    return f"{text} ({field.description})" if field is not None and field.description else text
-
-
-def configures(op: str) -> Callable[[type[_Config]], type[_Config]]:
-    """Makes a class the configuration of `op`, with the defaults that `HOUSING_CONFIG` gives its fields.
-
-    Raises `ValueError` naming every wrong field and value.
-    """
-
-    def configure(config: type[_Config]) -> type[_Config]:
-        given = _launch_defaults().get(op, {})
-        if given and (problems := _problems(op, config, given)):
-            raise ValueError(f"HOUSING_CONFIG: {'; '.join(problems)}")
-        CONFIG_OF_OP[op] = configured = with_defaults(config, given)
-        return configured
-
-    return configure
 
 
 class ColumnBounds(dg.Config):
@@ -159,16 +106,9 @@ class EndpointConfig(DeployEndpointSettings, dg.Config):
     """Where the model is served."""
 
 
+refuse_unknown_ops()
+
+
 def settings_of(config: dg.Config, model: type) -> dict[str, Any]:
     """Those values of `config` that are fields of `model`, as plain data."""
     return {name: value for name, value in config.model_dump().items() if name in model.model_fields}
-
-
-def check_run_config(run_config: dict[str, Any]) -> None:
-    """Raise `dagster.Failure` naming every wrong value in `run_config`, and what is allowed, before any work starts."""
-    problems: list[str] = []
-    for op, section in (run_config.get("ops") or {}).items():
-        if (model := CONFIG_OF_OP.get(op)) is not None:
-            problems += _problems(op, model, (section or {}).get("config") or {})
-    if problems:
-        raise dg.Failure("run configuration: " + "; ".join(problems), allow_retries=False)

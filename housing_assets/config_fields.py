@@ -1,6 +1,7 @@
-"""Configuration models: other defaults for their fields, and a refusal, at every level, of fields that they lack.
+"""What is between configuration and its classes: files with defaults, and the refusal of what is wrong or unknown.
 
-Pydantic's own refusal is off in Dagster's configuration classes, and its message does not say what is known.
+Fields that a class lacks are refused at every level. Pydantic's own refusal is off in Dagster's configuration classes,
+and its message does not say what is known.
 """
 
 from __future__ import annotations
@@ -8,11 +9,16 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
+from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, create_model
+import dagster as dg
+from pydantic import BaseModel, ValidationError, create_model
+
+from housing_assets.settings import Settings
+from resources.sources.listing import expanded
 
 _Model = TypeVar("_Model", bound=BaseModel)
 # Fields by their former names.
@@ -21,6 +27,107 @@ RENAMED = {
     "invocation_patience_seconds": "invocation_retry_timeout_seconds",
     "prove_on_candidate": "smoke_test_on_candidate",
 }
+
+
+# By the name of the op that Dagster makes of the assets, filled by `configures`.
+CONFIG_OF_OP: dict[str, type[dg.Config]] = {}
+_Config = TypeVar("_Config", bound=dg.Config)
+
+
+def load_launch_defaults(environment: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """By op: the fields that the file named by `HOUSING_CONFIG` sets for every launch, as it has them.
+
+    The file is run configuration, as `--config` takes it. Raises `ValueError` for another form.
+    """
+    path = Settings.load(environment).config
+    content = yaml_file("HOUSING_CONFIG", path)
+    form = f"HOUSING_CONFIG={path!r} must be run configuration, as YAML: `ops: {{raw_csv: {{config: {{…}}}}}}`"
+    if others := sorted(map(str, set(content) - {"ops"})):
+        raise ValueError(f"{form}. It has {', '.join(others)}, which gives no defaults")
+    sections = {}
+    for op, section in mapping(content.get("ops"), form).items():
+        section = mapping(section, f"{form}. ops.{op} is not of this form")
+        if others := sorted(map(str, set(section) - {"config"})):
+            raise ValueError(f"{form}. ops.{op} has {', '.join(others)} beside or instead of config")
+        sections[str(op)] = mapping(section.get("config"), f"{form}. ops.{op}.config is not of this form")
+    return sections
+
+
+def _problems(op: str, model: type[dg.Config], given: dict[str, Any]) -> list[str]:
+    """What is wrong with values for the fields of `model`: a sentence each."""
+    problems = list(unknown_fields(model, given, op))
+    try:
+        model(**{str(name): value for name, value in given.items()})
+    except ValidationError as error:
+        problems += [_describe(op, model, dict(e)) for e in error.errors()]
+    return problems
+
+
+def _describe(op: str, model: type[dg.Config], error: dict[str, Any]) -> str:
+    location = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    if not location:
+        return f"{op}: {message}"
+    text = f"{op}.{location} = {error['input']!r}: {message}"
+    field = model.model_fields.get(str(error["loc"][0]))
+    return f"{text} ({field.description})" if field is not None and field.description else text
+
+
+def configures(op: str) -> Callable[[type[_Config]], type[_Config]]:
+    """Makes a class the configuration of `op`, with the defaults that `HOUSING_CONFIG` gives its fields.
+
+    Raises `ValueError` naming every wrong field and value.
+    """
+
+    def configure(config: type[_Config]) -> type[_Config]:
+        given = _LAUNCH_DEFAULTS.get(op, {})
+        if given and (problems := _problems(op, config, given)):
+            raise ValueError(f"HOUSING_CONFIG: {'; '.join(problems)}")
+        CONFIG_OF_OP[op] = configured = with_defaults(config, given)
+        return configured
+
+    return configure
+
+
+def refuse_unknown_ops() -> None:
+    """Raise `ValueError` if `HOUSING_CONFIG` gives defaults to an op that takes none. For when all are configured."""
+    if unknown := [
+        f"ops.{op} is unknown{suggestion(op, [*CONFIG_OF_OP])}" for op in _LAUNCH_DEFAULTS if op not in CONFIG_OF_OP
+    ]:
+        raise ValueError(f"HOUSING_CONFIG: {'. '.join(unknown)}")
+
+
+def check_run_config(run_config: dict[str, Any]) -> None:
+    """Raise `dagster.Failure` naming every wrong value in `run_config`, and what is allowed, before any work starts."""
+    problems: list[str] = []
+    for op, section in (run_config.get("ops") or {}).items():
+        if (model := CONFIG_OF_OP.get(op)) is not None:
+            problems += _problems(op, model, (section or {}).get("config") or {})
+    if problems:
+        raise dg.Failure("run configuration: " + "; ".join(problems), allow_retries=False)
+
+
+def yaml_file(variable: str, path: str | None) -> dict[Any, Any]:
+    """The mapping in the file that the variable names; an empty one without a file.
+
+    Raises `ValueError` if it cannot be read, or holds something else.
+    """
+    import yaml
+
+    if path is None:
+        return {}
+    try:
+        content = yaml.safe_load(Path(expanded(path)).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{variable}={path!r} cannot be read: {error}") from error
+    return mapping(content, f"{variable}={path!r} must hold sections with fields, as YAML")
+
+
+def mapping(value: Any, problem: str) -> dict[Any, Any]:
+    """`value`, a mapping; an empty one for nothing. Raises `ValueError` with `problem` for anything else."""
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(problem)
+    return value or {}
 
 
 def with_defaults(model: type[_Model], values: Mapping[str, Any]) -> type[_Model]:
@@ -79,3 +186,6 @@ def _nested(annotation: Any, value: Any, path: str) -> Iterator[tuple[type[BaseM
     elif origin in (list, tuple) and isinstance(value, Sequence) and not isinstance(value, str):
         for index, item in enumerate(value):
             yield from _nested(arguments[0], item, f"{path}[{index}]")
+
+
+_LAUNCH_DEFAULTS = load_launch_defaults()

@@ -8,26 +8,23 @@ import dagster as dg
 # all of them several times while the modules below are loaded (nearly half of the time), and again during the run.
 gc.freeze()
 
+from housing_assets import code_location
 from housing_assets.assets import ingestion, model, serving, splits
-from housing_assets.automation.approval import approve_model, reject_model
-from housing_assets.automation.conditions import automated
-from housing_assets.automation.jobs import JOBS, weekly_retraining
+from housing_assets.automation.jobs import JOBS, automated, weekly_retraining
 from housing_assets.automation.sensors import SENSORS
 from housing_assets.checks import ingestion as ingestion_checks
 from housing_assets.checks import model as model_checks
 from housing_assets.checks import serving as serving_checks
 from housing_assets.checks import splits as splits_checks
-from housing_assets.checks.watching import endpoint_watch, watch_endpoint
-from housing_assets.code_location import hand_in
+from housing_assets.checks.serving import watch_endpoint, watch_schedule
 from housing_assets.config import SLICES, RawCsvConfig
 from housing_assets.deployments import load_resources
-from housing_assets.maintenance.retention import nightly_prune, prune
-from housing_assets.maintenance.snapshot_retention import compact
+from housing_assets.maintenance.retention import compact, nightly_prune, prune
 from housing_assets.maintenance.sweeper import hourly_sweep, sweep
 from housing_assets.maintenance.teardown import teardown
 from housing_assets.partitions import BACKFILL
-from housing_assets.reporting.console import console_logger
 from housing_assets.reporting.lineage import lineage
+from housing_assets.reporting.summary import console_logger
 from housing_assets.runs.executor import in_process_executor
 from housing_assets.table_verdict import check_table
 
@@ -55,13 +52,13 @@ refresh = dg.define_asset_job(
 defs = dg.Definitions(
     assets=assets,
     asset_checks=dg.load_asset_checks_from_modules([ingestion_checks, splits_checks, model_checks, serving_checks]),
-    jobs=[refresh, approve_model, reject_model, *JOBS, watch_endpoint, lineage, prune, compact, sweep, teardown],
-    schedules=[weekly_retraining, endpoint_watch, hourly_sweep, nightly_prune],
+    jobs=[refresh, *JOBS, watch_endpoint, lineage, prune, compact, sweep, teardown],
+    schedules=[weekly_retraining, watch_schedule, hourly_sweep, nightly_prune],
     sensors=SENSORS,
     resources=load_resources(),
     # The graph is a chain, and Ray does the work in parallel: a run needs one process, and has one Ray session.
     executor=in_process_executor,
     loggers={"console": console_logger},
 )
-# Checks and jobs look up the whole graph (`code_location.whole`); they cannot import this module, which imports them.
-hand_in(defs)
+# Checks and jobs look up the whole graph; they cannot import this module, which imports them.
+code_location.register(defs)

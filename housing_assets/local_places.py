@@ -24,10 +24,6 @@ _DAGSTER = ("history", "storage", "schedules", "logs", ".telemetry", ".nux", ".l
 _TEMPLATE = Path(__file__).parents[1] / "deploy" / "dagster.yaml"
 
 
-class NotOurs(RuntimeError):
-    """A folder that something else may use: nothing in it is touched."""
-
-
 def prepare(home: Path, root: Path | None, template: Path = _TEMPLATE) -> list[str]:
     """Make DAGSTER_HOME, with the project's `dagster.yaml`, and the root, where they are not there yet.
 
@@ -52,18 +48,18 @@ def clean(home: Path, environment: Mapping[str, str]) -> list[str]:
     Returns what should have gone and has not, with the reason. Raises `ValueError` for a deployment that keeps nothing
     on this machine.
     """
-    from housing_assets.settings import DEPLOYMENTS, root_of
+    from housing_assets.settings import Settings
+    from resources.inventory import remove_empty
 
-    if environment.get("HOUSING_DEPLOYMENT", DEPLOYMENTS[0]) != DEPLOYMENTS[0]:
+    if environment.get("HOUSING_DEPLOYMENT", "local") != "local":
         raise ValueError("clean-data removes what is on this machine; for what is on AWS, launch the job teardown")
     base = {name: value for name, value in environment.items() if name != "HOUSING_ENVIRONMENT"}
-    root = Path(root_of(base))
+    root = Path(Settings.load(base).own_root)
     left = []
-    for name in ["", *(folder.name for folder in _folders(root / "environments"))]:
+    environments = _folders(root / "environments")
+    for name in ["", *(folder.name for folder in environments)]:
         left += _clean_root({**base, "HOUSING_ENVIRONMENT": name})
-        if name:
-            _remove_if_empty(root / "environments" / name)
-    _remove_if_empty(root / "environments")
+    remove_empty(*map(str, [*environments, root / "environments"]))
     left += _clean_home(home)
     _remove_if_ours(root)
     return left
@@ -72,27 +68,23 @@ def clean(home: Path, environment: Mapping[str, str]) -> list[str]:
 def _clean_root(environment: Mapping[str, str]) -> list[str]:
     """Everything that the inventories of one environment list. Returns what could not be removed."""
     import housing_assets.definitions  # noqa: F401  # all assets
-    from housing_assets.code_location import asset_keys
     from housing_assets.deployments import load_resources
-    from housing_assets.maintenance.owners import look, owners_of, protected_places, remove_all
-    from housing_assets.settings import root_of
-    from resources.inventory import KINDS
+    from housing_assets.maintenance.inventory import CleanUp
+    from housing_assets.settings import Settings
+    from resources.inventory import remove_empty
     from step_scripts.runner.wording import counted
 
-    root = Path(root_of(environment))
+    root = Path(Settings.load(environment).own_root)
     if not root.is_dir():
         return []
-    resources = SimpleNamespace(**load_resources(environment))
-    findings = look(owners_of(resources, asset_keys()), KINDS)
-    protected = protected_places(resources.source_location)
-    removed, failed, kept = remove_all(findings, protected, logging.getLogger(__name__))
-    print(f"removed {len(removed)} of {counted(len(findings.items), 'thing')} below {root}")
+    clean_up = CleanUp(logging.getLogger(__name__))
+    kept = clean_up.remove_owned(SimpleNamespace(**load_resources(environment)))
+    found = len(clean_up.gone) + len(clean_up.left) + len(kept)
+    print(f"removed {len(clean_up.gone)} of {counted(found, 'thing')} below {root}")
     for lock in (root / "endpoints").glob(".*.lock"):  # of endpoints that are gone; nobody deploys now
         lock.unlink()
-    for folder in _folders(root):
-        _remove_if_empty(folder)
-    problems = {**failed, **{place: f"kept, because {why}" for place, why in kept.items()}, **findings.problems}
-    return [f"{place}: {why}" for place, why in problems.items()]
+    remove_empty(*map(str, _folders(root)))
+    return [*clean_up.reasons(), *(f"{place}: kept, because {why}" for place, why in kept.items())]
 
 
 def _clean_home(home: Path) -> list[str]:
@@ -136,11 +128,6 @@ def _remove_if_ours(folder: Path) -> None:
 
 def _folders(parent: Path) -> Sequence[Path]:
     return sorted(path for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
-
-
-def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> int:

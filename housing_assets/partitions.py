@@ -6,7 +6,7 @@ from datetime import date
 
 import dagster as dg
 
-from housing_assets.settings import load_automation
+from housing_assets.settings import Settings
 
 
 def ingestion_days(first: date, timezone: str) -> dg.DailyPartitionsDefinition:
@@ -14,7 +14,7 @@ def ingestion_days(first: date, timezone: str) -> dg.DailyPartitionsDefinition:
     return dg.DailyPartitionsDefinition(str(first), timezone=timezone, end_offset=1)
 
 
-_AUTOMATION = load_automation()
+_AUTOMATION = Settings.load()
 # With a landing place, a day's files can be ingested again without the others; without one there is one source.
 PARTITIONS = ingestion_days(_AUTOMATION.landing_start, _AUTOMATION.timezone) if _AUTOMATION.landing else None
 BACKFILL = dg.BackfillPolicy.single_run() if PARTITIONS else None

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.disk_space import explain_full_disk, file_named
-from step_scripts.runner.private_files import private_folder
+from step_scripts.runner.local_files import explain_full_disk, file_named, private_folder
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,7 +1,7 @@
 """Environment variables: the one module that reads them, and says what they mean. Connects to nothing.
 
-`Settings` reads single values; what several modules ask for has a function of its own. `housing_assets.deployments`
-makes the resources of it.
+`Settings` declares each of them once: type, default, limits and meaning, which `housing_assets.reference` prints.
+`housing_assets.deployments` makes the resources of it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,26 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
-from datetime import date, timedelta
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from resources.sources.listing import expanded
 from step_scripts.runner import storage
 
-DEPLOYMENTS = ("local", "sagemaker")
 _ENVIRONMENT = re.compile(r"[a-z0-9](-?[a-z0-9]){0,27}")
 _SECRETS = frozenset({"HOUSING_SLACK_WEBHOOK", "HOUSING_SMTP_USER", "HOUSING_SMTP_PASSWORD"})
 # Of a URL: user information in general, or with a password where user names are usual, or a parameter.
@@ -35,80 +44,156 @@ _PLACES = {
     "MLFLOW_TRACKING_TOKEN; drivers of databases have files and variables of their own, such as PGPASSWORD."
 }
 _BRANCH_LENGTH = 13  # of the readable part of a branch's environment
+# What is wrong with a value, by pydantic's name for it; `expected` are the choices of a literal.
+_WRONG = {
+    "int_parsing": " is not an integer",
+    "float_parsing": " is not a number",
+    "bool_parsing": ": choose on or off",
+    "literal_error": ": choose one of {expected}",
+}
 
 
-class Settings:
-    """Typed reading of environment variables. Raises `ValueError` naming the variable for a value without sense."""
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self.environment = environment
-
-    def text(self, name: str) -> str | None:
-        """The value; `None` if it is not set, or empty."""
-        return self.environment.get(name, "").strip() or None
-
-    def required(self, name: str, what: str) -> str:
-        """The value. Raises `ValueError` saying what is missing."""
-        value = self.text(name)
-        if value is None:
-            raise ValueError(f"{name} is not set: {what}")
-        return value
-
-    def number(self, name: str, kind: type[int] | type[float]) -> Any:
-        """A number, or `None`."""
-        text = self.text(name)
-        if text is None:
-            return None
-        try:
-            return kind(text)
-        except ValueError as error:
-            raise ValueError(f"{name}={text!r} is not {'an integer' if kind is int else 'a number'}") from error
-
-    def switch(self, name: str, default: bool) -> bool:
-        """`on` or `off`."""
-        text = (self.text(name) or ("on" if default else "off")).lower()
-        if text not in ("on", "off"):
-            raise ValueError(f"{name}={text!r}: choose on or off")
-        return text == "on"
-
-    def words(self, name: str) -> list[str]:
-        """Values separated by commas."""
-        return [word.strip() for word in (self.text(name) or "").split(",") if word.strip()]
-
-    def given(self, **variables: tuple[str, Any]) -> dict[str, Any]:
-        """By field name: the values of those variables that are set, each (variable, kind)."""
-        readers = {str: self.text, list: self.words}
-        found = {
-            field: readers[kind](name) if kind in readers else self.number(name, kind)
-            for field, (name, kind) in variables.items()
-        }
-        return {field: value for field, value in found.items() if value not in (None, [])}
+def _on_or_off(value: Any) -> Any:
+    if isinstance(value, str) and value.lower() not in ("on", "off"):
+        raise PydanticCustomError("bool_parsing", "choose on or off")  # pydantic itself takes yes, 1 and others
+    return value
 
 
-class AutomationSettings(BaseModel):
-    """What makes the platform run by itself. Everything is off until it is switched on in the UI."""
+_Switch = Annotated[bool, BeforeValidator(_on_or_off)]
+_Words = Annotated[list[str], BeforeValidator(lambda text: [word.strip() for word in text.split(",") if word.strip()])]
 
-    landing: str | None = Field(default=None, description="Folder or s3:// prefix where new CSV files arrive.")
-    landing_start: date = Field(default=date(2025, 1, 1), description="First day of ingestion that can be backfilled.")
-    settle_seconds: float = Field(default=60.0, ge=0, description="A file is taken once it is unchanged for so long.")
-    retrain_cron: str = Field(default="0 3 * * 1", description="When to retrain: Mondays at three.")
-    timezone: str = Field(default="UTC", description="Time zone of the schedules and of the days of ingestion.")
-    freshness_days: float = Field(default=8.0, gt=0, description="A model or an endpoint older than this is stale.")
-    watch_cron: str = Field(default="*/15 * * * *", description="When the endpoint is looked at.")
-    drift_days: float = Field(default=7.0, gt=0, description="Captured requests of so many days are compared.")
-    drift_rows: int = Field(default=200, ge=1, description="With fewer captured rows, nothing is said about drift.")
-    repeat_hours: float = Field(
-        default=24.0, gt=0, description="Findings that remain are reported again after so long."
+
+def _variable(default: Any, meaning: str, *, shown: str | None = None, **more: Any) -> Any:
+    """A field. `shown`: what stands for the default in the documentation, where the value would say too little."""
+    return Field(default=default, description=meaning, json_schema_extra={"shown": shown}, **more)
+
+
+class _Variables(BaseModel):
+    """Fields are named as their variables, without `HOUSING_`. An empty variable is one that is not set."""
+
+    model_config = ConfigDict(
+        frozen=True, populate_by_name=True, alias_generator=lambda field: f"HOUSING_{field.upper()}"
     )
-    prune_cron: str = Field(default="37 2 * * *", description="When old things are removed.")
-    keep_versions: int = Field(default=10, ge=1, description="Newest versions of a model that stay.")
-    pending_days: float = Field(default=30.0, ge=0, description="Versions that wait for a decision stay for so long.")
-    capture_days: float = Field(default=30.0, gt=0, description="Captured requests older than this are removed.")
-    capture_megabytes: float = Field(default=10_000.0, gt=0, description="Bound of an endpoint's captured requests.")
+
+
+class Everywhere(_Variables):
+    """What every deployment reads."""
+
+    deployment: Literal["local", "sagemaker"] = _variable(
+        "local", "`local` or `sagemaker`: which implementations the resources have."
+    )
+    root: str | None = _variable(
+        None, "Folder (`sagemaker`: s3:// prefix) of artifacts, feature store and registry.", shown="./data"
+    )
+    environment: str | None = _variable(
+        None,
+        "For example `staging`: places and names of its own, below `environments/`. On branch deployments of Dagster+ "
+        "the branch's, whatever is set.",
+    )
+    raw_csv: str | None = _variable(
+        None, "Path, folder, glob or s3:// URI of the source files; `~` is the home folder.", shown="generated data"
+    )
+    config: str | None = _variable(
+        None,
+        "YAML file with run configuration that every launch has unless it says something else; `~` is the home "
+        "folder. See [below](#run-configuration).",
+    )
+    sample_rows: int = _variable(10_000, "Rows to generate when there is no source.", ge=1)
+    cache: _Switch = _variable(True, "`off`: run every step, even if nothing has changed.")
+    cache_hours: float = _variable(12.0, "How long an earlier run's result is reused.", gt=0)
+    data_capture: _Switch = _variable(False, "`on`: the endpoint keeps requests and answers, for `prediction_drift`.")
+    capture_percent: float | None = _variable(None, "Share of the requests that is kept, percent.", shown="100")
+    capture_megabytes: float | None = _variable(
+        None,
+        "Bound of what an endpoint keeps; the oldest make room (`sagemaker`: when job `prune` runs).",
+        shown="100; `sagemaker`: 10000",
+        gt=0,
+    )
+    capture_days: float = _variable(30.0, "What is older is removed when job `prune` runs.", gt=0)
+    dagster_home: str | None = _variable(
+        None, "Dagster's runs and events.", shown="./.dagster (make)", alias="DAGSTER_HOME"
+    )
+
+    @field_validator("raw_csv")
+    @classmethod
+    def _source_at_home(cls, place: str | None) -> str | None:
+        return place and expanded(place)
+
+
+class Local(_Variables):
+    """What the deployment on this machine reads."""
+
+    num_cpus: int | None = _variable(None, "CPUs that local Ray may use.", shown="all")
+    ray_address: str | None = _variable(
+        None, "An existing Ray cluster to use; it is never shut down. See [clusters](clusters.md).", alias="RAY_ADDRESS"
+    )
+    # The steps read these two; what is no number is refused here.
+    ray_connect_seconds: float = _variable(60.0, "How long the cluster at `RAY_ADDRESS` may take to answer.")
+    resource_wait_seconds: float = _variable(1800.0, "How long search and final fit wait for CPUs that others use.")
+    endpoint_port: int | None = _variable(None, "Port of the local endpoint.", shown="8080, or a free one")
+
+
+class SageMaker(_Variables):
+    """What the deployment on AWS reads."""
+
+    role_arn: str | None = _variable(None, "ARN of the IAM role that jobs and endpoints run as.", shown="required")
+    region: str | None = _variable(
+        None, "AWS region.", shown="boto3's", validation_alias=AliasChoices("AWS_REGION", "AWS_DEFAULT_REGION")
+    )
+    image: str | None = _variable(
+        None, "Image of jobs and endpoints, built from the Dockerfile.", shown="AWS's XGBoost image"
+    )
+    instance_type: str | None = _variable(None, "Instance type of jobs.", shown="ml.m5.xlarge")
+    instance_count: int | None = _variable(None, "Hosts of each job; Ray spans them.", shown="1")
+    subnets: _Words = _variable([], "VPC subnets of jobs, separated by commas.", shown="SageMaker's network")
+    security_groups: _Words = _variable([], "Security groups of jobs; needed with subnets.")
+    price_per_hour: float | None = _variable(None, "Price of one instance-hour, for cost estimates.")
+    sagemaker_config: str | None = _variable(None, "YAML file with every other field of the resources, by resource.")
+
+
+class Automation(_Variables):
+    """What makes the platform run by itself, and who hears of it. Off until it is switched on in the UI."""
+
+    landing: str | None = _variable(None, "Folder or s3:// prefix where new files arrive; days become partitions.")
+    landing_start: date = _variable(date(2025, 1, 1), "First day of ingestion that can be backfilled.")
+    settle_seconds: float = _variable(
+        60.0,
+        "A file is taken once it is unchanged for so long; ten times as long if its last line has no line end.",
+        ge=0,
+    )
+    retrain_cron: str = _variable("0 3 * * 1", "When `weekly_retraining` runs.")
+    timezone: str = _variable("UTC", "Time zone of the schedules and of the days of ingestion.")
+    freshness_days: float = _variable(8.0, "A model or an endpoint older than this is stale.", gt=0)
+    watch_cron: str = _variable("*/15 * * * *", "When `endpoint_watch` looks at the endpoint.")
+    drift_days: float = _variable(7.0, "Captured requests of so many days are compared with the training data.", gt=0)
+    drift_rows: int = _variable(200, "With fewer captured rows, nothing is said about drift.", ge=1)
+    prune_cron: str = _variable("37 2 * * *", "When `nightly_prune` removes what is old.")
+    keep_versions: int = _variable(10, "So many newest versions of a model stay, and those that are needed.", ge=1)
+    pending_days: float = _variable(30.0, "Versions that wait for a decision stay for so many days.", ge=0)
+    repeat_hours: float = _variable(24.0, "What `hourly_sweep` has reported is reported again after so long.", gt=0)
+    notifier: Literal["log", "slack", "email", "sns"] = _variable(
+        "log", "How notifications are sent: `log`, `slack`, `email`, `sns`."
+    )
+    slack_webhook: SecretStr | None = _variable(None, "URL of Slack's incoming webhook. A secret.")
+    sns_topic: str | None = _variable(None, "ARN of the topic.")
+    smtp_host: str | None = _variable(None, "SMTP server.")
+    smtp_port: int = _variable(587, "Its port.")
+    smtp_sender: str | None = _variable(None, "The address that messages come from.")
+    smtp_recipients: _Words = _variable([], "The addresses that receive them, separated by commas.")
+    smtp_user: SecretStr | None = _variable(None, "User name, if the server wants one.")
+    smtp_password: SecretStr | None = _variable(None, "Its password. A secret.")
+    smtp_allow_insecure: _Switch = _variable(
+        False, "`on`: send also without encryption, or to a server whose certificate cannot be verified."
+    )
+    mlflow_uri: str | None = _variable(
+        None, "Tracking server, database, or ARN: tuning runs are recorded in MLflow. No password in it."
+    )
+    mlflow_experiment: str | None = _variable(None, "Name of the experiment.", shown="housing")
+    mlflow_artifacts: str | None = _variable(None, "Where a new experiment keeps artifacts.", shown="the server's")
 
     @field_validator("landing")
     @classmethod
-    def _home(cls, landing: str | None) -> str | None:
+    def _landing_at_home(cls, landing: str | None) -> str | None:
         return landing and expanded(landing)
 
     @field_validator("timezone")
@@ -120,64 +205,70 @@ class AutomationSettings(BaseModel):
             raise ValueError("there is no such time zone; names are those of the tz database: Europe/Berlin") from error
         return timezone
 
+
+class Settings(Everywhere, Local, SageMaker, Automation):
+    """All environment variables, read and checked."""
+
+    is_branch: bool = Field(default=False, alias="DAGSTER_CLOUD_IS_BRANCH_DEPLOYMENT")
+    branch: str | None = Field(default=None, alias="DAGSTER_CLOUD_GIT_BRANCH")
+
+    @classmethod
+    def load(cls, environment: Mapping[str, str] | None = None) -> Self:
+        """From the process's environment, or another. Raises `ValueError` naming the variable for a wrong value."""
+        variables = os.environ if environment is None else environment
+        try:
+            return cls.model_validate({name: text.strip() for name, text in variables.items() if text.strip()})
+        except ValidationError as error:
+            problem = error.errors()[0]
+            expected = problem.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ")
+            wrong = _WRONG.get(problem["type"], f": {problem['msg']}").format(expected=expected)
+            raise ValueError(f"{problem['loc'][0]}={problem['input']!r}{wrong}") from error
+
+    def required(self, field: str, what: str) -> str:
+        """The value of a variable. Raises `ValueError` saying what is missing."""
+        if (value := getattr(self, field)) is None:
+            raise ValueError(f"HOUSING_{field.upper()} is not set: {what}")
+        return value
+
     @property
-    def stale_after(self) -> timedelta:
-        """`freshness_days` as a time span."""
-        return timedelta(days=self.freshness_days)
+    def own_environment(self) -> str | None:
+        """The environment that everything has places and names of its own in; `None` for the only one.
 
+        On a branch deployment of Dagster+ it is the branch's, whatever `HOUSING_ENVIRONMENT` says: a branch never
+        touches what production uses. Raises `ValueError` for a name that does not fit into AWS's names.
+        """
+        if self.is_branch:
+            if self.branch is None:
+                raise ValueError("DAGSTER_CLOUD_GIT_BRANCH is not set: Dagster+ sets it on branch deployments")
+            readable = re.sub(r"[^a-z0-9]+", "-", self.branch.lower())[:_BRANCH_LENGTH].strip("-")
+            digest = hashlib.sha256(self.branch.encode()).hexdigest()[:6]
+            return "-".join(part for part in ("branch", readable, digest) if part)
+        name = self.environment
+        if name is not None and not _ENVIRONMENT.fullmatch(name):
+            raise ValueError(
+                f"HOUSING_ENVIRONMENT={name!r}: choose at most 28 lower-case letters, digits and single inner hyphens"
+            )
+        return name
 
-def load_automation(environment: Mapping[str, str] | None = None) -> AutomationSettings:
-    """`HOUSING_LANDING` and the others. Raises `ValueError` naming the variable for a value that makes no sense."""
-    settings = Settings(os.environ if environment is None else environment)
-    variables = {field: f"HOUSING_{field.upper()}" for field in AutomationSettings.model_fields}
-    given = {field: value for field, name in variables.items() if (value := settings.text(name)) is not None}
-    try:
-        return AutomationSettings.model_validate(given)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        name = variables[str(problem["loc"][0])]
-        raise ValueError(f"{name}={problem['input']!r}: {problem['msg']}") from error
-
-
-def load_launch_defaults(environment: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
-    """By op: the fields that the file named by `HOUSING_CONFIG` sets for every launch, as it has them.
-
-    The file is run configuration, as `--config` takes it. Raises `ValueError` for another form; fields and values are
-    left to the caller.
-    """
-    settings = Settings(os.environ if environment is None else environment)
-    path = settings.text("HOUSING_CONFIG")
-    if path is None:
-        return {}
-    content = yaml_file("HOUSING_CONFIG", path)
-    form = f"HOUSING_CONFIG={path!r} must be run configuration, as YAML: `ops: {{raw_csv: {{config: {{…}}}}}}`"
-    if others := sorted(map(str, set(content) - {"ops"})):
-        raise ValueError(f"{form}. It has {', '.join(others)}, which gives no defaults")
-    sections = {}
-    for op, section in _mapping(content.get("ops"), form).items():
-        section = _mapping(section, f"{form}. ops.{op} is not of this form")
-        if others := sorted(map(str, set(section) - {"config"})):
-            raise ValueError(f"{form}. ops.{op} has {', '.join(others)} beside or instead of config")
-        sections[str(op)] = _mapping(section.get("config"), f"{form}. ops.{op}.config is not of this form")
-    return sections
-
-
-def _mapping(value: Any, problem: str) -> dict[Any, Any]:
-    """`value`, a mapping; an empty one for nothing. Raises `ValueError` with `problem` for anything else."""
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(problem)
-    return value or {}
-
-
-def yaml_file(variable: str, path: str) -> dict[Any, Any]:
-    """The mapping in the file that the variable names. Raises `ValueError` if it cannot be read, or holds another."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(expanded(path)).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{variable}={path!r} cannot be read: {error}") from error
-    return _mapping(content, f"{variable}={path!r} must hold sections with fields, as YAML")
+    @property
+    def own_root(self) -> str:
+        """The folder or s3:// prefix below which this environment keeps everything."""
+        if self.deployment == "local":
+            place = self.root or "data"
+            if "://" in place:
+                raise ValueError(
+                    f"HOUSING_ROOT={place!r}: with HOUSING_DEPLOYMENT=local it must be a folder of this machine; for a "
+                    "root on S3 set HOUSING_DEPLOYMENT=sagemaker"
+                )
+            if Path(place).exists() and not Path(place).is_dir():
+                raise ValueError(f"HOUSING_ROOT={place!r} is a file: name a folder")
+            root = str(Path(place).absolute())
+        else:
+            what = "the s3:// prefix below which everything is kept, for example s3://bucket/housing"
+            root = self.required("root", what).rstrip("/")
+            if not root.startswith("s3://"):
+                raise ValueError(f"HOUSING_ROOT={root!r}: with HOUSING_DEPLOYMENT=sagemaker it must be an s3:// prefix")
+        return storage.join(root, "environments", self.own_environment) if self.own_environment else root
 
 
 def refuse_passwords(environment: Mapping[str, str]) -> None:
@@ -193,46 +284,3 @@ def refuse_passwords(environment: Mapping[str, str]) -> None:
                 f"{name} has a user name or a password in its URL, which would stand in the UI, in logs and in "
                 f"Dagster's database: take it out. {_PLACES.get(name, '')}".rstrip()
             )
-
-
-def environment_of(environment: Mapping[str, str] | None = None) -> str | None:
-    """The environment that everything has places and names of its own in; `None` for the only one.
-
-    On a branch deployment of Dagster+ it is the branch's, whatever `HOUSING_ENVIRONMENT` says: a branch never touches
-    what production uses. Raises `ValueError` naming the variable for a name that does not fit into AWS's names.
-    """
-    settings = Settings(os.environ if environment is None else environment)
-    if settings.text("DAGSTER_CLOUD_IS_BRANCH_DEPLOYMENT") == "1":
-        branch = settings.required("DAGSTER_CLOUD_GIT_BRANCH", "Dagster+ sets it on branch deployments")
-        readable = re.sub(r"[^a-z0-9]+", "-", branch.lower())[:_BRANCH_LENGTH].strip("-")
-        digest = hashlib.sha256(branch.encode()).hexdigest()[:6]
-        return "-".join(part for part in ("branch", readable, digest) if part)
-    name = settings.text("HOUSING_ENVIRONMENT")
-    if name is not None and not _ENVIRONMENT.fullmatch(name):
-        raise ValueError(
-            f"HOUSING_ENVIRONMENT={name!r}: choose at most 28 lower-case letters, digits and single inner hyphens"
-        )
-    return name
-
-
-def root_of(environment: Mapping[str, str] | None = None) -> str:
-    """The folder or s3:// prefix below which this environment keeps everything."""
-    settings = Settings(os.environ if environment is None else environment)
-    if (settings.text("HOUSING_DEPLOYMENT") or "local") == "local":
-        place = settings.text("HOUSING_ROOT") or "data"
-        if "://" in place:
-            raise ValueError(
-                f"HOUSING_ROOT={place!r}: with HOUSING_DEPLOYMENT=local it must be a folder of this machine; for a "
-                "root on S3 set HOUSING_DEPLOYMENT=sagemaker"
-            )
-        if Path(place).exists() and not Path(place).is_dir():
-            raise ValueError(f"HOUSING_ROOT={place!r} is a file: name a folder")
-        root = str(Path(place).absolute())
-    else:
-        root = settings.required(
-            "HOUSING_ROOT", "the s3:// prefix below which everything is kept, for example s3://bucket/housing"
-        ).rstrip("/")
-        if not root.startswith("s3://"):
-            raise ValueError(f"HOUSING_ROOT={root!r}: with HOUSING_DEPLOYMENT=sagemaker it must be an s3:// prefix")
-    name = environment_of(settings.environment)
-    return storage.join(root, "environments", name) if name else root

@@ -1,8 +1,7 @@
 """Whether the table, the slices and the configured ranges fit together: checked when the code location loads.
 
 The table is declared with pandera, which takes most of a second to import. So a child process loads it, and what it
-found is kept in the user's cache folder for as long as the files that it loaded, Python, pandera and Polars stay the
-same.
+found is kept in the user's cache folder for as long as the schema's code, Python, pandera and Polars stay the same.
 """
 
 from __future__ import annotations
@@ -21,14 +20,13 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from step_scripts.parameters import Slice, check_slices
+from step_scripts.runner.code_version import module_version
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.loaded_code import own_places
-from step_scripts.runner.private_files import open_private, private_folder
+from step_scripts.runner.local_files import open_private, private_folder
 from step_scripts.table.spec import ColumnRange, TableSpec
 
 SCHEMA = Path(__file__).with_name("schema.py")
 _PROJECT = SCHEMA.parents[1]
-_LIBRARIES = ("pandera", "polars")
 _SECONDS = 120.0
 
 
@@ -37,7 +35,7 @@ class WrongTable(ValueError):
 
 
 class _Verdict(BaseModel):
-    """The table, and what it was found with: digests of source files by path, versions by name."""
+    """The table, and the versions of all that it was found with."""
 
     table: TableSpec
     found_with: dict[str, str]
@@ -67,6 +65,7 @@ def _loaded_table() -> TableSpec:
     """The table that a child process loads, which is then kept."""
     path = os.pathsep.join(filter(None, (str(_PROJECT), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", __name__]
+    found_with = _found_with()
     try:
         done = subprocess.run(
             command,
@@ -81,16 +80,16 @@ def _loaded_table() -> TableSpec:
         raise WrongTable(f"{SCHEMA} could not be loaded within {_SECONDS:.0f} s") from None
     if done.returncode:
         raise WrongTable(f"the table cannot be used: {done.stderr.strip() or f'exit code {done.returncode}'}")
-    verdict = _Verdict.model_validate_json(done.stdout.splitlines()[-1])
-    _keep(verdict)
-    return verdict.table
+    table = TableSpec.model_validate_json(done.stdout.splitlines()[-1])
+    _keep(_Verdict(table=table, found_with=found_with))
+    return table
 
 
 def _kept_table() -> TableSpec | None:
     """The table that was found last, if nothing has changed since."""
     with contextlib.suppress(OSError, RuntimeError, ValidationError):
         verdict = _Verdict.model_validate_json(_place().read_bytes())
-        if all(_state(name) == state for name, state in verdict.found_with.items()):
+        if verdict.found_with == _found_with():
             return verdict.table
     return None
 
@@ -118,21 +117,16 @@ def _place() -> Path:
     return caches / "housing-assets" / f"table-{sha256(str(SCHEMA).encode()).hexdigest()[:16]}.json"
 
 
-def _state(name: str) -> str:
-    """What a verdict depends on, as it is now: the version of Python or of a library, or the digest of a file."""
-    if name == "python":
-        return sys.version
-    return importlib.metadata.version(name) if name in _LIBRARIES else sha256(Path(name).read_bytes()).hexdigest()
-
-
-def _loaded_files() -> list[str]:
-    """The project's modules that this process has loaded, by path."""
-    modules = [(name, getattr(module, "__file__", None)) for name, module in list(sys.modules.items())]
-    return [
-        file
-        for name, file in modules
-        if file and (Path(file).is_relative_to(SCHEMA.parent) or own_places(name.partition(".")[0]))
-    ]
+def _found_with() -> dict[str, str]:
+    """What the table depends on, as it is now."""
+    libraries = {name: importlib.metadata.version(name) for name in ("pandera", "polars")}
+    try:
+        code = module_version("housing_assets.schema")
+    except FileNotFoundError:  # the project is installed as a library: of its modules, any may be the schema's
+        sources = sorted(SCHEMA.parent.rglob("*.py"))
+        code = sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+        code += module_version("step_scripts.table.constraints")
+    return {"python": sys.version, "code": code, **libraries}
 
 
 def main() -> int:
@@ -150,9 +144,7 @@ def main() -> int:
         text = "; ".join(traceback.format_exception_only(error)[-1].strip().splitlines())
         sys.stderr.write(f"{where}: {text}\n")
         return 1
-    found_with = {name: _state(name) for name in ("python", *_LIBRARIES, *_loaded_files())}
-    verdict = _Verdict(table=HOUSING_TABLE, found_with=found_with)
-    sys.stdout.write(f"\n{verdict.model_dump_json()}\n")
+    sys.stdout.write(f"\n{HOUSING_TABLE.model_dump_json()}\n")
     return 0
 
 

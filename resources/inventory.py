@@ -55,26 +55,35 @@ class OwnedItem(BaseModel):
     detail: str = Field(default="", description="What people want to know before they remove it.")
 
 
-def files_at(uri: str, name: str) -> list[OwnedItem]:
-    """Everything below `uri` as one item; none if there is nothing."""
-    return _as_items(uri, name, [(size, modified) for _, size, modified in storage.list_details(uri)])
+def files_item(uri: str, name: str, files: list[tuple[int, float]]) -> list[OwnedItem]:
+    """Files at `uri` as one item; none if there are none. Of each: bytes, and seconds since 1970."""
+    if not files:
+        return []
+    created = datetime.fromtimestamp(min(modified for _, modified in files), UTC)
+    detail = f"{counted(len(files), 'file')}, {megabytes(sum(size for size, _ in files))}"
+    return [OwnedItem(kind="files", name=name, location=uri, created_at=created, detail=detail)]
 
 
-def step_results(root: str) -> list[OwnedItem]:
-    """An item a step, of the folders `<root>/<step>/<16 digits>` that hold results."""
+def files_below(root: str, pattern: re.Pattern[str], name: str) -> list[OwnedItem]:
+    """An item a folder, of the files below `root` whose paths match. The pattern's first group is the folder."""
     found: dict[str, list[tuple[int, float]]] = {}
     for path, size, modified in storage.list_details(root):
-        if match := RESULT_FILE.fullmatch(path):
-            found.setdefault(match["step"], []).append((size, modified))
+        if match := pattern.fullmatch(path):
+            found.setdefault(match[1], []).append((size, modified))
     return [
         item
-        for step, files in sorted(found.items())
-        for item in _as_items(storage.join(root, step), f"results of {step}", files)
+        for folder, files in sorted(found.items())
+        for item in files_item(storage.join(root, folder) if folder else root, f"{name} {folder}".rstrip(), files)
     ]
 
 
+def files_at(uri: str, name: str) -> list[OwnedItem]:
+    """Everything below `uri` as one item; none if there is nothing."""
+    return files_below(uri, re.compile("().+", re.DOTALL), name)
+
+
 def remove_step_results(root: str, uri: str) -> None:
-    """Remove the results of the step whose item is located at `uri`; with them the folder, if that leaves it empty."""
+    """Remove the results of the step whose item is located at `uri`; with them the folders that this leaves empty."""
     step = uri.removeprefix(root.rstrip("/") + "/")
     files = (f"{step}/{path}" for path, _, _ in storage.list_details(uri))
     digests = {found["digest"] for file in files if (found := RESULT_FILE.fullmatch(file))}
@@ -141,11 +150,3 @@ def remove_empty(*uris: str) -> None:
             path = storage.local_path(uri)
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
-
-
-def _as_items(uri: str, name: str, files: list[tuple[int, float]]) -> list[OwnedItem]:
-    if not files:
-        return []
-    created = datetime.fromtimestamp(min(modified for _, modified in files), UTC)
-    detail = f"{counted(len(files), 'file')}, {megabytes(sum(size for size, _ in files))}"
-    return [OwnedItem(kind="files", name=name, location=uri, created_at=created, detail=detail)]

@@ -7,18 +7,15 @@ That server (the SageMaker containers library) imports this module as `inference
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 from step_scripts.serving.media import JSON, RequestError
-from step_scripts.serving.served_model import ServedModel, load_served_model, model_in_folder
+from step_scripts.serving.served_model import ServedModel, container_record, load_served_model
 
 
 def model_fn(model_dir: str) -> ServedModel:
     """The model in the folder. Raises `DamagedArtifactError` if it is not the one that was deployed."""
-    version = os.environ.get("HOUSING_MODEL_VERSION", "model")
-    artifact = model_in_folder(model_dir, os.environ.get("HOUSING_MODEL_DIGEST"))
-    return load_served_model(artifact, endpoint_name=version, version=version, deployment_id="")
+    return load_served_model(container_record(model_dir))
 
 
 def transform_fn(model: ServedModel, content: bytes | str, content_type: str, accept: str) -> Any:

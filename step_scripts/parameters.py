@@ -165,8 +165,7 @@ class TuneModelSettings(StepSettings):
 
     @model_validator(mode="after")
     def _ranges_are_ordered(self) -> TuneModelSettings:
-        values = self.model_dump()
-        resolved = {**PRESETS[self.preset], **{k: v for k, v in values.items() if v is not None}}
+        resolved = self.resolved()
         for name in ("max_depth", "eta", "min_child_weight", "subsample"):
             low, high = resolved[f"{name}_min"], resolved[f"{name}_max"]
             if low > high:

@@ -2,7 +2,7 @@
 
 One pass of Ray Data over the store, without a shuffle: each task reads a block, writes the block's three parts, and
 returns partial statistics of its training rows. Only where the store may hold several events of one record is it found
-out first which rows count (`step_scripts.data.latest_events`).
+out first which rows count (`latest_events`).
 """
 
 from __future__ import annotations
@@ -10,17 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from step_scripts.data.latest_events import TIMES, latest_events
-from step_scripts.data.split_report import split_outcome
-from step_scripts.data.splits import SPLITS, SplitPlan, SplitReport, split_rows
+from step_scripts.data.partitions import TIMES, latest_events
+from step_scripts.data.splits import SPLITS, SplitPlan, SplitReport, split_outcome, split_rows
 from step_scripts.parameters import PrepareSplitsParams
 from step_scripts.runner import storage
-from step_scripts.runner.contract import (
-    StepContext,
-    StepDefinition,
-    StepError,
-    StepOutcome,
-)
+from step_scripts.runner.contract import StepContext, StepDefinition, StepError, StepOutcome
 from step_scripts.runner.ray_data import Progress, parquet_blocks
 from step_scripts.table.distributions import TableSketch
 

@@ -20,7 +20,6 @@ import signal
 import socket
 import stat
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,8 +29,8 @@ import uvicorn
 import uvloop
 
 from step_scripts.runner.contract import DamagedArtifactError
-from step_scripts.runner.locking import NoLocks, try_lock
-from step_scripts.serving.app import InferenceApp
+from step_scripts.runner.local_files import NoLocks, try_lock
+from step_scripts.serving.app import InferenceApp, RequestProtocol
 from step_scripts.serving.capture import RequestCapture
 from step_scripts.serving.deployment import (
     CAPTURE_FOLDER,
@@ -44,13 +43,13 @@ from step_scripts.serving.deployment import (
     ReloadRecord,
     ServerRecord,
 )
-from step_scripts.serving.protocol import RequestProtocol
-from step_scripts.serving.served_model import load_served_model, model_in_folder
+from step_scripts.serving.served_model import container_record, load_served_model
 
 _GRACE_SECONDS = 25  # SageMaker kills a container 30 s after SIGTERM
 _KEEP_ALIVE_SECONDS = 75
 _LOG_BYTES, _LOG_FILES = 1 << 20, 2
 _OUTPUT_SECONDS = 1.0
+_STANDARD_INPUT = 0
 
 logger = logging.getLogger("housing.serving")
 
@@ -92,16 +91,18 @@ class ModelServer:
         )
         server = _Server(config)
 
+        loop = asyncio.get_running_loop()
+
         def stop() -> None:
             server.should_exit = True
+            loop.remove_reader(_STANDARD_INPUT)
 
-        loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, stop)
         loop.add_signal_handler(signal.SIGINT, stop)
         if self.state is not None:
             loop.add_signal_handler(signal.SIGHUP, self._reload.set)
         if until_input_closes:
-            threading.Thread(target=_call_at_end_of_input, args=(loop, stop), daemon=True).start()
+            loop.add_reader(_STANDARD_INPUT, stop)  # nobody writes there: it can be read when it is closed
         tasks = [asyncio.create_task(work) for work in (self._load_first(stop), self._follow(), self._bound_output())]
         if self.state is not None:
             _record_server(self.state, host, port)
@@ -120,8 +121,8 @@ class ModelServer:
         logger.info("stopped")
 
     async def _load_first(self, stop: Callable[[], None]) -> None:
-        if error := await self._load(self.record):
-            self._failure = error
+        self._failure = await self._load(self.record)
+        if self._failure:
             stop()
 
     async def _follow(self) -> None:
@@ -154,13 +155,7 @@ class ModelServer:
     async def _load(self, record: DeploymentRecord) -> str:
         """Load the model of `record` in a thread and serve it from then on. Returns why that failed, or nothing."""
         try:
-            self.app.model = await asyncio.to_thread(
-                load_served_model,
-                record.model,
-                endpoint_name=record.endpoint_name,
-                version=record.version,
-                deployment_id=record.deployment_id,
-            )
+            self.app.model = await asyncio.to_thread(load_served_model, record)
         except (DamagedArtifactError, OSError) as error:
             return str(error)
         await self._capture_as(record)
@@ -185,30 +180,21 @@ class ModelServer:
 
 
 def bind(record: DeploymentRecord) -> socket.socket:
-    """A listening socket. Raises `StartError` if the port is in use and no other may be taken."""
+    """A listening socket: on any free port if that of the record is in use and not required. Raises `StartError`."""
     family = socket.AF_INET6 if ":" in record.host else socket.AF_INET
-    last = record.port if record.port_is_required else 0
-    for port in dict.fromkeys((record.port, last)):
-        try:  # listening before the state is recorded: from then on connections succeed
-            return socket.create_server((record.host, port), family=family, backlog=2048)
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
-            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                raise StartError(f"cannot listen on {record.host}:{port}: {reason}") from error
-            if port == last:
-                raise StartError(f"port {port} of {record.host} cannot be used ({reason}); choose another") from error
-    raise AssertionError("unreachable: the last port returns or raises")
+    try:  # listening before the state is recorded: from then on connections succeed
+        return socket.create_server((record.host, record.port), family=family, backlog=2048)
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES) and record.port and not record.port_is_required:
+            return bind(record.model_copy(update={"port": 0}))
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        raise StartError(f"port {record.port} of {record.host} cannot be used ({reason}); choose another") from error
 
 
 def _record_server(state: Path, host: str, port: int) -> None:
     created = psutil.Process().create_time()
     record = ServerRecord(pid=os.getpid(), create_time=created, host=host, port=port, started_at=datetime.now(UTC))
     record.write(state / SERVER_FILE)
-
-
-def _call_at_end_of_input(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
-    sys.stdin.buffer.read()
-    loop.call_soon_threadsafe(stop)
 
 
 def _log_to(handler: logging.Handler) -> None:
@@ -250,7 +236,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--deployment", type=Path, help="deployment.json in the state folder of an endpoint")
     parser.add_argument("--until-input-closes", action="store_true", help="also stop at the end of standard input")
     folder = f"{os.environ.get('SAGEMAKER_BASE_DIR', '/opt/ml')}/model"
-    version = os.environ.get("HOUSING_MODEL_VERSION", "model")
     port = os.environ.get("SAGEMAKER_BIND_TO_PORT", "8080")
     parser.add_argument("--model-dir", default=folder, help="folder of the model artifact (%(default)s)")
     parser.add_argument("--endpoint-name", default="model", help="name in /endpoints/<name>/invocations")
@@ -262,16 +247,9 @@ def main(arguments: list[str]) -> int:
             serve_deployment(options.deployment.absolute(), options.until_input_closes)
             return 0
         _log_to(logging.StreamHandler())
-        record = DeploymentRecord(
-            deployment_id="",
-            endpoint_name=options.endpoint_name,
-            version=version if options.command else options.endpoint_name,
-            model=model_in_folder(options.model_dir, os.environ.get("HOUSING_MODEL_DIGEST")),
-            host=options.host or ("0.0.0.0" if options.command else "127.0.0.1"),
-            port=options.port,
-            port_is_required=True,
-            deployed_at=datetime.now(UTC),
-        )
+        host = options.host or ("0.0.0.0" if options.command else "127.0.0.1")
+        address = {"host": host, "port": options.port, "port_is_required": True}
+        record = container_record(options.model_dir, options.endpoint_name).model_copy(update=address)
         _run(ModelServer(record, None), options.until_input_closes)
     except (StartError, DamagedArtifactError) as error:
         sys.stderr.write(f"error: {error}\n")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,8 @@ from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, StepContext, StepDefinition, StepOutcome, file_info, write_json
 from step_scripts.runner.wording import counted, number
 from step_scripts.training.boosting import History, xgboost_parameters
-from step_scripts.training.engines import FitRequest, FitResult, fit
-from step_scripts.training.search import SearchResult, run_search
+from step_scripts.training.engines import FitRequest, fit
+from step_scripts.training.search import run_search
 from step_scripts.training.training_data import read_splits
 from step_scripts.training.trials import TrialRecord, TrialStore, fingerprint
 
@@ -35,14 +36,13 @@ _VERSIONS = ("xgboost", "xgboost-ray", "ray", "optuna", "numpy", "polars")
 def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
     """Search, fit, and write model and report. Raises `StepError` for unusable splits or if every trial fails."""
     resolved = params.resolved()
-    statistics = context.inputs["statistics"]
     scaler_json, train, validation = read_splits(context.inputs, params.table)
     store = TrialStore(context.request.shared_checkpoint_uri, fingerprint(params, context.request.origins))
 
     with context.phase("tune"):
         search = run_search(params, train, validation, store, context.log)
     trials = search.records
-    best = min((t for t in trials if t.rmse is not None), key=lambda t: t.rmse if t.rmse is not None else np.inf)
+    best = min(trials, key=_rmse)
     context.log.info(
         f"best of {counted(len(trials), 'trial')} in {context.seconds['tune']:.1f} s: {best.describe()}; "
         "now the final fit"
@@ -74,7 +74,7 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
             booster=fitted.booster,
             scaler=scaler_json,
             table=params.table,
-            statistics=_read_json(statistics, "statistics.json"),
+            statistics=json.loads(storage.read_bytes(context.inputs["statistics"].file_uri("statistics.json"))),
             parameters=parameters,
             metrics={
                 "validation_rmse": fitted.validation_rmse,
@@ -84,8 +84,46 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
             versions={name: importlib.metadata.version(name) for name in _VERSIONS},
         )
         importance = feature_importance(fitted.booster)
-        report = _write_report(context.output_uri("report"), trials, fitted, importance)
-    return _outcome(context, resolved["engine"], {"model": model, "report": report}, search, best, fitted, importance)
+        report = {
+            "trials.json": [t.model_dump(mode="json") for t in trials],
+            "learning_curve.json": learning_curve(fitted.history, fitted.best_rounds, _CURVE_POINTS),
+            "importance.json": importance,
+        }
+        uri = context.output_uri("report")
+        for name, content in report.items():
+            write_json(storage.join(uri, name), content)
+        files = [file_info(storage.join(uri, name), uri) for name in report]
+    by_rmse = sorted(trials, key=_rmse)
+    return StepOutcome(
+        outputs={"model": model, "report": Artifact.of(uri, files)},
+        metrics={
+            "validation_rmse": fitted.validation_rmse,
+            "train_rmse": fitted.train_rmse,
+            "best_rounds": float(fitted.best_rounds),
+            "num_trials": float(len(trials)),
+            "trials_failed": float(sum(t.status == "failed" for t in trials)),
+            "tuning_seconds": round(context.seconds["tune"], 4),
+            "fit_seconds": round(fitted.seconds, 4),
+            "boosting_seconds": round(fitted.history.seconds, 4),
+        },
+        details={
+            "best_parameters": best.parameters,
+            "best_trial": best.trial,
+            "trials": [t.model_dump(mode="json") for t in by_rmse[:_SHOWN_TRIALS]],
+            "trials_resumed": search.resumed,
+            "search_repeatable": search.repeatable,
+            "learning_curve": learning_curve(fitted.history, fitted.best_rounds, _SHOWN_POINTS),
+            "importance": importance,
+            "engine": resolved["engine"],
+            "num_workers": fitted.num_workers,
+            "nodes": list(fitted.nodes),
+            "fit_resumed_at_round": fitted.resumed_at,
+        },
+    )
+
+
+def _rmse(trial: TrialRecord) -> float:
+    return math.inf if trial.rmse is None else trial.rmse
 
 
 def learning_curve(history: History, best_rounds: int, points: int) -> dict[str, Any]:
@@ -110,67 +148,11 @@ def feature_importance(booster: xgb.Booster) -> dict[str, dict[str, float]]:
     }
 
 
-def _write_report(
-    uri: str, trials: list[TrialRecord], fitted: FitResult, importance: dict[str, dict[str, float]]
-) -> Artifact:
-    contents = {
-        "trials.json": [t.model_dump(mode="json") for t in trials],
-        "learning_curve.json": learning_curve(fitted.history, fitted.best_rounds, _CURVE_POINTS),
-        "importance.json": importance,
-    }
-    for name, content in contents.items():
-        write_json(storage.join(uri, name), content)
-    return Artifact.of(uri, [file_info(storage.join(uri, name), uri) for name in contents])
-
-
-def _outcome(
-    context: StepContext,
-    engine: str,
-    outputs: dict[str, Artifact],
-    search: SearchResult,
-    best: TrialRecord,
-    fitted: FitResult,
-    importance: dict[str, dict[str, float]],
-) -> StepOutcome:
-    trials = search.records
-    by_rmse = sorted(trials, key=lambda t: t.rmse if t.rmse is not None else np.inf)
-    return StepOutcome(
-        outputs=outputs,
-        metrics={
-            "validation_rmse": fitted.validation_rmse,
-            "train_rmse": fitted.train_rmse,
-            "best_rounds": float(fitted.best_rounds),
-            "num_trials": float(len(trials)),
-            "trials_failed": float(sum(t.status == "failed" for t in trials)),
-            "tuning_seconds": round(context.seconds["tune"], 4),
-            "fit_seconds": round(fitted.seconds, 4),
-            "boosting_seconds": round(fitted.history.seconds, 4),
-        },
-        details={
-            "best_parameters": best.parameters,
-            "best_trial": best.trial,
-            "trials": [t.model_dump(mode="json") for t in by_rmse[:_SHOWN_TRIALS]],
-            "trials_resumed": search.resumed,
-            "search_repeatable": search.repeatable,
-            "learning_curve": learning_curve(fitted.history, fitted.best_rounds, _SHOWN_POINTS),
-            "importance": importance,
-            "engine": engine,
-            "num_workers": fitted.num_workers,
-            "nodes": list(fitted.nodes),
-            "fit_resumed_at_round": fitted.resumed_at,
-        },
-    )
-
-
 def _checkpoint_uri(context: StepContext) -> str | None:
     """Where all nodes can keep checkpoints: as the request says, or beside remote outputs; None: on this machine."""
     if context.attempt_checkpoint_uri is not None:
         return storage.join(context.attempt_checkpoint_uri, "fit")
     return context.output_uri("checkpoints") if storage.is_remote(context.attempt_uri) else None
-
-
-def _read_json(artifact: Artifact, name: str) -> dict[str, Any]:
-    return json.loads(storage.read_bytes(artifact.file_uri(name)))
 
 
 STEP = StepDefinition(

@@ -14,8 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from step_scripts.cluster.failure import failure_of, write_failure
-from step_scripts.cluster.job import JobFiles, ml_root
+from step_scripts.cluster.job import JobFiles, failure_of, ml_root, write_failure
 from step_scripts.parameters import TuneModelParams
 from step_scripts.runner.code_version import CodeCheck
 from step_scripts.training.boosting import TrialBoosting, quantile_matrices, useful_threads, xgboost_parameters

@@ -1,21 +1,22 @@
 """Step `validate_source`: CSV files of any size to validated Parquet, with a table of the rows that were rejected.
 
-Headers are checked first, in the driver. Then fragments of the files are read as blocks of Ray Data (`csv_source`), and
-what is accepted of a block is written as one file (`accepted_rows`); only small reports come back. What the step writes
-does not depend on how many fragments there were, other than the names of the files.
+Headers are checked first, in the driver. Then each fragment of the files is read by a task (`csv_fragments`), which
+writes what is accepted as one file (`accepted_rows`); only small reports come back. What the step writes does not
+depend on how many fragments there were, other than the names of the files.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from step_scripts.data.accepted_rows import FragmentReport, RowsPlan, merged_statistics, rewrite_rows, rows_artifact
 from step_scripts.data.csv_header import CsvFile, read_header
-from step_scripts.data.duplicate_rows import find_duplicates, partition_count
-from step_scripts.data.rejected_rows import as_details, rejected_table, rejection_message, rejection_reasons
-from step_scripts.data.source_pass import divided, read_files
-from step_scripts.data.source_report import LineNumbers, check_counts, check_rows, check_unchanged, files_read
+from step_scripts.data.partitions import find_duplicates, partition_count
+from step_scripts.data.rejected_rows import rejection_message, rejections
+from step_scripts.data.source_pass import check_counts, check_rows, check_unchanged, files_read, read_files
 from step_scripts.parameters import ValidateSourceParams
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, StepContext, StepDefinition, StepError, StepOutcome, file_info
@@ -23,7 +24,7 @@ from step_scripts.runner.ray_data import each_call
 from step_scripts.runner.wording import are, counted
 
 _HEADER_THREADS = 16
-_FILES_SHOWN = 200
+_FILES_SHOWN, _REASONS_SHOWN, _ROWS_SHOWN = 200, 200, 50
 _REJECTED = "rejected_rows.csv"
 
 
@@ -42,30 +43,24 @@ def run(context: StepContext, params: ValidateSourceParams) -> StepOutcome:
 
 
 def _run(context: StepContext, params: ValidateSourceParams, files: list[CsvFile], scratch_uri: str) -> StepOutcome:
-    fragments = divided(files, params.chunk_bytes)
     plan = RowsPlan(
         params=params,
-        modified={fragment.index: fragment.file.modified for fragment in fragments},
         rows_uri=context.output_uri("rows"),
         scratch_uri=scratch_uri,
         partitions=partition_count(sum(file.bytes for file in files)),
     )
     with context.phase("validate"):
-        found = read_files(context, plan, fragments)
-        lines = LineNumbers(found)
-        check_rows(found, lines)
+        found = read_files(context, plan, files)
+        check_rows(found)
         check_unchanged(params.files)
     reports = [report for file in found for report in file.fragments]
     with context.phase("find duplicates"):
         duplicates, duplicate_uris = _find_duplicates(context, reports, plan)
-        _rewrite(reports, duplicates, duplicate_uris, plan)
     keep = params.duplicate_rows == "keep"
     check_counts(found, {} if keep else duplicates)
-    dropped = 0 if keep else sum(duplicates.values())
+    dropped = 0 if keep else duplicates.total()
     with context.phase("list rejected rows"):
-        keys = params.table.key_columns
-        table, duplicate_rows = rejected_table(scratch_uri, reports, lines, [] if keep else duplicate_uris, keys)
-        reasons = rejection_reasons(reports, lines, dropped, duplicate_rows, keys)
+        table, reasons = rejections(found, scratch_uri, duplicate_uris, dropped, params.table.key_columns)
         rejected_uri = storage.join(context.output_uri("rejected"), _REJECTED)
         storage.write_bytes(rejected_uri, table.write_csv().encode())
     total = sum(r.records for r in reports)
@@ -73,7 +68,10 @@ def _run(context: StepContext, params: ValidateSourceParams, files: list[CsvFile
     # A row that takes many lines may be many rows, swallowed by a stray quote.
     rejected_lines, lines_total = sum(r.rejected_lines for r in reports) + dropped, sum(r.record_lines for r in reports)
     fraction = max(rejected / total, rejected_lines / lines_total)
-    details = as_details(table, reasons)
+    details: dict[str, Any] = {
+        "rejected_rows": table.head(_ROWS_SHOWN).to_dicts(),
+        "rejection_reasons": [vars(reason) for reason in reasons[:_REASONS_SHOWN]],
+    }
     if fraction > params.max_rejected_fraction or rejected == total:
         message = rejection_message(
             (rejected, total), (rejected_lines, lines_total), reasons, params, context.request.kept_uri(_REJECTED)
@@ -95,7 +93,7 @@ def _run(context: StepContext, params: ValidateSourceParams, files: list[CsvFile
             "rows": total - rejected,
             "rejected_rows": rejected,
             "rejected_fraction": fraction,
-            "duplicate_rows": sum(duplicates.values()),
+            "duplicate_rows": duplicates.total(),
             "extra_columns": len({name for names in extra.values() for name in names}),
             "files": len(files),
         },
@@ -103,7 +101,7 @@ def _run(context: StepContext, params: ValidateSourceParams, files: list[CsvFile
             **details,
             "extra_columns": dict(list(extra.items())[:_FILES_SHOWN]),
             "files": files_read(found)[:_FILES_SHOWN],
-            "statistics": merged_statistics(r.written for r in reports),
+            "statistics": merged_statistics([r.written for r in reports], params.table),
         },
     )
 
@@ -125,32 +123,24 @@ def _read_headers(context: StepContext, params: ValidateSourceParams) -> list[Cs
 
 def _find_duplicates(
     context: StepContext, reports: Sequence[FragmentReport], plan: RowsPlan
-) -> tuple[dict[int, int], list[str]]:
-    """How many rows of which fragment equal an earlier row, and the files that tell which."""
-    id_uris = [plan.ids_uri(report.index) for report in reports if report.written.rows]
-    if not id_uris:
-        return {}, []
+) -> tuple[Counter[int], list[str]]:
+    """How many rows of which fragment equal an earlier row, and the files that tell which.
+
+    The rows of these fragments are written again without them, or with ids of their own; their reports are corrected.
+    """
+    id_uris = [plan.ids_uri(report.fragment.index) for report in reports if report.written.rows]
     uris = [storage.join(plan.scratch_uri, f"duplicates-{number:05d}.parquet") for number in range(plan.partitions)]
-    duplicates: dict[int, int] = {}
-    written: list[str] = []
-    for number, found in each_call(find_duplicates, [(id_uris, number, uri) for number, uri in enumerate(uris)]):
-        for fragment, count in found.items():
-            duplicates[fragment] = duplicates.get(fragment, 0) + count
-        if found:
-            written.append(uris[number])
+    duplicates, written = Counter[int](), []
+    for number, found in each_call(find_duplicates, [(id_uris, *call) for call in enumerate(uris) if id_uris]):
+        duplicates.update(found)
+        written += [uris[number]] if found else []
     if duplicates:
-        context.log.info(f"rows that equal an earlier row: {sum(duplicates.values()):,}")
-    return duplicates, sorted(written)
-
-
-def _rewrite(
-    reports: Sequence[FragmentReport], duplicates: dict[int, int], duplicate_uris: list[str], plan: RowsPlan
-) -> None:
-    """Write the rows of fragments again that hold duplicates, and correct their reports."""
+        context.log.info(f"rows that equal an earlier row: {duplicates.total():,}")
+    written.sort()
     fragments = sorted(duplicates)
-    by_index = {report.index: report for report in reports}
-    for number, written in each_call(rewrite_rows, [(duplicate_uris, index, plan) for index in fragments]):
-        by_index[fragments[number]].written = written
+    for number, rows in each_call(rewrite_rows, [(written, index, plan) for index in fragments]):
+        reports[fragments[number]].written = rows
+    return duplicates, written
 
 
 STEP = StepDefinition(params=ValidateSourceParams, run=run, outputs=("rows", "rejected"))

@@ -24,7 +24,7 @@ from step_scripts.runner.contract import (
     StepParams,
     file_info,
 )
-from step_scripts.runner.interruption import on_interruption
+from step_scripts.runner.processes import on_interruption
 
 
 class ClusterProbeParams(StepParams):

@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from step_scripts.feature_store.ingestion import IngestionOptions, IngestionResult, ingest, run_here
+from step_scripts.feature_store.ingestion import Ingestion, IngestionResult
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.runner.contract import Artifact, file_info
 from step_scripts.table.column_types import polars_schema
@@ -76,6 +76,12 @@ def write_rows(folder: Path, rows: Sequence[Row], *, parts: int = 1, digest: str
     return write_frame(folder, rows_frame(rows), parts=parts, digest=digest)
 
 
+def run_here(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+    """Run the calls one after the other in this process."""
+    for index, call in enumerate(calls):
+        yield index, function(*call)
+
+
 def ingest_rows(
     store: OfflineStore,
     dataset: Artifact,
@@ -87,7 +93,7 @@ def ingest_rows(
     **options: Any,
 ) -> IngestionResult:
     """Ingest in this process."""
-    return ingest(store.folder(group), table, dataset, run, log or Log(), IngestionOptions(**options))
+    return Ingestion(store.folder(group), table, dataset, run, log or Log(), **options).ingest()
 
 
 def records(frame: pl.LazyFrame) -> dict[str, tuple[Any, ...]]:

@@ -32,6 +32,12 @@ def register(registry: ModelRegistry, model: Artifact, **changes: Any) -> ModelV
     return registry.register("housing", model, **values)
 
 
+def clear(registry: ModelRegistry) -> None:
+    """Remove all that the registry holds."""
+    for item in registry.inventory():
+        registry.remove(item)
+
+
 class RegistryContract:
     def test_a_version_keeps_its_own_copy(self, registry: ModelRegistry, tmp_path: Path) -> None:
         model = artifact(tmp_path / "model")

@@ -11,11 +11,11 @@ import dagster as dg
 from housing_assets.assets.landing import files_of_days
 from housing_assets.checks.gate import require_checks_passed
 from housing_assets.config import FeatureGroupConfig, RawCsvConfig, settings_of
-from housing_assets.deployments import SourceLocation
+from housing_assets.own_resources import SourceLocation
 from housing_assets.partitions import BACKFILL, PARTITIONS
-from housing_assets.reporting.metadata import artifact_metadata, column_schema, run_metadata
+from housing_assets.reporting.metadata import column_schema, made_by, materialized, run_metadata
 from housing_assets.runs.executor import RAY_POOL
-from resources.compute.base import ComputeBackend, as_metadata
+from resources.compute.base import ComputeBackend
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
 from resources.references.evidence import EvidenceStore
 from resources.references.types import DataFile, DatasetRef, SourceRef
@@ -29,7 +29,7 @@ from step_scripts.parameters import (
 )
 from step_scripts.runner.code_version import step_version
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.wording import counted
+from step_scripts.runner.wording import counted, listed
 from step_scripts.table.spec import ColumnRange
 
 _SHOWN, _FILES_SHOWN = 20, 200  # names in a message, rows of a table
@@ -71,22 +71,21 @@ def raw_csv(
         rows_total=int(result.metrics["rows"] + result.metrics["rejected_rows"]),
         rows_rejected=int(result.metrics["rejected_rows"]),
         files=_data_files(listing.files, result.details["files"]),
-        run_id=result.run_id or context.run.run_id,
-        code_version=result.code_version,
+        **made_by(context, result),
     )
     details = dict(result.details)
     examples, source_files = details.pop("rejected_rows"), details.pop("files")
     metadata = {
         "source": source,
         **result.metrics,
-        **as_metadata({"rejected_examples": examples, "source_files": source_files, **details}),
+        "rejected_examples": examples,
+        "source_files": source_files,
+        **details,
         **_left_out(context, source, listing),
         "rejected_rows_file": result.outputs["rejected"].uri,
         "dagster/column_schema": column_schema(table),
-        **artifact_metadata(rows),
-        **run_metadata(result),
     }
-    return dg.MaterializeResult(value=value, metadata=as_metadata(metadata), data_version=dg.DataVersion(rows.digest))
+    return materialized(value, rows, metadata, result)
 
 
 def _data_files(files: tuple[SourceFile, ...], read: list[dict[str, Any]]) -> tuple[DataFile, ...]:
@@ -101,11 +100,10 @@ def _left_out(context: dg.AssetExecutionContext, source: str, listing: Listing) 
     for item in listing.set_aside[:_SHOWN]:
         context.log.warning(f"set aside: {item}")
     if listing.others:
-        more = f" and {len(listing.others) - _SHOWN} more" if len(listing.others) > _SHOWN else ""
-        names = ", ".join(listing.others[:_SHOWN]) + more
+        names = listed(listing.others)
         context.log.info(f"{source} holds what is not taken, because its name does not match: {names}")
         left += [{"name": name, "why": "its name does not match", "remedy": ""} for name in listing.others]
-    return as_metadata({"not_read": left[:_FILES_SHOWN]}) if left else {}
+    return {"not_read": left[:_FILES_SHOWN]} if left else {}
 
 
 def _source_files(
@@ -176,7 +174,7 @@ def feature_group(
             **settings_of(config, IngestFeaturesSettings), table=HOUSING_TABLE, group=name, target=target
         )
         result = compute.run(context, "ingest_features", params, {"rows": raw_csv.rows}, cacheable=False)
-        figures = {**result.metrics, **as_metadata(result.details), **run_metadata(result)}
+        figures = {**result.metrics, **result.details, **run_metadata(result)}
         snapshot = feature_store.offline(name, commit=result.details["commit"])
     feature_store.record_dataset(
         name,
@@ -190,17 +188,18 @@ def feature_group(
             code_version=raw_csv.code_version,
         ),
     )
-    made = {"run_id": context.run.run_id, "dataset": raw_csv.rows.digest}
-    snapshot = snapshot.model_copy(update=made)
-    read = {"commit": snapshot.commit, "snapshot_id": str(snapshot.snapshot_id), "rows_live": snapshot.artifact.rows}
-    found = {**read, **artifact_metadata(snapshot.artifact)}
-    found["dagster/column_schema"] = column_schema(HOUSING_TABLE)
-    # The metadata has one order, whether rows were ingested or an earlier snapshot is reused.
-    order = {"feature_group_name": name, "rows_in": raw_csv.rows.rows or 0, "added": 0, **found}
-    metadata = {**order, **figures, **found}
-    return dg.MaterializeResult(
-        value=snapshot, metadata=as_metadata(metadata), data_version=dg.DataVersion(snapshot.artifact.digest)
-    )
+    snapshot = snapshot.model_copy(update={"run_id": context.run.run_id, "dataset": raw_csv.rows.digest})
+    metadata = {
+        "feature_group_name": name,
+        "rows_in": raw_csv.rows.rows or 0,
+        "added": 0,  # if an earlier snapshot is reused
+        "rows_live": snapshot.artifact.rows,
+        "dagster/column_schema": column_schema(HOUSING_TABLE),
+        **figures,
+        "commit": snapshot.commit,
+        "snapshot_id": str(snapshot.snapshot_id),
+    }
+    return materialized(snapshot, snapshot.artifact, metadata)
 
 
 def default_group_name(table: str, source: str) -> str:

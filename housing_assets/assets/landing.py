@@ -8,14 +8,13 @@ is put in another's place belongs to the day on which that happened. What cannot
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, datetime
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from resources.sources.folder_search import SetAside
 from resources.sources.listing import Listing, ends_within_a_line
@@ -100,18 +99,11 @@ class LandingCursor(BaseModel):
     notified: list[str] = []
     earlier: dict[str, str] = Field(default={}, exclude=True)  # of the version before: place → size and time
 
+    @model_validator(mode="before")
     @classmethod
-    def read(cls, text: str | None) -> LandingCursor:
-        """What `text` says. Raises `ValueError` for what no sensor has written."""
-        if not text:
-            return cls()
-        try:
-            content: Any = json.loads(text)
-            if any("/" in place for part in ("taken", "seen") for place in content.get(part, {})):
-                return cls(earlier=content["taken"])
-            return cls.model_validate(content)
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{text[:80]!r} is no cursor of this sensor") from error
+    def _of_an_earlier_version(cls, content: Any) -> Any:
+        taken = content.get("taken") if isinstance(content, dict) else None
+        return {"earlier": taken} if isinstance(taken, dict) and any("/" in place for place in taken) else content
 
     def look(
         self, by_day: Mapping[date, Sequence[SourceFile]], now: float, settle_seconds: float

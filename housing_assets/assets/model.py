@@ -4,20 +4,19 @@ from typing import Any
 
 import dagster as dg
 
-from housing_assets.assets.intact_files import require_intact
 from housing_assets.checks.gate import require_checks_passed, require_gate_passed
 from housing_assets.config import SLICES, EvaluationConfig, RegistrationConfig, TunedModelConfig
 from housing_assets.reporting.lineage import lineage_facts
-from housing_assets.reporting.metadata import artifact_metadata, plot_metadata, run_costs, run_metadata
+from housing_assets.reporting.metadata import made_by, materialized, plot_metadata, run_costs
 from housing_assets.runs.executor import RAY_POOL
-from resources.compute.base import ComputeBackend, as_metadata
+from resources.compute.base import ComputeBackend
 from resources.model_registry.base import ModelRegistry, ModelVersion, champion_of
 from resources.references.evidence import EvidenceStore
 from resources.references.types import EvaluationRef, ModelRef, SplitRef
 from resources.services.experiments import ExperimentTracker, TrackedSearch
 from step_scripts.parameters import EvaluateModelParams, TuneModelParams
 from step_scripts.runner.code_version import module_version, step_version
-from step_scripts.runner.contract import Artifact
+from step_scripts.runner.contract import Artifact, DamagedArtifactError, check_files
 
 
 @dg.asset(group_name="model", kinds={"xgboost", "ray"}, code_version=step_version("tune_model"), pool=RAY_POOL)
@@ -68,8 +67,7 @@ def tuned_model(
         metrics=result.metrics,
         parameters=details["best_parameters"],
         request_digest=result.request_digest,
-        run_id=result.run_id or context.run.run_id,
-        code_version=result.code_version,
+        **made_by(context, result),
         made_at=result.created_at,
         validation_digest=validation_split.rows.digest,
         train=train_split,
@@ -86,11 +84,9 @@ def tuned_model(
         **result.metrics,
         **plot_metadata(context, result, plots),
         **tracked,
-        **as_metadata(others),
-        **artifact_metadata(model),
-        **run_metadata(result),
+        **others,
     }
-    return dg.MaterializeResult(value=value, metadata=as_metadata(metadata), data_version=dg.DataVersion(model.digest))
+    return materialized(value, model, metadata, result)
 
 
 @dg.asset(group_name="model", kinds={"xgboost", "ray"}, code_version=step_version("evaluate_model"), pool=RAY_POOL)
@@ -135,8 +131,7 @@ def evaluation_report(
         test=test_split.rows,
         metrics=result.metrics,
         rmse_threshold=config.rmse_threshold,
-        run_id=result.run_id or context.run.run_id,
-        code_version=result.code_version,
+        **made_by(context, result),
         judged=passed.judged,
     )
     details = dict(result.details)
@@ -148,14 +143,11 @@ def evaluation_report(
     metadata: dict[str, Any] = {
         "rmse_threshold": config.rmse_threshold,
         **result.metrics,
-        **as_metadata(details),
-        **artifact_metadata(report),
+        **details,
         **plot_metadata(context, result, plots),
-        **run_metadata(result),
+        **({"champion": champion.reference} if champion else {}),
     }
-    if champion:
-        metadata["champion"] = champion.reference
-    return dg.MaterializeResult(value=value, metadata=as_metadata(metadata), data_version=dg.DataVersion(report.digest))
+    return materialized(value, report, metadata, result)
 
 
 @dg.asset(group_name="model", kinds={"xgboost"}, code_version=module_version("step_scripts.model.artifact"))
@@ -174,7 +166,7 @@ def registered_model(
     and whenever. Read by `endpoint`.
     """
     gate, judged = require_gate_passed(context, evidence, tuned_model, evaluation_report, train_split)
-    require_intact(
+    _require_intact(
         tuned_model=tuned_model.model,
         evaluation_report=evaluation_report.report,
         train_split=(tuned_model.train or train_split).rows,
@@ -195,9 +187,20 @@ def registered_model(
         "rmse": gate.value,
         "rmse_threshold": gate.threshold,
         "lineage": dg.MetadataValue.json(version.lineage),
-        **artifact_metadata(version.artifact),
         **run_costs(context.instance, context.run.run_id),
     }
-    return dg.MaterializeResult(
-        value=version, metadata=as_metadata(metadata), data_version=dg.DataVersion(version.artifact.digest)
-    )
+    return materialized(version, version.artifact, metadata)
+
+
+def _require_intact(**artifacts: Artifact | None) -> None:
+    """Read all files that a registration rests on, by the names of their assets. Raises `Failure` for a damaged one."""
+    for asset, artifact in artifacts.items():
+        try:
+            if artifact is not None:
+                check_files(artifact, "all")
+        except DamagedArtifactError as error:
+            raise dg.Failure(
+                f"{asset} is damaged: {error}. Nothing was registered. Materialize {asset} again, with "
+                "HOUSING_CACHE=off, and what follows from it",
+                allow_retries=False,
+            ) from error

@@ -2,11 +2,11 @@
 
 import dagster as dg
 
+from housing_assets.checks.comparisons import smoke_test_from
 from housing_assets.checks.gate import refusal, require_checks_passed
 from housing_assets.config import EndpointConfig
 from housing_assets.reporting.lineage import lineage_rows
-from housing_assets.reporting.metadata import run_costs
-from housing_assets.reporting.timeline import run_timeline
+from housing_assets.reporting.metadata import run_costs, run_timeline
 from resources.compute.base import as_metadata, table
 from resources.endpoints.base import EndpointDeploymentFailed, EndpointHost, EndpointStatus, VersionNotApproved
 from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound
@@ -31,8 +31,6 @@ def endpoint(
     A new version is tried beside the one that serves, with rows whose predictions are known, and takes over only if
     they agree. It goes on serving when the run has ended.
     """
-    from housing_assets.checks.smoke_test import smoke_test_from
-
     name = config.endpoint_name or endpoint_host.default_name
     version = _chosen_version(name, config, registered_model, model_registry, endpoint_host)
     if not version.gate.passed:

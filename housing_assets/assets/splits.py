@@ -7,9 +7,9 @@ import dagster as dg
 
 from housing_assets.checks.gate import require_checks_passed
 from housing_assets.config import SplitsConfig, settings_of
-from housing_assets.reporting.metadata import artifact_metadata, column_schema, run_metadata
+from housing_assets.reporting.metadata import column_schema, made_by, materialized
 from housing_assets.runs.executor import RAY_POOL
-from resources.compute.base import ComputeBackend, as_metadata
+from resources.compute.base import ComputeBackend
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
 from resources.references.evidence import EvidenceStore
 from resources.references.types import SplitRef
@@ -74,21 +74,12 @@ def splits(
             snapshot=read if split == "train" else None,
             splits={name: result.outputs[name].digest for name in SPLITS},
             judged=passed.judged,
-            run_id=result.run_id or context.run.run_id,
-            code_version=result.code_version,
+            **made_by(context, result),
         )
         metadata = {
             "fraction": value.fraction,
             "configured_fraction": value.configured_fraction,
             "dagster/column_schema": column_schema(HOUSING_TABLE),
-            **artifact_metadata(rows),
-            **run_metadata(result),
+            **(result.details if split == "train" else {}),
         }
-        if split == "train":
-            metadata |= as_metadata(result.details)
-        yield dg.MaterializeResult(
-            asset_key=f"{split}_split",
-            value=value,
-            metadata=as_metadata(metadata),
-            data_version=dg.DataVersion(rows.digest),
-        )
+        yield materialized(value, rows, metadata, result, f"{split}_split")

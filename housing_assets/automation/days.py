@@ -6,13 +6,13 @@ import time
 
 from housing_assets.assets.landing import files_by_day
 from housing_assets.partitions import PARTITIONS
-from housing_assets.settings import load_automation
+from housing_assets.settings import Settings
 from resources.sources.listing import Listing, list_landing
 
 
 def range_with_files() -> str:
     """`<first day>...<last day>` of the files. Raises `LookupError` if there is none of a day that can be ingested."""
-    settings = load_automation()
+    settings = Settings.load()
     landing = settings.landing
     if landing is None or PARTITIONS is None:
         raise LookupError("HOUSING_LANDING is not set: there are no days, and no range of them is needed")

@@ -4,8 +4,7 @@ All of them are off until they are switched on in the UI, so that a daemon on a 
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import dagster as dg
 from dagster._core.storage.tags import RUN_KEY_TAG  # has no public name
@@ -13,21 +12,19 @@ from pydantic import BaseModel, ValidationError
 
 from housing_assets.assets.landing import LandingCursor, files_by_day, run_key
 from housing_assets.automation.jobs import deploy_endpoint, ingest
-from housing_assets.checks.alerts import NOTIFIED
-from housing_assets.checks.watching import watch_endpoint
-from housing_assets.runs.statuses import BUSY
-from housing_assets.settings import load_automation
+from housing_assets.checks.alerts import NOTIFIED, send
+from housing_assets.checks.serving import watch_endpoint
+from housing_assets.reporting.summary import said
+from housing_assets.runs.executor import BUSY
+from housing_assets.settings import Settings
 from resources.endpoints.base import EndpointHost
-from resources.inventory import expected_errors
 from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound, RegistryDamaged
 from resources.services.notifier import Notifier
-from resources.services.optional import attempt
-from resources.sources.folder_search import SetAside
-from resources.sources.listing import Listing, list_landing
-from step_scripts.runner.wording import counted
+from resources.sources.listing import list_landing
+from step_scripts.runner.wording import counted, listed
 
-_SHOWN = 20  # names in a message
-_SETTINGS = load_automation()
+_Cursor = TypeVar("_Cursor", bound=BaseModel)
+_SETTINGS = Settings.load()
 
 keep_up_to_date = dg.AutomationConditionSensorDefinition(
     "keep_up_to_date",
@@ -51,14 +48,10 @@ def landing_files(context: dg.SensorEvaluationContext, notifier: Notifier) -> dg
         return dg.SkipReason(f"there is no {landing} yet")
     now = time.time()
     by_day, aside = files_by_day(listing, landing, _SETTINGS.timezone, _SETTINGS.landing_start, now)
-    try:
-        cursor = LandingCursor.read(context.cursor)
-    except ValueError as error:
-        context.log.warning(f"the cursor is taken as reset: {error}")
-        cursor = LandingCursor()
+    cursor = _read(LandingCursor, context)
     batches, waiting, following = cursor.look(by_day, now, _SETTINGS.settle_seconds)
     fresh, notified = following.unreported(aside)
-    if not fresh or _notify(context, notifier, f"{landing} holds what cannot be ingested now", list(map(str, fresh))):
+    if not fresh or _notified(context, notifier, f"{landing} holds what cannot be ingested now", list(map(str, fresh))):
         following = notified
     requests = [
         dg.RunRequest(
@@ -68,7 +61,11 @@ def landing_files(context: dg.SensorEvaluationContext, notifier: Notifier) -> dg
         )
         for day, files in batches.items()
     ]
-    skipped = f"no new files; {waiting} are still changing or seen once{_not_taken(aside, listing)}"
+    skipped = f"no new files; {waiting} are still changing or seen once"
+    if aside:
+        skipped += f"; {len(aside)} are set aside ({listed([item.name for item in aside])})"
+    if listing.others:
+        skipped += f"; not taken, because no CSV file: {listed(listing.others)}"
     return dg.SensorResult(
         run_requests=requests,
         skip_reason=None if requests else dg.SkipReason(skipped),
@@ -76,30 +73,20 @@ def landing_files(context: dg.SensorEvaluationContext, notifier: Notifier) -> dg
     )
 
 
-def _notify(context: dg.SensorEvaluationContext, notifier: Notifier, title: str, lines: Sequence[str]) -> bool:
-    """Send one message. Returns whether that worked; if not, the next evaluation tries again."""
-    more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    text = "\n".join([*lines[:_SHOWN], *more, "Set aside; the others go on."])
-    context.log.warning(f"{title}\n{text}")
+def _read(kind: type[_Cursor], context: dg.SensorEvaluationContext) -> _Cursor:
+    """The sensor's cursor; a new one where there is none, or where the text is none."""
     try:
-        notifier.notify(title, text)
-    except expected_errors() as error:
-        context.log.error(f"the notification could not be sent; the next evaluation tries again: {error}")
-        return False
-    return True
+        return kind.model_validate_json(context.cursor) if context.cursor else kind()
+    except ValidationError:
+        context.log.warning(f"the cursor is taken as reset: {context.cursor!r} is no cursor of this sensor")
+        return kind()
 
 
-def _not_taken(aside: Sequence[SetAside], listing: Listing) -> str:
-    """What the landing place holds beside CSV files that can be ingested."""
-    text = f"; {len(aside)} are set aside ({_names([item.name for item in aside])})" if aside else ""
-    if listing.others:
-        text += f"; not taken, because no CSV file: {_names(listing.others)}"
-    return text
-
-
-def _names(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+def _notified(context: dg.SensorEvaluationContext, notifier: Notifier, title: str, lines: list[str]) -> bool:
+    """Send one message of what is set aside. Returns whether that worked; if not, the next evaluation tries again."""
+    text = [listed(lines, sign="\n"), "Set aside; the others go on."]
+    context.log.warning("\n".join([title, *text]))
+    return send(notifier, title, text, context.log) is None
 
 
 def _unused_run_key(instance: dg.DagsterInstance, key: str) -> str:
@@ -127,17 +114,16 @@ def approved_models(
     A version that cannot be read is set aside, and reported once.
     """
     group, endpoint = model_registry.default_group, endpoint_host.default_name
-    cursor = _DeploymentCursor.read(context)
+    cursor = _read(_DeploymentCursor, context)
     damaged: dict[str, str] = {}
     version = _latest_intact(model_registry, group, damaged)
     fresh = [damaged[name] for name in sorted(damaged) if name not in cursor.notified]
-    if not fresh or _notify(
-        context, notifier, f"{counted(len(fresh), 'version')} of model group {group} cannot be read", fresh
-    ):
+    title = f"{counted(len(fresh), 'version')} of model group {group} cannot be read"
+    if not fresh or _notified(context, notifier, title, fresh):
         cursor.notified = sorted(damaged)
 
     def nothing(reason: str) -> dg.SensorResult:
-        aside = f"; set aside: {_names(sorted(damaged))}" if damaged else ""
+        aside = f"; set aside: {listed(sorted(damaged))}" if damaged else ""
         return dg.SensorResult(skip_reason=dg.SkipReason(reason + aside), cursor=cursor.model_dump_json())
 
     if version is None:
@@ -169,14 +155,6 @@ class _DeploymentCursor(BaseModel):
     version: int = 0
     notified: list[str] = []
 
-    @classmethod
-    def read(cls, context: dg.SensorEvaluationContext) -> "_DeploymentCursor":
-        try:
-            return cls.model_validate_json(context.cursor) if context.cursor else cls()
-        except ValidationError:
-            context.log.warning(f"the cursor is taken as reset: {context.cursor!r} is no cursor of this sensor")
-            return cls()
-
 
 def _latest_intact(registry: ModelRegistry, group: str, damaged: dict[str, str]) -> ModelVersion | None:
     """The latest approved version whose files are as they were registered; others are put into `damaged`."""
@@ -198,16 +176,14 @@ def _latest_intact(registry: ModelRegistry, group: str, damaged: dict[str, str])
 def failed_runs(context: dg.RunFailureSensorContext, notifier: Notifier) -> None:
     """One message a failed run, with the steps that failed and why; none if what failed has sent its own."""
     run = context.dagster_run
-    if (failures := _failures(context)) and all(_notifies_itself(run, failure) for failure in failures):
+    failures = [(event.step_key, event.step_failure_data) for event in context.get_step_failure_events()]
+    if failures and all(_notifies_itself(run, data) for _, data in failures):
         return
-    reasons = "\n".join(_reasons(context)) or context.failure_event.message or ""
-    title = f"Run {run.run_id[:8]} of {_what(run)} failed"
-    if problem := attempt(lambda: notifier.notify(title, reasons)):
-        context.log.warning(f"The notification '{title}' could not be sent: {problem}")
-
-
-def _failures(context: dg.RunFailureSensorContext) -> list[Any]:
-    return [event.step_failure_data for event in context.get_step_failure_events()]
+    reasons = [f"{step}: {said(data.error)}" for step, data in failures if data.error]
+    names = sorted(key.to_user_string() for key in run.asset_selection or ())
+    what = ", ".join(names) or f"job {run.job_name}"
+    title = f"Run {run.run_id[:8]} of {what} failed"
+    send(notifier, title, reasons or [context.failure_event.message or ""], context.log)
 
 
 def _notifies_itself(run: dg.DagsterRun, failure: Any) -> bool:
@@ -216,22 +192,6 @@ def _notifies_itself(run: dg.DagsterRun, failure: Any) -> bool:
         return NOTIFIED in failure.user_failure_data.metadata
     is_check = failure.error is not None and failure.error.cls_name == "DagsterAssetCheckFailedError"
     return is_check and run.job_name == watch_endpoint.name
-
-
-def _what(run: dg.DagsterRun) -> str:
-    if run.asset_selection:
-        return ", ".join(sorted(key.to_user_string() for key in run.asset_selection))
-    return f"job {run.job_name}"
-
-
-def _reasons(context: dg.RunFailureSensorContext) -> Iterator[str]:
-    for event in context.get_step_failure_events():
-        data: Any = event.step_failure_data
-        error = data.error
-        while error is not None and error.cause is not None:  # Dagster's own error only names the step
-            error = error.cause
-        text = data.user_failure_data.description if data.user_failure_data else error and error.message
-        yield f"{event.step_key}: {(text or event.message or '').strip()}"
 
 
 SENSORS = [keep_up_to_date, landing_files, approved_models, failed_runs]

@@ -11,7 +11,7 @@ import dagster as dg
 from resources.compute.base import as_metadata
 
 
-def judged(check: Callable[[], dg.AssetCheckResult], remedy: str) -> dg.AssetCheckResult:
+def guarded(check: Callable[[], dg.AssetCheckResult], remedy: str) -> dg.AssetCheckResult:
     """The result of `check`; a failed one that warns, with the reason and what people can do, if it raises."""
     try:
         return check()
@@ -35,15 +35,10 @@ def advisory_check(*, asset: str, remedy: str, **options: Any) -> Callable[[Call
 
     def decorate(check: Callable[..., dg.AssetCheckResult]) -> Any:
         @functools.wraps(check)
-        def guarded(*arguments: Any, **named: Any) -> dg.AssetCheckResult:
-            result = judged(lambda: check(*arguments, **named), remedy)
-            return dg.AssetCheckResult(
-                passed=result.passed,
-                severity=result.severity,
-                description=result.description,
-                metadata=as_metadata(result.metadata),
-            )
+        def evaluate(*arguments: Any, **named: Any) -> dg.AssetCheckResult:
+            result = guarded(lambda: check(*arguments, **named), remedy)
+            return result.with_metadata(as_metadata(result.metadata))
 
-        return dg.asset_check(asset=asset, blocking=False, **options)(guarded)
+        return dg.asset_check(asset=asset, blocking=False, **options)(evaluate)
 
     return decorate

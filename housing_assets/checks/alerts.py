@@ -1,13 +1,15 @@
-"""Notifications about failed checks: sent when a check gets worse, not at every evaluation."""
+"""Notifications, and what checks have found before: one is sent when a check gets worse, not at every evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
+from dagster._core.storage.asset_check_execution_record import (  # has no public name
+    AssetCheckExecutionRecordStatus,
+)
 
-from housing_assets.checks.history import finished_checks
 from resources.services.notifier import Notifier
 from resources.services.optional import attempt
 from step_scripts.runner.wording import number
@@ -17,7 +19,27 @@ from step_scripts.runner.wording import number
 NOTIFIED = "notified"
 _NOT_NOTIFIED = "none"
 _RANKS = {_NOT_NOTIFIED: 0, dg.AssetCheckSeverity.WARN.value: 1, dg.AssetCheckSeverity.ERROR.value: 2}
+_FINISHED = {AssetCheckExecutionRecordStatus.SUCCEEDED, AssetCheckExecutionRecordStatus.FAILED}
 _ROWS, _LENGTH = 10, 200  # of tables and texts in a message
+
+
+def finished_checks(
+    instance: dg.DagsterInstance, key: dg.AssetCheckKey, limit: int
+) -> Iterator[tuple[dg.AssetCheckEvaluation, str]]:
+    """The last finished evaluations of a check with the ids of their runs, the latest first."""
+    records = instance.event_log_storage.get_asset_check_execution_history(key, limit=limit, status=_FINISHED)
+    found = [(record.event, record.run_id) for record in records if record.event is not None]
+    # The event log has them in the order in which they were planned, which with runs at once is another one.
+    for event, run_id in sorted(found, key=lambda pair: pair[0].timestamp, reverse=True):
+        if event.dagster_event is not None:
+            yield event.dagster_event.asset_check_evaluation_data, run_id
+
+
+def send(notifier: Notifier, title: str, lines: Sequence[str], log: Any) -> str | None:
+    """Send one message. Returns why that did not work, if it did not, and logs it."""
+    if problem := attempt(lambda: notifier.notify(title, "\n".join(lines))):
+        log.warning(f"The notification '{title}' could not be sent: {problem}")
+    return problem
 
 
 def notify_on_degradation(
@@ -34,15 +56,10 @@ def notify_on_degradation(
     facts: dict[str, Any] = {NOTIFIED: level}
     if _RANKS[level] > _RANKS[known]:
         title = f"Check {key.name} of {key.asset_key.to_user_string()} failed ({level.lower()})"
-        text = "\n".join([result.description or "", *_figures(result.metadata), f"Remedy: {remedy}"])
-        if problem := attempt(lambda: notifier.notify(title, text)):
+        lines = [result.description or "", *_figures(result.metadata), f"Remedy: {remedy}"]
+        if problem := send(notifier, title, lines, dg.get_dagster_logger()):
             facts = {NOTIFIED: known, "message_not_sent": problem}
-    return dg.AssetCheckResult(
-        passed=False,
-        severity=result.severity,
-        description=result.description,
-        metadata={**(result.metadata or {}), **facts},
-    )
+    return result.with_metadata({**(result.metadata or {}), **facts})
 
 
 def _known(instance: dg.DagsterInstance, key: dg.AssetCheckKey) -> str:

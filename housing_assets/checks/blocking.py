@@ -35,34 +35,28 @@ def blocking_check(
     """
 
     def decorate(check: Callable[..., dg.AssetCheckResult]) -> dg.AssetChecksDefinition:
-        given = inspect.signature(check)
+        own = inspect.signature(check, eval_str=True)
         key = dg.AssetCheckKey(dg.AssetKey(asset), name or check.__name__)
 
         @functools.wraps(check)
         def evaluate(context: dg.AssetCheckExecutionContext, **arguments: Any) -> dg.AssetCheckResult:
             store: EvidenceStore = arguments.pop("evidence")
-            own = {"context": context} if "context" in given.parameters else {}
-            result = check(**own, **arguments)
+            result = check(**({"context": context} if "context" in own.parameters else {}), **arguments)
             kept = _kept(context, store, key, judged(arguments, result), result)
             _record_by_day(context, partitions_def, key, kept)
             return kept
 
-        hints = inspect.get_annotations(check, eval_str=True)
-        parameters = [p.replace(annotation=hints[p.name]) for p in given.parameters.values() if p.name != "context"]
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         # Dagster takes inputs and resources from the signature: those of `check`, and `evidence`.
-        evaluate.__signature__ = inspect.Signature(  # pyright: ignore[reportAttributeAccessIssue]
-            [
-                inspect.Parameter("context", kind, annotation=dg.AssetCheckExecutionContext),
-                *parameters,
-                inspect.Parameter("evidence", kind, annotation=EvidenceStore),
-            ],
-            return_annotation=dg.AssetCheckResult,
-        )
-        definition = dg.asset_check(asset=asset, name=key.name, blocking=True, partitions_def=partitions_def, **more)(
-            evaluate
-        )
-        return definition
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = {
+            "context": inspect.Parameter("context", kind, annotation=dg.AssetCheckExecutionContext),
+            **own.parameters,
+            "evidence": inspect.Parameter("evidence", kind, annotation=EvidenceStore),
+        }
+        signature = own.replace(parameters=[*parameters.values()])
+        evaluate.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
+        decorator = dg.asset_check(asset=asset, name=key.name, blocking=True, partitions_def=partitions_def, **more)
+        return decorator(evaluate)
 
     return decorate
 
@@ -75,7 +69,8 @@ def _kept(
     result: dg.AssetCheckResult,
 ) -> dg.AssetCheckResult:
     """Write the evidence of `result`. Returns the result with the URI of the evidence in its metadata."""
-    metadata = dict(result.metadata or {})
+    metadata = result.metadata or {}
+    values = {name: value.value if isinstance(value, dg.MetadataValue) else value for name, value in metadata.items()}
     uri = store.record(
         Evidence(
             check=key.name,
@@ -83,22 +78,13 @@ def _kept(
             passed=result.passed,
             severity=result.severity.value,
             description=result.description or "",
-            figures=_figures(metadata),
+            figures={name: value for name, value in values.items() if isinstance(value, str | int | float | bool)},
             run_id=context.run.run_id,
             at=datetime.now(UTC),
         )
     )
-    return dg.AssetCheckResult(
-        passed=result.passed,
-        severity=result.severity,
-        description=result.description,
-        metadata=as_metadata({**metadata, JUDGED: judged.digest, SUBJECT: judged.subject, EVIDENCE: uri}),
-    )
-
-
-def _figures(metadata: Mapping[str, Any]) -> dict[str, str | int | float | bool | None]:
-    values = {name: value.value if isinstance(value, dg.MetadataValue) else value for name, value in metadata.items()}
-    return {name: value for name, value in values.items() if isinstance(value, str | int | float | bool)}
+    facts = {JUDGED: judged.digest, SUBJECT: judged.subject, EVIDENCE: uri}
+    return result.with_metadata(as_metadata({**metadata, **facts}))
 
 
 def _record_by_day(

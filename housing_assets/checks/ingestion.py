@@ -40,7 +40,7 @@ def schema(raw_csv: SourceRef) -> dg.AssetCheckResult:
         metadata={
             **figures,
             "rows_rejected": raw_csv.rows_rejected,
-            "violations": dg.MetadataValue.json(violations[:50]),
+            "violations": violations[:50],
         },
     )
 
@@ -75,7 +75,7 @@ def reconciliation(
             "rows_readable": readable,
             "ids_compared": expected.len(),
             "share_of_ids_compared": share,
-            "missing_ids": dg.MetadataValue.json(missing.head(20).to_list()),
+            "missing_ids": missing.head(20).to_list(),
         },
     )
 
@@ -100,5 +100,5 @@ def online_equals_offline(feature_group: OfflineSnapshot, feature_store: Feature
         passed=not compared.differing,
         severity=dg.AssetCheckSeverity.WARN,
         description=found,
-        metadata={"records": compared.records, "differing_ids": dg.MetadataValue.json(list(compared.differing[:20]))},
+        metadata={"records": compared.records, "differing_ids": list(compared.differing[:20])},
     )

@@ -4,7 +4,7 @@ import dagster as dg
 
 from housing_assets.checks.advisory import advisory_check
 from housing_assets.checks.blocking import blocking_check
-from housing_assets.checks.gate import GATE_CHECK, judged_evaluation
+from housing_assets.checks.gate import GATE_CHECK, judged_report
 from resources.references.types import EvaluationRef
 from step_scripts.runner.wording import number
 
@@ -12,11 +12,7 @@ from step_scripts.runner.wording import number
 @blocking_check(
     asset="evaluation_report",
     name=GATE_CHECK,
-    judged=lambda given, _: judged_evaluation(
-        given["evaluation_report"].model_digest,
-        given["evaluation_report"].report.digest,
-        given["evaluation_report"].rmse_threshold,
-    ),
+    judged=lambda given, _: judged_report(given["evaluation_report"]),
 )
 def rmse_threshold(evaluation_report: EvaluationRef) -> dg.AssetCheckResult:
     """The quality gate: RMSE on the test split is at most the threshold; otherwise nothing is registered."""
@@ -40,21 +36,20 @@ _AGAIN = "materialize evaluation_report again"
 @advisory_check(asset="evaluation_report", remedy=_AGAIN)
 def beats_linear_baseline(evaluation_report: EvaluationRef) -> dg.AssetCheckResult:
     """The model is better than ordinary least squares on the same splits."""
-    return _better_than(evaluation_report, "baseline_linear_rmse", "a linear model")
+    return _at_most(evaluation_report, evaluation_report.metrics["baseline_linear_rmse"], "a linear model")
 
 
 @advisory_check(asset="evaluation_report", remedy=_AGAIN)
 def beats_champion(evaluation_report: EvaluationRef) -> dg.AssetCheckResult:
     """The model is at least as good as the latest approved one, both on the current test split."""
-    return _better_than(evaluation_report, "champion_rmse", "the champion")
+    champion = evaluation_report.metrics.get("champion_rmse")
+    if champion is None:
+        return dg.AssetCheckResult(passed=True, description="there is no champion that it could be compared with")
+    return _at_most(evaluation_report, champion, "the champion")
 
 
-def _better_than(evaluation: EvaluationRef, metric: str, opponent: str) -> dg.AssetCheckResult:
-    rmse, other = evaluation.metrics["rmse"], evaluation.metrics.get(metric)
-    if other is None:
-        return dg.AssetCheckResult(
-            passed=True, description=f"there is no {opponent.split()[-1]} that it could be compared with"
-        )
+def _at_most(evaluation: EvaluationRef, other: float, opponent: str) -> dg.AssetCheckResult:
+    rmse = evaluation.metrics["rmse"]
     return dg.AssetCheckResult(
         passed=rmse <= other,
         severity=dg.AssetCheckSeverity.WARN,

@@ -1,23 +1,55 @@
-"""Checks of the endpoint."""
+"""Checks of the endpoint: does it answer as its model does, is its version approved, is traffic like training data?
 
-import statistics
-import time
-from collections.abc import Mapping
-from typing import Any
+Job `watch_endpoint` runs health and drift alone, so that their numbers become curves in the UI. They send one
+notification when they fail, not one at every evaluation. A failed health check fails its run.
+"""
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from housing_assets.checks import watching
-from housing_assets.checks.advisory import advisory_check, judged
+from housing_assets.checks.advisory import advisory_check, guarded
 from housing_assets.checks.alerts import notify_on_degradation
 from housing_assets.checks.blocking import blocking_check
-from resources.endpoints.base import PROBE_ID, EndpointHost, EndpointStatus
-from resources.model_registry.base import ModelRegistry
+from housing_assets.checks.comparisons import (
+    PSI_THRESHOLD,
+    RELATIVE_TOLERANCE,
+    ask,
+    distributions,
+    smoke_test_from,
+    stability_indices,
+    stability_result,
+    table_of,
+    typical_test,
+)
+from housing_assets.config import EndpointConfig
+from housing_assets.settings import Settings
+from resources.endpoints.base import EndpointHost, EndpointNotFound, EndpointStatus, InvocationFailed
+from resources.model_registry.base import ModelRegistry, ModelVersionNotFound, RegistryDamaged
 from resources.references.evidence import Judged
 from resources.references.types import SplitRef
 from resources.services.notifier import Notifier
+from resources.services.optional import attempt
 from step_scripts.runner.wording import counted
+from step_scripts.table.spec import TableSpec
 
+if TYPE_CHECKING:
+    from step_scripts.serving.capture import CapturedRows
+
+HEALTH_CHECK, DRIFT_CHECK = "endpoint_health", "prediction_drift"
+REMEDIES = {
+    HEALTH_CHECK: "job deploy_endpoint deploys a version again (configuration: version), rollback_endpoint goes back "
+    "to the one before; approve_model and reject_model decide.",
+    DRIFT_CHECK: "see the indices of the columns. If the world has changed, ingest newer data and launch job retrain; "
+    "if the requests are wrong, correct who sends them.",
+}
+_PREDICTIONS = "predictions"
+_PROBES = 5
+_MOST_ROWS = 20_000
+
+_SETTINGS = Settings.load()
 ROWS = 100
 
 
@@ -48,45 +80,34 @@ def serves_offline_predictions(
 
     Another run may have deployed since, or deploy at the same time: then that version counts.
     """
-    status = endpoint_host.describe(endpoint.name) or endpoint
-    result = _served(status, test_split, endpoint_host, model_registry)
-    after = endpoint_host.describe(endpoint.name) or status
-    if result.passed or watching.same_deployment(status, after):
-        return result
-    return _served(after, test_split, endpoint_host, model_registry)
+
+    def judge(status: EndpointStatus | None) -> dg.AssetCheckResult:
+        return _served(status or endpoint, test_split, endpoint_host, model_registry)
+
+    return unless_redeployed(endpoint.name, endpoint_host, judge)
 
 
 def _served(
     endpoint: EndpointStatus, test_split: SplitRef, endpoint_host: EndpointHost, model_registry: ModelRegistry
 ) -> dg.AssetCheckResult:
-    from housing_assets.checks.smoke_test import smoke_test_from
-
     group, _, number = endpoint.version.rpartition("/")
     test = smoke_test_from(model_registry.get(group, int(number)).artifact, test_split.rows, ROWS)
-    served: list[float] = []
-    milliseconds: list[float] = []
-    for row in test.body.splitlines():
-        start = time.perf_counter()
-        answer = endpoint_host.invoke(endpoint.name, row.encode(), "text/csv", "text/csv", inference_id=PROBE_ID)
-        milliseconds.append((time.perf_counter() - start) * 1000)
-        served.append(float(answer))
-    errors = [abs(s - e) / max(abs(e), 1.0) for s, e in zip(served, test.expected, strict=True)]
-    worst = max(errors)
+    answers = ask(endpoint_host, endpoint.name, test)
+    rows = len(answers.served)
     return dg.AssetCheckResult(
-        passed=worst <= test.tolerance,
-        description=f"largest relative difference {worst:.1e} over {counted(len(served), 'row')}",
+        passed=answers.difference <= test.tolerance,
+        description=f"largest relative difference {answers.difference:.1e} over {counted(rows, 'row')}",
         metadata={
             "model_version": endpoint.version,
-            "rows": len(served),
-            "largest_relative_difference": worst,
+            "rows": rows,
+            "largest_relative_difference": answers.difference,
             "threshold": test.tolerance,
-            "median_milliseconds": round(statistics.median(milliseconds), 3),
-            "slowest_milliseconds": round(max(milliseconds), 3),
+            **answers.latency,
         },
     )
 
 
-@blocking_check(asset="endpoint", name=watching.HEALTH_CHECK, judged=_looked_at)
+@blocking_check(asset="endpoint", name=HEALTH_CHECK, judged=_looked_at)
 def endpoint_health(
     context: dg.AssetCheckExecutionContext,
     endpoint_host: EndpointHost,
@@ -97,14 +118,19 @@ def endpoint_health(
 
     A warning if another version has been approved since and waits to be deployed.
     """
-    name = watching.endpoint_name(context.instance, endpoint_host)
-    return _told(watching.health(name, endpoint_host, model_registry), watching.HEALTH_CHECK, context, notifier)
+    name = endpoint_name(context.instance, endpoint_host)
+
+    def judge(status: EndpointStatus | None) -> dg.AssetCheckResult:
+        return health(name, status, endpoint_host, model_registry)
+
+    result = unless_redeployed(name, endpoint_host, judge)
+    return _notified(result, HEALTH_CHECK, context, notifier)
 
 
 _LOOK_AGAIN = "look into the endpoint's log and its captured requests; job watch_endpoint looks again"
 
 
-@advisory_check(asset="endpoint", name=watching.DRIFT_CHECK, remedy=_LOOK_AGAIN)
+@advisory_check(asset="endpoint", name=DRIFT_CHECK, remedy=_LOOK_AGAIN)
 def prediction_drift(
     context: dg.AssetCheckExecutionContext,
     endpoint_host: EndpointHost,
@@ -112,13 +138,163 @@ def prediction_drift(
     notifier: Notifier,
 ) -> dg.AssetCheckResult:
     """Features and predictions of captured requests are distributed as the training data of the served model (PSI)."""
-    name = watching.endpoint_name(context.instance, endpoint_host)
-    result = judged(lambda: watching.drift(name, endpoint_host, model_registry), _LOOK_AGAIN)
-    return _told(result, watching.DRIFT_CHECK, context, notifier)
+    name = endpoint_name(context.instance, endpoint_host)
+    result = guarded(lambda: drift(name, endpoint_host, model_registry), _LOOK_AGAIN)
+    return _notified(result, DRIFT_CHECK, context, notifier)
 
 
-def _told(
+def _notified(
     result: dg.AssetCheckResult, check: str, context: dg.AssetCheckExecutionContext, notifier: Notifier
 ) -> dg.AssetCheckResult:
     key = dg.AssetCheckKey(dg.AssetKey("endpoint"), check)
-    return notify_on_degradation(result, key, watching.REMEDIES[check], notifier, context.instance)
+    return notify_on_degradation(result, key, REMEDIES[check], notifier, context.instance)
+
+
+def endpoint_name(instance: dg.DagsterInstance, endpoint_host: EndpointHost) -> str:
+    """The endpoint that was deployed last, or the one that would be."""
+    event = instance.get_latest_materialization_event(dg.AssetKey("endpoint"))
+    found = event.asset_materialization.metadata.get("endpoint_name") if event and event.asset_materialization else None
+    return str(found.value) if found else EndpointConfig().endpoint_name or endpoint_host.default_name
+
+
+def unless_redeployed(
+    name: str, host: EndpointHost, judge: Callable[[EndpointStatus | None], dg.AssetCheckResult]
+) -> dg.AssetCheckResult:
+    """What `judge` finds; a failure is judged again if a deployment came in between."""
+    status = host.describe(name)
+    result = judge(status)
+    after = host.describe(name)
+    return result if result.passed or same_deployment(status, after) else judge(after)
+
+
+def same_deployment(before: EndpointStatus | None, after: EndpointStatus | None) -> bool:
+    """Whether no deployment has changed what is served in the meantime."""
+    kept = ("state", "version", "model_digest", "deployed_at")
+    return [getattr(before, field, None) for field in kept] == [getattr(after, field, None) for field in kept]
+
+
+def health(
+    name: str, status: EndpointStatus | None, endpoint_host: EndpointHost, model_registry: ModelRegistry
+) -> dg.AssetCheckResult:
+    """Passed if the endpoint answers, and answers with a version that is approved now."""
+    if status is None:
+        return _ill(f"there is no endpoint {name}: materialize endpoint", {"endpoint_name": name})
+    group, number = _parts(status.version)
+    facts: dict[str, Any] = {
+        "endpoint_name": name,
+        "state": status.state,
+        "model_version": status.version,
+        "version": number,
+        "days_deployed": round((datetime.now(UTC) - status.deployed_at) / timedelta(days=1), 3),
+    }
+    if status.captured is not None:
+        facts |= {"captured_requests": status.captured.written, "dropped_requests": status.captured.dropped}
+    if status.state != "InService":
+        return _ill(f"{name} does not answer ({status.state}): materialize endpoint to start it again", facts)
+    try:
+        version = model_registry.get(group, number)
+    except (ModelVersionNotFound, RegistryDamaged) as error:
+        lacks = "does not have" if isinstance(error, ModelVersionNotFound) else "cannot read"
+        return _ill(f"{name} serves {status.version}, which the registry {lacks}: {error}", facts)
+    if version.artifact.digest != status.model_digest:
+        return _ill(f"{name} serves another model than {status.version} of the registry: materialize endpoint", facts)
+    try:
+        answers = ask(endpoint_host, name, typical_test(version.artifact, _PROBES))
+    except (EndpointNotFound, InvocationFailed) as error:
+        return _ill(f"{name} does not answer a typical row (look into its log): {error}", facts)
+    facts |= {"requests": _PROBES, **answers.latency, "relative_difference": answers.difference}
+    if answers.difference > RELATIVE_TOLERANCE:
+        wrong = f"{name} predicts {answers.served[-1]!r} where {status.version} predicts {answers.expected[-1]!r}"
+        return _ill(wrong, facts)
+    if version.status != "Approved":
+        last = version.status_history[-1]
+        reason = f"{version.status} ({last.who}: {last.why})"
+        return _ill(f"{name} serves {status.version}, which is {reason}: deploy or roll back to an approved one", facts)
+    latest = model_registry.list(group, "Approved", damaged={})[-1].version
+    facts["latest_approved"] = latest
+    if latest > number:
+        wanted = f"{group}/{latest} is approved, {status.version} is served"
+        remedy = "deploy it, or reject it if this is what you rolled back from"
+        return _ill(f"{wanted}: {remedy}", facts, dg.AssetCheckSeverity.WARN)
+    median = facts["median_milliseconds"]
+    return dg.AssetCheckResult(passed=True, description=f"{status.version} answers in {median:g} ms", metadata=facts)
+
+
+def _ill(
+    reason: str, facts: Mapping[str, Any], severity: dg.AssetCheckSeverity = dg.AssetCheckSeverity.ERROR
+) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(passed=False, severity=severity, description=reason, metadata=facts)
+
+
+def _parts(reference: str) -> tuple[str, int]:
+    group, _, number = reference.rpartition("/")
+    return group, int(number)
+
+
+def drift(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry) -> dg.AssetCheckResult:
+    """Passed if captured features and predictions are distributed as the served model's training data, or if there is
+    too little to judge."""
+    status = endpoint_host.describe(name)
+    if status is None:
+        return dg.AssetCheckResult(passed=True, description=f"there is no endpoint {name}")
+    try:
+        version = model_registry.get(*_parts(status.version))
+    except (ModelVersionNotFound, RegistryDamaged) as error:
+        return dg.AssetCheckResult(passed=True, description=f"nothing to compare with: {error}")
+    table = table_of(version.artifact)
+    since = max(status.deployed_at, datetime.now(UTC) - timedelta(days=_SETTINGS.drift_days))
+    read: list[CapturedRows | None] = []
+    if problem := attempt(lambda: read.append(endpoint_host.captured(name, table, since, _MOST_ROWS))):
+        return dg.AssetCheckResult(
+            passed=False,
+            severity=dg.AssetCheckSeverity.WARN,
+            description=f"captured requests cannot be read: {problem}",
+        )
+    rows = read[0]
+    if rows is None:
+        return dg.AssetCheckResult(passed=True, description="requests are not captured (HOUSING_DATA_CAPTURE=on)")
+    facts: dict[str, Any] = {
+        "model_version": version.reference,
+        "captured_rows": rows.rows,
+        "captured_requests": rows.requests,
+        "unreadable_lines": rows.unreadable,
+        "since": (rows.oldest or since).isoformat(),
+        "threshold": PSI_THRESHOLD,
+    }
+    if rows.rows < _SETTINGS.drift_rows:
+        reason = f"not enough captured rows: {rows.rows} since {since:%Y-%m-%d %H:%M}, {_SETTINGS.drift_rows} needed"
+        return dg.AssetCheckResult(passed=True, description=reason, metadata=facts)
+    found = _indices(distributions(version.artifact), rows, table)
+    if not found:
+        return dg.AssetCheckResult(passed=True, description=f"{version.reference} has no statistics", metadata=facts)
+    if _PREDICTIONS in found:
+        facts["predictions_psi"] = found[_PREDICTIONS]
+    return stability_result(found, version.reference, facts)
+
+
+def _indices(known: dict[str, Any], rows: "CapturedRows", table: TableSpec) -> dict[str, float]:
+    """Population stability index of each feature; of the predictions, against the target."""
+    from step_scripts.table.distributions import distribution_of
+
+    now = {name: distribution_of(rows.features[:, index]) for index, name in enumerate(table.features)}
+    if table.target in known:
+        known = {**known, _PREDICTIONS: known[table.target]}
+        now[_PREDICTIONS] = distribution_of(rows.predictions)
+    return stability_indices(known, now)
+
+
+watch_endpoint = dg.define_asset_job(
+    "watch_endpoint",
+    selection=dg.AssetSelection.checks(
+        *(dg.AssetCheckKey(dg.AssetKey("endpoint"), name) for name in (HEALTH_CHECK, DRIFT_CHECK))
+    ),
+    description="Runs the endpoint's health and drift checks alone: does it answer, and is it asked what it was "
+    "trained for? Alerts when one of them fails, once. Fails if the endpoint does not serve an approved version.",
+)
+watch_schedule = dg.ScheduleDefinition(
+    name="endpoint_watch",
+    job=watch_endpoint,
+    cron_schedule=_SETTINGS.watch_cron,
+    execution_timezone=_SETTINGS.timezone,
+    description="Looks at the endpoint, every 15 minutes by default (HOUSING_WATCH_CRON, HOUSING_TIMEZONE).",
+)

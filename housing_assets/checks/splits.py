@@ -7,8 +7,8 @@ import dagster as dg
 
 from housing_assets.checks.advisory import advisory_check
 from housing_assets.checks.blocking import blocking_check
+from housing_assets.checks.comparisons import distributions, stability_indices, stability_result
 from housing_assets.checks.gate import judged_splits
-from housing_assets.checks.stability import stability_result
 from resources.model_registry.base import ModelRegistry
 from resources.references.evidence import Judged
 from resources.references.types import SplitRef
@@ -75,7 +75,7 @@ def split_fractions(train_split: SplitRef, validation_split: SplitRef, test_spli
     return dg.AssetCheckResult(
         passed=not failed,
         description=f"outside the tolerance: {', '.join(failed)}" if failed else "all within the tolerance",
-        metadata={"fractions": dg.MetadataValue.table([dg.TableRecord(row) for row in rows])},
+        metadata={"fractions": rows},
     )
 
 
@@ -86,17 +86,11 @@ def split_fractions(train_split: SplitRef, validation_split: SplitRef, test_spli
 )
 def feature_drift(train_split: SplitRef, model_registry: ModelRegistry) -> dg.AssetCheckResult:
     """The training data is distributed as that of the latest approved model (population stability index)."""
-    import json
-
-    from step_scripts.runner import storage
-    from step_scripts.table.distributions import psi
-
     champion = model_registry.latest(model_registry.default_group, "Approved")
     if champion is None or train_split.statistics is None:
         return dg.AssetCheckResult(passed=True, description="no approved model to compare with")
-    before = json.loads(storage.read_bytes(champion.artifact.file_uri("statistics.json")))["distributions"]
-    now = json.loads(storage.read_bytes(train_split.statistics.file_uri("statistics.json")))["distributions"]
-    found = {name: round(psi(before[name], now[name]), 4) for name in now if name in before}
+    before, now = distributions(champion.artifact), distributions(train_split.statistics)
+    found = stability_indices(before, now)
     if not found:
         return _another_table(champion.reference, sorted(before), sorted(now))
     return stability_result(found, champion.reference, {"champion": champion.reference})

@@ -12,18 +12,16 @@ from typing import Any
 import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field
 
-from housing_assets.checks.alerts import NOTIFIED
-from housing_assets.maintenance.owners import look, resource_owners
-from housing_assets.runs.statuses import BUSY
-from housing_assets.settings import load_automation
+from housing_assets.checks.alerts import NOTIFIED, send
+from housing_assets.maintenance.inventory import CleanUp
+from housing_assets.runs.executor import BUSY
+from housing_assets.settings import Settings
 from resources.compute.base import table
-from resources.inventory import OwnedItem, expected_errors
-from resources.services.notifier import Notifier
-from resources.services.optional import attempt
+from resources.inventory import OwnedItem
 
 _OWNERS = ("compute", "endpoint_host")
 _KINDS = ("job", "endpoint")
-_SETTINGS = load_automation()
+_SETTINGS = Settings.load()
 _FINDINGS = dg.AssetKey("abandoned")
 _LOOK_BACK = 20  # observations; deployments that share an instance have theirs among them
 _CANDIDATE_AGE = timedelta(hours=1)  # a deployment waits that long for an endpoint to start, and more
@@ -85,37 +83,27 @@ def unreported(lines: Mapping[str, str], reported: Mapping[str, Reported], befor
 @dg.op(required_resource_keys={*_OWNERS, "io_manager", "notifier"})
 def sweep_abandoned(context: dg.OpExecutionContext, config: SweepConfig) -> None:
     """Report, and if configured stop, jobs and endpoints whose run is gone. Notify about new findings."""
-    findings = look(resource_owners(context.resources, _OWNERS), _KINDS)
+    clean_up = CleanUp(context.log)
+    found = clean_up.look(context.resources, _OWNERS, _KINDS)
     before = datetime.now(UTC) - timedelta(minutes=config.minutes)
-    owner_of = {item.location: owner for owner, item in findings.items}
+    chosen = abandoned([one.item for one in found if one.item], context.instance, before, [context.run_id])
+    if config.stop:
+        places = {item.location for item, _ in chosen}
+        clean_up.remove([one for one in found if one.place in places])
     rows: list[dict[str, Any]] = []
-    for item, why in abandoned([i for _, i in findings.items], context.instance, before, [context.run_id]):
-        outcome = "reported"
-        if config.stop:
-            try:
-                owner_of[item.location].remove(item)
-                outcome = "stopped"
-            except expected_errors() as error:
-                outcome = f"could not be stopped: {error}"
+    for item, why in chosen:
+        _, failed = clean_up.left.get(item.location, (None, None))
+        outcome = f"could not be stopped: {failed}" if failed else "stopped" if config.stop else "reported"
         row = {"kind": item.kind, "name": item.name, "where": item.location, "detail": item.detail, "why": why}
         rows.append({**row, "outcome": outcome})
         context.log.warning(f"{item.kind} {item.name} ({item.detail}): {why}; {outcome}")
     metadata = {
-        "looked_at": len(findings.items),
+        "looked_at": len(found),
         "abandoned": len(rows),
         "found": table(rows),
-        "could_not_be_listed": dg.MetadataValue.json(findings.problems),
+        NOTIFIED: _notify(context, rows, clean_up.problems, timedelta(hours=config.repeat_hours)),
     }
-    try:
-        metadata[NOTIFIED] = _notify(context, rows, findings.problems, timedelta(hours=config.repeat_hours))
-    except expected_errors() as error:  # the next sweep tries again, and so does `failed_runs`, by the failure
-        reason = f"the notification could not be sent: {type(error).__name__}: {error}"
-        raise dg.Failure(f"the sweep is incomplete: {reason}", metadata=metadata, allow_retries=False) from error
-    failures = [row["name"] for row in rows if row["outcome"].startswith("could not")]
-    if failures or findings.problems:
-        problems = [*failures, *(f"{name}: {reason}" for name, reason in findings.problems.items())]
-        raise dg.Failure(f"the sweep is incomplete: {'; '.join(problems)}", metadata=metadata, allow_retries=False)
-    context.add_output_metadata(metadata)
+    clean_up.finish(context, "the sweep is incomplete", metadata)
 
 
 def _notify(
@@ -129,12 +117,9 @@ def _notify(
     lines |= {name: f"{name} could not be asked: {reason}" for name, reason in problems.items()}
     known = _remembered(context.instance, root)
     fresh = unreported(lines, known, now - repeat)
-    if fresh:
-        notifier: Notifier = context.resources.notifier
-        title = f"{len(rows)} abandoned jobs or endpoints, {len(fresh)} new or changed"
-        if problem := attempt(lambda: notifier.notify(title, "\n".join(fresh.values()))):
-            context.log.warning(f"The notification '{title}' could not be sent; the next sweep tries again: {problem}")
-            fresh = {}
+    title = f"{len(rows)} abandoned jobs or endpoints, {len(fresh)} new or changed"
+    if fresh and send(context.resources.notifier, title, list(fresh.values()), context.log):
+        fresh = {}
     # What could not be listed this time may still be there.
     reported = {place: known[place] for place in known if place in lines or problems}
     reported |= {place: Reported(what=what, at=now) for place, what in fresh.items()}

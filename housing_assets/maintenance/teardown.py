@@ -11,11 +11,10 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from housing_assets.code_location import asset_keys
-from housing_assets.maintenance.owners import RESOURCES, look, owners_of, protected_places, remove_all
-from housing_assets.runs.statuses import BUSY
+from housing_assets.maintenance.inventory import RESOURCES, CleanUp, Removable
+from housing_assets.runs.executor import BUSY
 from resources.compute.base import table
-from resources.inventory import KINDS, ItemKind, OwnedItem
+from resources.inventory import KINDS, ItemKind
 from step_scripts.runner.wording import counted
 
 
@@ -31,54 +30,30 @@ class TeardownConfig(dg.Config):
     )
 
 
-@dg.op(required_resource_keys={*RESOURCES, "io_manager", "source_location"})
+@dg.op(required_resource_keys=set(RESOURCES))
 def remove_everything(context: dg.OpExecutionContext, config: TeardownConfig) -> None:
     """List, and unless it is a dry run remove, what the deployment has created."""
     resources: Any = context.resources
     root = resources.io_manager.root.removesuffix("/references")
     kinds = _check(context, config, root)
-    owners = owners_of(resources, asset_keys())
-    protected = protected_places(resources.source_location)
-    findings = look(owners, kinds)
+    clean_up = CleanUp(context.log, dry_run=config.dry_run)
+    kept = clean_up.remove_owned(resources, kinds)
     if config.dry_run:
-        for _, item in findings.items:
-            context.log.info(f"would remove {item.kind} {item.name} ({item.location}): {item.detail}")
         context.log.info(f"to remove it, launch teardown with dry_run: false and confirm: {json.dumps(root)}")
-        context.add_output_metadata(
-            {
-                "dry_run": True,
-                "root": root,
-                "items": len(findings.items),
-                "would_remove": table([_shown(item) for _, item in findings.items]),
-                "could_not_be_listed": dg.MetadataValue.json(findings.problems),
-            }
-        )
-        return
-    removed, failed, kept = remove_all(findings, protected, context.log)
-    after = look(owners, kinds)
-    there = {item.location: item for _, item in after.items if item.location not in kept}
-    # What could not be removed whole may be found under another place, or not at all: it counts in any case.
-    there |= {item.location: item for _, item in findings.items if item.location in failed}
-    left = [{**_shown(item), "why": failed.get(place, "it is still there")} for place, item in there.items()]
+    else:
+        clean_up.problems.clear()
+        for one in clean_up.look(resources, RESOURCES, kinds):
+            if one.place not in kept:
+                clean_up.left.setdefault(one.place, (one, "it is still there"))
     metadata = {
-        "dry_run": False,
+        "dry_run": config.dry_run,
         "root": root,
-        "items": len(removed),
-        "removed": table([_shown(item) for item in removed]),
-        "left": table(left),
+        "items": len(clean_up.gone),
+        "would_remove" if config.dry_run else "removed": table([_shown(one) for one in clean_up.gone]),
+        "left": table([{**_shown(one), "why": why} for one, why in clean_up.left.values()]),
         "kept": dg.MetadataValue.json(kept),
-        "could_not_be_listed": dg.MetadataValue.json(after.problems),
     }
-    if left or after.problems:
-        names = [f"{row['kind']} {row['name']}: {row['why']}" for row in left]
-        names += [f"{owner}: {problem}" for owner, problem in after.problems.items()]
-        raise dg.Failure(
-            f"removed: {counted(len(removed), 'item')}; not removed: {'; '.join(names)}. Remove the reason, then run "
-            "teardown again",
-            metadata=metadata,
-            allow_retries=False,
-        )
-    context.add_output_metadata(metadata)
+    clean_up.finish(context, f"removed: {counted(len(clean_up.gone), 'item')}; not removed", metadata)
 
 
 def _check(context: dg.OpExecutionContext, config: TeardownConfig, root: str) -> list[ItemKind]:
@@ -100,16 +75,12 @@ def _check(context: dg.OpExecutionContext, config: TeardownConfig, root: str) ->
     return [kind for kind in KINDS if kind in config.kinds]
 
 
-def _shown(item: OwnedItem) -> dict[str, str]:
-    created = item.created_at.isoformat(timespec="seconds") if item.created_at else ""
-    return {
-        "kind": item.kind,
-        "name": item.name,
-        "where": item.location,
-        "created": created,
-        "run": item.run_id or "",
-        "detail": item.detail,
-    }
+def _shown(one: Removable) -> dict[str, str]:
+    row = {"kind": one.kind, "name": one.name, "where": one.place, "detail": one.detail}
+    if one.item is not None:
+        row["created"] = one.item.created_at.isoformat(timespec="seconds") if one.item.created_at else ""
+        row["run"] = one.item.run_id or ""
+    return row
 
 
 @dg.job

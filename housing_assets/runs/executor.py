@@ -9,20 +9,27 @@ Dagster turns the signal into an exception wherever the run's main thread is. In
 callback Python ignores exceptions, and the run would go on; the signal is then sent again.
 """
 
+import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from housing_assets.runs.lost_runs import end_lost_runs, record_process
-from housing_assets.runs.writable_root import check_root_is_writable
+from housing_assets.settings import Settings
+from step_scripts.runner import storage
 
 # Concurrency pool of the assets that run on Ray; dagster.yaml says how many runs may have it at once.
 RAY_POOL = "ray"
+# What a run's status means for whoever wants to remove or to start something.
+FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
+BUSY = [status for status in dg.DagsterRunStatus if status not in FINISHED]
 _GRACEFUL = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 _INTERRUPTIONS = (dg.DagsterExecutionInterruptedError, KeyboardInterrupt)
 # Until then the callback that ignored the exception has long returned.
@@ -67,6 +74,28 @@ def _hangup_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+class UnusableRoot(Exception):
+    """The run would fail at the first thing that it writes."""
+
+
+def check_root_is_writable() -> None:
+    """Make the deployment's root if there is none, and try to write there. Raises `UnusableRoot`."""
+    root = Settings.load().own_root
+    if storage.is_remote(root):
+        return
+    try:
+        folder = Path(root)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UnusableRoot(
+            f"the folder for data and models, {root}, cannot be written: {error.strerror or error}. Give this user "
+            f"(number {os.geteuid()}) the right to write there, or set HOUSING_ROOT to another folder. "
+            "Nothing has been done"
+        ) from None
 
 
 class CancelingExecutor(dg.Executor):

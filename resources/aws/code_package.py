@@ -8,13 +8,14 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib.metadata
-import importlib.util
+import importlib.resources
 import io
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from step_scripts.runner import storage
 
 ARCHIVE, REQUIREMENTS, BOOTSTRAP = "source.tar.gz", "requirements.txt", "bootstrap.sh"
 # What steps import. The versions are those of the Dagster process, so that both sides of a job agree.
@@ -46,16 +47,13 @@ class CodePackage:
     files: dict[str, bytes]
     digest: str
 
-    def upload(self, client: Any, code_root: str) -> str:
+    def upload(self, code_root: str) -> str:
         """Put the files below `<code_root>/<digest>/` unless they are there. Returns that URI, ending with a slash."""
-        bucket, _, root = code_root.removeprefix("s3://").strip("/").partition("/")
-        prefix = "/".join(part for part in (root, self.digest) if part) + "/"
-        found = client.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])
-        present = {item["Key"] for item in found}
-        for name, content in self.files.items():
-            if prefix + name not in present:
-                client.put_object(Bucket=bucket, Key=prefix + name, Body=content)
-        return f"s3://{bucket}/{prefix}"
+        uri = storage.join(code_root, self.digest)
+        present = storage.sizes(uri, list(self.files))
+        for name in self.files.keys() - present.keys():
+            storage.write_bytes(storage.join(uri, name), self.files[name])
+        return f"{uri}/"
 
 
 def code_package(packages: Iterable[str], modules: Iterable[str] = ()) -> CodePackage:
@@ -65,23 +63,22 @@ def code_package(packages: Iterable[str], modules: Iterable[str] = ()) -> CodePa
     """
     sources: dict[str, Path] = {}
     for package in packages:
-        folder = _package_folder(package)
+        folder = _folder(package)
         for path in folder.rglob("*"):
             if path.suffix in _SUFFIXES and "__pycache__" not in path.parts:
                 sources[f"{package.replace('.', '/')}/{path.relative_to(folder).as_posix()}"] = path
     for module in modules:
-        spec = importlib.util.find_spec(module)
-        if spec is None or spec.origin is None:
+        package, _, name = module.rpartition(".")
+        if not (_folder(package) / f"{name}.py").is_file():
             raise ModuleNotFoundError(f"there is no module {module}", name=module)
-        sources[module.replace(".", "/") + ".py"] = Path(spec.origin)
-        # Without it another package of the same name, anywhere on the path, would win.
-        parent = Path(spec.origin).with_name("__init__.py")
-        if "." in module and parent.exists():
-            sources[module.rpartition(".")[0].replace(".", "/") + "/__init__.py"] = parent
+        # Without `__init__.py` another package of the same name, anywhere on the path, would win.
+        for path in (_folder(package) / f"{name}.py", _folder(package) / "__init__.py"):
+            if path.is_file():
+                sources[f"{package.replace('.', '/')}/{path.name}"] = path
     files = {
         ARCHIVE: archive({name: path.read_bytes() for name, path in sources.items()}),
         REQUIREMENTS: requirements().encode(),
-        BOOTSTRAP: (_package_folder("step_scripts") / BOOTSTRAP).read_bytes(),
+        BOOTSTRAP: (_folder("step_scripts") / BOOTSTRAP).read_bytes(),
     }
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
@@ -108,8 +105,5 @@ def requirements() -> str:
     return "".join(f"{name}{extra}=={importlib.metadata.version(name)}\n" for name, extra in REQUIRED.items())
 
 
-def _package_folder(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"there is no package {package}", name=package)
-    return Path(next(iter(spec.submodule_search_locations)))
+def _folder(package: str) -> Path:
+    return Path(str(importlib.resources.files(package)))

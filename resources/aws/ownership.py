@@ -1,20 +1,29 @@
-"""Which AWS resources are this project's: the tag that says so, and how to read it.
+"""Tags: which AWS resources are this project's, and the Dagster run that a job belongs to, within SageMaker's rules.
 
-Everything that the registry and the endpoint host create carries it, and nothing without it is ever changed or removed.
+Everything that the project creates carries the first, and nothing without it is ever changed or removed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from resources.aws.calls import is_missing, pages
-from resources.aws.tags import VALUE_LENGTH, sanitised, tag_list
+
+if TYPE_CHECKING:
+    import dagster as dg
 
 CREATED_BY_TAG = "housing-assets:created-by"
 CREATED_BY = "housing-assets"
 # The prefix that a deployment keeps everything of a kind below: two deployments in one account never touch each other.
 ROOT_TAG = "housing-assets:root"
+_LIMIT = 50
+WORK_TAG = "dagster/work"
+RUN_TAG = "dagster/run_id"
+_VALUE_LENGTH = 256
+_KEY_LENGTH = 128
+_PUNCTUATION = set("_.:/=+-@")
 
 
 def owned(*sources: Mapping[str, str]) -> list[dict[str, str]]:
@@ -29,12 +38,7 @@ def is_ours(tags: Mapping[str, str]) -> bool:
 
 def root_tags(root: str) -> dict[str, str]:
     """The tag that says to which deployment something belongs."""
-    return {ROOT_TAG: sanitised(root.rstrip("/"), VALUE_LENGTH)}
-
-
-def creation_tags(root: str) -> dict[str, str]:
-    """The tags of everything that this deployment creates."""
-    return {CREATED_BY_TAG: CREATED_BY, **root_tags(root)}
+    return {ROOT_TAG: sanitised(root.rstrip("/"), _VALUE_LENGTH)}
 
 
 def belongs_to(tags: Mapping[str, str], root: str) -> bool:
@@ -72,3 +76,61 @@ def created_here(
         tags = tags_of(client, summary[arn_member])
         if belongs_to(tags, root):
             yield summary, tags
+
+
+def sanitised(text: str, limit: int) -> str:
+    """`text` with characters that tags may not hold replaced by `_`, cut to `limit` characters.
+
+    Allowed are letters, digits and spaces of any script (Unicode classes L, N, Z) and `_.:/=+-@`.
+    """
+    allowed = (c if c in _PUNCTUATION or unicodedata.category(c)[0] in "LNZ" else "_" for c in text)
+    return "".join(allowed)[:limit]
+
+
+def tag_list(*sources: Mapping[str, str]) -> list[dict[str, str]]:
+    """Tags as the API takes them. Of equal keys the first source wins; beyond 50 the last are left out.
+
+    Keys that start with `aws:`, which AWS keeps for itself, are left out too.
+    """
+    tags: dict[str, str] = {}
+    for source in sources:
+        for key, value in source.items():
+            clean = sanitised(key, _KEY_LENGTH)
+            if clean and not clean.lower().startswith("aws:"):
+                tags.setdefault(clean, sanitised(value, _VALUE_LENGTH))
+    return [{"Key": key, "Value": value} for key, value in list(tags.items())[:_LIMIT]]
+
+
+def run_tags(context: dg.OpExecutionContext | dg.AssetExecutionContext) -> dict[str, str]:
+    """Run, root run, job, step, assets, partition, owners; code location and user where they are known."""
+    run = context.run
+    tags = {
+        RUN_TAG: run.run_id,
+        "dagster/root_run_id": run.root_run_id or run.run_id,
+        "dagster/job": run.job_name,
+        "dagster/step": str(context.op_handle),
+    }
+    if assets := asset_names(context):
+        tags["dagster/asset"] = " ".join(assets)
+    if context.has_partition_key:
+        tags["dagster/partition"] = context.partition_key
+    if owners := _owners(context):
+        tags["dagster/owner"] = " ".join(owners)
+    for key, value in run.dagster_execution_info.items():
+        if key not in ("dagster/run-id", "dagster/job", "dagster/partition"):
+            tags.setdefault(key, value)
+    return tags
+
+
+def asset_names(context: dg.OpExecutionContext | dg.AssetExecutionContext) -> list[str]:
+    """The assets that the step materializes, sorted; empty for an op."""
+    if not context.has_assets_def:
+        return []
+    return sorted(key.to_user_string() for key in context.selected_asset_keys)
+
+
+def _owners(context: dg.OpExecutionContext | dg.AssetExecutionContext) -> Sequence[str]:
+    if not context.has_assets_def:
+        return []
+    selected = context.selected_asset_keys
+    return sorted({o for spec in context.assets_def.specs if spec.key in selected for o in spec.owners})

@@ -30,17 +30,13 @@ _LONG = 60
 
 
 class InvalidJobRequest(ValueError):
-    """A request that SageMaker would refuse. `problems` names each member, its value and the limit."""
-
-    def __init__(self, operation: str, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__(f"{operation} would be refused: " + "; ".join(problems))
+    """A request that SageMaker would refuse; the message names each member, its value and the limit."""
 
 
 def check_request(operation: str, params: Mapping[str, Any]) -> None:
     """Raise `InvalidJobRequest` with all problems of a SageMaker request, if it has any."""
     if found := problems(operation, params):
-        raise InvalidJobRequest(operation, found)
+        raise InvalidJobRequest(f"{operation} would be refused: {'; '.join(found)}")
 
 
 def problems(operation: str, params: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from resources.inventory import OwnedItem
+from resources.inventory import RESULT_FILE, NotOwned, OwnedItem, files_below, remove_step_results
 from step_scripts.runner.code_version import library_versions, require_unchanged, step_sources, version_of
 from step_scripts.runner.contract import Artifact, StepError, StepParams, StepRequest, StepResult
 from step_scripts.runner.execution import find_result
@@ -83,13 +83,15 @@ class ComputeBackend(dg.ConfigurableResource, ABC):
     def prepare(self, context: dg.AssetExecutionContext) -> None:
         """Begin, in the background, with what the first step needs (start Ray), if no earlier result can be reused."""
 
-    @abstractmethod
     def inventory(self) -> Sequence[OwnedItem]:
         """What this backend owns: stored results of steps, and processes or jobs that run now."""
+        return files_below(self.artifact_root, RESULT_FILE, "results of")
 
-    @abstractmethod
     def remove(self, item: OwnedItem) -> None:
         """Remove an item of `inventory`, if it is still there. Raises `NotOwned` for what is not this deployment's."""
+        if not item.location.startswith(f"{self.artifact_root.rstrip('/')}/"):
+            raise NotOwned(f"{item.location} is not below {self.artifact_root}")
+        remove_step_results(self.artifact_root, item.location)
 
     def _environment(self) -> dict[str, str]:
         """Versions of the libraries that results depend on. The process of the step compares them with its own."""

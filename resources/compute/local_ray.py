@@ -13,7 +13,6 @@ import json
 import os
 import selectors
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -30,16 +29,15 @@ import psutil
 from pydantic import Field, PrivateAttr
 
 from resources.compute.base import ComputeBackend, failure_of
-from resources.inventory import NotOwned, OwnedItem, remove_empty, remove_step_results, step_results
+from resources.inventory import OwnedItem
 from resources.pipes_session import pipes_session
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepRequest, StepResult
+from step_scripts.runner.processes import end_processes, how_ended
 from step_scripts.runner.ray_session import RaySettings
-from step_scripts.runner.ray_watch import how_ended_by
 from step_scripts.runner.session_folder import (
     FOLDER_VARIABLE,
     SessionFolder,
-    end_processes,
     make_folder,
     processes_of,
     remove_abandoned,
@@ -95,33 +93,6 @@ class _Worker:
         self.folder.remove()
 
 
-@dataclass
-class _Session:
-    """What runs in one session's folder: a keeper, if it is alive, and other processes, oldest first."""
-
-    folder: Path
-    run_id: str | None
-    processes: list[psutil.Process]
-
-    def item(self) -> OwnedItem:
-        first = self.processes[0]
-        started = first.create_time()
-        return OwnedItem(
-            kind="job",
-            name=f"process {first.pid}",
-            location=f"process {first.pid} of {started:.2f}",
-            created_at=datetime.fromtimestamp(started, UTC),
-            run_id=self.run_id,
-            temporary=True,
-            detail="Ray driver",
-        )
-
-    def end(self) -> None:
-        end_processes(self.processes[:1], _TERMINATION_SECONDS)  # a keeper takes all others with it
-        end_processes(processes_of(self.folder))
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
 class LocalRay(ComputeBackend):
     """One Ray session a run, started with the first step that is not answered from the cache."""
 
@@ -149,31 +120,26 @@ class LocalRay(ComputeBackend):
 
     def inventory(self) -> Sequence[OwnedItem]:
         """See `ComputeBackend.inventory`. What is running now are the driver processes of runs."""
-        running = []
-        for session in self._sessions():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                running.append(session.item())
-        return [*running, *step_results(self.artifact_root)]
+        return [*(item for item, _, _ in self._sessions()), *super().inventory()]
 
     def remove(self, item: OwnedItem) -> None:
         """See `ComputeBackend.remove`. A driver process is ended with all that it started."""
-        if item.kind == "job":
-            for session in self._sessions():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if session.item().location == item.location:
-                        session.end()
-        elif item.location.startswith(f"{self.artifact_root.rstrip('/')}/"):
-            remove_step_results(self.artifact_root, item.location)
-            remove_empty(self.artifact_root)
-        else:
-            raise NotOwned(f"{item.location} is not below {self.artifact_root}")
+        if item.kind != "job":
+            super().remove(item)
+            return
+        for found, folder, first in self._sessions():
+            if found.location == item.location:
+                end_processes([first], _TERMINATION_SECONDS)  # a keeper takes all others with it
+                end_processes(processes_of(folder))
+                shutil.rmtree(folder, ignore_errors=True)
 
-    def _sessions(self) -> list[_Session]:
+    def _sessions(self) -> Iterator[tuple[OwnedItem, Path, psutil.Process]]:
         """Sessions with this backend's artifacts, of any run, by the environment of their processes.
 
-        It finds what is left of a session even if its first process or its folder is gone.
+        Each with its folder and its oldest process: the keeper, if it is alive. It finds what is left of a session even
+        if its first process or its folder is gone.
         """
-        found: dict[tuple[str, str | None], list[psutil.Process]] = {}
+        found: dict[tuple[str, str | None], list[tuple[float, psutil.Process]]] = {}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 environment = process.environ()
@@ -181,11 +147,20 @@ class LocalRay(ComputeBackend):
                 if folder is None or environment.get("HOUSING_ARTIFACTS") != self.artifact_root:
                     continue
                 if process.status() != psutil.STATUS_ZOMBIE:
-                    found.setdefault((folder, environment.get("HOUSING_RUN_ID")), []).append(process)
-        return [
-            _Session(Path(folder), run_id, sorted(members, key=lambda process: process.create_time()))
-            for (folder, run_id), members in found.items()
-        ]
+                    session = (folder, environment.get("HOUSING_RUN_ID"))
+                    found.setdefault(session, []).append((process.create_time(), process))
+        for (folder, run_id), processes in found.items():
+            started, first = min(processes, key=lambda process: process[0])
+            item = OwnedItem(
+                kind="job",
+                name=f"process {first.pid}",
+                location=f"process {first.pid} of {started:.2f}",
+                created_at=datetime.fromtimestamp(started, UTC),
+                run_id=run_id,
+                temporary=True,
+                detail="Ray driver",
+            )
+            yield item, Path(folder), first
 
     def _stop(self) -> None:
         worker, self._worker = self._worker, None
@@ -256,6 +231,7 @@ class LocalRay(ComputeBackend):
         If it has ended, its other processes and the outputs of this attempt are removed.
         """
         attempt = uuid.uuid4().hex[:12]
+        goes_on = False
         try:
             if self._worker is None:
                 self._worker = self._start(context.run.run_id)
@@ -267,25 +243,20 @@ class LocalRay(ComputeBackend):
                 pipes = session.get_bootstrap_env_vars()
                 self._worker.send({"request": request.model_dump(mode="json"), "attempt": attempt, "pipes": pipes})
                 reply = self._worker.reply()
-        except BaseException:
+            if reply is None:
+                error = {"kind": "crash", "message": self._how_it_ended(), "traceback": "see the run's output"}
+                reply = {"error": error, "ended": True}
+            goes_on = not reply.get("ended")
+            return reply
+        finally:
             # Any way out but the normal one (termination above all): nothing may go on running behind the run's back.
-            self._stop()
-            storage.delete(storage.join(request.output_uri, attempt))
-            raise
-        if reply is None:
-            reply = {"error": {"kind": "crash", "message": self._how_it_ended(), "traceback": "see the run's output"}}
-            self._stop()
-            storage.delete(storage.join(request.output_uri, attempt))
-        if reply.get("ended"):
-            self._stop()
-            storage.delete(storage.join(request.output_uri, attempt))
-        return reply
+            if not goes_on:
+                self._stop()
+                storage.delete(storage.join(request.output_uri, attempt))
 
     def _how_it_ended(self) -> str:
         assert self._worker is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._worker.process.wait(1.0)
         status = self._worker.process.returncode
-        if status is None or status >= 0:
-            return f"the Ray driver process ended with status {status}"
-        return f"the Ray driver process {how_ended_by(signal.Signals(-status))}"
+        return f"the Ray driver process {'has ended' if status is None else how_ended(status)}"

@@ -5,35 +5,32 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import dagster as dg
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, create_model, model_validator
 
 from resources.aws.code_package import BOOTSTRAP, code_package
 from resources.aws.image import XGBOOST_IMAGE_VERSION, job_image
 from resources.aws.request_validation import check_request
 from resources.compute.base import ComputeBackend, as_metadata, failure_of
-from resources.inventory import NotOwned, OwnedItem, files_at, remove_step_results, remove_tree, step_results
+from resources.inventory import NotOwned, OwnedItem, files_below, remove_tree
 from resources.sagemaker.job_files import JobInputs, JobPolling
-from resources.sagemaker.job_inventory import JobInventory
-from resources.sagemaker.job_kinds import PROCESSING, TRAINING, TUNING
-from resources.sagemaker.job_names import digest_of, request_digest
+from resources.sagemaker.job_inventory import jobs_in_progress, remove_job
+from resources.sagemaker.job_kinds import PROCESSING, TRAINING, TUNING, JobKind, digest_of, request_digest
 from resources.sagemaker.job_reports import JobFailure
 from resources.sagemaker.job_requests import (
     PROCESSING_INPUT,
     TRAINING_INPUT,
     TRAINING_ONLY,
-    InstanceGroup,
     JobConfig,
     processing_request,
     training_request,
 )
 from resources.sagemaker.pipes_client import PipesSageMakerClient
-from resources.sagemaker.tuning_jobs import NativeTuning
-from resources.sagemaker.tuning_requests import NativeTuningConfig
-from step_scripts.cluster.failure import failure_from
+from resources.sagemaker.tuning_jobs import NativeTuning, NativeTuningConfig
+from step_scripts.cluster.job import failure_from
 from step_scripts.parameters import TuneModelSettings
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepRequest, StepResult
@@ -41,38 +38,20 @@ from step_scripts.runner.contract import StepRequest, StepResult
 _LONGEST_NAME = "x" * 63
 STEPS = ("validate_source", "ingest_features", "prepare_splits", "tune_model", "evaluate_model")
 HEAD_GROUP = "HOUSING_CLUSTER_HEAD_GROUP"  # read by step_scripts.cluster
+_SAME_FOR_ALL = {"role_arn", "subnets", "security_group_ids", "checkpoint_uri", "network_isolation", "tags"}
+_CHANGES: Mapping[str, Any] = {
+    name: (field.annotation | None, Field(default=None, description=field.description))  # pyright: ignore[reportOperatorIssue]
+    for name, field in JobConfig.model_fields.items()
+    if name not in (*_SAME_FOR_ALL, "environment")
+}
 
 
-class StepJob(dg.Config):
-    """What is different for the jobs of one step. Empty fields: as for all."""
+class StepJob(create_model("_Changes", __base__=dg.Config, **_CHANGES)):
+    """What is different for the jobs of one step: the fields of `JobConfig`, empty where they are as for all."""
 
     job_type: str | None = Field(
         default=None, pattern="^(training|processing)$", description="Kind of job: training or processing."
     )
-    instance_type: str | None = Field(default=None, description="SageMaker instance type.")
-    instance_count: int | None = Field(default=None, ge=1, le=100, description="Hosts.")
-    instance_groups: list[InstanceGroup] | None = Field(
-        default=None, description="Hosts of several types. Training jobs only."
-    )
-    volume_size_gb: int | None = Field(default=None, ge=1, le=16384, description="Volume of each host, GB.")
-    max_run_seconds: int | None = Field(default=None, ge=1, description="Longest running time; seconds.")
-    use_spot: bool | None = Field(default=None, description="Managed spot instances. Training jobs only.")
-    max_wait_seconds: int | None = Field(
-        default=None, ge=1, description="Spot: longest time for waiting and running together; seconds."
-    )
-    internal_error_retries: int | None = Field(
-        default=None, ge=0, le=30, description="Starts after an internal error of SageMaker. Training jobs only."
-    )
-    keep_alive_seconds: int | None = Field(
-        default=None,
-        ge=0,
-        le=21_600,
-        description="Warm pool: how long instances are kept. Training jobs only; seconds.",
-    )
-    volume_kms_key: str | None = Field(default=None, description="KMS key for the hosts' volumes: its id or ARN.")
-    output_kms_key: str | None = Field(default=None, description="KMS key for what SageMaker writes to S3.")
-    encrypt_inter_container_traffic: bool | None = Field(default=None, description="Encrypt traffic between the hosts.")
-    price_per_hour: float | None = Field(default=None, ge=0, description="Price of one instance-hour.")
     environment: dict[str, str] = Field(default_factory=dict, description="More environment variables.")
 
 
@@ -106,8 +85,6 @@ class SageMakerCompute(ComputeBackend):
     retry_timeout_seconds: float = Field(
         default=900.0, gt=0, description="How long calls that AWS throttles or does not answer are repeated; seconds."
     )
-
-    _client: PipesSageMakerClient | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _check_places(self) -> Self:
@@ -144,37 +121,35 @@ class SageMakerCompute(ComputeBackend):
 
         Raises `InvalidJobRequest` naming each wrong value.
         """
+        code_uri = f"{self.job_root}/code/{'0' * 16}/"
         for step in {"tune_model", "prepare_splits", *self.steps}:
-            operation, request = self._request_of(step, "image", f"{self.job_root}/code/{'0' * 16}/", "0" * 16)
-            kind = TRAINING if operation == TRAINING.create_operation else PROCESSING
+            kind, request = self._request_of(step, "image", code_uri, "0" * 16)
             environment = {
                 **request.get("Environment", {}),
                 "HOUSING_JOB_URI": f"{self.job_root}/{_LONGEST_NAME}/",
                 "HOUSING_ATTEMPT": _LONGEST_NAME,
             }
-            check_request(operation, {**request, kind.name_member: _LONGEST_NAME, "Environment": environment})
-        if self.native_tuning is not None:
+            named = {**request, kind.member("Name"): _LONGEST_NAME, "Environment": environment}
+            check_request(kind.create_operation, named)
+        if (tuning := self._native_tuning("image", code_uri)) is not None:
             search = TuneModelSettings()
-            tuning = self._native_tuning(self.native_tuning, "image", f"{self.job_root}/code/{'0' * 16}/")
             request = tuning.create_request(search, search.resolved()["num_trials"], 0)
-            check_request(TUNING.create_operation, {**request, TUNING.name_member: _LONGEST_NAME[:32]})
+            check_request(TUNING.create_operation, {**request, TUNING.member("Name"): _LONGEST_NAME[:32]})
 
     @property
     def client(self) -> PipesSageMakerClient:
-        """The Pipes client that runs the jobs; made at the first use."""
-        if self._client is None:
-            poll = self.poll_seconds
-            self._client = PipesSageMakerClient(
-                self.job_root,
-                region_name=self.region_name,
-                name_prefix=self.name_prefix,
-                detach=self.detach,
-                forward_logs=self.forward_logs,
-                polling=JobPolling(
-                    interval=poll, longest_interval=5 * poll, lease=7.5 * poll, retry=self.retry_timeout_seconds
-                ),
-            )
-        return self._client
+        """The Pipes client that runs the jobs."""
+        poll = self.poll_seconds
+        return PipesSageMakerClient(
+            self.job_root,
+            region_name=self.region_name,
+            name_prefix=self.name_prefix,
+            detach=self.detach,
+            forward_logs=self.forward_logs,
+            polling=JobPolling(
+                interval=poll, longest_interval=5 * poll, lease=7.5 * poll, retry=self.retry_timeout_seconds
+            ),
+        )
 
     def config_of(self, step: str) -> JobConfig:
         """The job configuration of one step."""
@@ -194,59 +169,47 @@ class SageMakerCompute(ComputeBackend):
     def _channels(self, code_uri: str) -> dict[str, str]:
         return {"code": code_uri} | ({"wheels": self.wheels_uri} if self.wheels_uri else {})
 
-    def _native_tuning(self, config: NativeTuningConfig, image: str, code_uri: str) -> NativeTuning:
+    def _native_tuning(self, image: str, code_uri: str) -> NativeTuning | None:
+        if (config := self.native_tuning) is None:
+            return None
         job = self.config_of("tune_model")
         return NativeTuning(self.client.settings, config, job, image, self._channels(code_uri))
 
-    def _request_of(self, step: str, image: str, code_uri: str, digest: str) -> tuple[str, dict[str, Any]]:
-        """Operation and parameters of a step's job, without name and bootstrap."""
-        config = self.config_of(step)
-        inputs = self._channels(code_uri)
-        training = self._is_training(step)
+    def _request_of(self, step: str, image: str, code_uri: str, digest: str) -> tuple[JobKind, dict[str, Any]]:
+        """Kind and parameters of a step's job, without name and bootstrap."""
+        config, training = self.config_of(step), self._is_training(step)
         folder = TRAINING_INPUT if training else PROCESSING_INPUT
-        entrypoint = ["/bin/bash", f"{folder}/code/{BOOTSTRAP}"]
+        parts: dict[str, Any] = {
+            "image": image,
+            "entrypoint": ["/bin/bash", f"{folder}/code/{BOOTSTRAP}"],
+            "channels": self._channels(code_uri),
+        }
         if training:
-            return TRAINING.create_operation, training_request(
-                config,
-                image=image,
-                entrypoint=entrypoint,
-                output_uri=self.job_root,
-                channels=inputs,
-                checkpoint_folder=digest,
-            )
-        return PROCESSING.create_operation, processing_request(
-            config, image=image, entrypoint=entrypoint, inputs=inputs
-        )
+            parts |= {"output_uri": self.job_root, "checkpoint_folder": digest}
+            return TRAINING, training_request(config, **parts)
+        return PROCESSING, processing_request(config, **parts)
 
     def inventory(self) -> Sequence[OwnedItem]:
         """See `ComputeBackend.inventory`. Jobs in progress; files of jobs, code and checkpoints below `job_root`."""
-        from step_scripts.runner.s3_objects import list_folders
-
-        folders = [name for name in sorted(list_folders(self.job_root)) if self._is_job_folder(name)]
-        files = [item for name in folders for item in files_at(f"{self.job_root}/{name}", f"files of job {name}")]
-        return [*self._jobs.items(), *step_results(self.artifact_root), *files]
+        files = files_below(self.job_root, self._job_file, "files of job")
+        return [*jobs_in_progress(self.client.settings), *super().inventory(), *files]
 
     def remove(self, item: OwnedItem) -> None:
         """See `ComputeBackend.remove`. A job is stopped, and its end waited for."""
         if item.kind == "job":
-            self._jobs.remove(item)
+            remove_job(self.client.settings, item)
         elif item.location.startswith(f"{self.job_root}/"):
-            if not self._is_job_folder(item.location.removeprefix(f"{self.job_root}/")):
+            if not self._job_file.fullmatch(f"{item.location.removeprefix(f'{self.job_root}/')}/"):
                 raise NotOwned(f"{item.location} holds no files of jobs of this deployment")
             remove_tree(item.location)
-        elif item.location.startswith(f"{self.artifact_root.rstrip('/')}/"):
-            remove_step_results(self.artifact_root, item.location)
         else:
-            raise NotOwned(f"{item.location} is neither below {self.job_root} nor below {self.artifact_root}")
-
-    def _is_job_folder(self, name: str) -> bool:
-        """Whether a folder of that name, below `job_root`, is one that this deployment's jobs use."""
-        ours = rf"code|checkpoints|{re.escape(self.name_prefix)}-[^/]+|tune-[0-9a-f]+-[0-9a-f]+(-[0-9]+)?"
-        return re.fullmatch(ours, name) is not None
+            super().remove(item)
 
     @property
-    def _jobs(self) -> JobInventory:
-        return JobInventory(self.client.settings)
+    def _job_file(self) -> re.Pattern[str]:
+        """Files in folders, below `job_root`, that this deployment's jobs use."""
+        ours = rf"code|checkpoints|{re.escape(self.name_prefix)}-[^/]+|tune-[0-9a-f]+-[0-9a-f]+(?:-[0-9]+)?"
+        return re.compile(rf"({ours})/.*", re.DOTALL)
 
     def _environment(self) -> dict[str, str]:
         """See `ComputeBackend._environment`. The image decides on Python; other versions are installed."""
@@ -254,13 +217,11 @@ class SageMakerCompute(ComputeBackend):
         return versions | {"image": self.image or f"AWS XGBoost {XGBOOST_IMAGE_VERSION}"}
 
     def _execute(self, context: dg.AssetExecutionContext, request: StepRequest) -> StepResult:
-        settings = self.client.settings
         package = code_package(["step_scripts", "housing_assets"], [request.step] if "." in request.step else [])
-        code_uri = package.upload(settings.client("s3"), f"{self.job_root}/code")
-        image = job_image(self.image, settings.client("sagemaker").meta.region_name)
-        training = self._is_training(request.step)
-        _, params = self._request_of(request.step, image, code_uri, request.digest[:16])
-        if training:
+        code_uri = package.upload(f"{self.job_root}/code")
+        image = job_image(self.image, self.client.settings.client("sagemaker").meta.region_name)
+        kind, params = self._request_of(request.step, image, code_uri, request.digest[:16])
+        if kind is TRAINING:
             request = request.model_copy(update={"checkpoint_uri": f"{self.job_root}/checkpoints/{request.digest}"})
         inputs = JobInputs(
             files={"request.json": request.model_dump_json().encode()},
@@ -270,8 +231,9 @@ class SageMakerCompute(ComputeBackend):
             digest=digest_of([request.digest, request.output_uri, request_digest(params)]),
         )
         metadata: dict[str, Any] = {}
-        if self.native_tuning is not None and request.step == "tune_model" and training:
-            metadata = self._native_tuning(self.native_tuning, image, code_uri).run(context, request)
+        tuning = self._native_tuning(image, code_uri)
+        if tuning is not None and request.step == "tune_model" and kind is TRAINING:
+            metadata = tuning.run(context, request)
         try:
             invocation = self.client.run(
                 context=context,

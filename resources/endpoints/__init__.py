@@ -1,6 +1,6 @@
 """Serving a version: `base` is the abstract type, `local` and `sagemaker` implement it.
 
-Local: `server_process`, and `hot_swap` from one model to the next. SageMaker: `endpoint_requests` makes the requests,
-`endpoint_parts` the configurations and models, `rollout` replaces a version, `invocation` calls. Imports
-`model_registry` and `aws`.
+Local: `local_rollout` replaces a version, `server_process` starts and asks servers. SageMaker: `endpoint_requests`
+holds the configuration and the requests made of it, `sagemaker_rollout` replaces a version, `endpoint_parts` makes the
+calls. Imports `model_registry` and `aws`.
 """

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from resources.endpoints.captured_files import CapturedFile
+from resources.endpoints.captured_files import CapturedFile, captured_below, remove_captured
 from resources.inventory import OwnedItem
 from resources.model_registry.base import ModelVersion
 from step_scripts.runner.wording import counted
@@ -21,18 +22,15 @@ from step_scripts.serving.deployment import CaptureCounts
 from step_scripts.table.spec import TableSpec
 
 if TYPE_CHECKING:
-    from step_scripts.serving.captured_requests import CapturedRows
+    from step_scripts.serving.capture import CapturedRows
 
 # The inference id of this project's own test requests: they are not part of the traffic that is watched.
 PROBE_ID = "housing-assets-probe"
 _SINGLE_REQUESTS = 20
 
 
-class EndpointNotFound(KeyError):
+class EndpointNotFound(LookupError):
     """There is no such endpoint. The message names those that exist."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])  # KeyError would show it quoted
 
 
 class VersionNotApproved(ValueError):
@@ -56,16 +54,6 @@ class SmokeTestFailed(ValueError):
     """Served predictions are not the expected ones."""
 
 
-class DeploymentLog(Protocol):
-    """Where progress is reported: `context.log`, or any logger."""
-
-    def info(self, msg: str, /) -> None:
-        """Report progress."""
-
-    def warning(self, msg: str, /) -> None:
-        """Report something that people should look at."""
-
-
 class SmokeTestResult(BaseModel):
     """Figures of a passed smoke test. Latencies are of requests of one row, in milliseconds."""
 
@@ -77,6 +65,11 @@ class SmokeTestResult(BaseModel):
     requests: int
     median_ms: float
     largest_ms: float
+
+    def of(self, version: str) -> str:
+        """The figures as a line for a log."""
+        figures = f"largest difference {self.largest_difference:g}, {self.median_ms:g} ms a row"
+        return f"Smoke test of {version}: {counted(self.rows, 'row')}, {figures}."
 
 
 class SmokeTest(BaseModel):
@@ -170,6 +163,9 @@ class EndpointStatus(BaseModel):
     previous_version: str | None = None
     smoke_test: SmokeTestResult | None = Field(default=None, description="Of this deployment; not kept.")
     captured: CaptureCounts | None = Field(default=None, description="Captured requests, where the server counts them.")
+    capture_uri: str | None = Field(
+        default=None, exclude=True, description="Where requests are captured. None: they are not. Not kept."
+    )
 
 
 def require_approved(version: ModelVersion) -> None:
@@ -188,9 +184,10 @@ class EndpointHost(dg.ConfigurableResource, ABC):
     """Serves models over HTTP. Assets depend on this type; the deployment picks the implementation."""
 
     default_name: str = Field(default="housing", description="Endpoint of a deployment that names no other.")
+    root: str = Field(description="Below it the host keeps its files.")
 
     @abstractmethod
-    def deploy(self, name: str, version: ModelVersion, smoke_test: SmokeTest, log: DeploymentLog) -> EndpointStatus:
+    def deploy(self, name: str, version: ModelVersion, smoke_test: SmokeTest, log: logging.Logger) -> EndpointStatus:
         """Serve `version` as `name`, without dropping requests if another version is being served.
 
         Raises `VersionNotApproved`, or `EndpointDeploymentFailed`, in which case what was served before still is.
@@ -210,27 +207,8 @@ class EndpointHost(dg.ConfigurableResource, ABC):
         """
 
     @abstractmethod
-    def captured(self, name: str, table: TableSpec, since: datetime, limit: int) -> CapturedRows | None:
-        """Raw features and predictions of at most `limit` rows, of the latest captured requests since that time.
-
-        None: there is no such endpoint, or its requests are not captured.
-        """
-
-    @abstractmethod
-    def captured_files(self) -> Sequence[CapturedFile]:
-        """Files of captured requests below this host's root, also of endpoints that are gone."""
-
-    @abstractmethod
-    def remove_captured(self, files: Sequence[CapturedFile]) -> None:
-        """Remove some of them; nothing happens to those that are gone. Raises `NotOwned` for what is another's."""
-
-    @abstractmethod
     def delete(self, name: str) -> None:
         """Remove the endpoint, after the requests in progress. Nothing happens if there is none."""
-
-    @abstractmethod
-    def list(self) -> Sequence[EndpointStatus]:
-        """All endpoints of this host, by name."""
 
     @abstractmethod
     def inventory(self) -> Sequence[OwnedItem]:
@@ -239,3 +217,49 @@ class EndpointHost(dg.ConfigurableResource, ABC):
     @abstractmethod
     def remove(self, item: OwnedItem) -> None:
         """Remove what `inventory` listed; nothing happens if it is gone. Raises `NotOwned` for what is another's."""
+
+    @abstractmethod
+    def _names(self) -> Sequence[str]:
+        """What may be the name of an endpoint of this host."""
+
+    @abstractmethod
+    def _capture_folders(self) -> Sequence[str]:
+        """Folders of captured requests that are this host's own, one an endpoint, also of endpoints that are gone."""
+
+    @property
+    @abstractmethod
+    def _captured(self) -> str:
+        """What those folders are below."""
+
+    def captured(self, name: str, table: TableSpec, since: datetime, limit: int) -> CapturedRows | None:
+        """Raw features and predictions of at most `limit` rows, of the latest captured requests since that time.
+
+        None: there is no such endpoint, or its requests are not captured.
+        """
+        from step_scripts.serving.capture import read_captured
+
+        status = self.describe(name)
+        if status is None or status.capture_uri is None:
+            return None
+        return read_captured(status.capture_uri, table, since, limit, without=PROBE_ID)
+
+    def captured_files(self) -> Sequence[CapturedFile]:
+        """Files of captured requests below this host's root, also of endpoints that are gone."""
+        return [file for folder in self._capture_folders() for file in captured_below(folder)]
+
+    def remove_captured(self, files: Sequence[CapturedFile]) -> None:
+        """Remove some of them; missing files are ignored. Raises `NotOwned` for what is another's."""
+        remove_captured(files, self._captured)
+
+    def _not_served(self, name: str) -> EndpointNotFound:
+        names = ", ".join(status.name for status in self.list() if status.state == "InService") or "none"
+        return EndpointNotFound(f"endpoint {name} is not served; served are: {names} (in {self.root})")
+
+    def _not_deployed(self, name: str, version: ModelVersion, reason: object) -> EndpointDeploymentFailed:
+        kept = self.describe(name)
+        now = f"{kept.version} keeps serving" if kept and kept.state == "InService" else "nothing is served"
+        return EndpointDeploymentFailed(f"{version.reference} was not deployed to endpoint {name}; {now}. {reason}")
+
+    def list(self) -> Sequence[EndpointStatus]:
+        """All endpoints of this host, by name."""
+        return [status for name in self._names() if (status := self.describe(name)) is not None]

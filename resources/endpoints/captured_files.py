@@ -9,12 +9,11 @@ from itertools import groupby
 
 from pydantic import BaseModel, ConfigDict
 
-from resources.inventory import NotOwned, OwnedItem, remove_empty
+from resources.inventory import NotOwned, remove_empty
 from step_scripts.runner import storage
-from step_scripts.runner.wording import counted, megabytes
 
 # What SageMaker and the local server write below an endpoint's folder; anything else there is not ours.
-_FILE = re.compile(r"(?P<variant>[^/]+)/\d{4}/\d\d/\d\d/\d\d/[^/]+\.jsonl")
+_FILE = re.compile(r"[^/]+/\d{4}/\d\d/\d\d/\d\d/[^/]+\.jsonl")
 
 
 class CapturedFile(BaseModel):
@@ -22,32 +21,20 @@ class CapturedFile(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    endpoint: str
     folder: str
     path: str
     bytes: int
     changed_at: datetime
 
 
-def captured_below(folder: str, endpoint: str) -> list[CapturedFile]:
+def captured_below(folder: str) -> list[CapturedFile]:
     """The files of one endpoint, oldest first."""
     found = [
-        CapturedFile(
-            endpoint=endpoint, folder=folder, path=path, bytes=size, changed_at=datetime.fromtimestamp(modified, UTC)
-        )
+        CapturedFile(folder=folder, path=path, bytes=size, changed_at=datetime.fromtimestamp(modified, UTC))
         for path, size, modified in storage.list_details(folder)
         if _FILE.fullmatch(path)
     ]
     return sorted(found, key=lambda file: file.changed_at)
-
-
-def captured_items(files: Sequence[CapturedFile], location: str) -> list[OwnedItem]:
-    """All of them as one item of the inventory; none if there are none."""
-    if not files:
-        return []
-    detail = f"{counted(len(files), 'file')}, {megabytes(sum(file.bytes for file in files))}"
-    first = min(file.changed_at for file in files)
-    return [OwnedItem(kind="files", name="captured requests", location=location, created_at=first, detail=detail)]
 
 
 def surplus(files: Sequence[CapturedFile], before: datetime, most_bytes: float) -> list[CapturedFile]:
@@ -65,7 +52,7 @@ def surplus(files: Sequence[CapturedFile], before: datetime, most_bytes: float) 
 
 
 def remove_captured(files: Sequence[CapturedFile], root: str) -> None:
-    """Remove the files, which must lie below `root`. Those that are gone do not matter. Raises `NotOwned`."""
+    """Remove the files, which must lie below `root`. Missing files are ignored. Raises `NotOwned`."""
     for folder in sorted({file.folder for file in files}):
         if not folder.startswith(root.rstrip("/") + "/"):
             raise NotOwned(f"{folder} is not below {root}; it is left alone")

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any
 
-from resources.aws.calls import already_exists, error_code, error_message, if_found, is_missing, pages
-from resources.aws.ownership import is_ours, tags_of
+from resources.aws.calls import already_exists, error_code, error_message, if_found, pages
+from resources.aws.ownership import belongs_to, created_here, is_ours, tags_of
 from resources.aws.request_validation import check_request
-from resources.endpoints.base import DeploymentLog, EndpointDeploymentFailed
-from resources.endpoints.endpoint_requests import CANDIDATE, ENDPOINT_TAG, ROLE_TAG, name_prefix
+from resources.endpoints.base import EndpointDeploymentFailed
+from resources.endpoints.endpoint_requests import CANDIDATE, ENDPOINT_TAG, ROLE_TAG, VERSION_TAG, name_prefix
+from resources.inventory import ItemKind, NotOwned, OwnedItem
 from resources.waiting import wait_until
 
 MOVING = ("Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting")
 BROKEN = ("Failed", "OutOfService")
+MEMBERS: dict[ItemKind, str] = {"endpoint": "Endpoint", "endpoint_config": "EndpointConfig", "model": "Model"}
+_PART = re.compile(r".+-[0-9a-f]{12}")  # names that `part_name` makes; only of these the tags are asked for
 _LOG_LINES = 15
 _CONSISTENCY_SECONDS = 30.0  # SageMaker may not find for a moment what has just been created
 
@@ -49,52 +55,46 @@ class EndpointParts:
     logs: Any
     poll_seconds: float
 
+    def describe(self, kind: ItemKind, name: str) -> dict[str, Any] | None:
+        """What has that name, whoever created it; None if there is nothing."""
+        return if_found(getattr(self.client, f"describe_{kind}"), **{f"{MEMBERS[kind]}Name": name})
+
+    def tags(self, kind: ItemKind, name: str) -> dict[str, str]:
+        """The tags of what has that name; none if there is nothing."""
+        described = self.describe(kind, name)
+        return tags_of(self.client, described[f"{MEMBERS[kind]}Arn"]) if described else {}
+
     def find(self, name: str) -> FoundEndpoint | None:
         """The endpoint, whoever created it; None if there is none."""
-        described = if_found(self.client.describe_endpoint, EndpointName=name)
+        described = self.describe("endpoint", name)
         if described is None:
             return None
         tags = tags_of(self.client, described["EndpointArn"])
-        if not is_ours(tags):
-            return FoundEndpoint(described, tags)
-        return FoundEndpoint(described, tags, self.config_tags(described["EndpointConfigName"]))
+        config_tags = self.tags("endpoint_config", described["EndpointConfigName"]) if is_ours(tags) else {}
+        return FoundEndpoint(described, tags, config_tags)
 
     def find_ours(self, name: str) -> FoundEndpoint | None:
         """The endpoint, if this project created it and it is no candidate."""
         found = self.find(name)
         return found if found and is_ours(found.tags) and found.tags.get(ROLE_TAG) != CANDIDATE else None
 
-    def names(self, contains: str = "") -> list[str]:
+    def names(self) -> list[str]:
         """Names of all endpoints, whoever created them."""
-        wanted = {"NameContains": contains} if contains else {}
-        found = pages(self.client, "list_endpoints", "Endpoints", SortBy="Name", **wanted)
-        return sorted(item["EndpointName"] for item in found)
+        return sorted(item["EndpointName"] for item in pages(self.client, "list_endpoints", "Endpoints"))
 
-    def create(self, operation: str, name_member: str, request: Mapping[str, Any]) -> str:
-        """Create a model or a configuration; one with that name that this project created is used as it is."""
+    def create(self, kind: ItemKind, request: Mapping[str, Any]) -> str:
+        """Create it; what has that name and was created by this project is used as it is. Returns the name."""
         from botocore.exceptions import ClientError
 
-        check_request(operation, request)
-        name = request[name_member]
-        functions = {
-            "CreateModel": (self.client.create_model, self.client.describe_model, "ModelArn"),
-            "CreateEndpointConfig": (
-                self.client.create_endpoint_config,
-                self.client.describe_endpoint_config,
-                "EndpointConfigArn",
-            ),
-        }
-        create, describe, arn = functions[operation]
+        member = MEMBERS[kind]
+        name = request[f"{member}Name"]
+        check_request(f"Create{member}", request)
         try:
-            if operation == "CreateModel":
-                create(**request)
-            else:
-                self.with_new_parts(create, **request)
+            self.with_new_parts(getattr(self.client, f"create_{kind}"), **request)
         except ClientError as error:
             if not already_exists(error):
                 raise
-            existing = describe(**{name_member: name})
-            if not is_ours(tags_of(self.client, existing[arn])):
+            if not is_ours(self.tags(kind, name)):
                 raise EndpointDeploymentFailed(
                     f"{name} exists and was not created by this project; it is left alone. Choose another endpoint name"
                 ) from error
@@ -102,21 +102,12 @@ class EndpointParts:
 
     def with_new_parts(self, function: Callable[..., Any], **params: Any) -> Any:
         """A call that names what may have been created a moment ago: not found is waited out for some seconds."""
-        from botocore.exceptions import ClientError
+        with contextlib.suppress(TimeoutError):
+            found = partial(if_found, function, **params)
+            return wait_until(found, timeout=_CONSISTENCY_SECONDS, interval=1.0, what="the appearance of the parts")
+        return function(**params)
 
-        start = time.monotonic()
-
-        def answer() -> tuple[Any] | None:
-            try:
-                return (function(**params),)
-            except ClientError as error:
-                if is_missing(error) and time.monotonic() < start + _CONSISTENCY_SECONDS:
-                    return None
-                raise
-
-        return wait_until(answer, timeout=2 * _CONSISTENCY_SECONDS, interval=1.0, what="the answer")[0]
-
-    def settled(self, name: str, seconds: float, log: DeploymentLog, *, is_new: bool = False) -> FoundEndpoint | None:
+    def settled(self, name: str, seconds: float, log: logging.Logger, *, is_new: bool = False) -> FoundEndpoint | None:
         """The endpoint when nothing is in progress; None if it is gone, or for a new one still not there.
 
         Raises `EndpointDeploymentFailed` after `seconds`. Reports every change of its status.
@@ -148,66 +139,6 @@ class EndpointParts:
             ) from None
         return found
 
-    def remove_endpoint(self, name: str, seconds: float, log: DeploymentLog) -> None:
-        """Delete the endpoint, which must be this project's, and wait until it is gone."""
-        found = self.settled(name, seconds, log)
-        if found is None:
-            return
-        if_found(self.client.delete_endpoint, EndpointName=name)
-        self.settled(name, seconds, log)
-
-    def remove_parts(self, endpoint: str, keep_configs: set[str], *, candidates: bool = False) -> list[str]:
-        """Remove the configurations and models that were created for the endpoint and are not needed any more.
-
-        Kept are `keep_configs`, and the models that they name. Configurations of candidates are left to those who
-        prove them, unless `candidates`. Returns what was removed.
-        """
-        removed, needed = [], set()
-        for name, arn in self._listed("list_endpoint_configs", "EndpointConfig", endpoint):
-            tags = tags_of(self.client, arn)
-            if not is_ours(tags) or tags.get(ENDPOINT_TAG) != endpoint:
-                continue
-            if name in keep_configs or (tags.get(ROLE_TAG) == CANDIDATE and not candidates):
-                needed |= self.models_of(name)
-            else:
-                self.remove_config(name)
-                removed.append(name)
-        for name, arn in self._listed("list_models", "Model", endpoint):
-            tags = tags_of(self.client, arn)
-            if name not in needed and is_ours(tags) and tags.get(ENDPOINT_TAG) == endpoint:
-                if_found(self.client.delete_model, ModelName=name)
-                removed.append(name)
-        return removed
-
-    def remove_config(self, name: str) -> None:
-        """Remove a configuration, which must be this project's."""
-        if_found(self.client.delete_endpoint_config, EndpointConfigName=name)
-
-    def models_of(self, config: str) -> set[str]:
-        """Names of the models that a configuration serves."""
-        found = if_found(self.client.describe_endpoint_config, EndpointConfigName=config) or {}
-        return {variant["ModelName"] for variant in found.get("ProductionVariants", []) if "ModelName" in variant}
-
-    def log_tail(self, name: str, since: datetime) -> str:
-        """The last lines of the containers that started after `since`; empty if there are none."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        group, lines = f"/aws/sagemaker/Endpoints/{name}", []
-        # The log is a help; without it, or without the right to read it, the reason is still shown.
-        with contextlib.suppress(ClientError, BotoCoreError):
-            streams = self.logs.describe_log_streams(logGroupName=group)["logStreams"]
-            started = [s for s in streams if s.get("creationTime", 0) >= since.timestamp() * 1000]
-            for stream in sorted(started, key=lambda s: s.get("creationTime", 0))[-2:]:
-                events = self.logs.get_log_events(
-                    logGroupName=group, logStreamName=stream["logStreamName"], limit=_LOG_LINES
-                )["events"]
-                lines += [event["message"].rstrip() for event in events]
-        return "\n".join(lines[-_LOG_LINES:])
-
-    def tag(self, arn: str, tags: Mapping[str, str]) -> None:
-        """Set tags of an endpoint."""
-        self.client.add_tags(ResourceArn=arn, Tags=[{"Key": k, "Value": v} for k, v in tags.items()])
-
     def update(self, name: str, config: str, deployment: Mapping[str, Any] | None) -> None:
         """UpdateEndpoint. Raises `EndpointDeploymentFailed` if another change is in progress."""
         from botocore.exceptions import ClientError
@@ -223,13 +154,102 @@ class EndpointParts:
                 raise EndpointDeploymentFailed(f"endpoint {name} is being changed by somebody else") from error
             raise
 
-    def config_tags(self, config: str) -> dict[str, str]:
-        """Tags of a configuration; none if it does not exist."""
-        found = if_found(self.client.describe_endpoint_config, EndpointConfigName=config)
-        return tags_of(self.client, found["EndpointConfigArn"]) if found else {}
+    def delete(self, kind: ItemKind, name: str) -> None:
+        """Remove it, which must be this project's. Nothing happens if it is gone."""
+        if_found(getattr(self.client, f"delete_{kind}"), **{f"{MEMBERS[kind]}Name": name})
 
-    def _listed(self, operation: str, kind: str, endpoint: str) -> Iterator[tuple[str, str]]:
-        """Names and ARNs of all parts that may be the endpoint's; their tags decide."""
-        found = pages(self.client, operation, f"{kind}s", NameContains=name_prefix(endpoint))
-        for item in list(found):  # before anything is removed, which would shift the pages
-            yield item[f"{kind}Name"], item[f"{kind}Arn"]
+    def delete_endpoint(self, name: str, seconds: float, log: logging.Logger) -> None:
+        """Remove the endpoint, which must be this project's, and wait until it is gone."""
+        if self.settled(name, seconds, log) is not None:
+            self.delete("endpoint", name)
+            self.settled(name, seconds, log)
+
+    def delete_parts(self, endpoint: str, keep_configs: set[str], *, candidates: bool = False) -> list[str]:
+        """Remove the configurations and models that were created for the endpoint and are not needed any more.
+
+        Kept are `keep_configs`, and the models that they name. Configurations of candidates are left to those who
+        test them, unless `candidates`. Returns what was removed.
+        """
+        configs, needed = [], set[str]()
+        for name, tags in self.made_for(endpoint, "endpoint_config"):
+            if name in keep_configs or (tags.get(ROLE_TAG) == CANDIDATE and not candidates):
+                needed |= self._models_of(name)
+            else:
+                configs.append(name)
+                self.delete("endpoint_config", name)
+        models = [name for name, _ in self.made_for(endpoint, "model") if name not in needed]
+        for name in models:
+            self.delete("model", name)
+        return configs + models
+
+    def delete_candidates(self, endpoint: str, seconds: float, log: logging.Logger, *, older_than: float) -> None:
+        """Remove candidates of the endpoint that interrupted deployments left, if they are `older_than` seconds."""
+        for name, tags in self.made_for(endpoint, "endpoint"):
+            found = self.find(name) if tags.get(ROLE_TAG) == CANDIDATE else None
+            if found is not None and time.time() - found.description["CreationTime"].timestamp() >= older_than:
+                log.info(f"Removing endpoint {name}, which an earlier deployment left.")
+                self.delete_endpoint(name, seconds, log)
+                self.delete("endpoint_config", found.config)
+
+    def made_for(self, endpoint: str, kind: ItemKind) -> Iterator[tuple[str, dict[str, str]]]:
+        """Names and tags of what this project created for the endpoint."""
+        member = MEMBERS[kind]
+        # All are listed before anything is removed, which would shift the pages. Others' names may begin like these.
+        for item in [*pages(self.client, f"list_{kind}s", f"{member}s", NameContains=name_prefix(endpoint))]:
+            tags = tags_of(self.client, item[f"{member}Arn"])
+            if is_ours(tags) and tags.get(ENDPOINT_TAG) == endpoint:
+                yield item[f"{member}Name"], tags
+
+    def _models_of(self, config: str) -> set[str]:
+        found = self.describe("endpoint_config", config) or {}
+        return {variant["ModelName"] for variant in found.get("ProductionVariants", []) if "ModelName" in variant}
+
+    def items(self, kind: ItemKind, root: str) -> Iterator[OwnedItem]:
+        """Everything of the kind that carries the tag of `root`, candidates too."""
+        member, is_endpoint = MEMBERS[kind], kind == "endpoint"
+
+        def may_be_ours(found: Mapping[str, Any]) -> bool:
+            return is_endpoint or _PART.fullmatch(found[f"{member}Name"]) is not None
+
+        listed = created_here(self.client, f"list_{kind}s", f"{member}s", f"{member}Arn", root, may_be_ours)
+        for found, tags in listed:
+            endpoint, version = tags.get(ENDPOINT_TAG), tags.get(VERSION_TAG, "")
+            temporary = is_endpoint and tags.get(ROLE_TAG) == CANDIDATE
+            what = f"candidate for {endpoint}" if temporary else "serves"
+            yield OwnedItem(
+                kind=kind,
+                name=found[f"{member}Name"],
+                location=found[f"{member}Arn"],
+                created_at=found["CreationTime"],
+                temporary=temporary,
+                detail=f"{found['EndpointStatus']}, {what} {version}" if is_endpoint else f"of {endpoint}, {version}",
+            )
+
+    def remove(self, item: OwnedItem, root: str, seconds: float, log: logging.Logger) -> None:
+        """Remove what `items` has listed. Raises `NotOwned` if what has that name is another's."""
+        kind = item.kind
+        if self.describe(kind, item.name) is None:
+            return
+        if not belongs_to(self.tags(kind, item.name), root):
+            raise NotOwned(f"{kind} {item.name} was not created by this deployment; it is left alone")
+        if kind == "endpoint":
+            self.delete_endpoint(item.name, seconds, log)
+        else:
+            self.delete(kind, item.name)
+
+    def log_tail(self, name: str, since: datetime) -> str:
+        """The last lines of the containers that started after `since`, for an error; empty if there are none."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        group, lines = f"/aws/sagemaker/Endpoints/{name}", []
+        # The log is a help; without it, or without the right to read it, the reason is still shown.
+        with contextlib.suppress(ClientError, BotoCoreError):
+            streams = self.logs.describe_log_streams(logGroupName=group)["logStreams"]
+            started = [s for s in streams if s.get("creationTime", 0) >= since.timestamp() * 1000]
+            for stream in sorted(started, key=lambda s: s.get("creationTime", 0))[-2:]:
+                events = self.logs.get_log_events(
+                    logGroupName=group, logStreamName=stream["logStreamName"], limit=_LOG_LINES
+                )["events"]
+                lines += [event["message"].rstrip() for event in events]
+        shown = "\n".join(lines[-_LOG_LINES:])
+        return f"\nEnd of the containers' log ({group}):\n{shown}" if shown else ""

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from abc import ABC
+from collections.abc import Mapping
+from typing import Any, Self
 
 import dagster as dg
 from pydantic import Field, model_validator
 
-from resources.aws.ownership import owned
+from resources.aws.ownership import owned, root_tags
+from resources.aws.request_validation import check_request
+from resources.endpoints.base import EndpointHost
 from resources.model_registry.base import ModelVersion
 from resources.model_registry.serving_container import DIGEST_VARIABLE, VERSION_VARIABLE
 
-VARIANT = "AllTraffic"
-CAPTURED = "captured"  # folder of captured requests below the host's root
+_VARIANT = "AllTraffic"
+_CAPTURED = "captured"  # folder of captured requests below the host's root
 # Tags: the endpoint that something was created for, what it is there, and what it holds.
 ENDPOINT_TAG = "housing-assets:endpoint"
 ROLE_TAG = "housing-assets:role"
@@ -124,83 +127,149 @@ def name_prefix(endpoint: str) -> str:
     return f"{endpoint[:_NAME_PART].rstrip('-')}-"
 
 
-def part_tags(endpoint: str, version: ModelVersion, role: Literal["candidate", "serving"]) -> dict[str, str]:
-    """Tags of a model, an endpoint configuration or an endpoint made for `version`."""
-    return {
-        ENDPOINT_TAG: endpoint,
-        ROLE_TAG: role,
-        VERSION_TAG: version.reference,
-        DIGEST_TAG: version.artifact.digest,
-    }
+class EndpointRequests(EndpointHost, ABC):
+    """The configuration of `SageMakerEndpointHost`, and the requests that it leads to."""
 
+    root: str = Field(description="s3:// prefix for captured data.")
+    role_arn: str = Field(description="ARN of the IAM role that the containers run as: it reads model and image.")
+    image: str | None = Field(
+        default=None,
+        description="Image that serves the archive of the model package. Empty: the model package as it was registered "
+        "and approved, with its own image. Give one to serve a registered model with a newer image.",
+    )
+    environment: dict[str, str] = Field(default_factory=dict, description="Environment variables of the containers.")
+    instance_type: str = Field(default="ml.m5.large", description="SageMaker instance type.")
+    instance_count: int = Field(default=1, ge=1, description="Instances.")
+    serverless: Serverless | None = Field(default=None, description="Serverless instead of instances.")
+    data_capture: DataCapture | None = Field(default=None, description="Keep requests and answers. Empty: no.")
+    traffic: TrafficShift = Field(default=TrafficShift(), description="How traffic moves to a new version.")
+    smoke_test_on_candidate: bool = Field(
+        default=True,
+        description="Test a new version on an endpoint of its own before the one that serves is changed. Costs one "
+        "instance for the minutes that takes. Off: the test comes after the change, which is undone if it fails.",
+    )
+    kms_key: str | None = Field(default=None, description="KMS key for the instances' volumes.")
+    subnets: list[str] = Field(default_factory=list, description="VPC subnets. Empty: SageMaker's own network.")
+    security_group_ids: list[str] = Field(default_factory=list, description="Security groups; needed with subnets.")
+    network_isolation: bool = Field(
+        default=False, description="No connections from the containers. Needs an image that holds the code."
+    )
+    tags: dict[str, str] = Field(default_factory=dict, description="More tags for all that is created.")
+    region_name: str | None = Field(default=None, description="AWS region. Empty: boto3's.")
+    start_timeout_seconds: float = Field(default=1800.0, gt=0, description="How long an endpoint may take to start.")
+    update_timeout_seconds: float = Field(
+        default=3600.0, gt=0, description="How long a change may take beside the waits of `traffic`."
+    )
+    poll_seconds: float = Field(default=2.0, gt=0, description="Shortest interval between two polls of an endpoint.")
+    retry_timeout_seconds: float = Field(
+        default=300.0, gt=0, description="How long calls that AWS throttles or does not answer are repeated; seconds."
+    )
+    invocation_retry_timeout_seconds: float = Field(
+        default=20.0, ge=0, description="The same for requests to the endpoint; seconds."
+    )
 
-def model_request(
-    endpoint: str,
-    version: ModelVersion,
-    container: Mapping[str, Any],
-    *,
-    role_arn: str,
-    environment: Mapping[str, str],
-    vpc: Mapping[str, Sequence[str]] | None,
-    network_isolation: bool,
-    tags: Mapping[str, str],
-) -> dict[str, Any]:
-    """Parameters of `create_model`."""
-    variables = {
-        VERSION_VARIABLE: version.reference,
-        DIGEST_VARIABLE: version.artifact.digest,
-        **container.get("Environment", {}),
-        **environment,
-    }
-    content: dict[str, Any] = {
-        "PrimaryContainer": {**container, "Environment": variables},
-        "ExecutionRoleArn": role_arn,
-        "EnableNetworkIsolation": network_isolation,
-        **({"VpcConfig": {name: list(ids) for name, ids in vpc.items()}} if vpc else {}),
-    }
-    return {
-        "ModelName": part_name(endpoint, content),
-        **content,
-        "Tags": owned(part_tags(endpoint, version, SERVING), tags),
-    }
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if bool(self.subnets) != bool(self.security_group_ids):
+            raise ValueError("subnets and security_group_ids belong together: give both or neither")
+        if self.serverless is not None:
+            unsupported = {
+                "data_capture": self.data_capture,
+                "subnets": self.subnets,
+                "network_isolation": self.network_isolation,
+                "kms_key": self.kms_key,
+                "traffic": self.traffic != TrafficShift(),
+            }
+            if given := [name for name, value in unsupported.items() if value]:
+                raise ValueError(f"serverless endpoints have no {', '.join(given)}: leave that empty, or use instances")
+        return self
 
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Check the requests that the configuration leads to, before the first step runs.
 
-def config_request(
-    endpoint: str,
-    version: ModelVersion,
-    variant: Mapping[str, Any],
-    *,
-    capture: Mapping[str, Any] | None,
-    kms_key: str | None,
-    candidate: bool,
-    tags: Mapping[str, str],
-) -> dict[str, Any]:
-    """Parameters of `create_endpoint_config`. A candidate has one instance and no data capture."""
-    content: dict[str, Any] = {"ProductionVariants": [{"VariantName": VARIANT, **variant}]}
-    if "InitialInstanceCount" in variant and candidate:
-        content["ProductionVariants"][0]["InitialInstanceCount"] = 1
-    if capture and not candidate:
-        content["DataCaptureConfig"] = dict(capture)
-    if kms_key:
-        content["KmsKeyId"] = kms_key
-    role: Literal["candidate", "serving"] = CANDIDATE if candidate else SERVING
-    return {
-        "EndpointConfigName": part_name(endpoint, content, "-candidate" if candidate else ""),
-        **content,
-        "Tags": owned(part_tags(endpoint, version, role), tags),
-    }
+        Raises `InvalidJobRequest` naming each wrong value.
+        """
+        model = self.model_content({"Image": self.image or "image"}, {})
+        check_request("CreateModel", {"ModelName": "model", **model})
+        config = self.config_content("model", SERVING)
+        check_request("CreateEndpointConfig", {"EndpointConfigName": "config", **config})
+        update = {"EndpointName": "e", "EndpointConfigName": "c", "DeploymentConfig": self.traffic.request()}
+        check_request("UpdateEndpoint", update)
 
+    def model_content(self, container: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Any]:
+        """What a model is. Of variables that are given twice, the configured ones win, then the container's."""
+        environment = {**variables, **container.get("Environment", {}), **self.environment}
+        vpc = {"SecurityGroupIds": self.security_group_ids, "Subnets": self.subnets}
+        return {
+            "PrimaryContainer": {**container, "Environment": environment},
+            "ExecutionRoleArn": self.role_arn,
+            "EnableNetworkIsolation": self.network_isolation,
+            **({"VpcConfig": vpc} if self.subnets else {}),
+        }
 
-def capture_request(capture: DataCapture, root: str) -> dict[str, Any]:
-    """The `DataCaptureConfig` member."""
-    return {
-        "EnableCapture": True,
-        "InitialSamplingPercentage": capture.sampling_percentage,
-        "DestinationS3Uri": capture.uri or f"{root.rstrip('/')}/{CAPTURED}",
-        "CaptureOptions": [{"CaptureMode": "Input"}, {"CaptureMode": "Output"}],
-        "CaptureContentTypeHeader": {
-            "CsvContentTypes": ["text/csv"],
-            "JsonContentTypes": ["application/json", "application/jsonlines"],
-        },
-        **({"KmsKeyId": capture.kms_key} if capture.kms_key else {}),
-    }
+    def config_content(self, model: str, role: str) -> dict[str, Any]:
+        """What an endpoint configuration is. A candidate has one instance and no data capture."""
+        variant: dict[str, Any] = {"VariantName": _VARIANT, "ModelName": model}
+        if self.serverless is not None:
+            chosen = {"MemorySizeInMB": self.serverless.memory_mb, "MaxConcurrency": self.serverless.max_concurrency}
+            if self.serverless.provisioned_concurrency:
+                chosen["ProvisionedConcurrency"] = self.serverless.provisioned_concurrency
+            variant["ServerlessConfig"] = chosen
+        else:
+            variant["InstanceType"] = self.instance_type
+            variant["InitialInstanceCount"] = 1 if role == CANDIDATE else self.instance_count
+        content: dict[str, Any] = {"ProductionVariants": [variant]}
+        if self.data_capture and role != CANDIDATE:
+            content["DataCaptureConfig"] = self._capture_content(self.data_capture)
+        if self.kms_key:
+            content["KmsKeyId"] = self.kms_key
+        return content
+
+    def _capture_content(self, capture: DataCapture) -> dict[str, Any]:
+        return {
+            "EnableCapture": True,
+            "InitialSamplingPercentage": capture.sampling_percentage,
+            "DestinationS3Uri": capture.uri or self._captured,
+            "CaptureOptions": [{"CaptureMode": "Input"}, {"CaptureMode": "Output"}],
+            "CaptureContentTypeHeader": {
+                "CsvContentTypes": ["text/csv"],
+                "JsonContentTypes": ["application/json", "application/jsonlines"],
+            },
+            **({"KmsKeyId": capture.kms_key} if capture.kms_key else {}),
+        }
+
+    def model_request(self, endpoint: str, version: ModelVersion, container: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters of `create_model`."""
+        variables = {VERSION_VARIABLE: version.reference, DIGEST_VARIABLE: version.artifact.digest}
+        content = self.model_content(container, variables)
+        tags = self.tags_for(endpoint, version, SERVING)
+        return {"ModelName": part_name(endpoint, content), **content, "Tags": tags}
+
+    def config_request(self, endpoint: str, version: ModelVersion, model: str, role: str) -> dict[str, Any]:
+        """Parameters of `create_endpoint_config`."""
+        content = self.config_content(model, role)
+        name = part_name(endpoint, content, f"-{CANDIDATE}" if role == CANDIDATE else "")
+        return {"EndpointConfigName": name, **content, "Tags": self.tags_for(endpoint, version, role)}
+
+    def tags_for(self, endpoint: str, version: ModelVersion, role: str) -> list[dict[str, str]]:
+        """Tags of a model, an endpoint configuration or a candidate endpoint made for `version`."""
+        holds = {VERSION_TAG: version.reference, DIGEST_TAG: version.artifact.digest}
+        return self.owned({ENDPOINT_TAG: endpoint, ROLE_TAG: role, **holds})
+
+    def owned(self, own: Mapping[str, str]) -> list[dict[str, str]]:
+        """Tags as the API takes them, with those of everything that this host creates."""
+        return owned(own, root_tags(self.root), self.tags)
+
+    @property
+    def update_seconds(self) -> float:
+        """How long a change may take, with the waits of `traffic`."""
+        return self.update_timeout_seconds + self.traffic.seconds
+
+    @property
+    def deployment_config(self) -> dict[str, Any] | None:
+        """The `DeploymentConfig` of updates; serverless endpoints have none."""
+        return None if self.serverless else self.traffic.request()
+
+    @property
+    def _captured(self) -> str:
+        return f"{self.root.rstrip('/')}/{_CAPTURED}"

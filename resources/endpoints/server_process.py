@@ -17,12 +17,13 @@ import psutil
 
 from resources.endpoints.base import InvocationFailed
 from resources.waiting import wait_until
-from step_scripts.runner.private_files import open_private
+from step_scripts.runner.local_files import open_private
 from step_scripts.serving.deployment import (
     DEPLOYMENT_FILE,
     LOG_FILE,
     RELOAD_FILE,
     SERVER_FILE,
+    DeploymentRecord,
     ReloadRecord,
     ServerRecord,
 )
@@ -68,27 +69,20 @@ def candidate(folder: Path, timeout_seconds: float) -> Iterator[ServerRecord]:
 
     Raises `ServerUnreachable` if it does not start, `TimeoutError`.
     """
-    with open_private(folder / START_LOG_FILE, "ab") as log:
-        process = subprocess.Popen(
-            [*_command(folder), "--until-input-closes"],
-            cwd="/",
-            env=_environment(),
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield wait_until_serving(folder, timeout_seconds, process=process)
-    finally:
-        process.terminate()
+    command = [*_command(folder), "--until-input-closes"]
+    with (
+        open_private(folder / START_LOG_FILE, "ab") as log,
+        subprocess.Popen(
+            command, cwd="/", env=_environment(), stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+        ) as process,
+    ):
         try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
+            yield wait_until_serving(folder, timeout_seconds, process=process)
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(5)
             process.kill()
-            process.wait()
-        if process.stdin is not None:
-            process.stdin.close()
 
 
 def _command(folder: Path) -> list[str]:
@@ -96,46 +90,42 @@ def _command(folder: Path) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    path = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(_PROJECT), *([path] if path else [])])}
+    path = [str(_PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def wait_until_serving(
     folder: Path,
     timeout_seconds: float,
     *,
-    deployment_id: str | None = None,
     process: subprocess.Popen[bytes] | None = None,
+    changing: ServerRecord | None = None,
 ) -> ServerRecord:
-    """Wait until the server of the folder serves: the deployment `deployment_id`, where that is given.
+    """Wait until a server of the folder serves its deployment: `process`, if given, or `changing`, which ran before.
 
     Raises `ServerUnreachable` if it does not start, ends, or refuses the deployment, `TimeoutError`.
     """
+    wanted = DeploymentRecord.read(folder / DEPLOYMENT_FILE).deployment_id
 
     def serving() -> ServerRecord | None:
         server = find_server(folder)
         served = ping(server) if server is not None else None
-        if served is not None and deployment_id in (None, served["deployment_id"]):
+        if served is not None and served["deployment_id"] == wanted:
             return server
-        if deployment_id is not None:
-            _check_reload(folder, server, deployment_id)
-        elif process is not None and process.poll() is not None:
+        if process is not None and process.poll() is not None:
             raise ServerUnreachable(f"the server ended with status {process.returncode}")
-        elif server is None and process is None and _said_error(folder / START_LOG_FILE):
+        if server is None and changing is not None:
+            raise ServerUnreachable("the server ended while it changed to the new model")
+        if server is None and process is None and _said_error(folder / START_LOG_FILE):
             raise ServerUnreachable("the server did not start")
+        with suppress(FileNotFoundError):
+            outcome = ReloadRecord.read(folder / RELOAD_FILE)
+            if outcome.deployment_id == wanted and outcome.error:
+                raise ServerUnreachable(f"the server refused the model: {outcome.error}")
         return None
 
-    what = "the start of the server" if deployment_id is None else "the change to the new model"
+    what = "the start of the server" if changing is None else "the change to the new model"
     return wait_until(serving, timeout=timeout_seconds, interval=_POLL_SECONDS, what=what)
-
-
-def _check_reload(folder: Path, server: ServerRecord | None, deployment_id: str) -> None:
-    if server is None:
-        raise ServerUnreachable("the server ended while it changed to the new model")
-    with suppress(FileNotFoundError):
-        outcome = ReloadRecord.read(folder / RELOAD_FILE)
-        if outcome.deployment_id == deployment_id and outcome.error:
-            raise ServerUnreachable(f"the server refused the model: {outcome.error}")
 
 
 def _said_error(log: Path) -> bool:
@@ -154,27 +144,39 @@ def reload_server(server: ServerRecord, folder: Path) -> None:
 def end_server(folder: Path, timeout_seconds: float) -> bool:
     """End the server of the folder after its requests in progress, or by force. False if there was none."""
     server = find_server(folder)
-    if server is None:
+    process = find_process(server) if server is not None else None
+    if process is None:
         return False
-    for number, seconds in ((signal.SIGTERM, timeout_seconds), (signal.SIGKILL, 5.0)):
-        if (process := find_process(server)) is not None:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
+    end_process(process, timeout_seconds)
+    (folder / SERVER_FILE).unlink(missing_ok=True)
+    return True
+
+
+def end_process(process: psutil.Process, seconds: float = 10.0) -> None:
+    """End the process, by force after `seconds`. Raises `TimeoutError` if even that does not help."""
+    for end, timeout in ((process.terminate, seconds), (process.kill, 5.0)):
+        with suppress(psutil.NoSuchProcess):
+            end()
         with suppress(TimeoutError):
-            wait_until(lambda: find_process(server) is None, timeout=seconds, interval=_POLL_SECONDS, what="its end")
-            (folder / SERVER_FILE).unlink(missing_ok=True)
-            return True
-    raise TimeoutError(f"process {server.pid}, which serves {folder}, cannot be ended")
+            wait_until(lambda: not _lives(process), timeout=timeout, interval=_POLL_SECONDS, what="its end")
+            return
+    raise TimeoutError(f"process {process.pid} cannot be ended")
 
 
 def find_process(server: ServerRecord) -> psutil.Process | None:
     """The recorded process, if it is alive. A later process with its pid is not taken for it."""
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(server.pid)
-        same = abs(process.create_time() - server.create_time) <= _CREATE_TIME_TOLERANCE
-        if same and process.status() != psutil.STATUS_ZOMBIE:
+        if abs(process.create_time() - server.create_time) <= _CREATE_TIME_TOLERANCE and _lives(process):
             return process
     return None
+
+
+def _lives(process: psutil.Process) -> bool:
+    # `is_running`: a later process with its pid is another one. A zombie has ended and is not reaped.
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def orphan_servers(root: Path) -> list[tuple[str, psutil.Process]]:
@@ -186,21 +188,9 @@ def orphan_servers(root: Path) -> list[tuple[str, psutil.Process]]:
             if "step_scripts.serve_model" not in command or "--deployment" not in command[:-1]:
                 continue
             file = Path(command[command.index("--deployment") + 1])
-            if file.parent.parent == root and not file.exists() and process.status() != psutil.STATUS_ZOMBIE:
+            if file.parent.parent == root and not file.exists() and _lives(process):
                 found.append((file.parent.name, process))
     return found
-
-
-def end_processes(processes: list[psutil.Process], seconds: float = 10.0) -> None:
-    """End processes in order, or by force after `seconds`. Those that have ended are ignored."""
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=seconds)
-    for process in alive:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=5.0)
 
 
 def ping(server: ServerRecord) -> dict[str, Any] | None:

@@ -61,7 +61,12 @@ class FeatureStore(dg.ConfigurableResource, ABC):
     another schema, missing files.
     """
 
+    root: str = Field(description="Folder or s3:// prefix of the feature groups.")
     name_suffix: str = Field(default="", description="Suffix of the names of groups whose name is not configured.")
+    mirror: bool = Field(
+        default=False,
+        description="Whether records that an ingested dataset lacks are deleted; an asset may decide otherwise.",
+    )
 
     @abstractmethod
     def ensure_group(self, name: str, table: TableSpec) -> dict[str, Any]:
@@ -79,21 +84,21 @@ class FeatureStore(dg.ConfigurableResource, ABC):
         """
         return OfflineSnapshot.of(name, self._store().snapshot(name, as_of, commit))
 
-    @abstractmethod
     def get_record(self, name: str, record_id: str) -> dict[str, Any] | None:
         """The latest state of one record: record_id, event_time and its columns. None if unknown or deleted."""
+        return self._store().get_record(name, record_id)
 
     def compare_online(self, name: str, count: int) -> OnlineComparison | None:
         """Compare about `count` records of the online store with the offline one. None: there is no online store."""
         return None
 
-    @abstractmethod
     def delete_group(self, name: str) -> None:
-        """Remove the group with all its records."""
+        """Remove the group with all its records, after any writer has finished."""
+        self._store().delete_group(name)
 
-    @abstractmethod
     def describe(self, name: str) -> dict[str, Any]:
-        """Facts about the group, as plain data."""
+        """Schema, size, span of event times, number of commits, as plain data."""
+        return self._store().describe(name)
 
     @abstractmethod
     def inventory(self) -> Sequence[OwnedItem]:
@@ -103,9 +108,10 @@ class FeatureStore(dg.ConfigurableResource, ABC):
     def remove(self, item: OwnedItem) -> None:
         """Remove what `inventory` listed; nothing happens if it is gone. Raises `NotOwned` for what is another's."""
 
-    @abstractmethod
     def _store(self) -> OfflineStore:
-        """The files of the groups."""
+        from step_scripts.feature_store.offline_store import OfflineStore
+
+        return OfflineStore(self.root)
 
     def tidy(self, name: str, kept: Collection[int], before: datetime, *, dry_run: bool = False) -> Upkeep:
         """Tag the snapshots of the commits in `kept`, expire others made `before`, remove orphan files after 3 days.
@@ -168,15 +174,12 @@ class FeatureStore(dg.ConfigurableResource, ABC):
 
 def store_item(store: OfflineStore, name: str, arn: str | None = None) -> OwnedItem:
     """A group that is there, as an item of the inventory: also one that cannot be read, so that it can be removed."""
+    created_at = None
     try:
         facts = store.describe(name)
+        created_at = datetime.fromisoformat(facts["created_at"])
+        detail = f"{counted(facts['live_rows'], 'record')}, {megabytes(facts['bytes'])}"
     except StepError as error:  # moved, damaged, of another version
         detail = str(error).splitlines()[0]
-        return OwnedItem(kind="feature_group", name=name, location=arn or store.folder(name).uri, detail=detail)
-    return OwnedItem(
-        kind="feature_group",
-        name=name,
-        location=arn or facts["path"],
-        created_at=datetime.fromisoformat(facts["created_at"]),
-        detail=f"{counted(facts['live_rows'], 'record')}, {megabytes(facts['bytes'])}",
-    )
+    location = arn or store.folder(name).uri
+    return OwnedItem(kind="feature_group", name=name, location=location, created_at=created_at, detail=detail)

@@ -15,14 +15,16 @@ from step_scripts.runner.contract import StepError
 
 _ADDED_AT_ONCE = 100  # UpdateFeatureGroup's limit
 _UPDATE_ATTEMPTS = 10  # other runs may add the same features
+_CREATIONS = 3  # a group may be deleted by others while it is being made
 _LONGEST_POLL = 15.0  # seconds
 
 
 @dataclass(frozen=True)
 class FeatureGroups:
-    """Calls of SageMaker's control API. `wait_seconds`: for a group to be created, changed or deleted."""
+    """Calls of SageMaker's control API and of Glue. `wait_seconds`: for a group to be created, changed or deleted."""
 
     client: Any
+    glue: Any
     wait_seconds: float = 900.0
     poll_seconds: float = 2.0
 
@@ -36,31 +38,35 @@ class FeatureGroups:
                 described = {**page, "FeatureDefinitions": definitions}
             return described
 
-    def create(self, request: Mapping[str, Any]) -> None:
-        """Create a group. Nothing happens if there is one of this name: another run may have been first."""
-        try:
-            with _refusals(f"creating feature group {request['FeatureGroupName']}"):
-                self.client.create_feature_group(**request)
-        except StepError as error:
-            if not already_exists(error.__cause__ or error):
-                raise
-
-    def ready(self, name: str) -> dict[str, Any] | None:
-        """The description of a group that can take records; waits for it. None if there is none, or not any more.
+    def created(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The description of a group that can take records; it is created if it is not there, and waited for.
 
         Raises `StepError` with SageMaker's reason if the group could not be created, changed or deleted, or its offline
         store is blocked, and if it takes too long.
         """
+        name = request["FeatureGroupName"]
+        for _ in range(_CREATIONS):
+            described = self.describe(name)
+            if described is not None and described["FeatureGroupStatus"] == "Deleting":
+                self.gone(name)
+                described = None
+            if described is None:  # another run may be first
+                with _refusals(f"creating feature group {name}", but=already_exists):
+                    self.client.create_feature_group(**request)
+            if (described := self._ready(name)) is not None:
+                return described
+        raise StepError(f"feature group {name} is deleted by others as soon as it is created")
+
+    def _ready(self, name: str) -> dict[str, Any] | None:
         return self._awaited(name, _is_ready, "be ready")
 
-    def add_features(
-        self, name: str, missing: Callable[[Mapping[str, Any]], list[dict[str, str]]]
-    ) -> dict[str, Any] | None:
+    def add_features(self, name: str, missing: Callable[[Mapping[str, Any]], list[dict[str, str]]]) -> dict[str, Any]:
         """Add the features that `missing` finds absent from a description; the description that lacks none."""
         refusal = "the added features do not appear"
         for _ in range(_UPDATE_ATTEMPTS):
-            described = self.ready(name)
-            if described is None or not (additions := missing(described)):
+            if (described := self._ready(name)) is None:
+                raise StepError(f"feature group {name} was deleted while it was being prepared; try again")
+            if not (additions := missing(described)):
                 return described
             try:
                 with _refusals(f"changing feature group {name}"):
@@ -72,20 +78,17 @@ class FeatureGroups:
                 refusal = error_message(cause)  # another run may be changing the group: look again
                 time.sleep(random.uniform(self.poll_seconds / 2, self.poll_seconds))
                 continue
-            update = (self.ready(name) or {}).get("LastUpdateStatus", {})
+            update = (self._ready(name) or {}).get("LastUpdateStatus", {})
             if update.get("Status") == "Failed":
                 raise StepError(f"adding features to group {name} failed: {update.get('FailureReason')}")
         raise StepError(f"feature group {name} could not be given new features: {refusal}")
 
-    def delete(self, name: str, first: Callable[[Mapping[str, Any]], None]) -> None:
-        """Delete a group and wait until it is gone. Nothing happens if there is none.
-
-        `first` is called with the description of a group that is there, and of which nothing is being made any more.
-        """
+    def delete(self, name: str) -> None:
+        """Delete a group and its table, and wait until it is gone. Nothing happens if there is none."""
         described = self._awaited(name, lambda d: d["FeatureGroupStatus"] != "Creating", "be ready for its deletion")
         if described is None:
             return
-        first(described)
+        self._drop_table(described)  # first: only the group says which it is
         if described["FeatureGroupStatus"] != "Deleting":
             with _refusals(f"deleting feature group {name}"):
                 if_found(self.client.delete_feature_group, FeatureGroupName=name)
@@ -128,33 +131,7 @@ class FeatureGroups:
             ) from None
         return described
 
-
-def _is_ready(described: Mapping[str, Any]) -> bool:
-    name, status = described["FeatureGroupName"], described["FeatureGroupStatus"]
-    reason = described.get("FailureReason", "no reason given")
-    if status in ("CreateFailed", "DeleteFailed"):
-        raise StepError(
-            f"feature group {name} is {status}: {reason}. Put right what the reason names (often the role's rights on "
-            "the bucket or key), delete the group, and try again"
-        )
-    if status != "Created":
-        return False
-    offline = described.get("OfflineStoreStatus", {})
-    if offline.get("Status") == "Blocked":
-        raise StepError(f"the offline store of feature group {name} is blocked: {offline.get('BlockedReason')}")
-    update = described.get("LastUpdateStatus", {})
-    return update.get("Status") != "InProgress"
-
-
-@dataclass(frozen=True)
-class CatalogTables:
-    """Calls of Glue. `wait_seconds`: for a table to appear."""
-
-    client: Any
-    wait_seconds: float = 900.0
-    poll_seconds: float = 2.0
-
-    def ready(self, described: Mapping[str, Any]) -> str:
+    def table(self, described: Mapping[str, Any]) -> str:
         """`database.table` of a feature group, once the table is there and names its Iceberg metadata.
 
         Raises `StepError` if the group has no such table, if it takes too long, and for what Glue refuses.
@@ -167,7 +144,7 @@ class CatalogTables:
             )
 
         def appeared() -> bool:
-            table = self._find(group, place)
+            table = self._find_table(group, place)
             parameters = (table or {}).get("Parameters", {})
             if table is not None and parameters.get("table_type", "").upper() != "ICEBERG":
                 raise StepError(
@@ -186,23 +163,44 @@ class CatalogTables:
             ) from None
         return place
 
-    def drop(self, described: Mapping[str, Any]) -> None:
+    def _drop_table(self, described: Mapping[str, Any]) -> None:
         """Remove the table from Glue, where SageMaker leaves it, unless it is not there or not the group's."""
         group, place = described["FeatureGroupName"], table_of(described)
-        table = self._find(group, place) if place else None
+        table = self._find_table(group, place) if place else None
         if place is None or table is None:
             return
-        root = described["OfflineStoreConfig"]["S3StorageConfig"]["S3Uri"].rstrip("/")
-        if table.get("StorageDescriptor", {}).get("Location", "").startswith(f"{root}/"):
+        if table.get("StorageDescriptor", {}).get("Location", "").startswith(f"{place_of(described)}/"):
             database, name = place.split(".", 1)
             with _refusals(f"dropping {place} in AWS Glue, the table of feature group {group},"):
-                if_found(self.client.delete_table, DatabaseName=database, Name=name)
+                if_found(self.glue.delete_table, DatabaseName=database, Name=name)
 
-    def _find(self, group: str, place: str) -> dict[str, Any] | None:
+    def _find_table(self, group: str, place: str) -> dict[str, Any] | None:
         database, name = place.split(".", 1)
         with _refusals(f"reading {place} in AWS Glue, the table of feature group {group},"):
-            found = if_found(self.client.get_table, DatabaseName=database, Name=name)
+            found = if_found(self.glue.get_table, DatabaseName=database, Name=name)
         return found["Table"] if found else None
+
+
+def _is_ready(described: Mapping[str, Any]) -> bool:
+    name, status = described["FeatureGroupName"], described["FeatureGroupStatus"]
+    reason = described.get("FailureReason", "no reason given")
+    if status in ("CreateFailed", "DeleteFailed"):
+        raise StepError(
+            f"feature group {name} is {status}: {reason}. Put right what the reason names (often the role's rights on "
+            "the bucket or key), delete the group, and try again"
+        )
+    if status != "Created":
+        return False
+    offline = described.get("OfflineStoreStatus", {})
+    if offline.get("Status") == "Blocked":
+        raise StepError(f"the offline store of feature group {name} is blocked: {offline.get('BlockedReason')}")
+    update = described.get("LastUpdateStatus", {})
+    return update.get("Status") != "InProgress"
+
+
+def place_of(described: Mapping[str, Any]) -> str:
+    """The s3:// prefix that a group's offline store was given; empty if it has none."""
+    return described.get("OfflineStoreConfig", {}).get("S3StorageConfig", {}).get("S3Uri", "").rstrip("/")
 
 
 def table_of(described: Mapping[str, Any]) -> str | None:
@@ -215,11 +213,12 @@ def table_of(described: Mapping[str, Any]) -> str | None:
 
 
 @contextmanager
-def _refusals(doing: str) -> Iterator[None]:
-    """Raise AWS's errors as `StepError` that says what was being done."""
+def _refusals(doing: str, but: Callable[[BaseException], bool] = lambda error: False) -> Iterator[None]:
+    """Raise AWS's errors as `StepError` that says what was being done; those for which `but` holds are ignored."""
     from botocore.exceptions import ClientError
 
     try:
         yield
     except ClientError as error:
-        raise StepError(f"{doing} was refused: {error_code(error)}: {error_message(error)}") from error
+        if not but(error):
+            raise StepError(f"{doing} was refused: {error_code(error)}: {error_message(error)}") from error

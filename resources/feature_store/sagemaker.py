@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dagster as dg
 from pydantic import Field, field_validator
@@ -12,18 +12,14 @@ from resources.aws.calls import aws_client, is_missing
 from resources.aws.ownership import created_here, owned, root_tags
 from resources.aws.request_validation import InvalidJobRequest, check_request
 from resources.feature_store.base import FeatureStore, OnlineComparison, store_item
-from resources.feature_store.feature_groups import CatalogTables, FeatureGroups, table_of
+from resources.feature_store.feature_groups import FeatureGroups, place_of, table_of
 from resources.inventory import NotOwned, OwnedItem
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.table.spec import TableSpec
 
-if TYPE_CHECKING:
-    from step_scripts.feature_store.offline_store import OfflineStore
-
 _RECORD_ID, _EVENT_TIME = "record_id", "event_time"
 _COMPARISONS = 2
-_CREATIONS = 3  # a group may be deleted by others while it is being made
 
 
 class SageMakerFeatureStore(FeatureStore):
@@ -34,14 +30,9 @@ class SageMakerFeatureStore(FeatureStore):
     well, before it is committed.
     """
 
-    root: str = Field(description="s3:// prefix of the feature groups.")
     role_arn: str = Field(description="Role that SageMaker uses to reach the offline store.")
     region_name: str | None = Field(default=None, description="AWS region. Empty: boto3's.")
     online_store: bool = Field(default=False, description="Whether groups have an online store. Fixed at creation.")
-    mirror: bool = Field(
-        default=False,
-        description="Whether records that an ingested dataset lacks are deleted; an asset may decide otherwise.",
-    )
     offline_kms_key_id: str | None = Field(default=None, description="KMS key for the offline store.")
     online_kms_key_id: str | None = Field(default=None, description="KMS key for the online store.")
     tags: dict[str, str] = Field(default_factory=dict, description="Tags of new groups, beside the project's own.")
@@ -75,7 +66,7 @@ class SageMakerFeatureStore(FeatureStore):
         Returns the step's `target`. Raises `StepError`, naming the columns, for another schema, and for a group that
         is not below `root`, cannot be created, or takes too long.
         """
-        from step_scripts.feature_store.feature_values import feature_types
+        from step_scripts.feature_store.online_client import feature_types
 
         types = feature_types(table)
         self._store().check_table(name, table)
@@ -84,17 +75,14 @@ class SageMakerFeatureStore(FeatureStore):
             check_request("CreateFeatureGroup", request)
         except InvalidJobRequest as error:
             raise StepError(f"feature group {name} cannot be made for table {table.name!r}: {error}") from error
-        described = self._created(name, request)
+        described = self._groups().created(request)
 
         def missing(present: Mapping[str, Any]) -> list[dict[str, str]]:
             return missing_features(present, table, types)
 
         self._check_place(name, described)
-        if missing(described):
-            described = self._groups().add_features(name, missing)
-        if described is None:
-            raise StepError(f"feature group {name} was deleted while it was being prepared; try again")
-        glue_table = self._tables().ready(described)
+        described = self._groups().add_features(name, missing)
+        glue_table = self._groups().table(described)
         data_uri = described["OfflineStoreConfig"]["S3StorageConfig"]["ResolvedOutputS3Uri"].rstrip("/")
         folder = self._store().folder(name)
         info = folder.info()
@@ -105,17 +93,13 @@ class SageMakerFeatureStore(FeatureStore):
                 "its records for good, or use another group name"
             )
         self._store().ensure_group(name, table, data_uri, glue_table)
-        return {
-            "kind": "sagemaker",
-            "root": self.root,
-            "data_uri": data_uri,
-            "glue_table": glue_table,
-            "mirror": self.mirror,
-            "online": self.online_store,
+        online = {
+            "group": name,
             "region_name": self.region_name,
-            "calls_in_flight": self.calls_in_flight,
+            "in_flight": self.calls_in_flight,
             "retry_timeout_seconds": self.retry_timeout_seconds,
         }
+        return {"root": self.root, "mirror": self.mirror, "online": online if self.online_store else None}
 
     def get_record(self, name: str, record_id: str) -> dict[str, Any] | None:
         """The latest state of one record, from the online store if there is one; None if unknown or deleted.
@@ -124,11 +108,10 @@ class SageMakerFeatureStore(FeatureStore):
         """
         from botocore.exceptions import ClientError
 
-        from step_scripts.feature_store.feature_values import decoded_record
-        from step_scripts.feature_store.online_client import features_of
+        from step_scripts.feature_store.online_client import decoded_record, features_of
 
         if not self.online_store:
-            return self._store().get_record(name, record_id)
+            return super().get_record(name, record_id)
         table = self._store().table(name)
         client = self._client("sagemaker-featurestore-runtime")
         try:
@@ -142,8 +125,7 @@ class SageMakerFeatureStore(FeatureStore):
 
     def compare_online(self, name: str, count: int) -> OnlineComparison | None:
         """See `FeatureStore.compare_online`. Raises `StepError` if the online store does not answer."""
-        from step_scripts.feature_store.feature_values import encoded_records
-        from step_scripts.feature_store.online_client import OnlineClient
+        from step_scripts.feature_store.online_client import OnlineClient, encoded_records
 
         if not self.online_store:
             return None
@@ -170,13 +152,12 @@ class SageMakerFeatureStore(FeatureStore):
         described = self._groups().describe(name)
         if described is not None:
             self._check_place(name, described, check_stores=False)
-            # The table first: only the group says which it is.
-            self._groups().delete(name, first=self._tables().drop)
+            self._groups().delete(name)
         if storage.exists(folder.uri):
             folder.remove()
 
     def describe(self, name: str) -> dict[str, Any]:
-        """Schema, size, span of event times, number of commits; ARN, status and stores of the feature group."""
+        """See `FeatureStore.describe`; also ARN, status and stores of the feature group."""
         described = self._groups().describe(name) or {}
         facts = {
             "arn": described.get("FeatureGroupArn"),
@@ -184,7 +165,7 @@ class SageMakerFeatureStore(FeatureStore):
             "online_store": bool(described.get("OnlineStoreConfig", {}).get("EnableOnlineStore")),
             "glue_table": table_of(described),
         }
-        return self._store().describe(name) | facts
+        return super().describe(name) | facts
 
     def inventory(self) -> Sequence[OwnedItem]:
         """See `FeatureStore.inventory`. Groups below `root`, also those that only SageMaker or only S3 still has."""
@@ -197,25 +178,16 @@ class SageMakerFeatureStore(FeatureStore):
                 described[name] = groups.describe(name)
         items = []
         for name, group in sorted(described.items()):
-            here = group is not None and self._is_here(name, group)
-            arn = group["FeatureGroupArn"] if group and here else None
+            arn = group["FeatureGroupArn"] if group and self._is_here(name, group) else None
+            facts: dict[str, Any] = {"kind": "feature_group", "name": name}
             if store.folder(name).is_there():
                 items.append(store_item(store, name, arn))
-            elif name in unfinished and not arn:
-                detail = "its removal is incomplete"
-                items.append(
-                    OwnedItem(kind="feature_group", name=name, location=unfinished[name], detail=detail, discarded=True)
-                )
             elif group and arn:
-                items.append(
-                    OwnedItem(
-                        kind="feature_group",
-                        name=name,
-                        location=arn,
-                        created_at=group["CreationTime"],
-                        detail=group["FeatureGroupStatus"],
-                    )
-                )
+                facts |= {"created_at": group["CreationTime"], "detail": group["FeatureGroupStatus"]}
+                items.append(OwnedItem(location=arn, **facts))
+            elif name in unfinished:
+                facts |= {"discarded": True, "detail": "its removal is incomplete"}
+                items.append(OwnedItem(location=unfinished[name], **facts))
         return items
 
     def remove(self, item: OwnedItem) -> None:
@@ -231,35 +203,14 @@ class SageMakerFeatureStore(FeatureStore):
             raise
 
     def _is_here(self, name: str, described: Mapping[str, Any]) -> bool:
-        place = described.get("OfflineStoreConfig", {}).get("S3StorageConfig", {}).get("S3Uri", "")
-        return place.rstrip("/") == storage.join(self.root, name)
-
-    def _store(self) -> OfflineStore:
-        from step_scripts.feature_store.offline_store import OfflineStore
-
-        return OfflineStore(self.root)
+        return place_of(described) == storage.join(self.root, name)
 
     def _client(self, service: str) -> Any:
         return aws_client(service, self.region_name, retry_seconds=self.retry_timeout_seconds)
 
     def _groups(self) -> FeatureGroups:
-        return FeatureGroups(self._client("sagemaker"), self.wait_seconds, self.poll_seconds)
-
-    def _tables(self) -> CatalogTables:
-        return CatalogTables(self._client("glue"), self.wait_seconds, self.poll_seconds)
-
-    def _created(self, name: str, request: Mapping[str, Any]) -> dict[str, Any]:
-        groups = self._groups()
-        for _ in range(_CREATIONS):
-            described = groups.describe(name)
-            if described is not None and described["FeatureGroupStatus"] == "Deleting":
-                groups.gone(name)
-                described = None
-            if described is None:
-                groups.create(request)
-            if (described := groups.ready(name)) is not None:
-                return described
-        raise StepError(f"feature group {name} is deleted by others as soon as it is created")
+        clients = self._client("sagemaker"), self._client("glue")
+        return FeatureGroups(*clients, self.wait_seconds, self.poll_seconds)
 
     def _request(self, name: str, types: Mapping[str, str]) -> dict[str, Any]:
         """CreateFeatureGroup's request."""
@@ -283,10 +234,9 @@ class SageMakerFeatureStore(FeatureStore):
     def _check_place(self, name: str, described: Mapping[str, Any], *, check_stores: bool = True) -> None:
         """Raise `StepError` for a group that is not this store's."""
         if not self._is_here(name, described):
-            place = described.get("OfflineStoreConfig", {}).get("S3StorageConfig", {}).get("S3Uri", "")
             raise StepError(
-                f"there is a feature group {name} already, whose offline store is {place or 'off'} and not below "
-                f"{self.root}: it is not this project's. Use another group name or root"
+                f"there is a feature group {name} already, whose offline store is {place_of(described) or 'off'} and "
+                f"not below {self.root}: it is not this project's. Use another group name or root"
             )
         if check_stores and described["OfflineStoreConfig"].get("TableFormat") != "Iceberg":
             raise StepError(

@@ -1,4 +1,4 @@
-"""What the SageMaker registry keeps on S3 for a model package.
+"""What the SageMaker registry keeps on S3 for a model package, and what of it SageMaker's own record shows.
 
 `<root>/<group>/<model>/<evaluation>/`, where `model` is the start of the artifact's digest and `evaluation` that of the
 evaluation's, holds `artifact/` (the model's files), `model.tar.gz` (the same files, as endpoints take them),
@@ -11,19 +11,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 from resources.aws.code_package import archive
-from resources.model_registry.base import GateEvidence, RegistryDamaged, StatusChange
+from resources.aws.ownership import sanitised
+from resources.model_registry.base import GateEvidence, ModelVersion, RegistryDamaged, StatusChange, read_model
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, DamagedArtifactError, FileInfo
-from step_scripts.serving.deployment import verify_content
+from step_scripts.runner.contract import Artifact, FileInfo
 
 ARCHIVE = "model.tar.gz"
-METRICS = "metrics.json"
+FACTS = "facts_uri"  # the property that marks a package as registered here
+_FACTS_DIGEST = "facts_sha256"
+_HISTORY_URI, _HISTORY_DIGEST = "status_uri", "status_sha256"
+_PROPERTY_LENGTH = 256
+_DESCRIPTION_LIMIT = 1024
+_ELSEWHERE = "SageMaker console or API"
 _HISTORY = TypeAdapter(tuple[StatusChange, ...])
 _HEX = re.compile(r"[0-9a-f]{32,}")
 
@@ -42,86 +47,140 @@ class PackageFacts(BaseModel):
     created_at: datetime
 
 
-def shortened(digest: str, length: int) -> str:
-    """The start of a digest in hexadecimal digits; of the SHA-256 of anything else."""
-    return (digest if _HEX.fullmatch(digest) else hashlib.sha256(digest.encode()).hexdigest())[:length]
-
-
-def package_uri(root: str, group: str, model_digest: str, evaluation_digest: str) -> str:
+def package_uri(root: str, version: ModelVersion) -> str:
     """The folder of the package."""
-    return storage.join(root, group, shortened(model_digest, 32), shortened(evaluation_digest, 16))
+    return storage.join(root, version.group, *_short_digests(version))
 
 
-def copy_artifact(source: Artifact, folder: str) -> tuple[Artifact, FileInfo]:
-    """Put the artifact's files and the archive of them below `folder`; returns the copy, and the archive.
+def write_model(folder: str, version: ModelVersion) -> PackageFacts:
+    """Copy the version's artifact below `folder`, with an archive of it. Returns what is to be recorded.
 
     Raises `DamagedArtifactError` before anything is written if a file is missing or not the recorded one.
     """
-    contents: dict[str, bytes] = {}
-    for file in source.files:
-        if file.path.startswith("/") or ".." in file.path.split("/"):
-            raise ValueError(f"{source.uri}: {file.path} leads out of the artifact")
-        uri = storage.join(source.uri, file.path)
-        try:
-            contents[file.path] = storage.read_bytes(uri)
-        except FileNotFoundError as error:
-            raise DamagedArtifactError(
-                f"{uri} is missing: the model that was to be registered is incomplete"
-            ) from error
-        verify_content(uri, contents[file.path], file)
-    copy = source.model_copy(update={"uri": storage.join(folder, "artifact")})
+    contents = read_model(version.artifact)
     for path, content in contents.items():
-        storage.write_bytes(storage.join(copy.uri, path), content)
+        storage.write_bytes(storage.join(folder, "artifact", path), content)
     packed = archive(contents)
     storage.write_bytes(storage.join(folder, ARCHIVE), packed)
-    return copy, FileInfo(path=ARCHIVE, bytes=len(packed), sha256=hashlib.sha256(packed).hexdigest())
-
-
-def model_quality(metrics: dict[str, float], gate: GateEvidence) -> dict[str, Any]:
-    """The metrics in the form of SageMaker's model quality reports, with the gate beside them."""
-    return {
-        "regression_metrics": {name: {"value": value} for name, value in sorted(metrics.items())},
-        "gate": gate.model_dump(mode="json"),
-    }
-
-
-def write_metrics(folder: str, metrics: dict[str, float], gate: GateEvidence) -> tuple[str, str]:
-    """Write `metrics.json`; returns its URI and its digest as `sha256:…`."""
-    content = json.dumps(model_quality(metrics, gate), indent=2, sort_keys=True).encode()
-    uri = storage.join(folder, METRICS)
-    storage.write_bytes(uri, content)
-    return uri, f"sha256:{hashlib.sha256(content).hexdigest()}"
-
-
-def write_facts(folder: str, facts: PackageFacts) -> tuple[str, str]:
-    """Write the facts; returns URI and SHA-256."""
-    stored = facts.model_copy(update={"artifact": facts.artifact.model_copy(update={"uri": "artifact"})})
-    return _write(folder, "facts", stored.model_dump_json(indent=2).encode())
-
-
-def write_history(folder: str, history: tuple[StatusChange, ...]) -> tuple[str, str]:
-    """Write all changes of status so far; returns URI and SHA-256."""
-    return _write(folder, "status", _HISTORY.dump_json(history, indent=2))
-
-
-def read_facts(uri: str, sha256: str) -> PackageFacts:
-    """The facts, with `artifact.uri` set. Raises `RegistryDamaged`."""
-    try:
-        facts = PackageFacts.model_validate_json(_read(uri, sha256))
-    except ValidationError as error:
-        raise RegistryDamaged(f"{uri} is no record of a model package: {error.errors()[0]['msg']}") from error
-    folder = uri.rpartition("/")[0]
-    return facts.model_copy(
-        update={"artifact": facts.artifact.model_copy(update={"uri": storage.join(folder, "artifact")})}
+    return PackageFacts(
+        artifact=version.artifact.model_copy(update={"uri": "artifact"}),
+        archive=FileInfo(path=ARCHIVE, bytes=len(packed), sha256=hashlib.sha256(packed).hexdigest()),
+        metrics=version.metrics,
+        gate=version.gate,
+        lineage=version.lineage,
+        registered=version.status_history[0],
+        created_at=version.created_at,
     )
 
 
-def read_history(uri: str, sha256: str) -> tuple[StatusChange, ...]:
-    """All recorded changes of status, oldest first. Raises `RegistryDamaged`."""
+def write_metrics(folder: str, version: ModelVersion) -> dict[str, str]:
+    """Write `metrics.json`: SageMaker's form of a model quality report. Returns the `Statistics` of the package."""
+    quality = {
+        "regression_metrics": {name: {"value": value} for name, value in sorted(version.metrics.items())},
+        "gate": version.gate.model_dump(mode="json"),
+    }
+    content = json.dumps(quality, indent=2, sort_keys=True).encode()
+    uri = storage.join(folder, "metrics.json")
+    storage.write_bytes(uri, content)
+    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    return {"ContentType": "application/json", "ContentDigest": digest, "S3Uri": uri}
+
+
+def write_facts(folder: str, facts: PackageFacts) -> dict[str, str]:
+    """Write the facts. Returns the package's properties, which people and filters see in SageMaker.
+
+    The file has everything in full: properties cannot hold all characters.
+    """
+    uri, digest = _write(folder, "facts", facts.model_dump_json(indent=2).encode())
+    gate = facts.gate
+    lineage = {key: value for key, value in facts.lineage.items() if isinstance(value, str | int | float)}
+    shown = {
+        FACTS: uri,
+        _FACTS_DIGEST: digest,
+        "model_digest": facts.artifact.digest,
+        "evaluation_digest": gate.evaluation_digest,
+        "gate": f"{'passed' if gate.passed else 'failed'} {gate.metric}={gate.value:g} threshold={gate.threshold:g}",
+        "run_id": gate.run_id,
+        **{f"lineage:{key}": str(value) for key, value in lineage.items()},
+    }
+    clean = {sanitised(key, 128): sanitised(value, _PROPERTY_LENGTH) for key, value in shown.items() if value}
+    return dict([*clean.items()][:40])  # of 50; the history needs two more
+
+
+def write_history(folder: str, history: tuple[StatusChange, ...]) -> dict[str, str]:
+    """Write all changes of status so far. Returns the properties that name the file."""
+    uri, digest = _write(folder, "status", _HISTORY.dump_json(history, indent=2))
+    return {_HISTORY_URI: uri, _HISTORY_DIGEST: digest}
+
+
+def description_of(version: ModelVersion) -> str:
+    """The text by which a model and its evaluation are found in a list of packages."""
+    model, evaluation = _short_digests(version)
+    return f"model {model}, evaluation {evaluation}"
+
+
+def approval_description(change: StatusChange) -> str:
+    """The `ApprovalDescription` that goes with a change of status: one line."""
+    return " ".join(f"{change.who}: {change.why}".split())[:_DESCRIPTION_LIMIT]
+
+
+def folder_of(described: dict[str, Any]) -> str:
+    """Where the files of a package are; empty for one that no registry of this project has created."""
+    return described.get("CustomerMetadataProperties", {}).get(FACTS, "").rpartition("/")[0]
+
+
+def read_version(group: str, described: dict[str, Any]) -> tuple[ModelVersion, Artifact]:
+    """The version that a package is, by SageMaker's record and the files on S3, and its archive.
+
+    Raises `RegistryDamaged` if a file cannot be read.
+    """
+    properties = described["CustomerMetadataProperties"]
+    uri, folder = properties[FACTS], folder_of(described)
     try:
-        return _HISTORY.validate_json(_read(uri, sha256))
+        facts = PackageFacts.model_validate_json(_read(uri, properties.get(_FACTS_DIGEST, "")))
     except ValidationError as error:
-        raise RegistryDamaged(f"{uri} is no history of a model package: {error.errors()[0]['msg']}") from error
+        raise RegistryDamaged(f"{uri} is no record of a model package: {error.errors()[0]['msg']}") from error
+    history: tuple[StatusChange, ...] = (facts.registered,)
+    if uri := properties.get(_HISTORY_URI):
+        try:
+            history = _HISTORY.validate_json(_read(uri, properties.get(_HISTORY_DIGEST, "")))
+        except ValidationError as error:
+            raise RegistryDamaged(f"{uri} is no history of a model package: {error.errors()[0]['msg']}") from error
+    if change := _change_elsewhere(described, history[-1]):
+        history = (*history, change)
+    version = ModelVersion(
+        group=group,
+        version=described["ModelPackageVersion"],
+        artifact=facts.artifact,
+        status=history[-1].status,
+        status_history=history,
+        metrics=facts.metrics,
+        gate=facts.gate,
+        lineage=facts.lineage,
+        created_at=facts.created_at,
+    )
+    return version.with_artifact_at(storage.join(folder, "artifact")), Artifact.of(folder, [facts.archive])
+
+
+def _change_elsewhere(described: dict[str, Any], last: StatusChange) -> StatusChange | None:
+    """The change that SageMaker knows of and the history does not, such as an approval in the console."""
+    status, comment = described["ModelApprovalStatus"], described.get("ApprovalDescription", "")
+    commented = bool(comment) and comment != approval_description(last)
+    if status == last.status and not commented:
+        return None
+    modifier = described.get("LastModifiedBy") or {}
+    who = modifier.get("UserProfileName") or (modifier.get("IamIdentity") or {}).get("Arn") or _ELSEWHERE
+    when = described.get("LastModifiedTime") or described["CreationTime"]
+    why = comment if commented else "no reason given"
+    return StatusChange(status=status, who=who, why=why, when=when.astimezone(UTC))
+
+
+def _short_digests(version: ModelVersion) -> tuple[str, str]:
+    """The start of the model's digest and of the evaluation's in hexadecimal digits; of the SHA-256 of other names."""
+    model, evaluation = (
+        digest if _HEX.fullmatch(digest) else hashlib.sha256(digest.encode()).hexdigest() for digest in version.identity
+    )
+    return model[:32], evaluation[:16]
 
 
 def _write(folder: str, kind: str, content: bytes) -> tuple[str, str]:

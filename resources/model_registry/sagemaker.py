@@ -11,54 +11,45 @@ import contextlib
 import hashlib
 import re
 import uuid
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Self
 
 import dagster as dg
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, model_validator
 
-from resources.aws.calls import aws_client
-from resources.aws.ownership import root_tags
+from resources.aws.calls import aws_client, if_found, pages
+from resources.aws.ownership import belongs_to, root_tags, tags_of
 from resources.aws.request_validation import check_request
-from resources.inventory import OwnedItem, remove_file
+from resources.inventory import NotOwned, OwnedItem, files_at, remove_file, remove_tree
 from resources.model_registry import package_files as files
 from resources.model_registry.base import (
     ApprovalStatus,
-    GateEvidence,
     ModelRegistry,
     ModelVersion,
     ModelVersionNotFound,
     RegistryDamaged,
-    StatusChange,
-    require_gate,
+    check_name,
+    verified,
 )
-from resources.model_registry.model_packages import GROUP, ModelPackages, package_request
-from resources.model_registry.package_inventory import PackageInventory
-from resources.model_registry.package_record import (
-    FACTS,
-    FACTS_DIGEST,
-    HISTORY,
-    HISTORY_DIGEST,
-    approval_description,
-    description_of,
-    named,
-    properties_of,
-    version_of,
+from resources.model_registry.model_packages import (
+    create_package,
+    describe_package,
+    ensure_group,
+    find_package,
+    list_packages,
 )
 from resources.model_registry.serving_container import DIGEST_VARIABLE, serving_container
 from resources.waiting import wait_until
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, DamagedArtifactError, check_files
-from step_scripts.runner.s3_objects import delete_prefix
-from step_scripts.serving.deployment import verify_file
+from step_scripts.runner.wording import counted
 
+CONTENT_TYPES = ["text/csv", "application/json", "application/jsonlines"]
+_CODE = "code"  # folder of the serving code for AWS's image
+_MODEL = re.compile(r"[0-9a-f]{32}")  # folders of models, see `package_files`
 _ROOT = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_.=+@-]+)*")
 _ROOT_LENGTH = 128  # a property's value has at most 256 characters, and must hold the URI of a file below the root
-_READERS = 8
 _OTHER_SECONDS = 5.0  # how long the version of a faster process may take to appear in the list
-_Names = list[str]  # in the class `list` is a method
 
 
 class SageMakerModelRegistry(ModelRegistry):
@@ -72,12 +63,12 @@ class SageMakerModelRegistry(ModelRegistry):
     environment: dict[str, str] = Field(
         default_factory=dict, description="Environment variables of the serving containers."
     )
-    instance_types: _Names = Field(
+    instance_types: list[str] = Field(
         default=["ml.m5.large", "ml.m5.xlarge", "ml.c5.large", "ml.c5.xlarge", "ml.t2.medium"],
         min_length=1,
         description="Instance types that the models are good for as endpoints.",
     )
-    transform_instance_types: _Names = Field(
+    transform_instance_types: list[str] = Field(
         default=["ml.m5.large", "ml.m5.xlarge"],
         min_length=1,
         description="Instance types that the models are good for in batch transform jobs.",
@@ -99,206 +90,204 @@ class SageMakerModelRegistry(ModelRegistry):
             )
         return self
 
-    def register(
-        self,
-        group: str,
-        artifact: Artifact,
-        *,
-        metrics: dict[str, float],
-        gate: GateEvidence,
-        lineage: dict[str, JsonValue],
-        status: ApprovalStatus = "PendingManualApproval",
-    ) -> ModelVersion:
-        """See `ModelRegistry.register`. Creates the model package group if there is none."""
-        if status == "Approved":
-            require_gate(f"the model of run {gate.run_id}", gate)
-        if not artifact.files:
-            raise ValueError(f"{artifact.uri} holds no files: nothing to register")
-        _check_group(group)
-        if existing := self._registered(group, artifact, gate):
+    def _register(self, new: ModelVersion) -> ModelVersion:
+        """Creates the model package group if there is none."""
+        if existing := self._registered(new):
             return existing
-        folder = files.package_uri(self.root, group, artifact.digest, gate.evaluation_digest)
-        copy, packed = files.copy_artifact(artifact, folder)
-        now = datetime.now(UTC)
-        why = f"registered; {gate.metric} {gate.value:g}, threshold {gate.threshold:g}"
-        facts = files.PackageFacts(
-            artifact=copy,
-            archive=packed,
-            metrics=metrics,
-            gate=gate,
-            lineage=lineage,
-            registered=StatusChange(status=status, who=f"run {gate.run_id}", why=why, when=now),
-            created_at=now,
-        )
-        facts_uri, facts_digest = files.write_facts(folder, facts)
-        container = serving_container(
-            self.image, self._packages.region, f"{self.root.rstrip('/')}/code", self.environment
-        )
-        container["Environment"] = {DIGEST_VARIABLE: artifact.digest, **container["Environment"]}
-        request = package_request(
-            group,
-            container=container,
-            archive_uri=storage.join(folder, files.ARCHIVE),
-            metrics=files.write_metrics(folder, metrics, gate),
-            properties=properties_of(facts, facts_uri, facts_digest),
-            status=status,
-            description=description_of(artifact, gate),
-            instance_types=self.instance_types,
-            transform_instance_types=self.transform_instance_types,
-        )
+        folder = files.package_uri(self.root, new)
+        facts = files.write_model(folder, new)
+        properties = files.write_facts(folder, facts)
+        region, code_root = self._client.meta.region_name, storage.join(self.root, _CODE)
+        container = serving_container(self.image, region, code_root, self.environment)
+        container["Environment"] = {DIGEST_VARIABLE: new.artifact.digest, **container["Environment"]}
+        request = {
+            "ModelPackageGroupName": new.group,
+            "ModelPackageDescription": files.description_of(new),
+            "ModelApprovalStatus": new.status,
+            "InferenceSpecification": {
+                "Containers": [
+                    {**container, "ModelDataUrl": storage.join(folder, files.ARCHIVE), "Framework": "XGBOOST"}
+                ],
+                "SupportedContentTypes": CONTENT_TYPES,
+                "SupportedResponseMIMETypes": CONTENT_TYPES,
+                "SupportedRealtimeInferenceInstanceTypes": self.instance_types,
+                "SupportedTransformInstanceTypes": self.transform_instance_types,
+            },
+            "ModelMetrics": {"ModelQuality": {"Statistics": files.write_metrics(folder, new)}},
+            "CustomerMetadataProperties": properties,
+        }
         check_request("CreateModelPackage", request)
-        self._packages.ensure_group(group, {**root_tags(self.root), **self.tags})
-        return self._create(group, artifact, gate, request, facts_uri)
+        # A version has its group's tags and may have none itself.
+        ensure_group(self._client, new.group, {**root_tags(self.root), **self.tags}, self.settle_seconds)
+        return self._create(new, request)
 
     def get(self, group: str, version: int) -> ModelVersion:
-        """See `ModelRegistry.get`. Reads all files of the artifact and compares them with their record."""
-        described = self._describe(group, version)
-        facts = files.read_facts(*named(described, FACTS, FACTS_DIGEST))
-        try:
-            check_files(facts.artifact, "all")
-            verify_file(storage.join(facts.artifact.uri.rpartition("/")[0], files.ARCHIVE), facts.archive)
-        except DamagedArtifactError as error:
-            raise RegistryDamaged(
-                f"model version {group}/{version} is damaged: {error}. Restore the file, or delete the version."
-            ) from error
-        return version_of(group, described, facts)
-
-    def list(
-        self, group: str, status: ApprovalStatus | None = None, damaged: dict[str, str] | None = None
-    ) -> Sequence[ModelVersion]:
-        """See `ModelRegistry.list`. Does not read the artifacts. Packages registered by others are left out."""
-        _check_group(group)
-        items = self._packages.list(group, status)
-
-        def read(item: dict[str, Any]) -> ModelVersion | None:
-            try:
-                return self._read(group, item["ModelPackageArn"])
-            except RegistryDamaged as error:
-                if damaged is None:
-                    raise
-                damaged[f"{group}/{item['ModelPackageVersion']}"] = str(error)
-                return None
-
-        with ThreadPoolExecutor(_READERS) as readers:
-            found = [version for version in readers.map(read, items) if version]
-        return sorted((v for v in found if status is None or v.status == status), key=lambda v: v.version)
+        """See `ModelRegistry.get`."""
+        return verified(*files.read_version(group, self._describe(group, version)))
 
     def set_status(self, group: str, version: int, status: ApprovalStatus, *, who: str, why: str) -> ModelVersion:
         """See `ModelRegistry.set_status`. Of two changes at the same moment the later one counts."""
         described = self._describe(group, version)
-        facts = files.read_facts(*named(described, FACTS, FACTS_DIGEST))
-        found = version_of(group, described, facts)
+        found, _ = files.read_version(group, described)
         changed = found.with_status(status, who=who, why=why, when=datetime.now(UTC))
         if changed is found:
             return found
-        uri, digest = files.write_history(facts.artifact.uri.rpartition("/")[0], changed.status_history)
         request = {
             "ModelPackageArn": described["ModelPackageArn"],
             "ModelApprovalStatus": status,
-            "ApprovalDescription": approval_description(changed.status_history[-1]),
-            "CustomerMetadataProperties": {HISTORY: uri, HISTORY_DIGEST: digest},
+            "ApprovalDescription": files.approval_description(changed.status_history[-1]),
+            "CustomerMetadataProperties": files.write_history(files.folder_of(described), changed.status_history),
         }
-        self._packages.update(request)
+        check_request("UpdateModelPackage", request)
+        self._client.update_model_package(**request)
         return changed
 
     def delete(self, group: str, version: int) -> None:
         """See `ModelRegistry.delete`. The group stays, even if it is empty: it keeps the highest number."""
         described = self._describe(group, version)
-        uri, _ = named(described, FACTS, FACTS_DIGEST)
-        self._packages.delete(described["ModelPackageArn"])
-        if uri.startswith(storage.join(self.root, group) + "/"):
-            delete_prefix(uri.rpartition("/")[0])
-
-    def delete_group(self, group: str) -> None:
-        """Remove all versions of the group, and the group if this registry created it and nobody else uses it."""
-        for version in self.list(group):
-            self.delete(group, version.version)
-        self._packages.delete_group(group)
+        if_found(self._client.delete_model_package, ModelPackageName=described["ModelPackageArn"])
+        if self._is_here(group, described):
+            remove_tree(files.folder_of(described))
 
     def inventory(self) -> Sequence[OwnedItem]:
-        """See `ModelRegistry.inventory`."""
-        return [*self._inventory.items()]
+        """See `ModelRegistry.inventory`. Groups of others are left out, but not the versions that were put there."""
+        from step_scripts.runner.s3_objects import list_folders
+
+        root, items = self.root.rstrip("/"), []
+        folders = set(list_folders(root))
+        for found in [*pages(self._client, "list_model_package_groups", "ModelPackageGroupSummaryList")]:
+            name, arn = found["ModelPackageGroupName"], found["ModelPackageGroupArn"]
+            ours = belongs_to(tags_of(self._client, arn), root)
+            if ours or name in folders:
+                items += self._versions(name)
+            if ours:
+                created = found["CreationTime"]
+                items.append(OwnedItem(kind="model_package_group", name=name, location=arn, created_at=created))
+        for folder in sorted(folders):
+            if folder == _CODE:
+                items += files_at(f"{root}/{folder}", "serving code")
+            elif any(_MODEL.fullmatch(name) for name in list_folders(f"{root}/{folder}")):
+                items += files_at(f"{root}/{folder}", f"models of {folder}")
+        return items
 
     def remove(self, item: OwnedItem) -> None:
-        """See `ModelRegistry.remove`."""
-        self._inventory.remove(item)
+        """See `ModelRegistry.remove`. Raises `RegistryDamaged` for a group, or its files, while it has versions."""
+        if item.kind == "model_package":
+            self._remove_version(item)
+        elif item.kind == "model_package_group":
+            self._remove_group(item)
+        elif item.location == storage.join(self.root, _CODE):
+            remove_tree(item.location)
+        elif item.location.startswith(self.root.rstrip("/") + "/"):
+            self._remove_files(item.location)
+        else:
+            raise NotOwned(f"{item.location} is not below {self.root}")
+
+    def _remove_version(self, item: OwnedItem) -> None:
+        described = describe_package(self._client, item.location)
+        if described is None:
+            return
+        group = item.name.rpartition("/")[0]
+        if not self._is_here(group, described):
+            raise NotOwned(f"model package {item.name} was not registered by this deployment; it is left alone")
+        self.delete(group, described["ModelPackageVersion"])
+
+    def _remove_group(self, item: OwnedItem) -> None:
+        name = item.name
+        found = if_found(self._client.describe_model_package_group, ModelPackageGroupName=name)
+        if found is None:
+            return
+        if not belongs_to(tags_of(self._client, found["ModelPackageGroupArn"]), self.root):
+            raise NotOwned(f"group {name} was not created by this deployment; it is left alone")
+        if left := list_packages(self._client, name):
+            raise RegistryDamaged(f"group {name} has {counted(len(left), 'version')}: it cannot be removed before them")
+        self._client.delete_model_package_group(ModelPackageGroupName=name)
+
+    def _remove_files(self, uri: str) -> None:
+        from step_scripts.runner.s3_objects import list_folders
+
+        if self._versions(uri.removeprefix(self.root.rstrip("/") + "/")):
+            raise RegistryDamaged(f"{uri} holds the files of registered versions: remove them first")
+        for folder in list_folders(uri):
+            if _MODEL.fullmatch(folder):
+                remove_tree(storage.join(uri, folder))
+
+    def _versions(self, group: str) -> list[OwnedItem]:
+        """The versions that this deployment has registered."""
+        described = [describe_package(self._client, arn) for arn in self._find(group).values()]
+        return [
+            OwnedItem(
+                kind="model_package",
+                name=f"{group}/{found['ModelPackageVersion']}",
+                location=found["ModelPackageArn"],
+                created_at=found["CreationTime"],
+                run_id=found["CustomerMetadataProperties"].get("lineage:run_id"),
+                detail=found["ModelApprovalStatus"],
+            )
+            for found in described
+            if found is not None and self._is_here(group, found)
+        ]
+
+    def _is_here(self, group: str, described: dict[str, Any]) -> bool:
+        return files.folder_of(described).startswith(storage.join(self.root, group) + "/")
 
     @property
-    def _inventory(self) -> PackageInventory:
-        return PackageInventory(self._packages, self.root, self.delete)
+    def _client(self) -> Any:
+        return aws_client("sagemaker", self.region_name, retry_seconds=self.retry_timeout_seconds)
 
-    @property
-    def _packages(self) -> ModelPackages:
-        client = aws_client("sagemaker", self.region_name, retry_seconds=self.retry_timeout_seconds)
-        return ModelPackages(client, self.settle_seconds)
+    def _find(self, group: str, status: ApprovalStatus | None = None) -> Mapping[int, str]:
+        listed = list_packages(self._client, group, status)
+        return {item["ModelPackageVersion"]: item["ModelPackageArn"] for item in listed}
+
+    def _read(self, group: str, version: int, location: str) -> ModelVersion:
+        described = describe_package(self._client, location)
+        if described is None or not files.folder_of(described):
+            raise ModelVersionNotFound(location)
+        try:
+            return files.read_version(group, described)[0]
+        except RegistryDamaged:
+            if describe_package(self._client, location) is None:
+                raise ModelVersionNotFound(location) from None
+            raise
 
     def _describe(self, group: str, version: int) -> dict[str, Any]:
         """The package of a version registered here. Raises `ModelVersionNotFound`."""
-        _check_group(group)
-        arn = self._packages.arn(group, version)
-        found = self._packages.describe(arn) if arn and version >= 1 else None
-        if found is not None and FACTS in found.get("CustomerMetadataProperties", {}):
-            return found
-        numbers = [str(item["ModelPackageVersion"]) for item in self._packages.list(group)]
-        existing = f"it has {', '.join(numbers)}" if numbers else "it has none"
-        foreign = " (that one was not registered by this project)" if found else ""
-        raise ModelVersionNotFound(
-            f"model group {group} has no version {version}{foreign}; {existing} (in {self._packages.region})"
-        )
+        check_name(group, "a model group")
+        found = find_package(self._client, group, version) if version >= 1 else None
+        if found is None or not files.folder_of(found):
+            note = " (that one was not registered by this project)" if found else ""
+            raise self._not_found(group, version, note)
+        return found
 
-    def _read(self, group: str, arn: str) -> ModelVersion | None:
-        described = self._packages.describe(arn)
-        if described is None or FACTS not in described.get("CustomerMetadataProperties", {}):
-            return None
-        try:
-            return version_of(group, described, files.read_facts(*named(described, FACTS, FACTS_DIGEST)))
-        except RegistryDamaged:
-            if self._packages.describe(arn) is None:  # deleted since it was described
-                return None
-            raise
-
-    def _registered(self, group: str, artifact: Artifact, gate: GateEvidence) -> ModelVersion | None:
+    def _registered(self, new: ModelVersion) -> ModelVersion | None:
         """The version of the same model with the same evaluation, if there is one; of several the first."""
-        description = description_of(artifact, gate)
-        for item in self._packages.list(group):
-            if item.get("ModelPackageDescription") != description:
+        for item in list_packages(self._client, new.group):
+            if item.get("ModelPackageDescription") != files.description_of(new):
                 continue
-            found = self._read(group, item["ModelPackageArn"])
-            key = (artifact.digest, gate.evaluation_digest)
-            if found and (found.artifact.digest, found.gate.evaluation_digest) == key:
-                return self.get(group, found.version)
+            with contextlib.suppress(ModelVersionNotFound):
+                found = self._read(new.group, item["ModelPackageVersion"], item["ModelPackageArn"])
+                if found.identity == new.identity:
+                    return self.get(new.group, found.version)
         return None
 
-    def _create(
-        self, group: str, artifact: Artifact, gate: GateEvidence, request: dict[str, Any], facts_uri: str
-    ) -> ModelVersion:
+    def _create(self, new: ModelVersion, request: dict[str, Any]) -> ModelVersion:
         """Create the package; if another process was faster with the same model, its version is returned."""
-        key = "\0".join([self.root, group, artifact.digest, gate.evaluation_digest])
-        token = hashlib.sha256(key.encode()).hexdigest()[:36]
+        facts_uri = request["CustomerMetadataProperties"][files.FACTS]
+        token = hashlib.sha256("\0".join([self.root, new.group, *new.identity]).encode()).hexdigest()[:36]
         while True:
-            described = self._packages.create(request, token)
-            if described is None:
-                # The token was used: by a process that registers the same, or for a version deleted since.
-                if existing := self._await_other(group, artifact, gate):
+            described = create_package(self._client, request, token, self.settle_seconds)
+            if described is not None:
+                if described["CustomerMetadataProperties"].get(files.FACTS) != facts_uri:
                     remove_file(facts_uri)
-                    return existing
-                token = uuid.uuid4().hex
-                continue
-            if described["CustomerMetadataProperties"].get(FACTS) != facts_uri:
+                return self.get(new.group, described["ModelPackageVersion"])
+            # The token was used: by a process that registers the same, or for a version deleted since.
+            with contextlib.suppress(TimeoutError):
+                existing = wait_until(
+                    lambda: self._registered(new),
+                    timeout=min(_OTHER_SECONDS, self.settle_seconds),
+                    interval=0.2,
+                    what=f"the version of another process in {new.group}",
+                )
                 remove_file(facts_uri)
-            return self.get(group, described["ModelPackageVersion"])
-
-    def _await_other(self, group: str, artifact: Artifact, gate: GateEvidence) -> ModelVersion | None:
-        with contextlib.suppress(TimeoutError):
-            return wait_until(
-                lambda: self._registered(group, artifact, gate),
-                timeout=min(_OTHER_SECONDS, self.settle_seconds),
-                interval=0.2,
-                what=f"the version of another process in {group}",
-            )
-        return None
-
-
-def _check_group(group: str) -> None:
-    if not GROUP.fullmatch(group):
-        raise ValueError(f"{group!r} is no name of a model group: 1 to 63 letters, digits and inner hyphens")
+                return existing
+            token = uuid.uuid4().hex

@@ -16,12 +16,13 @@ from datetime import UTC, datetime, timedelta
 import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from resources.inventory import NotOwned, OwnedItem, remove_empty, remove_file
+from resources.inventory import NotOwned, OwnedItem, files_below, remove_empty, remove_file
 from step_scripts.runner import storage
 from step_scripts.runner.wording import counted, number
 
 _TIME = "%Y%m%dT%H%M%S%fZ"
 _FILE = re.compile(r"(?P<inputs>[0-9a-f]{16})\.(?P<time>\d{8}T\d{12}Z)\.[\w-]+\.json")
+_PATH = re.compile(rf"([^/]+/[^/]+)/[^/]+/{_FILE.pattern}")
 _SUBJECT_LENGTH = 32
 _READS = 5  # an evaluation that is superseded between listing and reading is gone; its successor is there
 _EMPTY_LOOKS = 4  # before nothing is taken for nothing
@@ -86,7 +87,7 @@ class EvidenceStore(dg.ConfigurableResource):
 
         Later than every other that can be seen, whatever the clocks of the machines say.
         """
-        folder = self._folder(evidence.judged, evidence.check)
+        folder = self.folder_of(evidence.judged, evidence.check)
         times = [_time_of(name) for name in self._names(folder)]
         at = max([evidence.at.astimezone(UTC), *(time + timedelta(microseconds=1) for time in times)])
         name = f"{evidence.judged.digest}.{at.strftime(_TIME)}.{evidence.run_id[:8]}.json"
@@ -102,7 +103,7 @@ class EvidenceStore(dg.ConfigurableResource):
 
         Raises `EvidenceUnreadable`.
         """
-        folder = self._folder(judged, check)
+        folder = self.folder_of(judged, check)
         for attempt in range(_READS):
             names = [n for n in self._names(folder) if of_subject or n.startswith(judged.digest)]
             if not names:
@@ -122,11 +123,12 @@ class EvidenceStore(dg.ConfigurableResource):
 
     def folder_of(self, judged: Judged, check: str) -> str:
         """Where evaluations about the same subject lie."""
-        return self._folder(judged, check)
+        subject = re.sub(r"[^\w-]", "-", judged.subject)[:_SUBJECT_LENGTH]
+        return storage.join(self.root, judged.asset, check, subject)
 
     def stored(self) -> Iterator[tuple[str, datetime, Evidence | None]]:
         """All files: URI, time of the evaluation, and the evaluation (None: the file is damaged)."""
-        for path, _, _ in self._files():
+        for path in self._files():
             uri = storage.join(self.root, path)
             try:
                 evidence = Evidence.model_validate_json(storage.read_bytes(uri))
@@ -138,25 +140,13 @@ class EvidenceStore(dg.ConfigurableResource):
 
     def inventory(self) -> Sequence[OwnedItem]:
         """An item a check: its evaluations. Other files there are not ours."""
-        found: dict[str, list[tuple[int, float]]] = {}
-        for path, size, modified in self._files():
-            found.setdefault("/".join(path.split("/")[:2]), []).append((size, modified))
-        return [
-            OwnedItem(
-                kind="files",
-                name=f"evidence of {check}",
-                location=storage.join(self.root, check),
-                created_at=datetime.fromtimestamp(min(modified for _, modified in files), UTC),
-                detail=counted(len(files), "file"),
-            )
-            for check, files in sorted(found.items())
-        ]
+        return files_below(self.root, _PATH, "evidence of")
 
     def remove(self, item: OwnedItem) -> None:
         """Remove what `inventory` listed; nothing happens if it is gone. Raises `NotOwned` for what is another's."""
         if not item.location.startswith(f"{self.root.rstrip('/')}/"):
             raise NotOwned(f"{item.location} is not below {self.root}")
-        for path, _, _ in list(self._files()):
+        for path in self._files():
             uri = storage.join(self.root, path)
             if uri.startswith(f"{item.location}/"):
                 self.remove_file(uri)
@@ -168,15 +158,8 @@ class EvidenceStore(dg.ConfigurableResource):
         while (folder := folder.rpartition("/")[0]).startswith(self.root.rstrip("/")):
             remove_empty(folder)
 
-    def _files(self) -> Iterator[tuple[str, int, float]]:
-        for path, size, modified in storage.list_details(self.root):
-            parts = path.split("/")
-            if len(parts) == 4 and _FILE.fullmatch(parts[-1]):
-                yield path, size, modified
-
-    def _folder(self, judged: Judged, check: str) -> str:
-        subject = re.sub(r"[^\w-]", "-", judged.subject)[:_SUBJECT_LENGTH]
-        return storage.join(self.root, judged.asset, check, subject)
+    def _files(self) -> list[str]:
+        return [path for path, _, _ in storage.list_details(self.root) if _PATH.fullmatch(path)]
 
     def _names(self, folder: str) -> list[str]:
         return [path for path, _, _ in storage.list_details(folder) if _FILE.fullmatch(path)]

@@ -106,7 +106,7 @@ class ModelRef(ProducedRef):
     judged: tuple[Judged, ...] = ()
 
 
-class EvaluationRef(Reference):
+class EvaluationRef(ProducedRef):
     """The evaluation of exactly one model (`model_digest`) on exactly one test split (`test_digest`)."""
 
     report: Artifact
@@ -115,6 +115,4 @@ class EvaluationRef(Reference):
     test: Artifact | None = None
     metrics: dict[str, float]
     rmse_threshold: float
-    run_id: str | None = None
-    code_version: str | None = None
     judged: tuple[Judged, ...] = ()

@@ -6,6 +6,7 @@ which it takes over, from one that another run still waits for.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any
 
 from resources.aws.calls import aws_client, error_code, if_found
 from resources.waiting import wait_until
+from step_scripts.runner.s3_objects import delete_prefix, split_uri
 
 CONTEXT = "context.json"
 BOOTSTRAP = "pipes.json"
@@ -50,12 +52,6 @@ class JobPrefix:
     bucket: str
     key: str
 
-    @classmethod
-    def of(cls, client: Any, job_root: str, name: str) -> JobPrefix:
-        """The prefix of job `name`. `job_root` is an `s3://bucket/prefix` URI."""
-        bucket, _, prefix = job_root.removeprefix("s3://").strip("/").partition("/")
-        return cls(client, bucket, "/".join(part for part in (prefix, name) if part))
-
     @property
     def uri(self) -> str:
         """The prefix as a URI that ends with a slash."""
@@ -80,27 +76,23 @@ class JobPrefix:
 
     def clear_messages(self) -> None:
         """Remove the messages of an earlier use of the same prefix."""
-        for page in self.client.get_paginator("list_objects_v2").paginate(
-            Bucket=self.bucket, Prefix=self.path(MESSAGES) + "/"
-        ):
-            for item in page.get("Contents", []):
-                self.client.delete_object(Bucket=self.bucket, Key=item["Key"])
+        delete_prefix(self.uri + MESSAGES)
 
-    def message_chunk(self, index: int) -> str | None:
-        """Chunk `index` (from 1) of the Pipes messages, one JSON object a line; `None` if it has not been written."""
-        found = self.get(f"{MESSAGES}/{index}.json")
-        return None if found is None else found[0].decode(errors="replace")
+    def messages(self, chunk: int) -> list[dict[str, Any]] | None:
+        """The Pipes messages of a chunk, counted from 1; `None` if it has not been written."""
+        if (found := self.get(f"{MESSAGES}/{chunk}.json")) is None:
+            return None
+        return [json.loads(line) for line in found[0].splitlines()]
 
     def has_closed(self) -> bool:
         """Whether the job's messages end with a `closed` that reports no exception."""
-        index, closed = 1, False
-        while (chunk := self.message_chunk(index)) is not None:
-            for line in chunk.splitlines():
-                with suppress(json.JSONDecodeError):
-                    message = json.loads(line)
-                    if message.get("method") == "closed":
-                        closed = "exception" not in (message.get("params") or {})
-            index += 1
+        closed = False
+        for chunk in itertools.count(1):
+            if (messages := self.messages(chunk)) is None:
+                break
+            for message in messages:
+                if message.get("method") == "closed":
+                    closed = "exception" not in (message.get("params") or {})
         return closed
 
 
@@ -125,11 +117,19 @@ class JobPolling:
 
 @dataclass(frozen=True)
 class JobSettings:
-    """What all jobs of a deployment share. `detach`: leave a running job alone when the Dagster process ends."""
+    """What all jobs of a deployment share.
+
+    `job_root`: `s3://bucket/prefix` for context, messages and inputs of jobs. `name_prefix`: first part of their names.
+    `detach`: leave a running job alone when the Dagster process is interrupted or fails. `forward_logs`: forward the
+    log lines of all hosts to the run's log. `price_per_hour`: of one instance, for the estimate of costs.
+    """
 
     job_root: str
     region_name: str | None = None
+    name_prefix: str = "dagster"
     detach: bool = False
+    forward_logs: bool = True
+    price_per_hour: float | None = None
     polling: JobPolling = field(default_factory=JobPolling)
 
     def client(self, service: str, retry_seconds: float | None = None) -> Any:
@@ -138,7 +138,9 @@ class JobSettings:
 
     def prefix(self, name: str, retry_seconds: float | None = None) -> JobPrefix:
         """The S3 prefix of a job's small files."""
-        return JobPrefix.of(self.client("s3", retry_seconds), self.job_root, name)
+        bucket, root = split_uri(self.job_root)
+        key = "/".join(part for part in (root.strip("/"), name) if part)
+        return JobPrefix(self.client("s3", retry_seconds), bucket, key)
 
 
 class JobLease:

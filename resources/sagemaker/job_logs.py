@@ -7,28 +7,15 @@ job's end `drain` reads on until every stream is at its end.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from resources.aws.calls import is_missing, is_transient, pages
 from resources.waiting import wait_until
 
-_CALLS_PER_POLL = 10
 _TAIL = 30
 _LINES_PER_EVENT = 50
-
-
-@dataclass
-class _Stream:
-    """One host's stream, and where it has been read to."""
-
-    name: str
-    host: str
-    token: str | None = None
-    tail: deque[str] = field(default_factory=lambda: deque(maxlen=_TAIL))
-    last_event: int = 0
 
 
 class JobLogs:
@@ -42,10 +29,12 @@ class JobLogs:
         self._group = log_group
         self._job = job_name
         self._emit = emit
-        self._streams: deque[_Stream] = deque()  # the next to be read comes first
+        self._read_to: dict[str, str | None] = {}  # by stream: CloudWatch's token
+        self._tails: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=_TAIL))  # by host
+        self._last_event: dict[str, int] = {}  # by host
         self._refused = False
 
-    def poll(self, calls: float = _CALLS_PER_POLL) -> bool | None:
+    def poll(self, calls_per_stream: int = 2) -> bool | None:
         """Forward what has arrived. Whether there was anything; `None` if CloudWatch does not answer.
 
         An error that a later call will meet too (missing permissions) is reported once and ends the forwarding. None is
@@ -54,18 +43,12 @@ class JobLogs:
         from botocore.exceptions import BotoCoreError, ClientError
 
         found = False
-        if self._refused:
-            return found
         try:
-            self._discover()
-            for _ in range(len(self._streams)):
-                stream = self._streams[0]
-                while calls > 0 and (arrived := self._read(stream)):
-                    found, calls = arrived, calls - 1
-                if calls <= 0:
-                    break
-                calls -= 1
-                self._streams.rotate(-1)
+            for stream in [] if self._refused else self._streams():
+                for _ in range(calls_per_stream):
+                    if not self._read(stream):
+                        break
+                    found = True
         except (ClientError, BotoCoreError) as error:
             if is_transient(error):
                 return None
@@ -83,7 +66,7 @@ class JobLogs:
 
         def ended() -> bool:
             nonlocal quiet_since
-            if self.poll(calls=float("inf")) is not False or (expect_lines and not self._streams):
+            if self.poll(calls_per_stream=1_000_000) is not False or (expect_lines and not self._read_to):
                 quiet_since = time.monotonic()
             return self._refused or time.monotonic() - quiet_since >= quiet_seconds
 
@@ -94,43 +77,43 @@ class JobLogs:
 
     def tail(self, host: str) -> list[str]:
         """The last lines of one host, at most 30."""
-        lines = [line for stream in self._streams if stream.host == host for line in stream.tail]
-        return lines[-_TAIL:]
+        return list(self._tails[host])
 
     def hosts(self) -> list[str]:
         """Hosts that have written something, in the order of their last line: one that failed writes nothing after."""
-        last: dict[str, int] = {}
-        for stream in self._streams:
-            last[stream.host] = max(last.get(stream.host, 0), stream.last_event)
-        return sorted(last, key=lambda host: (last[host], host))
+        return sorted(self._last_event, key=lambda host: (self._last_event[host], host))
 
-    def _discover(self) -> None:
+    def _streams(self) -> list[str]:
+        """Names of all streams: one a host and start of its container."""
         from botocore.exceptions import ClientError
 
-        known = {stream.name for stream in self._streams}
         names = {"logGroupName": self._group, "logStreamNamePrefix": f"{self._job}/"}
         try:
             for item in pages(self._client, "describe_log_streams", "logStreams", **names):
-                if (name := item["logStreamName"]) not in known:
-                    self._streams.appendleft(_Stream(name, name.partition("/")[2].rpartition("-")[0] or name))
+                self._read_to.setdefault(item["logStreamName"], None)
         except ClientError as error:
             if not is_missing(error):  # the group appears with the account's first job
                 raise
+        return list(self._read_to)
 
-    def _read(self, stream: _Stream) -> bool:
+    def _read(self, stream: str) -> bool:
         """Forward the next lines of a stream; whether there were any."""
-        params = {"nextToken": stream.token} if stream.token else {}
+        token = self._read_to[stream]
         answer = self._client.get_log_events(
-            logGroupName=self._group, logStreamName=stream.name, startFromHead=True, **params
+            logGroupName=self._group,
+            logStreamName=stream,
+            startFromHead=True,
+            **({"nextToken": token} if token else {}),
         )
-        stream.token = answer.get("nextForwardToken", stream.token)
+        self._read_to[stream] = answer.get("nextForwardToken", token)
         events = answer["events"]
         if not events:
             return False
-        stream.last_event = events[-1]["timestamp"]
+        host = stream.partition("/")[2].rpartition("-")[0] or stream
+        self._last_event[host] = events[-1]["timestamp"]
         lines = [line for event in events for line in event["message"].splitlines() or [""]]
-        stream.tail.extend(lines)
+        self._tails[host].extend(lines)
         for start in range(0, len(lines), _LINES_PER_EVENT):
             block = lines[start : start + _LINES_PER_EVENT]
-            self._emit("\n".join(f"[{stream.host}] {line}" for line in block))
+            self._emit("\n".join(f"[{host}] {line}" for line in block))
         return True

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dagster as dg
 
 from resources.aws.calls import error_code, error_message
-from resources.sagemaker.job_kinds import TRAINING, JobKind
+from resources.sagemaker.job_kinds import TRAINING, TUNING, Job, JobKind, seconds_between
 from resources.sagemaker.job_logs import JobLogs
-from step_scripts.runner.wording import rounded
+from step_scripts.runner.wording import counted, number, rounded
 
 _HOST = re.compile(r"\balgo-\d+\b")
 _EXIT_CODE = re.compile(r"exit code:? (\d+)")
@@ -46,138 +44,113 @@ class JobFailure(dg.Failure):
         self.messages = list(messages)
 
 
-class StatusLog:
-    """Says each status and secondary status of a job once, with SageMaker's message, and keeps when it was seen."""
-
-    def __init__(self, kind: JobKind, say: Callable[[str], None]) -> None:
-        self._kind = kind
-        self._say = say
-        self._transitions = 0
-        self._seen: list[dict[str, Any]] = []
-
-    def see(self, description: Mapping[str, Any]) -> None:
-        """Say what is new in a description."""
-        transitions = description.get("SecondaryStatusTransitions", [])
-        for item in transitions[self._transitions :]:
-            message = item.get("StatusMessage", "")
-            self._say(f"SageMaker: {item['Status']}" + (f": {message}" if message else ""))
-        self._transitions = len(transitions)
-        status = description[self._kind.status_member]
-        if not self._seen or self._seen[-1]["Status"] != status:
-            now = datetime.now(UTC)
-            if self._seen:
-                self._seen[-1]["EndTime"] = now
-            self._seen.append({"Status": status, "StartTime": now})
-            if not transitions:
-                self._say(f"SageMaker: {status}")
-
-    def table(self, description: Mapping[str, Any]) -> dg.TableMetadataValue | None:
-        """SageMaker's own transitions where it gives them (training), else those that were seen."""
-        rows = [
-            {
-                "status": item["Status"],
-                "from": item["StartTime"].strftime("%Y-%m-%d %H:%M:%S") if "StartTime" in item else "",
-                "seconds": _seconds(item.get("StartTime"), item.get("EndTime")) or 0.0,
-                "message": item.get("StatusMessage", ""),
-            }
-            for item in description.get("SecondaryStatusTransitions") or self._seen
-        ]
-        types = {"status": "string", "from": "string", "seconds": "float", "message": "string"}
-        schema = dg.TableSchema([dg.TableColumn(name, kind) for name, kind in types.items()])
-        return dg.MetadataValue.table([dg.TableRecord(row) for row in rows], schema=schema) if rows else None
+def status_lines(job: Job) -> list[str]:
+    """What is to be said of a job: each of its secondary statuses with SageMaker's message, or the status alone."""
+    if job.kind is TUNING:
+        return [_progress(job)]
+    lines = []
+    for item in job.facts.get("SecondaryStatusTransitions", []):
+        message = item.get("StatusMessage", "")
+        lines.append(f"SageMaker: {item['Status']}" + (f": {message}" if message else ""))
+    return lines or [f"SageMaker: {job.status}"]
 
 
-def job_metadata(
-    kind: JobKind, name: str, description: Mapping[str, Any], price_per_hour: float | None, statuses: StatusLog
-) -> dict[str, Any]:
+def _progress(job: Job) -> str:
+    """How far a tuning job is."""
+    counters = job.facts.get("TrainingJobStatusCounters", {})
+    failed = counters.get("NonRetryableError", 0)
+    done = counters.get("Completed", 0) + counters.get("Stopped", 0) + failed
+    most = job.facts["HyperParameterTuningJobConfig"]["ResourceLimits"].get("MaxNumberOfTrainingJobs")
+    text = f"{job}: {job.status}, {done} of {counted(most, 'trial')} finished"
+    if failed:
+        text += f", {failed} of them failed"
+    metric = job.facts.get("BestTrainingJob", {}).get("FinalHyperParameterTuningJobObjectiveMetric")
+    return text + (f", best so far {metric['MetricName']} {number(metric['Value'])}" if metric else "")
+
+
+def _status_history(job: Job) -> dg.TableMetadataValue:
+    """SageMaker's own transitions where it gives them (training), else what the times of an ended job say."""
+    started, ended = job.facts.get(job.kind.started), job.facts.get(job.kind.ended)
+    in_progress = {"Status": "InProgress", "StartTime": started, "EndTime": ended}
+    items = job.facts.get("SecondaryStatusTransitions") or [in_progress, {"Status": job.status, "StartTime": ended}]
+    rows = [
+        {
+            "status": item["Status"],
+            "from": item["StartTime"].strftime("%Y-%m-%d %H:%M:%S") if item.get("StartTime") else "",
+            "seconds": seconds_between(item.get("StartTime"), item.get("EndTime")) or 0.0,
+            "message": item.get("StatusMessage", ""),
+        }
+        for item in items
+    ]
+    types = {"status": "string", "from": "string", "seconds": "float", "message": "string"}
+    schema = dg.TableSchema([dg.TableColumn(name, kind) for name, kind in types.items()])
+    return dg.MetadataValue.table([dg.TableRecord(row) for row in rows], schema=schema)
+
+
+def job_metadata(job: Job, price_per_hour: float | None) -> dict[str, Any]:
     """Name, links, instances, durations, billable seconds, spot savings, estimated cost, status history.
 
     `price_per_hour` is one instance's; the estimate multiplies it by the billable time of all instances.
     """
-    arn = description[kind.arn_member]
-    instances = kind.instances(description)
+    instances, running = job.instances(), job.running_seconds()
     count = sum(number for _, number in instances)
-    running = kind.running_seconds(description)
-    billable = description.get("BillableTimeInSeconds") if kind is TRAINING else running
-    trained = description.get("TrainingTimeInSeconds")
+    billable = job.facts.get("BillableTimeInSeconds") if job.kind is TRAINING else running
+    trained = job.facts.get("TrainingTimeInSeconds")
     cost = savings = None
     if billable is not None and price_per_hour is not None:
-        cost = rounded(price_per_hour * count * float(billable) / 3600)
-    if billable is not None and trained and description.get("EnableManagedSpotTraining"):
-        savings = round(100 * (1 - float(billable) / trained), 1)
+        cost = rounded(price_per_hour * count * billable / 3600)
+    if billable is not None and trained and job.facts.get("EnableManagedSpotTraining"):
+        savings = round(100 * (1 - billable / trained), 1)
     metadata = {
-        "sagemaker_job": name,
-        "sagemaker_job_arn": arn,
-        **{what: dg.MetadataValue.url(url) for what, url in kind.links(arn, name).items()},
-        "job_status": description[kind.status_member],
+        "sagemaker_job": job.name,
+        "sagemaker_job_arn": job.arn,
+        **{what: dg.MetadataValue.url(url) for what, url in job.links().items()},
+        "job_status": job.status,
         "instance_type": ", ".join(dict.fromkeys(instance for instance, _ in instances)),
         "instance_count": count,
-        "job_seconds": _seconds(description.get("CreationTime"), description.get(kind.ended)),
-        "running_seconds": None if running is None else round(running, 1),
-        "billable_seconds": None if billable is None else round(float(billable), 1),
+        "job_seconds": seconds_between(job.facts.get("CreationTime"), job.facts.get(job.kind.ended)),
+        "running_seconds": running,
+        "billable_seconds": None if billable is None else float(billable),
         "estimated_cost": cost,
         "spot_savings_percent": savings,
-        "status_history": statuses.table(description),
+        "status_history": _status_history(job),
     }
     return {key: value for key, value in metadata.items() if value is not None}
-
-
-def _seconds(start: object, end: object) -> float | None:
-    if isinstance(start, datetime) and isinstance(end, datetime):
-        return round((end - start).total_seconds(), 1)
-    return None
-
-
-@dataclass(frozen=True)
-class _Verdict:
-    permanent: bool
-    remedy: str
 
 
 def start_failure(kind: JobKind, name: str, error: Exception) -> JobFailure:
     """The failure for a create request that SageMaker refused."""
     code = error_code(error)
+    remedy = "correct the request"
     if code in _LIMITS:
-        verdict = _Verdict(
-            False, "wait for other jobs to end, request a higher quota in Service Quotas, or use another instance type"
-        )
+        remedy = "wait for other jobs to end, request a higher quota in Service Quotas, or use another instance type"
     elif code in _REFUSED:
-        verdict = _Verdict(True, "check the credentials and their policy (iam:PassRole on the job's role included)")
-    else:
-        verdict = _Verdict(True, "correct the request")
+        remedy = "check the credentials and their policy (iam:PassRole on the job's role included)"
     text = f"SageMaker did not start {kind.noun} {name}: {code or type(error).__name__}: {error_message(error)}"
-    return JobFailure(f"{text}\nWhat to do: {verdict.remedy}.", {}, allow_retries=not verdict.permanent, job_name=name)
+    return JobFailure(f"{text}\nWhat to do: {remedy}.", {}, allow_retries=code in _LIMITS, job_name=name)
 
 
 def job_failure(
-    kind: JobKind,
-    name: str,
-    description: Mapping[str, Any],
-    logs: JobLogs,
-    metadata: Mapping[str, Any],
-    *,
-    why: str = "",
-    messages: Sequence[Any] = (),
+    job: Job, logs: JobLogs, metadata: Mapping[str, Any], *, why: str = "", messages: Sequence[Any] = ()
 ) -> JobFailure:
     """The failure for a job that has ended. `why` says what was wrong with a job that SageMaker calls Completed."""
-    status = description[kind.status_member]
-    secondary = description.get("SecondaryStatus", status)
-    given = [description.get("FailureReason"), description.get("ExitMessage")]  # processing: the script's own words
+    secondary = job.facts.get("SecondaryStatus", job.status)
+    given = [job.facts.get("FailureReason"), job.facts.get("ExitMessage")]  # processing: the script's own words
     reason = why or "; ".join(text for text in given if text) or "no reason was given"
-    verdict = _verdict(status, secondary, reason, why)
+    may_pass, remedy = _verdict(job.status, secondary, reason, why)
     host = failing_host(reason, logs)
-    shown = status if secondary == status else f"{status} ({secondary})"
-    parts = [f"{kind.noun} {name} ended as {shown}: {reason}"]
+    shown = job.status if secondary == job.status else f"{job.status} ({secondary})"
+    parts = [f"{job} ended as {shown}: {reason}"]
     if host and (tail := logs.tail(host)):
         parts.append(f"Last {len(tail)} log lines of {host}:\n" + "\n".join(f"  {line}" for line in tail))
-    parts.append(f"What to do: {verdict.remedy}.")
+    parts.append(f"What to do: {remedy}.")
     words = {"console": "Job", "logs": "Logs"}
-    parts += [f"{words[what]}: {url}" for what, url in kind.links(description[kind.arn_member], name).items()]
+    parts += [f"{words[what]}: {url}" for what, url in job.links().items()]
     return JobFailure(
         "\n".join(parts),
         {**metadata, "failure_reason": reason, **({"failing_host": host} if host else {})},
-        allow_retries=not verdict.permanent,
-        job_name=name,
+        allow_retries=may_pass,
+        job_name=job.name,
         reason=reason,
         messages=messages,
     )
@@ -197,19 +170,20 @@ def failing_host(reason: str, logs: JobLogs) -> str | None:
     return hosts[0] if hosts else None
 
 
-def _verdict(status: str, secondary: str, reason: str, why: str) -> _Verdict:
+def _verdict(status: str, secondary: str, reason: str, why: str) -> tuple[bool, str]:
+    """Whether the same job may succeed later, and what to do."""
     if secondary == "MaxRuntimeExceeded" or "longer than MaxRuntimeInSeconds" in reason:
-        return _Verdict(True, "raise max_run_seconds, or use more or larger instances")
+        return False, "raise max_run_seconds, or use more or larger instances"
     if secondary == "MaxWaitTimeExceeded":
-        return _Verdict(False, "raise max_wait_seconds, choose another instance type, or set use_spot to false")
+        return True, "raise max_wait_seconds, choose another instance type, or set use_spot to false"
     if status == "Stopped":
-        return _Verdict(True, "somebody stopped the job, or it ran out of time; start the run again if that was wrong")
+        return False, "somebody stopped the job, or it ran out of time; start the run again if that was wrong"
     if why:
-        return _Verdict(True, "see the log; the script must use open_dagster_pipes as a context manager and let it end")
+        return False, "see the log; the script must use open_dagster_pipes as a context manager and let it end"
     if reason.startswith(_LIMITS) or "capacity" in reason.lower():
-        return _Verdict(False, "try again later, or use another instance type or zone")
+        return True, "try again later, or use another instance type or zone"
     if (code := _EXIT_CODE.search(reason)) and code[1] in ("137", "9"):
-        return _Verdict(True, "the host probably ran out of memory: use a larger instance or more instances")
+        return False, "the host probably ran out of memory: use a larger instance or more instances"
     if reason.startswith("ClientError"):
-        return _Verdict(True, "check the inputs on S3, the image and the permissions of the job's role")
-    return _Verdict(reason.startswith(_PERMANENT), "mend the script or its input; see the log lines above")
+        return False, "check the inputs on S3, the image and the permissions of the job's role"
+    return not reason.startswith(_PERMANENT), "mend the script or its input; see the log lines above"

@@ -100,138 +100,110 @@ class JobConfig(dg.Config):
             raise ValueError("keep_alive_seconds (warm pool) cannot be combined with use_spot")
         return self
 
-    @property
-    def vpc(self) -> dict[str, list[str]] | None:
-        """The `VpcConfig` member; `None` outside a VPC."""
-        if not self.subnets:
-            return None
-        return {"Subnets": list(self.subnets), "SecurityGroupIds": list(self.security_group_ids)}
-
 
 def training_request(
     config: JobConfig,
     *,
     image: str,
     entrypoint: Sequence[str],
-    output_uri: str,
     channels: Mapping[str, str],
+    output_uri: str,
     checkpoint_folder: str = "",
 ) -> dict[str, Any]:
     """Parameters of `create_training_job` without a name. `channels` are s3:// prefixes by name.
 
     Channels appear below `/opt/ml/input/data/<name>`. `checkpoint_folder` is appended to `config.checkpoint_uri`.
     """
-    resources: dict[str, Any] = {"VolumeSizeInGB": config.volume_size_gb}
-    if config.instance_groups:
-        resources["InstanceGroups"] = [
-            {
-                "InstanceGroupName": group.name,
-                "InstanceType": group.instance_type,
-                "InstanceCount": group.instance_count,
-            }
-            for group in config.instance_groups
-        ]
-    else:
-        resources |= {"InstanceType": config.instance_type, "InstanceCount": config.instance_count}
-    if config.keep_alive_seconds:
-        resources["KeepAlivePeriodInSeconds"] = config.keep_alive_seconds
-    if config.volume_kms_key:
-        resources["VolumeKmsKeyId"] = config.volume_kms_key
+    spot = config.max_wait_seconds or 2 * config.max_run_seconds
     stopping = {"MaxRuntimeInSeconds": config.max_run_seconds}
-    if config.use_spot:
-        stopping["MaxWaitTimeInSeconds"] = config.max_wait_seconds or 2 * config.max_run_seconds
-    output = {"S3OutputPath": output_uri}
-    if config.output_kms_key:
-        output["KmsKeyId"] = config.output_kms_key
-    request: dict[str, Any] = {
-        "RoleArn": config.role_arn,
-        "AlgorithmSpecification": {
-            "TrainingImage": image,
-            "TrainingInputMode": "File",
-            "ContainerEntrypoint": list(entrypoint),
-        },
-        "InputDataConfig": [
-            {
-                "ChannelName": name,
-                "DataSource": {
-                    "S3DataSource": {
-                        "S3DataType": "S3Prefix",
-                        "S3Uri": uri,
-                        "S3DataDistributionType": "FullyReplicated",
-                    }
-                },
-            }
-            for name, uri in channels.items()
-        ],
-        "OutputDataConfig": output,
-        "ResourceConfig": resources,
-        "StoppingCondition": stopping,
-        "EnableManagedSpotTraining": config.use_spot,
-        "EnableNetworkIsolation": config.network_isolation,
-        "EnableInterContainerTrafficEncryption": config.encrypt_inter_container_traffic,
-        **_common(config),
-    }
-    if config.internal_error_retries:
-        request["RetryStrategy"] = {"MaximumRetryAttempts": config.internal_error_retries}
-    if config.checkpoint_uri:
-        request["CheckpointConfig"] = {"S3Uri": "/".join([config.checkpoint_uri.rstrip("/"), checkpoint_folder])}
-    if config.vpc:
-        request["VpcConfig"] = config.vpc
-    return request
+    checkpoints = config.checkpoint_uri and "/".join([config.checkpoint_uri.rstrip("/"), checkpoint_folder])
+    return _without_empty(
+        {
+            **_common(config),
+            **_network(config),
+            "AlgorithmSpecification": {
+                "TrainingImage": image,
+                "TrainingInputMode": "File",
+                "ContainerEntrypoint": list(entrypoint),
+            },
+            "InputDataConfig": [
+                {"ChannelName": name, "DataSource": {"S3DataSource": _all_below(uri)}} for name, uri in channels.items()
+            ],
+            "OutputDataConfig": {"S3OutputPath": output_uri, "KmsKeyId": config.output_kms_key},
+            "ResourceConfig": _hosts(config) | {"KeepAlivePeriodInSeconds": config.keep_alive_seconds or None},
+            "StoppingCondition": stopping | ({"MaxWaitTimeInSeconds": spot} if config.use_spot else {}),
+            "EnableManagedSpotTraining": config.use_spot,
+            "RetryStrategy": {"MaximumRetryAttempts": config.internal_error_retries or None},
+            "CheckpointConfig": {"S3Uri": checkpoints},
+        }
+    )
 
 
 def processing_request(
-    config: JobConfig, *, image: str, entrypoint: Sequence[str], inputs: Mapping[str, str]
+    config: JobConfig, *, image: str, entrypoint: Sequence[str], channels: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Parameters of `create_processing_job` without a name. `inputs` are s3:// prefixes by name.
+    """Parameters of `create_processing_job` without a name. `channels` are s3:// prefixes by name.
 
-    Inputs appear below `/opt/ml/processing/input/<name>`. Spot, warm pool and checkpoints do not exist there and are
+    They appear below `/opt/ml/processing/input/<name>`. Spot, warm pool and checkpoints do not exist there and are
     left out. Raises `ValueError` for instance groups, which do not exist either: other hosts are not what was meant.
     """
     if config.instance_groups:
         raise ValueError(
             "instance_groups exist for training jobs only: give them to a step that is one (steps: tune_model)"
         )
-    cluster: dict[str, Any] = {
-        "InstanceType": config.instance_type,
-        "InstanceCount": config.instance_count,
-        "VolumeSizeInGB": config.volume_size_gb,
-    }
-    if config.volume_kms_key:
-        cluster["VolumeKmsKeyId"] = config.volume_kms_key
-    network: dict[str, Any] = {
+    return _without_empty(
+        {
+            **_common(config),
+            "AppSpecification": {"ImageUri": image, "ContainerEntrypoint": list(entrypoint)},
+            "ProcessingInputs": [
+                {
+                    "InputName": name,
+                    "S3Input": {
+                        **_all_below(uri),
+                        "LocalPath": f"{PROCESSING_INPUT}/{name}",
+                        "S3InputMode": "File",
+                    },
+                }
+                for name, uri in channels.items()
+            ],
+            "ProcessingResources": {"ClusterConfig": _hosts(config)},
+            "StoppingCondition": {"MaxRuntimeInSeconds": config.max_run_seconds},
+            "NetworkConfig": _network(config),
+        }
+    )
+
+
+def _hosts(config: JobConfig) -> dict[str, Any]:
+    hosts: dict[str, Any] = {"InstanceType": config.instance_type, "InstanceCount": config.instance_count}
+    if config.instance_groups:
+        groups = [(group.name, group.instance_type, group.instance_count) for group in config.instance_groups]
+        members = ("InstanceGroupName", "InstanceType", "InstanceCount")
+        hosts = {"InstanceGroups": [dict(zip(members, group, strict=True)) for group in groups]}
+    return {**hosts, "VolumeSizeInGB": config.volume_size_gb, "VolumeKmsKeyId": config.volume_kms_key}
+
+
+def _network(config: JobConfig) -> dict[str, Any]:
+    vpc = {"Subnets": list(config.subnets), "SecurityGroupIds": list(config.security_group_ids)}
+    return {
         "EnableNetworkIsolation": config.network_isolation,
         "EnableInterContainerTrafficEncryption": config.encrypt_inter_container_traffic,
-    }
-    if config.vpc:
-        network["VpcConfig"] = config.vpc
-    return {
-        "RoleArn": config.role_arn,
-        "AppSpecification": {"ImageUri": image, "ContainerEntrypoint": list(entrypoint)},
-        "ProcessingInputs": [
-            {
-                "InputName": name,
-                "S3Input": {
-                    "S3Uri": uri,
-                    "LocalPath": f"{PROCESSING_INPUT}/{name}",
-                    "S3DataType": "S3Prefix",
-                    "S3InputMode": "File",
-                    "S3DataDistributionType": "FullyReplicated",
-                },
-            }
-            for name, uri in inputs.items()
-        ],
-        "ProcessingResources": {"ClusterConfig": cluster},
-        "StoppingCondition": {"MaxRuntimeInSeconds": config.max_run_seconds},
-        "NetworkConfig": network,
-        **_common(config),
+        "VpcConfig": vpc if config.subnets else None,
     }
 
 
 def _common(config: JobConfig) -> dict[str, Any]:
-    common: dict[str, Any] = {}
-    if config.environment:
-        common["Environment"] = dict(config.environment)
-    if config.tags:
-        common["Tags"] = [{"Key": key, "Value": value} for key, value in config.tags.items()]
-    return common
+    return {
+        "RoleArn": config.role_arn,
+        "Environment": dict(config.environment),
+        "Tags": [{"Key": key, "Value": value} for key, value in config.tags.items()],
+    }
+
+
+def _all_below(uri: str) -> dict[str, str]:
+    return {"S3Uri": uri, "S3DataType": "S3Prefix", "S3DataDistributionType": "FullyReplicated"}
+
+
+def _without_empty(members: Mapping[str, Any]) -> dict[str, Any]:
+    """Members that have a value, on all levels: what is not configured is not in a request."""
+    kept = {name: _without_empty(value) if isinstance(value, Mapping) else value for name, value in members.items()}
+    return {name: value for name, value in kept.items() if value not in (None, {}, [])}

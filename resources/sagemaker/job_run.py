@@ -14,9 +14,8 @@ from typing import Any
 import dagster as dg
 
 from resources.aws.calls import error_code, error_message, is_missing, is_transient
-from resources.aws.ownership import creation_tags, tags_of
+from resources.aws.ownership import RUN_TAG, WORK_TAG, asset_names, owned, root_tags, run_tags, tags_of
 from resources.aws.request_validation import check_request
-from resources.aws.tags import RUN_TAG, WORK_TAG, asset_names, run_tags, tag_list
 from resources.sagemaker.job_files import (
     BOOTSTRAP,
     LEASE,
@@ -26,9 +25,18 @@ from resources.sagemaker.job_files import (
     JobPrefix,
     JobSettings,
 )
-from resources.sagemaker.job_kinds import TERMINAL, TUNING, JobKind
-from resources.sagemaker.job_names import JobName, Work, request_digest
-from resources.sagemaker.job_reports import start_failure
+from resources.sagemaker.job_kinds import (
+    TERMINAL,
+    TUNING,
+    Job,
+    JobKind,
+    attempts_of,
+    job_name,
+    request_digest,
+    work_digest,
+    work_of,
+)
+from resources.sagemaker.job_reports import start_failure, status_lines
 from resources.waiting import wait_until
 
 Context = dg.OpExecutionContext | dg.AssetExecutionContext
@@ -36,10 +44,10 @@ _APPEARANCE_SECONDS = 2.0
 
 
 class JobRun:
-    """The job that does a piece of work for a step of a Dagster run.
+    """The job that does a piece of work for a step of a Dagster run: `job` is the one that was found, if any.
 
-    Call `find` first. Then, within `leased`: `start` if `description` is None, and `wait`.
-    Raises `InvalidJobRequest` at once if SageMaker would refuse the request.
+    Within `leased`: `start` if `job` is None, and `wait`. What has completed earlier than `completed_after` is not
+    found; see `_attempt`. Raises `InvalidJobRequest` at once if SageMaker would refuse the request.
     """
 
     def __init__(
@@ -49,40 +57,33 @@ class JobRun:
         context: Context,
         params: Mapping[str, Any],
         inputs: JobInputs,
-        name_of: Callable[[Work, str], JobName],
+        completed_after: datetime | None = None,
     ) -> None:
         self.kind, self.settings = kind, settings
         self._context, self._params, self._inputs = context, params, inputs
         partition = context.partition_key if context.has_partition_key else None
         assets = asset_names(context) or [str(context.op_handle)]
-        work = Work(assets, partition, inputs.digest or request_digest(params))
-        self._work = work.digest
-        self._names = name_of(work, context.run.root_run_id or context.run_id)
-        self._client = settings.client("sagemaker")
-        self.name = self._names.base
-        self.description: dict[str, Any] | None = None
-        self._exists = self._ended = False
+        self._work = work_digest(assets, partition, inputs.digest or request_digest(params))
+        root_run = context.run.root_run_id or context.run_id
+        # Names of tuning jobs have at most 32 characters.
+        prefix, shown = ("tune", []) if kind is TUNING else (settings.name_prefix, assets)
+        self.name = first_name = job_name(prefix, shown, self._work, root_run)
         check_request(kind.create_operation, self._request({}))
+        self._client = settings.client("sagemaker")
+        self.job = self._attempt(first_name, completed_after) or self._orphan(work_of(first_name))
+        self._exists, self._ended = self.job is not None, False
 
     @property
     def prefix(self) -> JobPrefix:
         """The S3 prefix of the job's small files."""
         return self.settings.prefix(self.name)
 
-    def find(self, completed_after: datetime | None = None, *, reports_by_pipes: bool = True) -> None:
-        """Choose the job's name, and describe the job if it is there: see `_attempt` and `_orphan`."""
-        self.name, self.description = self._attempt(completed_after, reports_by_pipes)
-        if self.description is None and self._names.root_run:
-            self.name, self.description = self._orphan() or (self.name, None)
-
     @contextmanager
     def leased(self) -> Iterator[None]:
         """Hold the lease. If an error ends the block before the job has ended, the job is stopped, unless `detach`."""
         try:
-            self._exists = self.description is not None
-            if self.description is not None:
-                state = self.description[self.kind.status_member]
-                self._context.log.info(f"Attached to {self.kind.noun} {self.name}, which is {state}")
+            if self.job is not None:
+                self._context.log.info(f"Attached to {self.job}, which is {self.job.status}")
             self._lease(self.name).take()
             yield
         except BaseException:
@@ -107,19 +108,17 @@ class JobRun:
             prefix.put(BOOTSTRAP, json.dumps(dict(bootstrap)).encode())
         self._exists = True  # from here on there may be a job
         try:
-            answer = self.kind.method(self._client, "create")(**self._request(bootstrap or {}))
+            arn = self.kind.method(self._client, "create")(**self._request(bootstrap or {}))[self.kind.member("Arn")]
         except ClientError as error:
             found = self.kind.describe(self._client, self.name) if error_code(error) == "ResourceInUse" else None
             if found is None or self._tags(found).get(WORK_TAG) != self._work:
                 self._exists = False
                 raise start_failure(self.kind, self.name, error) from error
-            answer = found
-        self._context.log.info(self.kind.started_text(answer[self.kind.arn_member], self.name))
+            arn = found.arn
+        self._context.log.info(self.kind.started_text(arn, self.name))
 
-    def wait(
-        self, see: Callable[[Mapping[str, Any]], object], each: Callable[[], object] | None = None
-    ) -> dict[str, Any]:
-        """The description of the ended job. `see` gets each description before; `each` is called at each poll.
+    def wait(self, each: Callable[[], object] = lambda: None) -> Job:
+        """The job when it has ended. Its statuses are logged, and `each` is called at each poll.
 
         The lease is renewed at each poll. Calls have few retries here, so that an outage does not keep the lease from
         being renewed: the next poll tries again, until `polling.retry` seconds have passed without an answer.
@@ -127,25 +126,28 @@ class JobRun:
         from botocore.exceptions import BotoCoreError, ClientError
 
         client = self.settings.client("sagemaker", SHORT_RETRY_SECONDS)
-        describe, which = self.kind.method(client, "describe"), {self.kind.name_member: self.name}
+        describe, which = self.kind.method(client, "describe"), {self.kind.member("Name"): self.name}
         lease, polling, answered = self._lease(self.name, SHORT_RETRY_SECONDS), self.settings.polling, time.monotonic()
+        said = set[tuple[int, str]]()
 
-        def ended() -> dict[str, Any] | None:
+        def ended() -> Job | None:
             nonlocal answered
-            if each is not None:
-                each()
+            each()
             lease.renew()
             try:
-                description = describe(**which)
+                job = self.kind.job(describe(**which))
             except (ClientError, BotoCoreError) as error:
                 if is_transient(error) and time.monotonic() - answered < polling.retry:
                     return None
                 raise
             answered = time.monotonic()
-            see(description)
-            return description if description[self.kind.status_member] in TERMINAL else None
+            for line in enumerate(status_lines(job)):
+                if line not in said:
+                    said.add(line)
+                    self._context.log.info(line[1])
+            return job if job.status in TERMINAL else None
 
-        description = wait_until(
+        job = wait_until(
             ended,
             timeout=float("inf"),
             interval=polling.interval,
@@ -153,56 +155,56 @@ class JobRun:
             what=f"the end of {self.name}",
         )
         self._ended = True
-        return description
+        return job
 
-    def _attempt(self, completed_after: datetime | None, reports_by_pipes: bool) -> tuple[str, dict[str, Any] | None]:
-        """The first attempt of this run, or of its retries, that is running or has completed; or the first free name.
+    def _attempt(self, first_name: str, completed_after: datetime | None) -> Job | None:
+        """The first attempt of this run, or of its retries, that is running or has completed; else `name` is free.
 
         A completed job counts if it was started by this run (a retry of the step) or ended after `completed_after`, and
-        closed its Pipes session in order.
+        closed its Pipes session in order. Tuning jobs have none.
         """
-        for name in self._names.attempts():
-            description = self.kind.describe(self._client, name)
-            if description is None:
-                return name, None
-            tags, status = self._tags(description), description[self.kind.status_member]
+        for name in attempts_of(first_name):
+            self.name = name
+            if (job := self.kind.describe(self._client, name)) is None:
+                return None
+            tags = self._tags(job)
             if tags.get(WORK_TAG) != self._work:
                 continue
-            if status == "InProgress":
-                return name, description
-            if status == "Completed":
-                ended = description.get(self.kind.ended) or description["LastModifiedTime"]
+            if job.status == "InProgress":
+                return job
+            if job.status == "Completed":
+                ended = job.facts.get(self.kind.ended) or job.facts["LastModifiedTime"]
                 fresh = completed_after is None or ended >= completed_after or tags.get(RUN_TAG) == self._context.run_id
-                if fresh and (not reports_by_pipes or self.settings.prefix(name).has_closed()):
-                    return name, description
-        raise RuntimeError(f"no name is left for another attempt of {self._names.base}")
+                if fresh and (self.kind is TUNING or self.prefix.has_closed()):
+                    return job
+        raise RuntimeError(f"no name is left for another attempt of {first_name}")
 
-    def _orphan(self) -> tuple[str, dict[str, Any]] | None:
+    def _orphan(self, work: str) -> Job | None:
         """A running job of another run that does the same work, and whose lease is not renewed."""
         from botocore.exceptions import ClientError
 
         kind, log = self.kind, self._context.log
         try:
-            found = getattr(self._client, kind.list_operation)(
-                NameContains=self._names.work, StatusEquals="InProgress", MaxResults=20
+            found = getattr(self._client, f"list_{kind.method_name}s")(
+                NameContains=work, StatusEquals="InProgress", MaxResults=20
             )
         except ClientError as error:
             if error_code(error) not in ("AccessDeniedException", "AccessDenied"):
                 raise
             log.info(f"{error}; jobs that killed runs left behind are not looked for")
             return None
-        for summary in found[kind.summaries_member]:
-            name = summary[kind.name_member]
-            description = kind.describe(self._client, name)
-            if description is None or self._tags(description).get(WORK_TAG) != self._work:
+        for summary in found[kind.member("Summaries")]:
+            job = kind.describe(self._client, summary[kind.member("Name")])
+            if job is None or self._tags(job).get(WORK_TAG) != self._work:
                 continue
-            log.info(f"{kind.noun} {name} of another run does the same work; waiting for its lease to be renewed")
-            if self._lease(name).adopt():
-                return name, description
+            log.info(f"{job} of another run does the same work; waiting for its lease to be renewed")
+            if self._lease(job.name).adopt():
+                self.name = job.name
+                return job
         return None
 
-    def _tags(self, description: Mapping[str, Any]) -> dict[str, str]:
-        return tags_of(self._client, description[self.kind.arn_member])
+    def _tags(self, job: Job) -> dict[str, str]:
+        return tags_of(self._client, job.arn)
 
     def _lease(self, name: str, retry_seconds: float | None = None) -> JobLease:
         prefix = self.settings.prefix(name, retry_seconds)
@@ -211,17 +213,14 @@ class JobRun:
     def _request(self, bootstrap: Mapping[str, str]) -> dict[str, Any]:
         """A copy of the caller's parameters with name, tags and environment added."""
         request = copy.deepcopy(dict(self._params))
-        request[self.kind.name_member] = self.name
+        request[self.kind.member("Name")] = self.name
         given = {tag["Key"]: tag["Value"] for tag in request.get("Tags", [])}
-        ours = {WORK_TAG: self._work, **creation_tags(self.settings.job_root)}
-        request["Tags"] = tag_list(ours, given, run_tags(self._context))
-        environment = {}
-        if self._inputs.uri_variable:
-            environment[self._inputs.uri_variable] = self.prefix.uri
-        else:
-            environment |= bootstrap
-        if self._inputs.name_variable:
-            environment[self._inputs.name_variable] = self.name
+        ours = {WORK_TAG: self._work, **root_tags(self.settings.job_root)}
+        request["Tags"] = owned(ours, given, run_tags(self._context))
+        inputs = self._inputs
+        environment = {inputs.uri_variable: self.prefix.uri} if inputs.uri_variable else dict(bootstrap)
+        if inputs.name_variable:
+            environment[inputs.name_variable] = self.name
         if environment:
             holder = request["TrainingJobDefinition"] if self.kind is TUNING else request
             holder["Environment"] = {**holder.get("Environment", {}), **environment}
@@ -257,14 +256,14 @@ def stop_job(kind: JobKind, client: Any, name: str, log: dg.DagsterLogManager | 
     from botocore.exceptions import BotoCoreError, ClientError
 
     log.warning(f"Stopping {kind.noun} {name}")
-    which: dict[str, Any] = {kind.name_member: name}
+    which = {kind.member("Name"): name}
     start = time.monotonic()
 
     def stopping() -> bool:
         try:
-            state = kind.method(client, "describe")(**which)[kind.status_member]
-            if state in (*TERMINAL, "Stopping"):
-                log.warning(f"{kind.noun} {name} is {state}")
+            job = kind.job(kind.method(client, "describe")(**which))
+            if job.status in (*TERMINAL, "Stopping"):
+                log.warning(f"{job} is {job.status}")
                 return True
             kind.method(client, "stop")(**which)
         except (ClientError, BotoCoreError) as error:

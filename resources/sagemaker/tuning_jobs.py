@@ -6,35 +6,46 @@ search, and goes straight to the final fit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import dagster as dg
+from pydantic import Field
 
 from resources.aws.calls import pages
 from resources.sagemaker.job_files import JobInputs, JobSettings
-from resources.sagemaker.job_kinds import TRAINING, TUNING
-from resources.sagemaker.job_names import digest_of, request_digest, tuning_job_name
+from resources.sagemaker.job_kinds import TRAINING, TUNING, Job, digest_of, request_digest
 from resources.sagemaker.job_reports import JobFailure
-from resources.sagemaker.job_requests import JobConfig
+from resources.sagemaker.job_requests import JobConfig, training_request
 from resources.sagemaker.job_run import Context, JobRun
-from resources.sagemaker.tuning_requests import NativeTuningConfig, tuning_request
 from step_scripts.parameters import TuneModelParams, TuneModelSettings
 from step_scripts.runner.contract import StepRequest
-from step_scripts.runner.wording import counted, number
-from step_scripts.training.trials import OBJECTIVE, TRIAL_MODULE, TUNED, TrialRecord, TrialStore, fingerprint
+from step_scripts.runner.wording import counted
+from step_scripts.training.trials import (
+    METRICS,
+    OBJECTIVE,
+    TRIAL_MODULE,
+    TUNED,
+    TrialRecord,
+    TrialStore,
+    fingerprint,
+)
 
 URI_VARIABLE = "HOUSING_JOB_URI"
+_LARGEST_SEED = 2**31 - 1
+_LOGARITHMIC = {"eta"}
 
 
-@dataclass(frozen=True)
-class TuningResult:
-    """An ended tuning job: its description, and those of its training jobs in the order of their creation."""
+class NativeTuningConfig(dg.Config):
+    """Trials as training jobs of a SageMaker tuning job, instead of Ray Tune inside the training job."""
 
-    description: dict[str, Any]
-    trials: list[dict[str, Any]] = field(default_factory=list)
+    strategy: Literal["Bayesian", "Random"] = Field(default="Bayesian", description="How SageMaker chooses trials.")
+    max_parallel_jobs: int = Field(default=2, ge=1, le=100, description="Trials at a time, each on one host.")
+    instance_type: str | None = Field(default=None, description="Of the trials. Empty: that of tune_model's job.")
+    max_run_seconds: int | None = Field(
+        default=None, ge=1, description="Longest running time of a trial; seconds. Empty: that of tune_model's job."
+    )
 
 
 @dataclass(frozen=True)
@@ -51,130 +62,140 @@ class NativeTuning:
     channels: Mapping[str, str]
 
     def create_request(self, search: TuneModelSettings, trials: int, finished: int) -> dict[str, Any]:
-        """Parameters of the tuning job, without its name."""
-        return tuning_request(
-            self.job,
-            self.config,
-            search,
-            trials=trials,
-            finished=finished,
+        """Parameters of `create_hyper_parameter_tuning_job` without a name, for `trials` after `finished` others.
+
+        The ranges are those of `search`; what has only one value is static. The image must answer the argument `train`.
+        """
+        changes = {
+            "instance_count": 1,
+            "instance_groups": [],
+            "keep_alive_seconds": 0,
+            "checkpoint_uri": None,
+            "instance_type": self.config.instance_type or self.job.instance_type,
+            "max_run_seconds": self.config.max_run_seconds or self.job.max_run_seconds,
+            "environment": {**self.job.environment, "HOUSING_TRAIN_MODULE": TRIAL_MODULE},
+        }
+        trial = training_request(
+            JobConfig(**{**self.job.model_dump(), **changes}),
             image=self.image,
-            output_uri=self.settings.job_root,
+            entrypoint=[],
             channels=self.channels,
-            environment={"HOUSING_TRAIN_MODULE": TRIAL_MODULE},
+            output_uri=self.settings.job_root,
         )
+        metrics = [{"Name": name, "Regex": pattern} for name, pattern in METRICS.items()]
+        trial["AlgorithmSpecification"]["MetricDefinitions"] = metrics
+        tags = {"Tags": trial.pop("Tags")} if "Tags" in trial else {}
+        ranges, static = _ranges(search)
+        return {
+            "HyperParameterTuningJobConfig": {
+                "Strategy": self.config.strategy,
+                "HyperParameterTuningJobObjective": {"Type": "Minimize", "MetricName": OBJECTIVE},
+                "ResourceLimits": {
+                    "MaxNumberOfTrainingJobs": trials,
+                    "MaxParallelTrainingJobs": min(self.config.max_parallel_jobs, trials),
+                },
+                "ParameterRanges": ranges,
+                # Another seed after an interruption: the same one would propose the finished trials again.
+                "RandomSeed": (search.resolved()["seed"] + finished) % _LARGEST_SEED,
+            },
+            "TrainingJobDefinition": trial | ({"StaticHyperParameters": static} if static else {}),
+            **tags,
+        }
 
     def run(self, context: Context, request: StepRequest) -> dict[str, Any]:
         """Run the trials that are not in the request's checkpoints yet, and put them there; metadata about the job.
 
         Raises `JobFailure` unless the tuning job completes; what it has finished is kept all the same.
         """
-        params = TuneModelParams.model_validate(request.params)
-        store = TrialStore(request.shared_checkpoint_uri, fingerprint(params, request.origins))
+        search = TuneModelParams.model_validate(request.params)
+        store = TrialStore(request.shared_checkpoint_uri, fingerprint(search, request.origins))
         finished = store.load()
-        wanted = params.resolved()["num_trials"]
+        wanted = search.resolved()["num_trials"]
         if len(finished) >= wanted:
             context.log.info(f"{len(finished)} of {counted(wanted, 'trial')} finished before; no tuning job is needed")
             return {}
-        params_of_job = self.create_request(params, wanted - len(finished), len(finished))
+        params = self.create_request(search, wanted - len(finished), len(finished))
         inputs = JobInputs(
             files={"request.json": request.model_dump_json().encode()},
             uri_variable=URI_VARIABLE,
-            digest=digest_of([f"{request.digest} {len(finished)}", request_digest(params_of_job)]),
+            digest=digest_of([f"{request.digest} {len(finished)}", request_digest(params)]),
         )
-        result = self._run_job(context, params_of_job, inputs, request.not_before)
-        completed = result.description[TUNING.status_member] == "Completed"
-        for record in trial_records(result, params.resolved()["num_boost_round"], {r.trial for r in finished}):
-            if completed or record.status == "completed":  # the others are to be run again
+        run = JobRun(self.settings, TUNING, context, params, inputs, request.not_before)
+        with run.leased():
+            if run.job is None:
+                run.start()
+            job = run.wait()
+        trials = self._trials(job)
+        for record in trial_records(trials, search.resolved()["num_boost_round"], {r.trial for r in finished}):
+            if job.status == "Completed" or record.status == "completed":  # the others are to be run again
                 store.save(record)
             context.log.info(record.describe())
-        if not completed:
-            raise tuning_failure(result)
-        return _metadata(result)
+        if job.status != "Completed":
+            raise tuning_failure(job, trials)
+        return _metadata(job, trials)
 
-    def _run_job(
-        self, context: Context, params: Mapping[str, Any], inputs: JobInputs, completed_after: datetime | None
-    ) -> TuningResult:
-        """Run the tuning job to whatever end."""
-        job = JobRun(self.settings, TUNING, context, params, inputs, tuning_job_name)
-        job.find(completed_after, reports_by_pipes=False)
-        said = ""
-
-        def see(description: Mapping[str, Any]) -> None:
-            nonlocal said
-            if (progress := _progress(description)) != said:
-                said = progress
-                context.log.info(f"tuning job {job.name}: {progress}")
-
-        with job.leased():
-            if job.description is None:
-                job.start()
-            description = job.wait(see)
+    def _trials(self, job: Job) -> list[Job]:
+        """The training jobs of a tuning job, in the order of their creation."""
         client, listing = self.settings.client("sagemaker"), "list_training_jobs_for_hyper_parameter_tuning_job"
-        which: dict[str, Any] = {TUNING.name_member: job.name}
-        trials = []
-        for summary in pages(
-            client, listing, "TrainingJobSummaries", SortBy="CreationTime", SortOrder="Ascending", **which
-        ):
-            trial = client.describe_training_job(TrainingJobName=summary["TrainingJobName"])
-            trials.append({**trial, "TunedHyperParameters": summary["TunedHyperParameters"]})
-        return TuningResult(description, trials)
-
-
-def _progress(description: Mapping[str, Any]) -> str:
-    counters = description.get("TrainingJobStatusCounters", {})
-    failed = counters.get("NonRetryableError", 0)
-    done = counters.get("Completed", 0) + counters.get("Stopped", 0) + failed
-    most = description["HyperParameterTuningJobConfig"]["ResourceLimits"].get("MaxNumberOfTrainingJobs")
-    text = f"{description[TUNING.status_member]}, {done} of {counted(most, 'trial')} finished"
-    if failed:
-        text += f", {failed} of them failed"
-    metric = description.get("BestTrainingJob", {}).get("FinalHyperParameterTuningJobObjectiveMetric")
-    return text + (f", best so far {metric['MetricName']} {number(metric['Value'])}" if metric else "")
-
-
-def tuning_failure(result: TuningResult) -> JobFailure:
-    """The failure for a tuning job that did not complete, with the first failure of its training jobs."""
-    description = result.description
-    name, status, arn = (
-        description[member] for member in (TUNING.name_member, TUNING.status_member, TUNING.arn_member)
-    )
-    reason = description.get("FailureReason") or "no reason was given"
-    parts = [f"tuning job {name} ended as {status}: {reason}"]
-    failed = next((trial for trial in result.trials if trial.get("FailureReason")), None)
-    if failed is not None:
-        job = failed["TrainingJobName"]
-        parts += [
-            f"The first training job that failed, {job}: {failed['FailureReason']}",
+        which = {TUNING.member("Name"): job.name, "SortBy": "CreationTime", "SortOrder": "Ascending"}
+        return [
+            TRAINING.job(summary | client.describe_training_job(TrainingJobName=summary["TrainingJobName"]))
+            for summary in pages(client, listing, "TrainingJobSummaries", **which)
         ]
-        if log := TRAINING.links(failed["TrainingJobArn"], job).get("logs"):
-            parts.append(f"Its log: {log}")
+
+
+def _ranges(search: TuneModelSettings) -> tuple[dict[str, list[dict[str, str]]], dict[str, str]]:
+    """Ranges as the API takes them, and the values of what has only one."""
+    resolved = search.resolved()
+    ranges: dict[str, list[dict[str, str]]] = {}
+    static: dict[str, str] = {}
+    for name, kind in TUNED.items():
+        low, high = resolved[f"{name}_min"], resolved[f"{name}_max"]
+        if low == high:
+            static[name] = str(low)
+            continue
+        member = "IntegerParameterRanges" if kind is int else "ContinuousParameterRanges"
+        scaling = "Logarithmic" if name in _LOGARITHMIC else "Linear"
+        entry = {"Name": name, "MinValue": str(low), "MaxValue": str(high), "ScalingType": scaling}
+        ranges.setdefault(member, []).append(entry)
+    if not ranges:
+        raise ValueError("native tuning needs at least one hyperparameter whose range has more than one value")
+    return ranges, static
+
+
+def tuning_failure(job: Job, trials: Sequence[Job]) -> JobFailure:
+    """The failure for a tuning job that did not complete, with the first failure of its training jobs."""
+    reason = job.facts.get("FailureReason") or "no reason was given"
+    parts = [f"{job} ended as {job.status}: {reason}"]
+    reason_of_trial = ""
+    if failed := next((trial for trial in trials if trial.facts.get("FailureReason")), None):
+        reason_of_trial = failed.facts["FailureReason"]
+        parts.append(f"The first training job that failed, {failed.name}: {reason_of_trial}")
+        parts += [f"Its log: {url}" for what, url in failed.links().items() if what == "logs"]
     remedy = (
         "start the run again if stopping it was wrong: trials that have finished are not run again"
-        if status == "Stopped"
+        if job.status == "Stopped"
         else "mend what the training jobs' logs show, or go back to Ray Tune (no native_tuning)"
     )
-    url = TUNING.links(arn, name).get("console")
-    text = "\n".join([*parts, f"What to do: {remedy}.", *([f"Job: {url}"] if url else [])])
-    metadata = {"tuning_job": name, "failure_reason": reason}
-    if url:
-        metadata["tuning_console"] = dg.MetadataValue.url(url)
-    return JobFailure(text, metadata, allow_retries=False, job_name="", reason=(failed or {}).get("FailureReason", ""))
+    page = job.links().get("console")
+    text = "\n".join([*parts, f"What to do: {remedy}.", *([f"Job: {page}"] if page else [])])
+    metadata = {"tuning_job": job.name, "failure_reason": reason, **_console(job)}
+    return JobFailure(text, metadata, allow_retries=False, job_name="", reason=reason_of_trial)
 
 
-def trial_records(result: TuningResult, num_boost_round: int, taken: set[int]) -> list[TrialRecord]:
+def trial_records(trials: Sequence[Job], num_boost_round: int, taken: set[int]) -> list[TrialRecord]:
     """The training jobs of a tuning job as records of trials, with the free numbers from 1 on."""
-    numbers = (number for number in range(1, len(taken) + len(result.trials) + 1) if number not in taken)
-    return [_record(next(numbers), trial, num_boost_round) for trial in result.trials]
+    numbers = (number for number in range(1, len(taken) + len(trials) + 1) if number not in taken)
+    return [_record(next(numbers), trial, num_boost_round) for trial in trials]
 
 
-def _record(number: int, trial: Mapping[str, Any], num_boost_round: int) -> TrialRecord:
-    given = {**trial.get("HyperParameters", {}), **trial["TunedHyperParameters"]}
+def _record(number: int, trial: Job, num_boost_round: int) -> TrialRecord:
+    given = {**trial.facts.get("HyperParameters", {}), **trial.facts["TunedHyperParameters"]}
     parameters = {name: kind(float(given[name])) for name, kind in TUNED.items()}
-    metrics = {metric["MetricName"]: metric["Value"] for metric in trial.get("FinalMetricDataList", [])}
-    seconds = float(trial.get("TrainingTimeInSeconds") or TRAINING.running_seconds(trial) or 0.0)
-    if trial["TrainingJobStatus"] != "Completed" or OBJECTIVE not in metrics:
-        error = trial.get("FailureReason") or f"the training job ended as {trial['TrainingJobStatus']}"
+    metrics = {metric["MetricName"]: metric["Value"] for metric in trial.facts.get("FinalMetricDataList", [])}
+    seconds = float(trial.facts.get("TrainingTimeInSeconds") or trial.running_seconds() or 0.0)
+    if trial.status != "Completed" or OBJECTIVE not in metrics:
+        error = trial.facts.get("FailureReason") or f"the training job ended as {trial.status}"
         return TrialRecord(
             trial=number, parameters=parameters, rmse=None, rounds=0, best_rounds=0, seconds=seconds, status="failed",
             stopped_by="error", error=error,
@@ -192,18 +213,18 @@ def _record(number: int, trial: Mapping[str, Any], num_boost_round: int) -> Tria
     )
 
 
-def _metadata(result: TuningResult) -> dict[str, Any]:
-    description = result.description
-    name, arn = description[TUNING.name_member], description[TUNING.arn_member]
-    started, ended = description[TUNING.started], description.get(TUNING.ended)
-    links = TUNING.links(arn, name)
-    metadata: dict[str, Any] = {
-        "tuning_job": name,
-        "tuning_job_arn": arn,
-        **({"tuning_console": dg.MetadataValue.url(links["console"])} if links else {}),
-        "tuning_trials": len(result.trials),
-        "tuning_billable_seconds": sum(int(trial.get("BillableTimeInSeconds", 0)) for trial in result.trials),
+def _metadata(job: Job, trials: Sequence[Job]) -> dict[str, Any]:
+    seconds = job.running_seconds()
+    return {
+        "tuning_job": job.name,
+        "tuning_job_arn": job.arn,
+        **_console(job),
+        "tuning_trials": len(trials),
+        "tuning_billable_seconds": sum(int(trial.facts.get("BillableTimeInSeconds", 0)) for trial in trials),
+        **({} if seconds is None else {"tuning_job_seconds": seconds}),
     }
-    if ended is not None:
-        metadata["tuning_job_seconds"] = round((ended - started).total_seconds(), 1)
-    return metadata
+
+
+def _console(job: Job) -> dict[str, Any]:
+    links = job.links()
+    return {"tuning_console": dg.MetadataValue.url(links["console"])} if links else {}

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from resources.services.optional import attempt
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact
-from step_scripts.runner.environment import environment_defaults
+from step_scripts.runner.ray_environment import environment_defaults
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]  # optional

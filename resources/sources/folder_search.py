@@ -15,7 +15,7 @@ from pathlib import Path
 
 from step_scripts.parameters import SourceFile
 from step_scripts.runner import storage
-from step_scripts.runner.storage import FileState, file_state, local_state
+from step_scripts.runner.storage import FileState, local_state
 
 _ANY_DEPTH = re.compile("")  # what `**` stands for, in a list of patterns of one segment each
 _CALENDAR = (-62_135_596_800.0, 253_402_300_799.0)  # the years 1 to 9999, in seconds since 1970
@@ -47,11 +47,6 @@ class Found:
     others: list[str] = field(default_factory=list)
     closed: list[SetAside] = field(default_factory=list)
 
-    def single(self, path: str) -> Found:
-        """The one file at `path`."""
-        self.add(path, file_state(path))
-        return self
-
     def add(self, path: str, state: FileState) -> None:
         """A file that matches, unless its name or its time cannot be handed on."""
         if shown(path) != path:
@@ -63,13 +58,41 @@ class Found:
             self.files.append(SourceFile(uri=path, bytes=state.bytes, modified=state.modified, change=state.change))
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """Something below the folder that is searched, no folder. Without `state` it cannot be read: see `problem`.
+
+    `file`: the file itself, where `linked` says that it was reached through a symbolic link.
+    """
+
+    path: str
+    parts: tuple[str, ...]
+    file: str = ""
+    linked: bool = False
+    state: FileState | None = None
+    problem: str = ""
+    remedy: str = "Correct or remove it"
+
+
 def matching(folder: str, pattern: str, flags: int = 0) -> Found:
-    """What lies below `folder` and matches. One segment at a time, so that `*` stays within a folder."""
+    """What lies below `folder` and matches. One segment at a time, so that `*` stays within a folder.
+
+    A file that has several names, because of links, is read once: under the name that has no link in it.
+    """
     parts = pattern.split("/")
     segments = [_ANY_DEPTH if part == "**" else re.compile(fnmatch.translate(part), flags) for part in parts]
-    found = Found()
-    search = _search_s3 if storage.is_remote(folder) else _search_local
-    search(folder, segments, found)
+    found, names = Found(), dict[str, str]()
+    entries = _objects(folder, segments) if storage.is_remote(folder) else _walk(folder, segments, found)
+    for entry in sorted(entries, key=lambda e: (e.linked, e.path)):
+        name = "/".join(entry.parts)
+        if not _matches(entry.parts, segments):
+            found.others.append(shown(name))
+        elif entry.state is None:
+            found.set_aside.append(SetAside(shown(entry.path), entry.problem, entry.remedy))
+        elif (first := names.setdefault(entry.file, entry.path)) != entry.path:
+            found.others.append(shown(f"{name} (a link to {first})"))
+        else:
+            found.add(entry.path, entry.state)
     return found
 
 
@@ -90,63 +113,26 @@ def _leads_to_match(parts: Sequence[str], segments: Sequence[re.Pattern[str]]) -
     return bool(segments[0].fullmatch(parts[0])) and _leads_to_match(parts[1:], segments[1:])
 
 
-def _search_s3(folder: str, segments: Sequence[re.Pattern[str]], found: Found) -> None:
+def _objects(folder: str, segments: Sequence[re.Pattern[str]]) -> Iterator[_Entry]:
     from botocore.exceptions import BotoCoreError, ClientError
 
     from step_scripts.runner.s3_objects import list_objects
 
     try:
         for item in list_objects(folder, deep=len(segments) > 1):
-            parts = item.path.split("/")
-            if any(part.startswith((".", "_")) for part in parts):
-                continue
-            if _matches(parts, segments):
+            parts, uri = tuple(item.path.split("/")), f"{folder}/{item.path}"
+            if not any(part.startswith((".", "_")) for part in parts):
                 state = FileState(item.bytes, item.modified.timestamp(), item.etag.strip('"'))
-                found.add(f"{folder}/{item.path}", state)
-            else:
-                found.others.append(item.path)
+                yield _Entry(uri, parts, uri, state=state)
     except (BotoCoreError, ClientError) as error:
         raise OSError(str(error)) from error
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """Something below the folder that is searched. `linked`: it, or a folder on the way, is a symbolic link."""
-
-    path: str
-    parts: tuple[str, ...]
-    linked: bool
-    state: os.stat_result | None
-    problem: str = ""
-
-
-def _search_local(folder: str, segments: Sequence[re.Pattern[str]], found: Found) -> None:
-    matched: list[_Entry] = []
-    for entry in _walk(folder, segments, found):
-        name = shown("/".join(entry.parts))
-        if not _matches(entry.parts, segments):
-            found.others.append(name)
-        elif entry.state is None:
-            found.set_aside.append(SetAside(shown(entry.path), entry.problem, "Correct or remove it"))
-        elif not stat.S_ISREG(entry.state.st_mode):
-            found.set_aside.append(SetAside(shown(entry.path), "it is no regular file", "Remove it"))
-        else:
-            matched.append(entry)
-    # A file that has several names, because of links, is read once: under the name that has no link in it.
-    names: dict[str, str] = {}
-    for entry in sorted(matched, key=lambda e: (e.linked, e.path)):
-        real = os.path.realpath(entry.path) if entry.linked else f"{os.path.realpath(folder)}/{'/'.join(entry.parts)}"
-        name = names.setdefault(real, entry.path)
-        if name == entry.path and entry.state is not None:
-            found.add(entry.path, local_state(entry.state))
-        else:
-            found.others.append(shown(f"{'/'.join(entry.parts)} (a link to {name})"))
 
 
 def _walk(folder: str, segments: Sequence[re.Pattern[str]], found: Found) -> Iterator[_Entry]:
     """Everything but folders below `folder`, in those folders that may hold a match. Links are followed, once."""
     top = Path(folder).stat() if Path(folder).exists() else None
     above = frozenset({(top.st_dev, top.st_ino)} if top else ())
+    real = os.path.realpath(folder)
     waiting = [(folder.rstrip("/"), tuple[str, ...](), False, above)] if top else []
     while waiting:
         path, parts, linked, above = waiting.pop()
@@ -167,10 +153,13 @@ def _walk(folder: str, segments: Sequence[re.Pattern[str]], found: Found) -> Ite
             except OSError as error:
                 nowhere = isinstance(error, FileNotFoundError)
                 reason = "it is a link that leads nowhere" if nowhere else f"it cannot be read ({error.strerror})"
-                yield _Entry(child.path, below, True, None, reason)
+                yield _Entry(child.path, below, linked=True, problem=reason)
                 continue
-            if not stat.S_ISDIR(state.st_mode):
-                yield _Entry(child.path, below, linked or link, state)
+            if stat.S_ISREG(state.st_mode):
+                file = os.path.realpath(child.path) if linked or link else f"{real}/{'/'.join(below)}"
+                yield _Entry(child.path, below, file, linked or link, local_state(state))
+            elif not stat.S_ISDIR(state.st_mode):
+                yield _Entry(child.path, below, problem="it is no regular file", remedy="Remove it")
             elif (state.st_dev, state.st_ino) in above:
                 found.others.append(shown(f"{'/'.join(below)} (a link back to a folder above it)"))
             elif _leads_to_match(below, segments):

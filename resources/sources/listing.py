@@ -12,6 +12,7 @@ from resources.sources.folder_search import Found, SetAside, matching, shown
 from step_scripts.parameters import SourceFile
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
+from step_scripts.runner.storage import file_state
 
 _TAIL_BYTES = 1024
 _WILDCARD = re.compile(r"[*?\[]")
@@ -46,7 +47,8 @@ def list_source(source: str) -> Listing:
         path = _absolute(text)
         kind = _kind(path)
         if kind == "file":
-            found, looked = Found().single(path), path
+            found, looked = Found(), path
+            found.add(path, file_state(path))
         elif kind == "folder":
             found, looked = matching(path, "*.csv", re.IGNORECASE), path
         elif _WILDCARD.search(path.removeprefix(_scheme(path))):

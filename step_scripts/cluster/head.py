@@ -7,43 +7,54 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from typing import Any
 
-from step_scripts.cluster.driver import DriverTask
-from step_scripts.cluster.failure import ClusterError, failure_of, write_failure
-from step_scripts.cluster.job import Deadline, own_address, pauses, resolve
-from step_scripts.cluster.node import FAILED, STOPPED, SUCCEEDED, NodeContext, NodeRole, Stopped
+from step_scripts.cluster.job import (
+    FAILED,
+    STOPPED,
+    SUCCEEDED,
+    ClusterError,
+    Deadline,
+    failure_of,
+    own_address,
+    pauses,
+    resolve,
+    write_failure,
+)
+from step_scripts.cluster.node import Node, Stopped
 from step_scripts.cluster.status import ClusterStatusClient, HeadUnavailable, JobOutcome
 from step_scripts.runner import storage
 from step_scripts.runner.contract import write_json
 from step_scripts.runner.execution import find_result
-from step_scripts.runner.ray_join import is_open
+from step_scripts.runner.ray_session import is_open
 
 _log = logging.getLogger(__name__)
 
 
-class Head(NodeRole):
+class Head(Node):
     """Runs Ray's control store and the step's driver."""
 
-    def __init__(self, context: NodeContext) -> None:
-        super().__init__(context)
-        self._request = context.files.request()
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._request = self.files.request()
         self._attempt = os.environ.get("HOUSING_ATTEMPT") or "attempt"
-        self._outcome_file = context.folder / "outcome.json"
+        self._answers = b""
+        self._channel, theirs = socket.socketpair()
+        self._channel.setblocking(False)
         # Started first: it imports what it needs while the cluster forms.
-        self._driver = context.children.start([sys.executable, "-m", "step_scripts.cluster.driver"], os.environ)
-        self._status: ClusterStatusClient | None = None
+        command = [sys.executable, "-m", "step_scripts.runner.worker", str(theirs.fileno())]
+        with theirs:
+            self._driver = self.children.start(command, os.environ, inherit=[theirs.fileno()])
+        self._status: ClusterStatusClient | None = None  # once it answers
+        self._addresses: dict[str, str] = {}
         self._lost: dict[str, str] = {}
 
     def run(self) -> int:
         """Run the step on the cluster, and tell the other hosts how it ended."""
         stopped = False
-        task = DriverTask(
-            request=self._request, attempt=self._attempt, pipes=self.context.files.pipes(), outcome=self._outcome_file
-        )
-        self._tell_driver(task.model_dump_json())
         try:
             failure = self._form_and_run()
         except Stopped:
@@ -51,7 +62,7 @@ class Head(NodeRole):
         except Exception as error:  # noqa: BLE001  # becomes the job's failure, which the workers repeat
             failure = failure_of(error)
             _log.error("failed: %s", failure["message"], exc_info=error if "traceback" in failure else None)
-            self.context.children.end(self._driver, 0)
+            self._end_driver(0)
         if failure is not None and not stopped:
             write_failure(self.hosts.failure_file, failure)
         self._publish(JobOutcome(failure))
@@ -68,19 +79,20 @@ class Head(NodeRole):
         address = self.find_address(self.hosts.current, lambda: own_address(self.hosts))
         ray = self.start_ray(address, "--head", "--port", str(self.port), "--include-dashboard=false", "--no-monitor")
         status = ClusterStatusClient(address, self.port)
-        addresses = self._await_hosts(status, ray)
-        note = f"Ray cluster of {len(addresses)} hosts: " + ", ".join(f"{n} {a}" for n, a in addresses.items())
+        self._await_hosts(status, ray)
+        hosts = ", ".join(f"{name} {place}" for name, place in self._addresses.items())
+        note = f"Ray cluster of {len(self._addresses)} hosts: {hosts}"
         _log.info("%s", note)
-        self._tell_driver(json.dumps({"address": f"{address}:{self.port}", "note": note}))
-        return self._follow(status, ray, addresses)
+        task = {"request": self._request.model_dump(mode="json"), "pipes": self.files.pipes(), "attempt": self._attempt}
+        self._tell_driver({**task, "address": f"{address}:{self.port}", "note": note})
+        return self._follow(status, ray)
 
-    def _await_hosts(self, status: ClusterStatusClient, ray: subprocess.Popen[bytes]) -> dict[str, str]:
-        """Addresses of all hosts, once Ray on the head answers and all have joined."""
-        joined: dict[str, str] = {}
+    def _await_hosts(self, status: ClusterStatusClient, ray: subprocess.Popen[bytes]) -> None:
+        """Wait until Ray on the head answers, and all hosts have joined."""
         problem = "it has not joined its own cluster"
 
-        def poll(wanted: set[str]) -> dict[str, str] | None:
-            nonlocal joined, problem
+        def poll(wanted: set[str]) -> bool | None:
+            nonlocal problem
             if ray.poll() is not None:
                 raise ClusterError(f"Ray did not start on the head {self.hosts.current}: {self.ray_output()}")
             try:
@@ -89,10 +101,10 @@ class Head(NodeRole):
                 problem = str(error)
                 return None
             now = {name: place for name in self.hosts.names if (place := nodes.get(name)) is not None}
-            for name in now.keys() - joined.keys():
+            for name in now.keys() - self._addresses.keys():
                 _log.info("%s has joined (%d of %d)", name, len(now), len(self.hosts.names))
-            joined = now
-            return joined if wanted <= joined.keys() else None
+            self._addresses = now
+            return True if wanted <= now.keys() else None
 
         if self.poll(lambda: poll({self.hosts.current}), Deadline(self.limits.start_seconds)) is None:
             raise ClusterError(
@@ -100,30 +112,27 @@ class Head(NodeRole):
                 f"(HOUSING_CLUSTER_START_SECONDS): {problem}; {self.ray_output()}"
             )
         self._status = status
-        found = self.poll(lambda: poll(set(self.hosts.names)), Deadline(self.limits.join_seconds))
-        if found is None:
-            missing = [name for name in self.hosts.names if name not in joined]
+        if self.poll(lambda: poll(set(self.hosts.names)), Deadline(self.limits.join_seconds)) is None:
+            missing = [name for name in self.hosts.names if name not in self._addresses]
             unknown = [name for name in missing if resolve(name) is None]
             raise ClusterError(
                 f"{len(missing)} of {len(self.hosts.names)} hosts did not join within {self.limits.join_seconds:g} s "
                 f"(HOUSING_CLUSTER_JOIN_SECONDS): {', '.join(missing)}"
                 + (f"; names that do not resolve: {', '.join(unknown)}" if unknown else "")
             )
-        return found
 
-    def _follow(
-        self, status: ClusterStatusClient, ray: subprocess.Popen[bytes], addresses: dict[str, str]
-    ) -> dict[str, Any] | None:
+    def _follow(self, status: ClusterStatusClient, ray: subprocess.Popen[bytes]) -> dict[str, Any] | None:
         """Wait for the step's end. Returns its failure."""
         unavailable: Deadline | None = None
         lost_host: Deadline | None = None
         for pause in pauses(self.limits.poll_seconds):
+            self._receive()
             if self._driver.poll() is not None:
                 break
             if ray.poll() is not None:
                 raise ClusterError(f"Ray on the head {self.hosts.current} ended: {self.ray_output()}")
             try:
-                self._find_lost_hosts(status, addresses)
+                self._find_lost_hosts(status)
                 unavailable = None
             except HeadUnavailable as error:
                 unavailable = unavailable or Deadline(self.limits.head_unresponsive_timeout)
@@ -138,33 +147,39 @@ class Head(NodeRole):
                 )
             self.pause(pause)
         failure = self._step_failure()
-        if failure is not None and failure["kind"] == "crash" and len(addresses) > 1:
+        if failure is not None and failure["kind"] == "crash" and len(self.hosts.names) > 1:
             with contextlib.suppress(HeadUnavailable):
-                self._find_lost_hosts(status, addresses, probe=True)
+                self._find_lost_hosts(status, probe=True)
             if self._lost:
                 failure["message"] = f"{self._lost_hosts()}; then: {failure['message']}"
         return failure
 
-    def _find_lost_hosts(self, status: ClusterStatusClient, addresses: dict[str, str], probe: bool = False) -> None:
+    def _find_lost_hosts(self, status: ClusterStatusClient, probe: bool = False) -> None:
         """Record hosts that are gone. With `probe`, connect to each: Ray takes a while to notice a loss."""
         nodes = status.nodes()
-        for name, address in addresses.items():
+        for name, address in self._addresses.items():
             gone = nodes.get(name) is None or (probe and not is_open(address, status.node_ports[name]))
             if gone and name not in self._lost:
                 self._lost[name] = address
                 message = f"host {name} ({address}) was lost during the run; Ray goes on without it where it can"
                 _log.warning("%s", message)
-                self._tell_driver(json.dumps({"warning": message}))
+                self._tell_driver({"warning": message})
 
     def _lost_hosts(self) -> str:
         names = ", ".join(f"{name} ({address})" for name, address in self._lost.items())
         return f"host {names} was lost during the run" if len(self._lost) == 1 else f"hosts {names} were lost"
 
+    def _receive(self) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            while data := self._channel.recv(1 << 16):
+                self._answers += data
+
     def _step_failure(self) -> dict[str, Any] | None:
-        try:
-            return json.loads(self._outcome_file.read_text())["failure"]
-        except FileNotFoundError:
-            code = self._driver.poll()
+        """How the step has failed, once its process has ended; None if it succeeded."""
+        self._receive()
+        if self._answers.endswith(b"\n"):
+            return json.loads(self._answers).get("error")
+        code = self._driver.poll()
         if code is not None and code < 0:
             hint = "; perhaps the host ran out of memory" if code == -signal.SIGKILL else ""
             message = f"the step's process was killed by {signal.Signals(-code).name}{hint}"
@@ -175,8 +190,8 @@ class Head(NodeRole):
     def _stop_step(self) -> dict[str, Any] | None:
         """After SIGTERM: let the step save its work. Returns None if it succeeded at the last moment."""
         _log.warning("SIGTERM: the step has %g s to save its work", self.limits.checkpoint_seconds)
-        self.context.children.end(self._driver, self.limits.checkpoint_seconds)
-        if self._outcome_file.exists() and self._step_failure() is None:
+        self._end_driver(self.limits.checkpoint_seconds)
+        if self._step_failure() is None:
             return None
         return {"kind": "crash", "message": "the job was stopped, or its machine was taken away (SIGTERM)"}
 
@@ -195,7 +210,7 @@ class Head(NodeRole):
                 if deadline.passed:
                     _log.warning("%s may not know how the step has ended", ", ".join(waiting))
                     return
-                self.context.stop.wait(min(pause, deadline.left))
+                self.stop.wait(min(pause, deadline.left))
         except HeadUnavailable as error:
             _log.warning("the other hosts could not be told how the step has ended: %s", error)
 
@@ -207,8 +222,16 @@ class Head(NodeRole):
         except OSError as error:
             _log.warning("files of the failed attempt remain below %s: %s", self._request.output_uri, error)
 
-    def _tell_driver(self, line: str) -> None:
-        assert self._driver.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # that it has ended is noticed elsewhere
-            self._driver.stdin.write(line.encode() + b"\n")
-            self._driver.stdin.flush()
+    def _end_driver(self, seconds: float) -> None:
+        self._driver.terminate()
+        try:
+            self._driver.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._driver.kill()
+            self._driver.wait()
+
+    def _tell_driver(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(ConnectionError):  # that it has ended is noticed elsewhere
+            self._channel.setblocking(True)
+            self._channel.sendall(json.dumps(message).encode() + b"\n")
+            self._channel.setblocking(False)

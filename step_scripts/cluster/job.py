@@ -1,4 +1,4 @@
-"""A SageMaker job as its container sees it: hosts, files in the job's folder, time limits.
+"""A SageMaker job as its container sees it: hosts, files in the job's folder, time limits, the reason of a failure.
 
 SageMaker writes `resourceconfig.json` on every host before it starts the container: in `input/config` below the root
 of a training job, in `config` below the root of a processing job. It sorts the hosts as text (`algo-10` before
@@ -7,12 +7,14 @@ of a training job, in `config` below the root of a processing job. It sorts the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,18 +22,23 @@ from typing import Any, Literal
 import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
-from step_scripts.cluster.failure import ClusterError
-from step_scripts.runner import storage
+from step_scripts.runner import execution, storage
 from step_scripts.runner.contract import StepRequest
 
-ROOT_VARIABLE = "SAGEMAKER_BASE_DIR"
-"""Names another root than /opt/ml. SageMaker's own toolkit reads it too; emulated hosts without namespaces need it."""
+SUCCEEDED, FAILED, STOPPED = 0, 1, 128 + signal.SIGTERM
+"""Exit statuses."""
+LONGEST_FAILURE = 960
+"""Characters. SageMaker keeps 1024, and adds text of its own before and after."""
 ADDRESSES_VARIABLE = "SAGEMAKER_EMULATOR_HOSTS"
 """`name=address,…` for hosts whose names do not resolve: emulated hosts without namespaces."""
-LIMIT_PREFIX = "HOUSING_CLUSTER_"
+_LIMIT_PREFIX = "HOUSING_CLUSTER_"
 _RENAMED_LIMITS = {"FAREWELL_SECONDS": "SHUTDOWN_ACK_TIMEOUT", "SILENT_SECONDS": "HEAD_UNRESPONSIVE_TIMEOUT"}
-_REQUEST, _PIPES, _TOKEN = "request.json", "pipes.json", "ray_token"
 _CONFIG = "resourceconfig.json"
+_FAILURE_KEY = "step_error"
+
+
+class ClusterError(Exception):
+    """The cluster of the job's hosts could not be formed, or broke. The message says it all: no traceback is kept."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,6 @@ class JobHosts:
         return self.current == self.head
 
     @property
-    def workers(self) -> tuple[str, ...]:
-        """All hosts but the head."""
-        return tuple(name for name in self.names if name != self.head)
-
-    @property
     def failure_file(self) -> Path:
         """Where SageMaker looks for the reason of a failure."""
         return self.root / "output" / ("failure" if self.kind == "training" else "message")
@@ -67,8 +69,8 @@ def natural_order(name: str) -> list[tuple[int, str]]:
 
 
 def ml_root(environment: Mapping[str, str] = os.environ) -> Path:
-    """`/opt/ml`, or what `SAGEMAKER_BASE_DIR` names."""
-    return Path(environment.get(ROOT_VARIABLE) or "/opt/ml")
+    """`/opt/ml`, or what `SAGEMAKER_BASE_DIR` names, which SageMaker's own toolkit reads too."""
+    return Path(environment.get("SAGEMAKER_BASE_DIR") or "/opt/ml")
 
 
 def read_hosts(root: Path, head_group: str | None = None) -> JobHosts:
@@ -77,43 +79,29 @@ def read_hosts(root: Path, head_group: str | None = None) -> JobHosts:
     The head is the first host of the instance group `head_group`; without it, of the first group in natural order.
     Raises `ClusterError` if there is no description, or it lacks this host, the group, or any host in the group.
     """
-    places: tuple[tuple[Literal["training", "processing"], Path], ...] = (
-        ("training", root / "input" / "config" / _CONFIG),
-        ("processing", root / "config" / _CONFIG),
-    )
-    for kind, path in places:
-        try:
-            text = path.read_text()
-        except FileNotFoundError:
-            continue
-        try:
-            return _hosts(kind, root, json.loads(text), head_group)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ClusterError(f"{path} is not as SageMaker writes it: {type(error).__name__}: {error}") from error
-    raise ClusterError(
-        f"this is not a host of a SageMaker job: there is neither {places[0][1]} nor {places[1][1]}. "
-        f"{ROOT_VARIABLE} names another root than /opt/ml"
-    )
-
-
-def _hosts(
-    kind: Literal["training", "processing"], root: Path, config: dict[str, Any], head_group: str | None
-) -> JobHosts:
-    current = str(config["current_host"])
-    names = tuple(sorted({str(name) for name in config["hosts"]}, key=natural_order))
+    training, processing = root / "input" / "config" / _CONFIG, root / "config" / _CONFIG
+    if not (training.exists() or processing.exists()):
+        raise ClusterError(
+            f"this is not a host of a SageMaker job: there is neither {training} nor {processing}. "
+            "SAGEMAKER_BASE_DIR names another root than /opt/ml"
+        )
+    kind, path = ("training", training) if training.exists() else ("processing", processing)
+    try:
+        config = json.loads(path.read_text())
+        current, interface = str(config["current_host"]), config.get("network_interface_name")
+        names = tuple(sorted({str(name) for name in config["hosts"]}, key=natural_order))
+        groups = {str(g["instance_group_name"]): set(map(str, g["hosts"])) for g in config.get("instance_groups") or []}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ClusterError(f"{path} is not as SageMaker writes it: {type(error).__name__}: {error}") from error
     if current not in names:
         raise ClusterError(f"the current host {current} is not among the hosts {', '.join(names)}")
-    groups = {str(g["instance_group_name"]): [str(h) for h in g["hosts"]] for g in config.get("instance_groups") or []}
-    candidates: Sequence[str] = names
     if head_group is not None and head_group not in groups:
         raise ClusterError(f"there is no instance group {head_group}; there are {sorted(groups) or 'none'}")
-    if groups:
-        group = head_group or min(groups, key=natural_order)
-        candidates = [name for name in groups[group] if name in names]
-        if not candidates:
-            raise ClusterError(f"the instance group {group} has none of the hosts {', '.join(names)}")
-    head = min(candidates, key=natural_order)
-    return JobHosts(kind, root, current, names, head, config.get("network_interface_name"))
+    group = head_group or min(groups, key=natural_order, default=None)
+    candidates = [name for name in names if group is None or name in groups[group]]
+    if not candidates:
+        raise ClusterError(f"the instance group {group} has none of the hosts {', '.join(names)}")
+    return JobHosts(kind, root, current, names, candidates[0], interface)
 
 
 def resolve(name: str, environment: Mapping[str, str] = os.environ) -> str | None:
@@ -151,16 +139,16 @@ class JobFiles:
 
     def request(self) -> StepRequest:
         """What to run. Raises `FileNotFoundError`."""
-        return StepRequest.model_validate_json(storage.read_bytes(storage.join(self.uri, _REQUEST)))
+        return StepRequest.model_validate_json(storage.read_bytes(storage.join(self.uri, "request.json")))
 
     def pipes(self) -> dict[str, str] | None:
         """How to reach Dagster; None: not at all."""
-        content = self._optional(_PIPES)
+        content = self._optional("pipes.json")
         return None if content is None else json.loads(content)
 
     def token(self) -> str | None:
         """The secret that the hosts share."""
-        content = self._optional(_TOKEN)
+        content = self._optional("ray_token")
         return None if content is None else content.decode().strip()
 
     def _optional(self, name: str) -> bytes | None:
@@ -209,9 +197,9 @@ class ClusterLimits(BaseModel):
         Raises pydantic's `ValidationError` for a value that is no positive number, `ValueError` for a former name.
         """
         for former, name in _RENAMED_LIMITS.items():
-            if LIMIT_PREFIX + former in environment:
-                raise ValueError(f"{LIMIT_PREFIX}{former} is now {LIMIT_PREFIX}{name}: rename it")
-        names = {name: LIMIT_PREFIX + name.upper() for name in cls.model_fields}
+            if _LIMIT_PREFIX + former in environment:
+                raise ValueError(f"{_LIMIT_PREFIX}{former} is now {_LIMIT_PREFIX}{name}: rename it")
+        names = {name: _LIMIT_PREFIX + name.upper() for name in cls.model_fields}
         return cls.model_validate({name: environment[v] for name, v in names.items() if v in environment})
 
 
@@ -239,3 +227,49 @@ def pauses(longest: float, shortest: float = 0.1, growth: float = 1.5) -> Iterat
     while True:
         yield pause
         pause = min(pause * growth, longest)
+
+
+def failure_of(error: BaseException) -> dict[str, Any]:
+    """An exception as plain data."""
+    return {"kind": "crash", "message": str(error)} if isinstance(error, ClusterError) else execution.failure_of(error)
+
+
+def failure_text(failure: dict[str, Any]) -> str:
+    """The failure in at most `LONGEST_FAILURE` characters, reason first.
+
+    An input error is JSON, `{"step_error": {…}}`, without the details if they do not fit. Any other failure is the
+    message, followed by the end of the traceback if there is one.
+    """
+    message = str(failure["message"])
+    if failure["kind"] != "input":
+        message = message[:LONGEST_FAILURE]
+        trace = str(failure.get("traceback") or "").strip()
+        room = LONGEST_FAILURE - len(message) - 1
+        return f"{message}\n{trace[-room:]}" if trace and room > 80 else message
+    content = {"kind": "input", "message": message}
+    details = failure.get("details")
+    if details and len(text := _failure_json({**content, "details": details})) <= LONGEST_FAILURE:
+        return text
+    while len(text := _failure_json(content)) > LONGEST_FAILURE:  # escaping lengthens characters, hence a loop
+        message = message[: len(message) - max(1, (len(text) - LONGEST_FAILURE) // 6) - 1]
+        content["message"] = message + "…"
+    return text
+
+
+def _failure_json(content: dict[str, Any]) -> str:
+    return json.dumps({_FAILURE_KEY: content}, ensure_ascii=False, default=str)
+
+
+def failure_from(text: str) -> dict[str, Any] | None:
+    """The input error in a text such as a job's FailureReason; None if the text holds none."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        start = text.index(f'{{"{_FAILURE_KEY}"')
+        found = json.JSONDecoder().raw_decode(text, start)[0][_FAILURE_KEY]
+        return {"kind": found["kind"], "message": found["message"], "details": found.get("details") or {}}
+    return None
+
+
+def write_failure(path: Path, failure: dict[str, Any]) -> None:
+    """Write the file that SageMaker reads after the job."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(failure_text(failure), encoding="utf-8")

@@ -6,15 +6,25 @@ import logging
 import os
 import subprocess
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from step_scripts.cluster.child_processes import ChildProcesses
-from step_scripts.cluster.failure import ClusterError, write_failure
-from step_scripts.cluster.job import ClusterLimits, Deadline, JobFiles, JobHosts, own_address, pauses, resolve
+from step_scripts.cluster.job import (
+    FAILED,
+    STOPPED,
+    SUCCEEDED,
+    ClusterError,
+    ClusterLimits,
+    Deadline,
+    JobFiles,
+    JobHosts,
+    own_address,
+    pauses,
+    resolve,
+    write_failure,
+)
 from step_scripts.cluster.status import (
     ClusterStatusClient,
     HeadUnavailable,
@@ -23,13 +33,11 @@ from step_scripts.cluster.status import (
     JobOutcome,
     TokenRefused,
 )
-from step_scripts.runner.interruption import StopSignal
+from step_scripts.runner.processes import Children, StopSignal
 
-SUCCEEDED, FAILED, STOPPED = 0, 1, 143
 _TAIL_LINES = 20
 _NOISE = ("[state-dump]", "scripts.py:")  # what Ray prints after the lines that matter
 _SHORT_PAUSE = 0.2
-_RAY_LOG = "ray_start.log"
 _STARTED = b"Ray runtime started"
 _log = logging.getLogger(__name__)
 Found = TypeVar("Found")
@@ -40,34 +48,29 @@ class Stopped(Exception):
 
 
 @dataclass
-class NodeContext:
-    """What both roles work with. `folder` is private to this host."""
+class Node:
+    """A host's part. `folder` is private to this host."""
 
     hosts: JobHosts
     files: JobFiles
     limits: ClusterLimits
     stop: StopSignal
-    children: ChildProcesses
+    children: Children
     folder: Path
 
-
-class NodeRole(ABC):
-    """A host's part."""
-
-    def __init__(self, context: NodeContext) -> None:
-        self.context = context
-        self.hosts, self.limits = context.hosts, context.limits
+    def __post_init__(self) -> None:
         self.port = int(os.environ.get("HOUSING_RAY_PORT", "6379"))
+        self._ray_log = self.folder / "ray_start.log"
 
-    @abstractmethod
     def run(self) -> int:
         """Do the part; returns the exit status. Raises the error that keeps it from being done."""
+        raise NotImplementedError
 
     def pause(self, seconds: float) -> None:
         """Wait; raises `Stopped` on SIGTERM."""
-        self.context.stop.wait(seconds)
-        self.context.children.reap()
-        if self.context.stop.stop_requested:
+        self.stop.wait(seconds)
+        self.children.reap()
+        if self.stop.stop_requested:
             raise Stopped
 
     def poll(
@@ -97,35 +100,29 @@ class NodeRole(ABC):
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
         command += ["--node-ip-address", address, "--node-name", self.hosts.current]
         # A folder in ours, because Ray opens it to all users.
-        command += ["--temp-dir", str(self.context.folder / "r")]
+        command += ["--temp-dir", str(self.folder / "r")]
         command += ["--disable-usage-stats", "--include-log-monitor=false"]
         if cpus := os.environ.get("HOUSING_NODE_CPUS"):
             command += ["--num-cpus", cpus]
         if size := os.environ.get("HOUSING_OBJECT_STORE_BYTES"):
             command += ["--object-store-memory", size]
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # `ray_has_started` reads what it prints
-        return self.context.children.start(command, environment, self.context.folder / _RAY_LOG)
+        return self.children.start(command, environment, self._ray_log)
 
     def ray_has_started(self) -> bool:
         """Whether Ray on this host reports that it runs, which needs the head's control store."""
-        try:
-            return _STARTED in (self.context.folder / _RAY_LOG).read_bytes()
-        except FileNotFoundError:
-            return False
+        return self._ray_log.exists() and _STARTED in self._ray_log.read_bytes()
 
     def ray_output(self) -> str:
         """The last two lines of Ray's output on this host; the last 20 lines go to the log."""
-        try:
-            lines = (self.context.folder / _RAY_LOG).read_text(errors="replace").strip().splitlines()
-        except FileNotFoundError:
-            return "it printed nothing"
+        lines = self._ray_log.read_text(errors="replace").splitlines() if self._ray_log.exists() else []
         useful = [line.strip() for line in lines if line.strip() and not any(word in line for word in _NOISE)]
         for line in useful[-_TAIL_LINES:]:
             _log.info("| %s", line)
         return " ".join(useful[-2:]) or "it printed nothing"
 
 
-class Worker(NodeRole):
+class Worker(Node):
     """Joins the head's cluster, and leaves when it has read how the step ended."""
 
     def run(self) -> int:
@@ -145,7 +142,7 @@ class Worker(NodeRole):
         if outcome.failure is None:
             return SUCCEEDED
         _log.error("the head reports: %s", outcome.failure["message"])
-        if self.context.stop.stop_requested:
+        if self.stop.stop_requested:
             return STOPPED
         write_failure(self.hosts.failure_file, outcome.failure)
         return FAILED
@@ -195,7 +192,7 @@ class Worker(NodeRole):
         lost_at: dict[type[HeadUnavailable], Deadline] = {}
         leave_at: Deadline | None = None
         for pause in pauses(self.limits.poll_seconds):
-            if self.context.stop.stop_requested and leave_at is None:
+            if self.stop.stop_requested and leave_at is None:
                 # The step may need this host while it saves its work.
                 leave_at = Deadline(self.limits.checkpoint_seconds + self.limits.shutdown_ack_timeout)
             try:
@@ -218,8 +215,8 @@ class Worker(NodeRole):
                     where = f"{self._status.address}:{self.port}"
                     raise ClusterError(f"lost the head {self.hosts.head}: Ray on this host ended without it ({where})")
                 raise ClusterError(f"Ray on host {self.hosts.current} ended: {self.ray_output()}")
-            self.context.stop.wait(_SHORT_PAUSE if leave_at else pause)
-            self.context.children.reap()
+            self.stop.wait(_SHORT_PAUSE if leave_at else pause)
+            self.children.reap()
         raise AssertionError("unreachable")
 
     def _acknowledge(self) -> None:

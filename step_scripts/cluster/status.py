@@ -14,7 +14,7 @@ from typing import Any
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # a compiled module
 from ray.exceptions import AuthenticationError, RayError
 
-from step_scripts.runner.ray_join import is_open
+from step_scripts.runner.ray_session import is_open
 
 _NAMESPACE = b"housing_cluster"
 _OUTCOME = b"outcome"

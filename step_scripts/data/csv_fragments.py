@@ -1,33 +1,89 @@
-"""Cuts CSV files into fragments that can be read independently.
+"""Cuts CSV files into fragments, and reads each on its own: its rows, typed, and what is wrong with them.
 
-A fragment is a range of bytes; it holds the lines that begin in it. Cuts are made at line ends without looking at what
-stands before them. That is wrong only inside a quoted field that spans lines, and it cannot go unnoticed: by induction
-from the start of the file, all cuts lie outside of quotes if every fragment holds an even number of quote characters.
-A file with an odd fragment is cut again by `safe_cuts`, which reads it in one go.
+Where a file is cut may be inside of a quoted field. A fragment is read as if it began outside, and tells how many quote
+characters it holds; from those of all fragments before it follows whether that was right. Where it was not, the
+fragment is read again (`step_scripts.data.source_pass`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
-import numpy as np
+import polars as pl
 
+from step_scripts.data.cell_parsing import parse_rows
 from step_scripts.data.csv_header import DIGEST_BLOCK, CsvFile, block_sum, encoding_fault, nul_fault
-from step_scripts.data.csv_text import QUOTE, DamagedText, RecordScan, count_byte, count_lines, line_end, with_newlines
+from step_scripts.data.csv_text import (
+    QUOTE,
+    DamagedText,
+    Records,
+    blank_bytes,
+    count_byte,
+    count_lines,
+    count_records,
+    record_end,
+    split_records,
+    with_newlines,
+)
+from step_scripts.parameters import ValidateSourceParams
 from step_scripts.runner import storage
-from step_scripts.runner.contract import StepParams
+from step_scripts.runner.wording import counted
 
 _READ_BYTES = 1 << 23
+_LONGEST_RECORD = 1 << 26  # as far as the end of a record is looked for; bytes, no less than `max_line_bytes` may be
+_SHOWN_BYTES = 60
+LINE = "_line"
+REJECTIONS = {
+    "line": pl.Int64(),
+    "column": pl.String(),
+    "value": pl.String(),
+    "reason": pl.String(),
+    "problem": pl.String(),
+}
+"""Columns of a table of rejected cells. `problem` is the reason without what belongs to one row only."""
 
 
-class Fragment(StepParams):
-    """Lines of `file` that begin at or after byte `start` and before `end`; `index` counts over all files."""
+@dataclass(frozen=True)
+class Fragment:
+    """The records of `file` that follow the line ends in bytes `start` to `end`; `index` counts over all files.
+
+    `quoted`: byte `start` is inside of a quoted field.
+    """
 
     index: int
     file: CsvFile
     start: int
     end: int
+    quoted: bool = False
+
+
+@dataclass
+class FragmentFacts:
+    """What was read of a fragment. Lines count from 1 at its start.
+
+    `start`, `end`: the bytes of the file that were read. `odd_quotes`: the next fragment begins inside of quotes if
+    this one begins outside. `content`: the sum of its blocks (`block_sum`). `fault`: what is wrong with the fragment as
+    a whole; there are no rows then. `counted` rows were found by line ends alone, `records` were parsed or are
+    `malformed_rows`, without the header's number of fields. `record_lines` and `rejected_lines` are the lines that all
+    and the rejected rows take.
+    """
+
+    fragment: Fragment
+    odd_quotes: bool = False
+    fault: DamagedText | None = None
+    start: int = 0
+    end: int = 0
+    lines: int = 0
+    content: int = 0
+    counted: int = 0
+    records: int = 0
+    malformed_rows: int = 0
+    rejected_rows: int = 0
+    record_lines: int = 0
+    rejected_lines: int = 0
 
 
 def plan_fragments(files: Sequence[CsvFile], fragment_bytes: int) -> list[Fragment]:
@@ -36,86 +92,113 @@ def plan_fragments(files: Sequence[CsvFile], fragment_bytes: int) -> list[Fragme
     for file in files:
         size = file.bytes - file.data_start
         count = max(1, -(-size // fragment_bytes))
-        cuts = [file.data_start + size * i // count for i in range(count + 1)]
-        fragments += [
-            Fragment(index=len(fragments) + i, file=file, start=a, end=b) for i, (a, b) in enumerate(pairwise(cuts))
-        ]
+        cuts = [file.data_start - 1 + size * i // count for i in range(count + 1)]
+        fragments += [Fragment(len(fragments) + i, file, a, b) for i, (a, b) in enumerate(pairwise(cuts))]
     return fragments
 
 
-def read_fragment(fragment: Fragment, max_line_bytes: int) -> tuple[bytes, int, int]:
-    """The lines of a fragment, each with LF at its end, their offset in the file, and the sum of its blocks.
+def read_rows(facts: FragmentFacts, params: ValidateSourceParams) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The accepted rows of a fragment, with the table's columns and `LINE`, and the rejected cells (`REJECTIONS`).
 
-    What ends the last line may be missing. For the sum see `block_sum`. Raises `DamagedText` for what is no text in
-    UTF-8.
+    Completes the facts. Raises `DamagedText` for a fault that makes other lines doubtful, too.
     """
-    file = fragment.file
-    if fragment.start >= fragment.end:
-        return b"", fragment.start, 0
-    begin = fragment.start if fragment.start == file.data_start else fragment.start - 1
+    data = _read_text(facts)
+    facts.lines, facts.counted = count_lines(data), count_records(data, params.delimiter)
+    _check_text(data, facts.start)
+    records, frame, faults = _parse(data, facts.fragment.file, params)
+    malformed_lines = sum(row.lines for row in records.malformed_rows)
+    wrong = faults["row"].unique()
+    rows = frame.with_columns(pl.Series(LINE, records.lines))
+    accepted = rows.filter(~pl.int_range(pl.len(), dtype=pl.UInt32).is_in(wrong.implode())) if len(wrong) else rows
+    facts.malformed_rows = len(records.malformed_rows)
+    facts.records = rows.height + facts.malformed_rows
+    facts.rejected_rows = len(wrong) + facts.malformed_rows
+    facts.record_lines = int(records.spans.sum()) + malformed_lines
+    facts.rejected_lines = int(records.spans[wrong.to_numpy()].sum()) + malformed_lines
+    return accepted, _rejected(records, faults, facts.fragment.file.fields)
+
+
+def _read_text(facts: FragmentFacts) -> bytes:
+    """The lines of a fragment, each with LF at its end; what ends the last line may be missing.
+
+    If the end of the last record is further away than `_LONGEST_RECORD`, the text ends there.
+    """
+    file, begin = facts.fragment.file, facts.fragment.start
+    length = facts.fragment.end - begin
     with storage.open_input(file.uri) as source:
         source.seek(begin)
-        data = source.read(min(fragment.end + DIGEST_BLOCK, file.bytes) - begin)
-        end = _line_end(data, fragment.end - 1 - begin, file.bytes - begin)
-        if end < 0 and begin + len(data) < file.bytes:
-            data += source.read(max_line_bytes)
-            end = _line_end(data, fragment.end - 1 - begin, file.bytes - begin)
-    if fragment.end >= file.bytes or end < 0:
-        end = len(data)
-    start = 0 if fragment.start == file.data_start else _line_end(data, 0, file.bytes - begin)
+        data = source.read(min(length + DIGEST_BLOCK, file.bytes - begin))
+        facts.odd_quotes = count_byte(memoryview(data)[:length], QUOTE) % 2 == 1
+        quoted = facts.fragment.quoted ^ facts.odd_quotes
+        while True:
+            complete = begin + len(data) >= file.bytes
+            end = record_end(data, length, quoted=quoted, complete=complete)
+            if end >= 0 or complete or len(data) > length + _LONGEST_RECORD:
+                break
+            data += source.read(_READ_BYTES)
+    end = end if end >= 0 else len(data)
+    start = record_end(data, 0, quoted=facts.fragment.quoted, complete=complete)
     start = end if start < 0 else min(start, end)
-    lines = with_newlines(data[start:end])
-    _check_text(lines, begin + start)
-    return lines, begin + start, block_sum(data, begin, fragment.start, fragment.end)
-
-
-def _line_end(data: bytes, position: int, size: int) -> int:
-    return line_end(data, position, complete=len(data) >= size)
+    facts.start, facts.end = begin + start, begin + end
+    facts.content = block_sum(data, begin, begin + 1, facts.fragment.end + 1)
+    return with_newlines(data[start:end])
 
 
 def _check_text(data: bytes, offset: int) -> None:
     if (position := data.find(b"\0")) >= 0:
-        raise DamagedText(_line_at(data, position), nul_fault(offset + position))
+        raise DamagedText(count_lines(data[:position]) + 1, nul_fault(offset + position))
     if not data.isascii():
         try:
             data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DamagedText(_line_at(data, error.start), encoding_fault(data, error.start, offset)) from error
+            line = count_lines(data[: error.start]) + 1
+            raise DamagedText(line, encoding_fault(data, error.start, offset)) from error
 
 
-def _line_at(data: bytes, position: int) -> int:
-    return count_lines(data[:position]) + 1
+def _parse(data: bytes, file: CsvFile, params: ValidateSourceParams) -> tuple[Records, pl.DataFrame, pl.DataFrame]:
+    columns = zip(params.table.columns, file.positions, strict=True)
+    split = partial(
+        split_records,
+        delimiter=params.delimiter,
+        fields=file.fields,
+        max_line_bytes=params.max_line_bytes,
+        single_line={position: column.name for column, position in columns if column.dtype != "string"},
+    )
+    terminated = data if data[-1:] in (b"\n", b"") else data + b"\n"  # Polars is lax on a last line without
+    records = split(terminated)
+    if terminated is not data and params.unterminated_last_row == "refuse":
+        _check_last_line(data, params.delimiter)
+    try:
+        return records, *parse_rows(records, file, params)
+    except pl.exceptions.PolarsError:  # as many fields are missing in some records as others have too many
+        records = split(terminated, exact=True)
+        return records, *parse_rows(records, file, params)
 
 
-def has_odd_quotes(data: bytes, max_line_bytes: int) -> bool:
-    """Whether the fragment ends inside a quoted field, if it does not begin in one; also if that cannot be known.
+def _check_last_line(data: bytes, delimiter: str) -> None:
+    """Raise `DamagedText` if the text, which has no line end at its end, may have been cut off in a row."""
+    text = data[data.rfind(b"\n") + 1 :]
+    if text.strip(blank_bytes(delimiter)):
+        shown = text[-_SHOWN_BYTES:].decode("utf-8", errors="ignore")
+        problem = (
+            f"the last row ends in {shown!r}, without the line end that other rows have: was the file cut off? "
+            "Copy or export it again, or set unterminated_last_row to accept if it is complete"
+        )
+        raise DamagedText(count_lines(data) + 1, problem)
 
-    A last line that is longer than it may be has not been read to its end.
-    """
-    quotes = count_byte(data, QUOTE)
-    return quotes % 2 == 1 or (quotes > 0 and len(data) - data.rfind(b"\n") - 1 > max_line_bytes)
 
-
-def safe_cuts(
-    file: CsvFile, cuts: Sequence[int], delimiter: str, max_line_bytes: int
-) -> tuple[list[int], DamagedText | None]:
-    """For each of `cuts`, ascending, and for the end, the first offset at or after it where a record begins.
-
-    Reads the file from the start in bounded memory, up to the first record that has a quote character out of place, is
-    never closed, or is longer than `max_line_bytes`. No offset lies behind the beginning of that record, which is
-    returned as a fault, with lines counted from the first row.
-    """
-    safe: list[int] = []
-    scan, before = RecordScan(delimiter, max_line_bytes), b"\n"
-    with storage.open_input(file.uri) as source:
-        source.seek(file.data_start)
-        block = source.read(_READ_BYTES)
-        while block and scan.fault is None:
-            following = source.read(_READ_BYTES)
-            starts = scan.feed(block, before, following[:1]) + file.data_start
-            while len(safe) < len(cuts) and (i := int(np.searchsorted(starts, cuts[len(safe)]))) < len(starts):
-                safe.append(int(starts[i]))
-            before, block = block[-1:], following
-    fault = scan.finish()
-    end = file.bytes if fault is None else file.data_start + scan.record
-    return [*safe, *([end] * (len(cuts) + 1 - len(safe)))], fault
+def _rejected(records: Records, faults: pl.DataFrame, fields: int) -> pl.DataFrame:
+    """The faults of cells and the malformed rows, in order of line."""
+    rows = faults["row"].to_numpy()
+    takes = pl.lit(pl.Series(records.spans[rows]))
+    reason = pl.concat_str(pl.when(pl.col("value") != "").then(pl.col("value") + " ").otherwise(pl.lit("")), "problem")
+    reason = pl.when(takes > 1).then(pl.format("{}; the row takes {} lines", reason, takes)).otherwise(reason)
+    line = pl.Series("line", records.lines[rows], pl.Int64)
+    cells = faults.select(line, "column", "value", reason.alias("reason"), "problem")
+    malformed = []
+    for row in records.malformed_rows:
+        problem = f"row has {counted(row.fields, 'field')}, the header {fields}"
+        spanning = f"; it takes {counted(row.lines, 'line')}" if row.lines > 1 else ""
+        malformed.append((row.line, "", row.text, f"the {problem}{spanning}", problem))
+    rejected = pl.concat([cells, pl.DataFrame(malformed, schema=REJECTIONS, orient="row")])
+    return rejected.sort("line", maintain_order=True)

@@ -10,18 +10,22 @@ import difflib
 import hashlib
 import io
 import re
+from dataclasses import dataclass
 
-from step_scripts.data.csv_text import count_lines, line_end, long_line_fault, with_newlines
+from step_scripts.data.csv_text import count_lines, line_end, long_line_fault, record_end, with_newlines
 from step_scripts.parameters import SourceFile, ValidateSourceParams
 from step_scripts.runner import storage
-from step_scripts.runner.contract import StepError, StepParams
-from step_scripts.table.spec import TableSpec
+from step_scripts.runner.contract import StepError
 
 DIGEST_BLOCK = 1 << 16
 """Bytes that are hashed at once. A task reads so much beyond its fragment, for the last block that begins in it."""
 UTF8_BOM = b"\xef\xbb\xbf"
 _FIRST_READ = 1 << 16
 _DELIMITERS = {";": "';'", "\t": "a tab", "|": "'|'", ",": "','"}
+_UTF_16 = (
+    "encoded in UTF-16 (byte order mark at byte 0, line 1)",
+    "convert it to UTF-8: iconv -f UTF-16 -t UTF-8",
+)
 _SIGNATURES = (
     (b"PAR1", "a Parquet file", "export it as CSV"),
     (b"\x1f\x8b", "gzip-compressed", "unpack it with gunzip"),
@@ -32,20 +36,13 @@ _SIGNATURES = (
     (b"%PDF", "a PDF document", "export the table as CSV"),
     (b"SQLite format 3", "an SQLite database", "export the table as CSV"),
     (b"\xff\xfe\x00\x00", "encoded in UTF-32", "convert it to UTF-8: iconv -f UTF-32 -t UTF-8"),
-    (
-        b"\xff\xfe",
-        "encoded in UTF-16 (byte order mark at byte 0, line 1)",
-        "convert it to UTF-8: iconv -f UTF-16 -t UTF-8",
-    ),
-    (
-        b"\xfe\xff",
-        "encoded in UTF-16 (byte order mark at byte 0, line 1)",
-        "convert it to UTF-8: iconv -f UTF-16 -t UTF-8",
-    ),
+    (b"\xff\xfe", *_UTF_16),
+    (b"\xfe\xff", *_UTF_16),
 )
 
 
-class CsvFile(StepParams):
+@dataclass(frozen=True)
+class CsvFile:
     """A source file whose header was read. Rows start at byte `data_start`, after `header_lines` lines.
 
     `positions` holds, for each column of the table, the index of its field; a row has `fields` fields. `head_sum`: of
@@ -59,8 +56,8 @@ class CsvFile(StepParams):
     header_lines: int
     fields: int
     positions: tuple[int, ...]
-    extra_columns: tuple[str, ...] = ()
-    head_sum: int = 0
+    extra_columns: tuple[str, ...]
+    head_sum: int
 
 
 def read_header(file: SourceFile, params: ValidateSourceParams) -> CsvFile:
@@ -71,9 +68,12 @@ def read_header(file: SourceFile, params: ValidateSourceParams) -> CsvFile:
     head = with_newlines(head)
     start = len(UTF8_BOM) if head.startswith(UTF8_BOM) else 0
     first = _first_line(file, head, start, params.max_line_bytes)
-    end = _record_end(file.uri, head, first, complete=complete)
-    header_lines = count_lines(head[:end])
     line = count_lines(head[:first]) + 1
+    end = record_end(head, first, quoted=False, complete=complete)
+    if end < 0 and (not complete or head.count(b'"', first) % 2):
+        raise StepError(f"{file.uri}, line {line}: a quoted column name is not closed. Add the closing quote")
+    end = end if end >= 0 else len(head)
+    header_lines = count_lines(head[:end])
     try:
         text = head[first:end].decode("utf-8")
     except UnicodeDecodeError as error:
@@ -82,7 +82,9 @@ def read_header(file: SourceFile, params: ValidateSourceParams) -> CsvFile:
         names, *beyond = csv.reader(io.StringIO(text, newline=""), delimiter=params.delimiter)
     except csv.Error as error:
         raise StepError(f"{file.uri}, line {line}: the header is not readable as CSV ({error})") from error
-    if beyond or any(_holds_rows(name, params.delimiter, len(names)) for name in names):
+    # No column name, but what stands between two stray quote characters.
+    row_like = [text.count(params.delimiter) for name in names for text in name.splitlines()[1:]]
+    if beyond or max(row_like, default=0) >= max(1, len(names) - 1):
         raise StepError(
             f"{file.uri}, lines {line} to {header_lines}: a quoted column name holds rows of the table. "
             "Remove the quote character that is out of place"
@@ -90,7 +92,7 @@ def read_header(file: SourceFile, params: ValidateSourceParams) -> CsvFile:
     positions = _positions(f"{file.uri}, line {line}", names, params)
     if not head[end:].strip() and complete:
         raise StepError(f"{file.uri} has a header (line {line}) and no rows: export it again with its rows")
-    extra = [_shown(name, i) for i, name in enumerate(names) if i not in positions]
+    extra = [name.strip() or f"(no name, field {i + 1})" for i, name in enumerate(names) if i not in positions]
     return CsvFile(
         uri=file.uri,
         bytes=file.bytes,
@@ -98,15 +100,10 @@ def read_header(file: SourceFile, params: ValidateSourceParams) -> CsvFile:
         data_start=end,
         header_lines=header_lines,
         fields=len(names),
-        positions=tuple(positions),
+        positions=positions,
         extra_columns=tuple(extra),
         head_sum=block_sum(head, 0, 0, end),
     )
-
-
-def _holds_rows(name: str, delimiter: str, fields: int) -> bool:
-    """Whether this is no column name, but what stands between two stray quote characters."""
-    return any(line.count(delimiter) >= max(1, fields - 1) for line in name.splitlines()[1:])
 
 
 def encoding_fault(data: bytes, position: int, offset: int = 0) -> str:
@@ -178,72 +175,48 @@ def _first_line(file: SourceFile, head: bytes, start: int, max_line_bytes: int) 
     return first
 
 
-def _record_end(uri: str, head: bytes, first: int, *, complete: bool) -> int:
-    """Offset after the header, which may hold quoted line ends."""
-    end = first
-    while True:
-        newline = head.find(b"\n", end)
-        end = newline + 1 if newline >= 0 else len(head)
-        if head.count(b'"', first, end) % 2 == 0 and (newline >= 0 or complete):
-            return end
-        if newline < 0:
-            line = head.count(b"\n", 0, first) + 1
-            raise StepError(f"{uri}, line {line}: a quoted column name is not closed. Add the closing quote")
-
-
-def _positions(where: str, names: list[str], params: ValidateSourceParams) -> list[int]:
-    table = params.table
+def _positions(where: str, names: list[str], params: ValidateSourceParams) -> tuple[int, ...]:
+    """The field of each column of the table."""
+    columns = params.table.column_names
     normalized = [name.strip().casefold() for name in names]
-    found = {c: [i for i, n in enumerate(normalized) if n == c.strip().casefold()] for c in table.column_names}
+    found = {c: [i for i, n in enumerate(normalized) if n == c.strip().casefold()] for c in columns}
     for name, positions in found.items():
         if len(positions) > 1:
             fields = ", ".join(f"field {i + 1} ({names[i]!r})" for i in positions)
             raise StepError(f"{where}: column {name} is there {len(positions)} times: {fields}. Remove or rename one")
-    missing = [name for name, positions in found.items() if not positions]
-    if missing:
-        raise StepError(_missing_columns(where, names, missing, params))
-    return [positions[0] for positions in found.values()]
+    if missing := [name for name, positions in found.items() if not positions]:
+        raise StepError(f"{where}{_missing_columns(names, missing, params)}")
+    return tuple(positions[0] for positions in found.values())
 
 
-def _missing_columns(where: str, names: list[str], missing: list[str], params: ValidateSourceParams) -> str:
-    table, line = params.table, params.delimiter.join(names)
-    here = len(table.column_names) - len(missing)
+def _missing_columns(names: list[str], missing: list[str], params: ValidateSourceParams) -> str:
+    """What may have been meant: another delimiter, rows without a header, or columns of similar names."""
+    columns, line = params.table.column_names, params.delimiter.join(names)
+    folded = {name.casefold() for name in columns}
+    here = len(columns) - len(missing)
     for delimiter, shown in _DELIMITERS.items():
-        if delimiter != params.delimiter and _known(line.split(delimiter), table) > max(here, 1):
+        known = {name.strip().strip('"').casefold() for name in line.split(delimiter)} & folded
+        if delimiter != params.delimiter and len(known) > max(here, 1):
             setting = "\\t" if delimiter == "\t" else delimiter
             expected = _DELIMITERS.get(params.delimiter, params.delimiter)
             return (
-                f"{where}: fields are separated by {shown}, not by {expected}. "
+                f": fields are separated by {shown}, not by {expected}. "
                 f'Set delimiter to "{setting}", or export the file with the configured one'
             )
     if all(re.fullmatch(r"\s*[-+]?[\d.]+(e[-+]?\d+)?\s*", name, re.IGNORECASE) for name in names):
-        return f"{where} holds data, not column names. Add a first line: {params.delimiter.join(table.column_names)}"
-    spare = [name.strip() for name in names if name.strip().casefold() not in _folded(table)]
-    hints = []
-    for column in missing:
-        close = difflib.get_close_matches(column.casefold(), [n.casefold() for n in spare], n=1, cutoff=0.6)
-        if close:
-            actual = next(n for n in spare if n.casefold() == close[0])
-            hints.append(f"is {actual!r} meant to be {column}?")
+        return f" holds data, not column names. Add a first line: {params.delimiter.join(columns)}"
+    spare = {name.casefold(): name for name in map(str.strip, names) if name.casefold() not in folded}
+    hints = "".join(
+        f"is {spare[close]!r} meant to be {column}? "
+        for column in missing
+        for close in difflib.get_close_matches(column.casefold(), spare, n=1, cutoff=0.6)
+    )
     header = ", ".join(repr(name[:60]) for name in names[:30])
     plural = "columns" if len(missing) > 1 else "column"
     return (
-        f"{where}: {plural} {', '.join(missing)} missing; the header has {header}. "
-        + (" ".join(hints) + " " if hints else "")
-        + "Add or rename the column, or adapt the schema"
+        f": {plural} {', '.join(missing)} missing; the header has {header}. {hints}"
+        "Add or rename the column, or adapt the schema"
     )
-
-
-def _folded(table: TableSpec) -> set[str]:
-    return {name.casefold() for name in table.column_names}
-
-
-def _known(names: list[str], table: TableSpec) -> int:
-    return len({n.strip().strip('"').casefold() for n in names} & _folded(table))
-
-
-def _shown(name: str, index: int) -> str:
-    return name.strip() or f"(no name, field {index + 1})"
 
 
 def block_sum(data: bytes, offset: int, start: int, end: int) -> int:

@@ -1,4 +1,4 @@
-"""Lines and records of CSV text, and the first record that is damaged.
+"""Divides CSV text into lines and records; sets those aside that do not have the header's number of fields.
 
 A line ends with LF, with CR LF, or with a CR that no LF follows, mixed as they come. A record ends with a line end
 outside of quotes. A line that holds nothing but blanks is no record.
@@ -6,13 +6,20 @@ outside of quotes. A line that holds nothing but blanks is no record.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import NamedTuple
+
 import numpy as np
 
 NEWLINE, QUOTE, RETURN = 10, 34, 13
 _LAST_BLANK = 32
+_SHOWN_CHARACTERS = 100
 
 
-def count_byte(data: bytes, byte: int) -> int:
+def count_byte(data: bytes | memoryview, byte: int) -> int:
     """How often `byte` stands in `data`. `bytes.count` takes five times as long."""
     return int(np.count_nonzero(np.frombuffer(data, np.uint8) == byte))
 
@@ -35,6 +42,21 @@ def line_end(data: bytes, position: int, *, complete: bool) -> int:
     if 0 <= single < stop - 1 or (single >= 0 and newline < 0 and complete):
         return single + 1
     return newline + 1 or -1
+
+
+def record_end(data: bytes, position: int, *, quoted: bool, complete: bool) -> int:
+    """Offset after the first line end outside of quotes at or after `position`; -1 if there is none.
+
+    `quoted`: the text at `position` is inside of quotes. `complete` as for `line_end`.
+    """
+    while True:
+        if quoted and not (position := data.find(b'"', position) + 1):
+            return -1
+        if (end := line_end(data, position, complete=complete)) < 0:
+            return -1
+        if not (quoted := data.count(b'"', position, end) % 2 == 1):
+            return end
+        position = end
 
 
 def line_ends(text: np.ndarray) -> np.ndarray:
@@ -111,77 +133,160 @@ class DamagedText(Exception):
         self.problem = problem
 
 
-class RecordScan:
-    """Reads a text, block by block, that begins with a record.
+class MalformedRow(NamedTuple):
+    """A record with another number of fields than the header: its first line, fields, text, number of lines."""
 
-    `record`: where the last record begins that was seen, or the first that is damaged; `fault`: its damage.
+    line: int
+    fields: int
+    text: str
+    lines: int
+
+
+@dataclass(frozen=True)
+class Records:
+    """Rows of a fragment: `data` is CSV whose records all have the right number of fields.
+
+    Of each record, `lines` holds the line within the fragment, from 1, and `spans` how many lines it takes.
+    `malformed_rows` are left out.
     """
 
-    def __init__(self, delimiter: str, max_line_bytes: int) -> None:
-        self.record = 0
-        self.fault: DamagedText | None = None
-        self._delimiter, self._limit = delimiter, max_line_bytes
-        self._size, self._lines, self._inside = 0, 0, False
-        self._record_line = self._quote_line = 1
-        self._edge = np.zeros(256, np.bool_)
-        self._edge[[NEWLINE, RETURN, QUOTE, ord(delimiter)]] = True
+    data: bytes
+    quoted: bool
+    lines: np.ndarray
+    spans: np.ndarray
+    malformed_rows: tuple[MalformedRow, ...] = ()
 
-    def feed(self, block: bytes, before: bytes = b"\n", after: bytes = b"") -> np.ndarray:
-        """Where records begin after those that end in the block, up to the first that is damaged.
+    def text_of(self, rows: np.ndarray) -> bytes:
+        """The records of these indices as CSV."""
+        starts, stops = self._bounds[rows].tolist(), self._bounds[rows + 1].tolist()
+        return b"".join(self.data[start:stop] for start, stop in zip(starts, stops, strict=True))
 
-        `before` and `after`: the bytes that stand there; none at the end of the text.
-        """
-        text = np.frombuffer(before + block + (after or self._delimiter.encode()), np.uint8)
-        inner, following = text[1:-1], text[2:]
-        quotes = np.flatnonzero(inner == QUOTE)
-        lines = np.flatnonzero((inner == NEWLINE) | ((inner == RETURN) & (following != NEWLINE)))
-        starts = lines[(np.searchsorted(quotes, lines) + self._inside) % 2 == 0] + 1
-        bounds = np.concatenate([[self.record - self._size], starts])
-        long = np.flatnonzero(np.diff(bounds) > self._limit + 1)
-        opening = (np.arange(len(quotes)) % 2 == 0) ^ self._inside
-        misplaced = np.flatnonzero(~self._edge[np.where(opening, text[quotes], following[quotes])])
+    @cached_property
+    def _bounds(self) -> np.ndarray:
+        """Where each record begins, and the end."""
+        return np.concatenate([[0], record_ends(self.data) + 1])
 
-        def line(position: int) -> int:
-            return self._lines + int(np.searchsorted(lines, position)) + 1
 
-        quote_record = int(np.searchsorted(starts, quotes[misplaced[0]], "right")) if len(misplaced) else len(bounds)
-        damaged = min(quote_record, int(long[0]) if len(long) else len(bounds), len(bounds) - 1)
-        if damaged == quote_record:
-            i = int(misplaced[0])
-            if opening[i]:
-                problem = 'a quote character stands inside a field. Quote the whole field and write it as ""'
-                self.fault = DamagedText(line(quotes[i]), problem)
-            else:  # it was meant to open a field: the fault is where the field was opened that it closes
-                opened = line(quotes[i - 1]) if i else self._quote_line
-                problem = "a quoted field is not closed before the next delimiter. Add the closing quote"
-                self.fault = DamagedText(opened, problem)
-        elif len(long):
-            first = line(bounds[damaged]) if damaged else self._record_line
-            self.fault = self._too_long(first, line(bounds[damaged + 1] - 1))
-        self._record_line = line(bounds[damaged]) if damaged else self._record_line
-        self.record = self._size + int(bounds[damaged])
-        if len(quotes):
-            self._quote_line = line(quotes[-1])
-        starts = starts[:damaged] + self._size
-        self._inside ^= len(quotes) % 2 == 1
-        self._size, self._lines = self._size + len(block), self._lines + len(lines)
-        return starts
+def split_records(
+    data: bytes,
+    delimiter: str,
+    fields: int,
+    *,
+    max_line_bytes: int,
+    single_line: Mapping[int, str] = MappingProxyType({}),
+    exact: bool = False,
+) -> Records:
+    """The records of a text that begins outside of quotes and ends with a line end, as `with_newlines` returned it.
 
-    def finish(self) -> DamagedText | None:
-        """The damage of the first damaged record, if there is one; the text ends here."""
-        if self.fault is None and self._inside:
-            problem = "a quoted field that opens here is never closed. Add the closing quote"
-            self.fault = DamagedText(self._quote_line, problem)
-        if self.fault is None and self._size - self.record > self._limit:
-            self.fault = self._too_long(self._record_line, self._lines + 1)
-        return self.fault
-
-    def _too_long(self, first: int, last: int) -> DamagedText:
-        if first == last:
-            return DamagedText(first, f"the line is {long_line_fault(self._limit)}")
-        return DamagedText(
-            first,
-            f"the row, in which a quoted field spans lines, is longer than max_line_bytes ({self._limit:,}). "
-            "Is a quote character missing, or one too many? Raise max_line_bytes if rows are really that long",
-            last,
+    `single_line`: places, from 0, and names of the fields that never span lines. Without `exact`, a text without
+    quotes whose number of delimiters fits is taken as it is: it may still hold rows that are too long if as many are
+    too short. Raises `DamagedText` for the first record that is damaged: a quote character out of place, a line end
+    where none may be, more than `max_line_bytes`.
+    """
+    text = np.frombuffer(data, np.uint8)
+    quoted, inside = b'"' in data, None
+    all_ends = ends = np.flatnonzero(text == NEWLINE)
+    if quoted:
+        inside, all_ends = inside_quotes(text), line_ends(text)
+        ends = ends[~inside[ends]]
+    damages = list(_long_records(all_ends, ends, max_line_bytes))
+    if not (quoted or damages or exact) and count_byte(data, ord(delimiter)) == len(ends) * (fields - 1):
+        return Records(data, False, np.arange(1, len(ends) + 1, dtype=np.uint32), np.ones(len(ends), np.uint32))
+    separators = np.flatnonzero((text == NEWLINE) | (text == ord(delimiter)))
+    if inside is not None:
+        separators = separators[~inside[separators]]
+    last = np.flatnonzero(text[separators] == NEWLINE)
+    if inside is not None:
+        spanning = all_ends[inside[all_ends]]
+        damages = [*_stray_quotes(text, delimiter, all_ends, ends), *damages]
+        damages += _spanning_fields(spanning, all_ends, separators, last, single_line)
+    if damages:  # of the first damaged record the first
+        raise min(damages, key=lambda damage: damage[0])[1]
+    counts = np.diff(last, prepend=-1)
+    del separators, last
+    starts = np.concatenate([np.zeros(1, np.int64), ends + 1])[: len(ends)]
+    lines, spans = np.arange(1, len(ends) + 1), np.ones(len(ends), np.int64)
+    if len(all_ends) > len(ends):
+        lines = np.searchsorted(all_ends, starts) + 1
+        spans = np.searchsorted(all_ends, ends) + 2 - lines
+    good, malformed_rows = counts == fields, ()
+    if not good.all():
+        visible = ~np.isin(text, np.frombuffer(blank_bytes(delimiter), np.uint8))
+        blank = (np.add.reduceat(visible, starts, dtype=np.int64) == 0) & (counts == 1)
+        malformed_rows = tuple(
+            MalformedRow(int(lines[i]), int(counts[i]), _excerpt(data, starts[i], ends[i]), int(spans[i]))
+            for i in np.flatnonzero(~good & ~blank)
         )
+        data = text[np.repeat(good, np.diff(starts, append=len(data)))].tobytes()
+    return Records(data, quoted, lines[good].astype(np.uint32), spans[good].astype(np.uint32), malformed_rows)
+
+
+# What may be damaged in a text: the first record of each kind, by its number, and what is wrong with it.
+
+
+def _long_records(all_ends: np.ndarray, ends: np.ndarray, limit: int) -> Iterator[tuple[int, DamagedText]]:
+    """A record of more than `limit` bytes. `all_ends` are the ends of lines, `ends` of records."""
+    long = np.diff(ends, prepend=-1) > limit + 1
+    if not long.any():
+        return
+    record = int(np.argmax(long))
+    first, last = (int(n) + 1 for n in np.searchsorted(all_ends, [ends[record - 1] + 1 if record else 0, ends[record]]))
+    if first == last:
+        yield record, DamagedText(first, f"the line is {long_line_fault(limit)}")
+    else:
+        problem = (
+            f"the row, in which a quoted field spans lines, is longer than max_line_bytes ({limit:,}). "
+            "Is a quote character missing, or one too many? Raise max_line_bytes if rows are really that long"
+        )
+        yield record, DamagedText(first, problem, last)
+
+
+def _stray_quotes(
+    text: np.ndarray, delimiter: str, all_ends: np.ndarray, ends: np.ndarray
+) -> Iterator[tuple[int, DamagedText]]:
+    """A quote character that neither begins nor ends a field, and a quoted field without an end."""
+    quotes = np.flatnonzero(text == QUOTE)
+    opening = np.arange(len(quotes)) % 2 == 0
+    # What stands before the first byte is, as the last byte, a line end.
+    beside = text[np.where(opening, quotes - 1, quotes + 1)]
+    misplaced = ~np.isin(beside, np.array([NEWLINE, RETURN, QUOTE, ord(delimiter)], np.uint8))
+    if misplaced.any():
+        i = int(np.argmax(misplaced))
+        record = int(np.searchsorted(ends, quotes[i]))
+        if opening[i]:
+            problem = 'a quote character stands inside a field. Quote the whole field and write it as ""'
+        else:  # it was meant to open a field: the fault is where the field was opened that it closes
+            problem, i = "a quoted field is not closed before the next delimiter. Add the closing quote", i - 1
+        yield record, DamagedText(int(np.searchsorted(all_ends, quotes[i])) + 1, problem)
+    if len(quotes) % 2:
+        problem = "a quoted field that opens here is never closed. Add the closing quote"
+        yield len(ends), DamagedText(int(np.searchsorted(all_ends, quotes[-1])) + 1, problem)
+
+
+def _spanning_fields(
+    spanning: np.ndarray, all_ends: np.ndarray, separators: np.ndarray, last: np.ndarray, single_line: Mapping[int, str]
+) -> Iterator[tuple[int, DamagedText]]:
+    """A field that never spans lines, and holds one of the line ends `spanning`, which are in quotes.
+
+    `separators` end the fields, those at the indices `last` also the records.
+    """
+    field = np.searchsorted(separators, spanning)
+    field = field[field < len(separators)]  # the others are in a field without an end
+    record = np.searchsorted(last, field)
+    place = field - np.concatenate([[0], last + 1])[record]
+    wrong = np.isin(place, list(single_line))
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        bounds = [separators[field[i] - 1] + 1 if field[i] else 0, separators[field[i]]]
+        first, end = (int(n) + 1 for n in np.searchsorted(all_ends, bounds))
+        problem = (
+            f"a quoted field of column {single_line[int(place[i])]}, which holds no texts, begins in the first of "
+            "these lines and ends in the last. Remove the quote characters that are out of place"
+        )
+        yield int(record[i]), DamagedText(first, problem, end)
+
+
+def _excerpt(data: bytes, start: int, end: int) -> str:
+    """The beginning of a record."""
+    record = data[start : min(end, start + 4 * _SHOWN_CHARACTERS)]
+    return record.decode("utf-8", errors="replace").rstrip("\r\n")[:_SHOWN_CHARACTERS]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import polars as pl
 
-from step_scripts.data.accepted_rows import LISTED_REJECTIONS, REJECTION_SCHEMA, FragmentReport, rejections_file
-from step_scripts.data.duplicate_rows import first_duplicates
-from step_scripts.data.source_report import LineNumbers
+from step_scripts.data.accepted_rows import LISTED_REJECTIONS, rejections_file
+from step_scripts.data.csv_fragments import REJECTIONS
+from step_scripts.data.partitions import first_duplicates
+from step_scripts.data.source_pass import FileReport
 from step_scripts.parameters import ValidateSourceParams
 from step_scripts.runner import storage
 from step_scripts.runner.wording import are, counted, percent
 
-_SCHEMA = {"file": pl.String(), **REJECTION_SCHEMA}
 _NAMED_REASONS = 3
 _MOST_TO_ADVISE = 0.5  # where more is wrong, the file is, and not its bad rows
 
@@ -38,69 +37,69 @@ class Reason:
         return f"{subject} ({counted(self.count, 'time')}, first {value}line {self.line} of {self.file})"
 
 
-def rejection_reasons(
-    reports: Sequence[FragmentReport],
-    lines: LineNumbers,
-    duplicates: int,
-    duplicate_rows: pl.DataFrame,
-    keys: Sequence[str],
-) -> list[Reason]:
-    """All reasons, the commonest first."""
-    found: dict[tuple[str, str], Reason] = {}
-    for report in reports:
-        for p in report.problems:
-            file, line = lines.locate(report.index, p.line)
-            before = found.get((p.column, p.problem))
-            count = p.count + (before.count if before else 0)
-            first = before or Reason(p.column, p.problem, 0, file, line, p.value)
-            found[p.column, p.problem] = Reason(first.column, first.problem, count, first.file, first.line, first.value)
-    if duplicates:
-        row = duplicate_rows.row(0, named=True)
-        file, line = lines.locate(row["fragment"], row["line"])
-        problem = f"row has the same {', '.join(keys)} as an earlier row" if keys else "row equals an earlier row"
-        found["", problem] = Reason("", problem, duplicates, file, line, "")
-    return sorted(found.values(), key=lambda r: (-r.count, r.column, r.problem))
+def rejections(
+    files: Sequence[FileReport], scratch_uri: str, duplicate_uris: Sequence[str], dropped: int, keys: Sequence[str]
+) -> tuple[pl.DataFrame, list[Reason]]:
+    """The first rejected cells in order of file and line (file, line, column, value, reason), and all reasons.
 
-
-def rejected_table(
-    scratch_uri: str,
-    reports: Iterable[FragmentReport],
-    lines: LineNumbers,
-    duplicate_uris: Sequence[str],
-    keys: Sequence[str],
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The first `LISTED_REJECTIONS` rejections in order of file and line: file, line, column, value, reason.
-
-    The second frame holds the first rejected duplicates as `first_duplicates` returns them.
+    There are at most `LISTED_REJECTIONS` cells. Of the reasons the commonest comes first. `dropped` duplicates were
+    rejected, which `duplicate_uris` tell.
     """
-    frames: list[pl.DataFrame] = []
-    listed = 0
-    for report in reports:
-        if report.problems and listed < LISTED_REJECTIONS:
-            stored = storage.read_bytes(storage.join(scratch_uri, rejections_file(report.index)))
-            frame = pl.read_parquet(stored).head(LISTED_REJECTIONS - listed)
-            uri, base = lines.locate(report.index, 0)
-            file, fragment = pl.lit(uri).alias("file"), pl.lit(report.index).alias("fragment")
-            frames.append(frame.select(file, pl.col("line") + base, "column", "value", "reason", fragment))
-            listed += frame.height
-    duplicates = first_duplicates(duplicate_uris, LISTED_REJECTIONS) if duplicate_uris else pl.DataFrame()
-    if duplicates.height:
-        frames.append(_as_rejections(duplicates, lines, keys))
-    if not frames:
-        return pl.DataFrame(schema=_SCHEMA), duplicates
-    table = pl.concat([f.with_columns(pl.col("fragment").cast(pl.Int32)) for f in frames])
-    return table.sort("fragment", "line", maintain_order=True).head(LISTED_REJECTIONS).drop("fragment"), duplicates
+    places = pl.DataFrame(
+        [
+            (report.fragment.index, found.file.uri, lines)
+            for found in files
+            for report, lines in found.with_lines_before()
+        ],
+        schema={"fragment": pl.Int32, "file": pl.String, "before": pl.Int64},
+        orient="row",
+    )
+    frames, problems, listed = [], [], 0
+    for report in (report for found in files for report in found.fragments):
+        if report.problems is None:
+            continue
+        fragment = pl.lit(report.fragment.index, pl.Int32).alias("fragment")
+        problems.append(report.problems.with_columns(fragment))
+        if listed < LISTED_REJECTIONS:
+            stored = storage.read_bytes(storage.join(scratch_uri, rejections_file(report.fragment.index)))
+            frames.append(pl.read_parquet(stored).with_columns(fragment))
+            listed += frames[-1].height
+    if dropped:
+        frames.append(_duplicates(duplicate_uris, places, keys))
+        first = pl.lit("").alias("column"), pl.lit(dropped, pl.UInt32).alias("count")
+        problems.append(frames[-1].head(1).select(first[0], "problem", first[1], "line", "value", "fragment"))
+    empty = pl.DataFrame(schema={**REJECTIONS, "fragment": pl.Int32})
+    table = pl.concat([empty, *frames]).sort("fragment", "line", maintain_order=True).head(LISTED_REJECTIONS)
+    reasons = pl.concat(problems) if problems else empty.with_columns(count=pl.lit(0))
+    groups = _located(reasons, places).group_by("column", "problem", maintain_order=True)
+    totals = groups.agg(pl.col("count").sum(), pl.col("file", "line", "value").first())
+    ordered = totals.sort("count", "column", "problem", descending=[True, False, False])
+    return (
+        _located(table, places).select("file", "line", "column", "value", "reason"),
+        [Reason(**row) for row in ordered.iter_rows(named=True)],
+    )
 
 
-def _as_rejections(duplicates: pl.DataFrame, lines: LineNumbers, keys: Sequence[str]) -> pl.DataFrame:
-    relation = "the row has the same key as" if keys else "the row equals"
-    rows = []
-    for row in duplicates.iter_rows(named=True):
-        file, line = lines.locate(row["fragment"], row["line"])
-        first_file, first_line = lines.locate(row["first_fragment"], row["first_line"])
-        reason = f"{relation} line {first_line} of {first_file}"
-        rows.append((file, line, ", ".join(keys), "", reason, row["fragment"]))
-    return pl.DataFrame(rows, schema={**_SCHEMA, "fragment": pl.Int64()}, orient="row")
+def _located(frame: pl.DataFrame, places: pl.DataFrame) -> pl.DataFrame:
+    """The frame with the file of each fragment, and lines of files instead of fragments."""
+    joined = frame.join(places, on="fragment", how="left", maintain_order="left")
+    return joined.with_columns(pl.col("line") + pl.col("before"))
+
+
+def _duplicates(duplicate_uris: Sequence[str], places: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
+    """The first rejected duplicates as rejected cells."""
+    found = first_duplicates(duplicate_uris, LISTED_REJECTIONS)
+    firsts = _located(found.select(fragment="first_fragment", line="first_line"), places)
+    problem = f"row has the same {', '.join(keys)} as an earlier row" if keys else "row equals an earlier row"
+    reason = "the row has the same key as line {} of {}" if keys else "the row equals line {} of {}"
+    return found.select(
+        pl.col("line").cast(pl.Int64),
+        pl.lit(", ".join(keys)).alias("column"),
+        pl.lit("").alias("value"),
+        firsts.select(pl.format(reason, "line", "file").alias("reason")).to_series(),
+        pl.lit(problem).alias("problem"),
+        "fragment",
+    )
 
 
 def rejection_message(
@@ -131,11 +130,3 @@ def rejection_message(
         f"at most {percent(limit)} may be (max_rejected_fraction). Reasons: {kinds}{more}. "
         f"Remedy: {', or '.join(remedies)}. {listed_in} lists them, up to {LISTED_REJECTIONS:,}"
     )
-
-
-def as_details(table: pl.DataFrame, reasons: Sequence[Reason], listed: int = 50) -> dict[str, Any]:
-    """The first rejected rows and all reasons, as plain data."""
-    return {
-        "rejected_rows": table.head(listed).to_dicts(),
-        "rejection_reasons": [vars(reason) for reason in reasons[:200]],
-    }

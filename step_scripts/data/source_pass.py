@@ -1,108 +1,178 @@
-"""Reads CSV files fragment by fragment, and those again in which a fragment was cut inside of a quoted field."""
+"""Reads CSV files fragment by fragment, and checks what was read of each: is it all that the file holds?"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 
 import ray
 
 from step_scripts.data.accepted_rows import FragmentReport, RowsPlan, write_rows
-from step_scripts.data.csv_fragments import Fragment, plan_fragments, safe_cuts
-from step_scripts.data.csv_header import CsvFile
-from step_scripts.data.csv_source import CsvFragments
-from step_scripts.data.csv_text import DamagedText
-from step_scripts.data.source_report import FileReport
+from step_scripts.data.csv_fragments import Fragment, plan_fragments
+from step_scripts.data.csv_header import CsvFile, content_digest
+from step_scripts.parameters import SourceFile
+from step_scripts.runner import storage
 from step_scripts.runner.contract import StepContext, StepError
-from step_scripts.runner.ray_data import Progress, each_call, source_reports
+from step_scripts.runner.ray_data import Progress, each_call
 from step_scripts.runner.wording import counted
 
 _SMALLEST_SHARE = 4 << 20  # of a file that is divided only to occupy all CPUs; bytes
+_THREADS = 16
 
 
-def divided(files: Sequence[CsvFile], largest_bytes: int) -> list[Fragment]:
-    """The fragments of all files: as many for each CPU, so that none waits for the last."""
-    share = -(-sum(file.bytes for file in files) // max(1, int(ray.cluster_resources().get("CPU", 1))))
-    wanted = -(-share // -(-share // largest_bytes))
-    return plan_fragments(files, min(largest_bytes, max(wanted, _SMALLEST_SHARE)))
+@dataclass(frozen=True)
+class FileReport:
+    """A file and the reports of its fragments, in order."""
+
+    file: CsvFile
+    fragments: Sequence[FragmentReport]
+
+    @property
+    def records(self) -> int:
+        """Rows that were found, accepted or not."""
+        return sum(report.records for report in self.fragments)
+
+    @property
+    def rows(self) -> int:
+        """Rows that were written."""
+        return sum(report.written.rows for report in self.fragments)
+
+    def with_lines_before(self) -> list[tuple[FragmentReport, int]]:
+        """Each report, and how many lines of the file stand before the fragment."""
+        lines = accumulate((report.lines for report in self.fragments), initial=self.file.header_lines)
+        return list(zip(self.fragments, lines, strict=False))
 
 
-def read_files(context: StepContext, plan: RowsPlan, fragments: list[Fragment]) -> list[FileReport]:
-    """Read all fragments, and write what is accepted. Returns what was found in each file.
+def read_files(context: StepContext, plan: RowsPlan, files: Sequence[CsvFile]) -> list[FileReport]:
+    """Read all files, and write what is accepted. Returns what was found in each.
 
     Raises `StepError` for what is wrong with a file as a whole, with its lines.
     """
-    reports: dict[int, FragmentReport] = {}
+    # As many fragments for each CPU, so that none waits for the last.
+    largest = plan.params.chunk_bytes
+    share = -(-sum(file.bytes for file in files) // max(1, int(ray.cluster_resources().get("CPU", 1))))
+    wanted = -(-share // -(-share // largest))
+    chosen = fragments = plan_fragments(files, min(largest, max(wanted, _SMALLEST_SHARE)))
     progress = Progress(context.log, "validate_source", len(fragments), "fragment")
-    _read(plan, fragments, fragments, reports, progress)
-    if odd := [uri for uri, own in by_file(fragments) if any(reports[f.index].odd_quotes for f in own)]:
-        context.log.info(f"fields span lines in {', '.join(odd[:5])}: cutting the files again between records")
-        fragments, damages = _cut_again(plan, fragments, odd)
-        again = [fragment for fragment in fragments if fragment.file.uri in odd]
-        for fragment in again:
-            del reports[fragment.index]
-        _read(plan, again, fragments, reports, progress)
-        for file, damage in damages:  # what comes before it has been found to be in order
-            raise _damaged(file, file.header_lines, damage)
-    _raise_damage(fragments, reports)
-    context.log.info(f"{counted(sum(report.records for report in reports.values()), 'row')} validated")
-    return [FileReport(own[0].file, [reports[f.index] for f in own]) for _, own in by_file(fragments)]
-
-
-def by_file(fragments: Sequence[Fragment]) -> list[tuple[str, list[Fragment]]]:
-    """The fragments of each file."""
-    return [(uri, list(own)) for uri, own in groupby(fragments, key=lambda fragment: fragment.file.uri)]
-
-
-def _read(
-    plan: RowsPlan,
-    chosen: Sequence[Fragment],
-    fragments: Sequence[Fragment],
-    reports: dict[int, FragmentReport],
-    progress: Progress,
-) -> None:
-    """Read the chosen ones of all fragments, and add their reports."""
-    for report in source_reports(CsvFragments(chosen, plan.params), len(chosen), write_rows, plan):
-        reports[report.index] = report
-        progress.add(1)
-        if report.fault:
-            _raise_damage(fragments, reports)
-
-
-def _raise_damage(fragments: Sequence[Fragment], reports: dict[int, FragmentReport]) -> None:
-    """Raise `StepError` for the first damaged fragment of a file whose earlier ones are all known to be cut rightly."""
-    for _, own in by_file(fragments):
-        line = own[0].file.header_lines
-        for fragment in own:
-            report = reports.get(fragment.index)
-            if report is None or report.odd_quotes:
-                break
+    reports: dict[int, FragmentReport] = {}
+    found: list[FileReport] = []
+    while chosen:
+        for _, report in each_call(write_rows, [(fragment, plan) for fragment in chosen]):
+            reports[report.fragment.index] = report
+            progress.add(1)
             if report.fault:
-                raise _damaged(fragment.file, line, DamagedText(*report.fault))
-            line += report.lines
+                _raise_faults(_rightly_read(fragments, reports)[0])
+        found, chosen = _rightly_read(fragments, reports)
+        if chosen:
+            context.log.info(f"{counted(len(chosen), 'fragment')} cut inside of a quoted field: reading them again")
+    _raise_faults(found)
+    context.log.info(f"{counted(sum(report.records for report in reports.values()), 'row')} validated")
+    return found
 
 
-def _damaged(file: CsvFile, lines_before: int, damage: DamagedText) -> StepError:
-    first, last = lines_before + damage.line, lines_before + damage.last
-    where = f"line {first}" if first == last else f"lines {first} to {last}"
-    return StepError(f"{file.uri}, {where}: {damage.problem}")
+def _rightly_read(
+    fragments: Sequence[Fragment], reports: Mapping[int, FragmentReport]
+) -> tuple[list[FileReport], list[Fragment]]:
+    """Each file with its reports up to the first fragment that is to be read (again); which are to be read again."""
+    found, again = [], []
+    for file, own in groupby(fragments, key=lambda fragment: fragment.file):
+        right: list[FragmentReport] = []
+        quoted, known = False, True
+        for fragment in own:
+            if not (report := reports.get(fragment.index)):
+                break
+            if report.fragment.quoted != quoted:
+                again.append(replace(fragment, quoted=quoted))
+                known = False
+            if known:
+                right.append(report)
+            quoted ^= report.odd_quotes
+        found.append(FileReport(file, right))
+    return found, again
 
 
-def _cut_again(
-    plan: RowsPlan, fragments: list[Fragment], uris: Sequence[str]
-) -> tuple[list[Fragment], list[tuple[CsvFile, DamagedText]]]:
-    """The same number of fragments, those of `uris` cut between records, and where such a file is damaged.
+def _raise_faults(files: Sequence[FileReport]) -> None:
+    """Raise `StepError` for the first fragment of a file that is damaged."""
+    for found in files:
+        for report, lines in found.with_lines_before():
+            if fault := report.fault:
+                first, last = lines + fault.line, lines + fault.last
+                where = f"line {first}" if first == last else f"lines {first} to {last}"
+                raise StepError(f"{found.file.uri}, {where}: {fault.problem}")
 
-    The fragments of a damaged file end where the damage begins.
+
+def check_rows(files: Sequence[FileReport]) -> None:
+    """Raise `StepError` for a file without rows, and for one in which no row has the header's number of fields."""
+    for found in files:
+        uri = found.file.uri
+        if not found.records:
+            raise StepError(f"{uri} has a header and no rows: export it again with its rows")
+        if found.records == sum(report.malformed_rows for report in found.fragments):
+            problem, line = next(
+                (report.problems["problem"][0], lines + report.problems["line"][0])
+                for report, lines in found.with_lines_before()
+                if report.problems is not None
+            )
+            raise StepError(
+                f"{uri}, line {line}: the {problem}, and no row fits the header ({counted(found.records, 'row')}). "
+                "Does the header lack a name, does each line end with a delimiter, or are decimals written with a "
+                "comma? Export the file again so that header and rows agree"
+            )
+
+
+def check_counts(files: Sequence[FileReport], dropped: Mapping[int, int]) -> None:
+    """Raise `StepError` unless every byte was read once, and every record counted is accepted or rejected.
+
+    `dropped`: how many duplicates were left out of which fragment.
     """
-    chosen = [own for uri, own in by_file(fragments) if uri in uris]
-    limits = (plan.params.delimiter, plan.params.max_line_bytes)
-    calls = [(own[0].file, [fragment.start for fragment in own[1:]], *limits) for own in chosen]
-    cut, damages = list(fragments), {}
-    for index, (ends, damage) in each_call(safe_cuts, calls):
-        own = chosen[index]
-        if damage is not None:
-            damages[index] = (own[0].file, damage)
-        for fragment, start, end in zip(own, [own[0].start, *ends], ends, strict=False):
-            cut[fragment.index] = fragment.model_copy(update={"start": start, "end": end})
-    return cut, [damages[index] for index in sorted(damages)]
+    for found in files:
+        file, uri = found.file, found.file.uri
+        starts = [*(report.start for report in found.fragments), file.bytes]
+        if starts != [file.data_start, *(report.end for report in found.fragments)]:
+            raise StepError(f"{uri} changed while it was read. Wait until it is completely written, then start again")
+        counted_rows = sum(report.counted for report in found.fragments)
+        rejected = sum(report.rejected_rows + dropped.get(report.fragment.index, 0) for report in found.fragments)
+        if counted_rows != found.rows + rejected:
+            raise StepError(
+                f"{uri} holds {counted(counted_rows, 'row')}, but {found.rows:,} were accepted and {rejected:,} "
+                "rejected. The reader is at fault: nothing was kept. Report it with the file"
+            )
+
+
+def check_unchanged(files: Sequence[SourceFile]) -> None:
+    """Raise `StepError` if a file was written while it was read: what was read may be neither of its two states."""
+
+    def written(file: SourceFile) -> bool:
+        try:
+            state = storage.file_state(file.uri)
+        except FileNotFoundError:  # removed after it was read
+            return False
+        except OSError as error:
+            raise StepError(f"{file.uri} cannot be looked at again: {error}") from error
+        return (state.bytes, storage.lasting(state.change)) != (file.bytes, storage.lasting(file.change))
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        known = [file for file in files if file.change]
+        changed = [file.uri for file, answer in zip(known, pool.map(written, known), strict=True) if answer]
+    if changed:
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise StepError(
+            f"written to, or replaced, since the run looked for files: {', '.join(changed[:5])}{more}. "
+            "Wait until nothing writes there, then start again"
+        )
+
+
+def files_read(files: Sequence[FileReport]) -> list[dict[str, int | str]]:
+    """Of each file: bytes, rows accepted and rejected, and the digest of its content."""
+    return [
+        {
+            "file": found.file.uri,
+            "bytes": found.file.bytes,
+            "rows": found.rows,
+            "rejected_rows": found.records - found.rows,
+            "content": content_digest(found.file.bytes, [found.file.head_sum, *(r.content for r in found.fragments)]),
+        }
+        for found in files
+    ]

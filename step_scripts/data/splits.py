@@ -1,25 +1,30 @@
-"""Divides the records of a block among the splits."""
+"""Divides the records of a block among the splits, and says what the splits hold."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from datetime import datetime
+from functools import reduce
 from typing import Any
 
+import numpy as np
 import polars as pl
 
-from step_scripts.data.latest_events import LatestEvents
 from step_scripts.data.parquet_files import write_parquet
-from step_scripts.runner.contract import FileInfo
+from step_scripts.data.partitions import LatestEvents
+from step_scripts.parameters import PrepareSplitsParams
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact, FileInfo, StepContext, StepError, StepOutcome, file_info, write_json
 from step_scripts.runner.ray_data import PATH
+from step_scripts.runner.wording import counted, rounded
 from step_scripts.table.column_types import TIMESTAMP, columns_as, polars_schema
-from step_scripts.table.distributions import TableSketch
-from step_scripts.table.hashes import RowSetDigest
-from step_scripts.table.moments import Moments
-from step_scripts.table.record_ids import distinct_hashes, hashes_of_ids, split_fraction_of_hashes
+from step_scripts.table.distributions import MOST_VALUES, Moments, TableSketch, quantile
+from step_scripts.table.hashes import RowSetDigest, distinct_hashes, hashes_of_ids, split_fraction
 from step_scripts.table.spec import TableSpec
 
 SPLITS = ("train", "validation", "test")
+_COUNTS = ("rows_read", "rows_later", "rows_superseded", "rows_deleted")
 
 
 @dataclass(frozen=True)
@@ -47,45 +52,36 @@ class SplitPlan:
 
 @dataclass
 class SplitReport:
-    """What became of a block: rows read and left out, files written, and statistics of the training rows."""
+    """What became of a block: files written, statistics of the training rows, and counts of rows, unless `latest`
+    has them.
+    """
 
     files: dict[str, list[FileInfo]]
     digests: dict[str, RowSetDigest]
     moments: Moments
     sketch: TableSketch
-    rows_read: int = 0
-    rows_later: int = 0
-    rows_deleted: int = 0
-
-    @property
-    def rows_live(self) -> int:
-        """Rows written."""
-        return sum(digest.rows for digest in self.digests.values())
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 def split_rows(rows: pl.DataFrame, plan: SplitPlan) -> SplitReport:
     """Divide the records of a block among the splits. Files are named by the place of the block's first file."""
     place = plan.places[rows[PATH][0]]
-    frame = _typed(rows, plan)
+    # Files from before a nullable column was added to the table do not have it.
+    types: dict[str, Any] = {**polars_schema(plan.table), "event_time": TIMESTAMP}
+    frame = rows.with_columns(*columns_as(rows.schema, types), pl.col("is_deleted").fill_null(False))
     if plan.latest is not None:
         return _write(plan, place, plan.latest.of(frame, place))
     current = frame.filter(pl.col("event_time") <= plan.as_of) if plan.as_of is not None else frame
     live = current.filter(~pl.col("is_deleted")) if current["is_deleted"].any() else current
     report = _write(plan, place, live)
-    report.rows_read, report.rows_later = frame.height, frame.height - current.height
-    report.rows_deleted = current.height - live.height
+    later, deleted = frame.height - current.height, current.height - live.height
+    report.counts = dict(zip(_COUNTS, (frame.height, later, 0, deleted), strict=True))
     return report
-
-
-def _typed(rows: pl.DataFrame, plan: SplitPlan) -> pl.DataFrame:
-    """The rows in the table's types. Files from before a nullable column was added to the table do not have it."""
-    types: dict[str, Any] = {**polars_schema(plan.table), "event_time": TIMESTAMP}
-    return rows.with_columns(*columns_as(rows.schema, types), pl.col("is_deleted").fill_null(False))
 
 
 def _write(plan: SplitPlan, place: int, live: pl.DataFrame) -> SplitReport:
     hashes = hashes_of_ids(live["record_id"])
-    fractions = split_fraction_of_hashes(hashes, plan.salt)
+    fractions = split_fraction(hashes, plan.salt)
     hash_hi, hash_lo = distinct_hashes(live["record_id"], hashes)
     train, below = (fractions < limit for limit in plan.limits)
     rows = live.select("record_id", *plan.table.column_names)
@@ -97,8 +93,7 @@ def _write(plan: SplitPlan, place: int, live: pl.DataFrame) -> SplitReport:
         digests[split] = RowSetDigest.of((hash_hi[side], hash_lo[side]), chosen, plan.table.column_names)
     columns = pl.col(plan.statistics_columns).cast(pl.Float64)
     values = rows.filter(pl.Series(train)).select(columns).to_numpy()
-    moments, sketch = Moments.of(values[:, :-1]), TableSketch.of(values, fractions[train])
-    return SplitReport(files=files, digests=digests, moments=moments, sketch=sketch)
+    return SplitReport(files, digests, Moments.of(values[:, :-1]), TableSketch.of(values, fractions[train]))
 
 
 def _write_files(plan: SplitPlan, uri: str, place: int, rows: pl.DataFrame) -> list[FileInfo]:
@@ -106,4 +101,118 @@ def _write_files(plan: SplitPlan, uri: str, place: int, rows: pl.DataFrame) -> l
     return [
         write_parquet(frame, uri, f"part-{place * plan.files_per_block + number:05d}.parquet")
         for number, frame in enumerate(rows.iter_slices(size) if rows.height else ())
+    ]
+
+
+def split_outcome(
+    context: StepContext,
+    params: PrepareSplitsParams,
+    plan: SplitPlan,
+    reports: list[SplitReport],
+    sketch: TableSketch,
+) -> StepOutcome:
+    """Write output `statistics`; what the splits hold. Raises `StepError` if one of them would be empty."""
+    counted_rows = [plan.latest.counts] if plan.latest else [report.counts for report in reports]
+    counts = {name: sum(found[name] for found in counted_rows) for name in _COUNTS}
+    schema = ",".join(f"{column.name}:{column.dtype}" for column in plan.table.columns)
+    splits: dict[str, Artifact] = {}
+    for split in SPLITS:
+        digest = reduce(RowSetDigest.merge, (report.digests[split] for report in reports), RowSetDigest())
+        files = [file for report in reports for file in report.files[split]]
+        splits[split] = Artifact.of(plan.uris[split], files, digest=digest.hexdigest(schema))
+    rows = {split: splits[split].rows or 0 for split in SPLITS}
+    total = sum(rows.values())
+    if not all(rows.values()):
+        raise StepError(_emptiness(params, rows, counts), details={**rows, **counts})
+    with context.phase("statistics"):
+        scaler = _scaler(plan, reports, rows["train"])
+        distributions = sketch.distributions(plan.statistics_columns)
+        statistics = _write_statistics(context, plan, splits["train"], scaler, distributions)
+    wanted = {"train": params.train_size, "validation": params.validation_size, "test": params.test_size}
+    return StepOutcome(
+        outputs={**splits, "statistics": statistics},
+        metrics={
+            **{f"{split}_rows": float(rows[split]) for split in SPLITS},
+            **{f"{split}_fraction": rows[split] / total for split in SPLITS},
+            **{name: float(count) for name, count in counts.items()},
+        },
+        details={
+            "splits": [
+                {
+                    "split": split,
+                    "rows": rows[split],
+                    "fraction": rounded(rows[split] / total),
+                    "configured": wanted[split],
+                    "files": len(splits[split].files),
+                }
+                for split in SPLITS
+            ],
+            "columns": _summary(distributions, scaler),
+            "scaler": scaler,
+        },
+    )
+
+
+def _emptiness(params: PrepareSplitsParams, rows: dict[str, int], counts: dict[str, int]) -> str:
+    """Why a split is empty, and what to do about it."""
+    total = sum(rows.values())
+    if not total:
+        return (
+            f"the feature store has no live records to split ({counted(counts['rows_read'], 'row')} read, "
+            f"{counts['rows_deleted']:,} deleted, {counts['rows_superseded']:,} superseded, {counts['rows_later']:,} "
+            f"later than {params.as_of or 'now'}): ingest rows first, or choose a later `as_of`"
+        )
+    empty = " and ".join(split for split in SPLITS if not rows[split])
+    shares = ", ".join(f"{split} {rows[split]:,}" for split in SPLITS)
+    return (
+        f"no records for {empty}: of {counted(total, 'record')}, {shares}. Records go by a hash of their "
+        "id, so that a few may all fall on one side: bring more rows, or give the empty split a larger fraction "
+        "(train_size, validation_size, test_size)"
+    )
+
+
+def _scaler(plan: SplitPlan, reports: list[SplitReport], rows: int) -> dict[str, Any]:
+    """Mean and population standard deviation of each feature in the training split."""
+    features = plan.table.features
+    moments = reduce(Moments.merge, (report.moments for report in reports))
+    # A column without any value, or with one value only, is left as it is.
+    mean = np.nan_to_num(moments.mean)
+    scale = np.where(moments.deviation > 0, moments.deviation, 1.0)
+    return {
+        "mean": dict(zip(features, mean.tolist(), strict=True)),
+        "scale": dict(zip(features, scale.tolist(), strict=True)),
+        "rows": rows,
+    }
+
+
+def _write_statistics(
+    context: StepContext, plan: SplitPlan, train: Artifact, scaler: dict[str, Any], distributions: dict[str, Any]
+) -> Artifact:
+    uri = context.output_uri("statistics")
+    described = {"rows": scaler["rows"], "target": plan.table.target, "distributions": distributions}
+    write_json(storage.join(uri, "scaler.json"), scaler)
+    write_json(storage.join(uri, "statistics.json"), described)
+    files = [file_info(storage.join(uri, name), uri) for name in ("scaler.json", "statistics.json")]
+    # They follow from the training rows alone. The last binary digit of a mean also depends on how rows were divided
+    # into files; it must not make the same data look changed.
+    digest = hashlib.sha256(f"statistics\0{train.digest}\0{','.join(plan.statistics_columns)}".encode()).hexdigest()
+    return Artifact.of(uri, files, digest=digest)
+
+
+def _summary(distributions: dict[str, Any], scaler: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row a column, for people."""
+    mean, scale = scaler["mean"], scaler["scale"]
+    return [
+        {
+            "column": name,
+            "role": "feature" if name in mean else "target",
+            "minimum": rounded(quantile(found, 0.0)),
+            "median": rounded(quantile(found, 0.5)),
+            "maximum": rounded(quantile(found, 1.0)),
+            "missing": found["missing"],
+            "distinct": str(len(found["values"])) if found["kind"] == "counts" else f"more than {MOST_VALUES}",
+            "mean": rounded(mean[name]) if name in mean else "",
+            "standard_deviation": rounded(scale[name]) if name in scale else "",
+        }
+        for name, found in distributions.items()
     ]

@@ -1,4 +1,4 @@
-"""Predictions for a block of the test split, reduced to sums and samples."""
+"""Predictions for a block of the test split, reduced to sums and samples; the linear model among the predictors."""
 
 from __future__ import annotations
 
@@ -9,35 +9,89 @@ from functools import lru_cache, reduce
 import numpy as np
 import polars as pl
 
-from step_scripts.evaluation.baselines import LinearModel, filled_matrix
-from step_scripts.evaluation.error_slices import MOST_GROUPS, Grouping, merge_groups, too_many_groups
-from step_scripts.evaluation.error_sums import ErrorSums
+from step_scripts.evaluation.error_sums import ErrorSums, Grouping, merged
 from step_scripts.model.artifact import TrainedModel, load_model
-from step_scripts.table.distributions import smallest
-from step_scripts.table.moments import Moments
-from step_scripts.table.record_ids import split_fraction
+from step_scripts.table.distributions import Moments, Sample
+from step_scripts.table.hashes import hashes_of_ids, split_fraction
 from step_scripts.table.spec import TableSpec
 
 _BATCH_ROWS = 1 << 18
+_BAND_ROWS = 50_000
+_SALT = "evaluation sample"
+# Correlations are known to about 1e-13 after accumulation; directions weaker than this are duplicates of others.
+_SINGULAR = 1e-10
+_ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class LinearModel:
+    """`intercept + features @ coefficients`, where a missing value is replaced by the feature's mean."""
+
+    features: tuple[str, ...]
+    coefficients: np.ndarray
+    intercept: float
+    means: np.ndarray
+
+    def predict(self, frame: pl.DataFrame) -> np.ndarray:
+        """Predictions, one a row."""
+        return _centered(frame, self.features, self.means) @ self.coefficients + (
+            self.intercept + self.means @ self.coefficients
+        )
+
+
+def _centered(frame: pl.DataFrame, features: Sequence[str], means: np.ndarray) -> np.ndarray:
+    """The features less `means` as float64, shape (rows, features), with 0 for nulls and NaN."""
+    values = frame.select(pl.col(features).cast(pl.Float64)).to_numpy() - means
+    values[np.isnan(values)] = 0.0
+    return values
+
+
+def products(frame: pl.DataFrame, features: Sequence[str], target: str, means: np.ndarray) -> np.ndarray:
+    """What least squares needs to know of rows: sums of the products of 1, each centred feature, and the target.
+
+    Those of different rows add up: nothing cancels, since `means` are near those of the features. Rows without a target
+    are left out.
+    """
+    frame = frame.cast({target: pl.Float64}).filter(pl.col(target).is_finite())
+    values = np.column_stack([np.ones(frame.height), _centered(frame, features, means), frame[target].to_numpy()])
+    return values.T @ values
+
+
+def least_squares(sums: np.ndarray, features: Sequence[str], means: np.ndarray) -> LinearModel:
+    """The linear model of least squared error, from the `products` of at least one row.
+
+    Solved on standardized columns. Columns that are constant, or linear functions of others, make the system singular;
+    then it is the solution with the smallest coefficients.
+    """
+    count, mean = sums[0, 0], sums[0, 1:] / sums[0, 0]
+    co_moments = sums[1:, 1:] - count * np.outer(mean, mean)
+    scale = np.sqrt(np.diag(co_moments)[:-1].clip(0))
+    # What varies by no more than rounding is constant.
+    used = np.flatnonzero(scale > _ROUNDING * np.sqrt(count) * np.abs(means + mean[:-1]))
+    coefficients = np.zeros(len(features))
+    if used.size:
+        correlation = co_moments[np.ix_(used, used)] / np.outer(scale[used], scale[used])
+        solution, *_ = np.linalg.lstsq(correlation, co_moments[used, -1] / scale[used], rcond=_SINGULAR)
+        coefficients[used] = solution / scale[used]
+    intercept = float(mean[-1] - (means + mean[:-1]) @ coefficients)
+    return LinearModel(tuple(features), coefficients, intercept, means)
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
     """What every task has to know.
 
-    `models` holds URIs by role (`model`, perhaps `champion`); `means` those of the features, for the linear baseline;
-    `sampled` is the share of the rows whose predictions are returned, `salt` decides which.
+    `models` holds URIs by role (`model`, perhaps `champion`); `sampled` is the share of the rows whose predictions are
+    returned.
     """
 
     table: TableSpec
     models: dict[str, str]
     linear: LinearModel
-    means: np.ndarray
     target_mean: float
     slices: tuple[Grouping, ...]
     plotted_rows: int
     sampled: float
-    salt: str
 
 
 @dataclass
@@ -45,30 +99,26 @@ class RowErrors:
     """Errors on some rows of the test split.
 
     `sums` by predictor: `model`, `mean`, `linear`, perhaps `champion`. `groups`: for each slice, by group. `sample` and
-    `plotted` hold actual and predicted values, shape (rows, 2); `hashes` those of the plotted rows.
+    `plotted` hold actual and predicted values, shape (rows, 2).
     """
 
     sums: dict[str, ErrorSums]
     target: Moments
     groups: list[dict[int, ErrorSums]]
     sample: np.ndarray
-    plotted: np.ndarray
-    hashes: np.ndarray
+    plotted: Sample
     rows_without_target: int = 0
 
 
-def merge_errors(parts: Sequence[RowErrors], plotted_rows: int) -> RowErrors:
-    """Of the rows of all parts, of which there is at least one; of the plotted rows, `plotted_rows` are kept."""
-    first = parts[0]
-    hashes = np.concatenate([part.hashes for part in parts])
-    kept = smallest(hashes, plotted_rows)
+def merge_errors(parts: Sequence[RowErrors]) -> RowErrors:
+    """Of the rows of all parts, of which there is at least one."""
+    first, *others = (part.plotted for part in parts)
     return RowErrors(
-        sums={name: reduce(ErrorSums.merge, [part.sums[name] for part in parts]) for name in first.sums},
+        sums=reduce(merged, [part.sums for part in parts]),
         target=reduce(Moments.merge, [part.target for part in parts]),
-        groups=[reduce(merge_groups, groups) for groups in zip(*(part.groups for part in parts), strict=True)],
+        groups=[reduce(merged, groups) for groups in zip(*(part.groups for part in parts), strict=True)],
         sample=np.concatenate([part.sample for part in parts]),
-        plotted=np.concatenate([part.plotted for part in parts])[kept],
-        hashes=hashes[kept],
+        plotted=first.merge(*others),
         rows_without_target=sum(part.rows_without_target for part in parts),
     )
 
@@ -81,12 +131,7 @@ def _loaded(uri: str) -> TrainedModel:
 
 def errors_of_rows(rows: pl.DataFrame, plan: EvaluationPlan) -> RowErrors:
     """Errors of all predictors on rows of the test split. Raises `StepError` if a slice has too many groups."""
-    batches = rows.iter_slices(_BATCH_ROWS)
-    merged = merge_errors([_errors_of_batch(plan, batch) for batch in batches], plan.plotted_rows)
-    for grouping, groups in zip(plan.slices, merged.groups, strict=True):
-        if len(groups) > MOST_GROUPS:
-            raise too_many_groups(grouping)
-    return merged
+    return merge_errors([_errors_of_batch(plan, batch) for batch in rows.iter_slices(_BATCH_ROWS)])
 
 
 def _errors_of_batch(plan: EvaluationPlan, batch: pl.DataFrame) -> RowErrors:
@@ -95,10 +140,9 @@ def _errors_of_batch(plan: EvaluationPlan, batch: pl.DataFrame) -> RowErrors:
     actual = frame[plan.table.target].to_numpy()
     predictions = {name: _loaded(uri).predict(frame).astype(np.float64) for name, uri in plan.models.items()}
     predictions["mean"] = np.full(len(actual), plan.target_mean)
-    predictions["linear"] = plan.linear.predict(filled_matrix(frame, plan.table.features, plan.means))
+    predictions["linear"] = plan.linear.predict(frame)
     pairs = np.column_stack([actual, predictions["model"]])
-    hashes = split_fraction(frame["record_id"], plan.salt)
-    plotted = smallest(hashes, plan.plotted_rows)
+    hashes = split_fraction(hashes_of_ids(frame["record_id"]), _SALT)
     return RowErrors(
         sums={name: ErrorSums.of(actual, predicted) for name, predicted in predictions.items()},
         target=Moments.of(actual[:, None]),
@@ -107,7 +151,12 @@ def _errors_of_batch(plan: EvaluationPlan, batch: pl.DataFrame) -> RowErrors:
             for item in plan.slices
         ],
         sample=pairs if plan.sampled >= 1 else pairs[hashes < plan.sampled],
-        plotted=pairs[plotted],
-        hashes=hashes[plotted],
+        plotted=Sample(plan.plotted_rows, hashes, pairs).merge(),
         rows_without_target=batch.height - frame.height,
     )
+
+
+def sample_of(frame: pl.DataFrame, columns: Sequence[str]) -> Sample:
+    """A sample of the values of rows with `record_id` and `columns`, from which bands are made."""
+    hashes = split_fraction(hashes_of_ids(frame["record_id"]), _SALT)
+    return Sample(_BAND_ROWS, hashes, frame.select(pl.col(columns).cast(pl.Float64)).to_numpy()).merge()

@@ -14,6 +14,7 @@ from step_scripts.runner.contract import Artifact, StepContext, StepOutcome, fil
 from step_scripts.runner.wording import rounded
 
 _PERCENTS = (1, 5, 25, 50, 75, 95, 99)
+_OF_SLICES, _OF_RIVALS = ("rmse", "mae", "bias", "mape"), ("rmse", "mae")
 _DEVIATION_METHOD = "delta method over the test rows; NaN where it does not apply"
 
 
@@ -26,12 +27,12 @@ def evaluation_outcome(
     deviations = standard_deviations(errors.sample[:, 0], errors.sample[:, 1], sums.rows)
     quantiles = np.quantile(errors.sample[:, 0] - errors.sample[:, 1], [p / 100 for p in _PERCENTS]).tolist()
     slices = [
-        {"slice": grouping.name, "group": grouping.label(key), **_slice_figures(groups[key])}
+        {"slice": grouping.name, "group": grouping.label(key), "rows": group.rows, **_chosen(group, _OF_SLICES)}
         for grouping, groups in zip(plan.slices, errors.groups, strict=True)
-        for key in sorted(groups)
+        for key, group in sorted(groups.items())
     ]
-    order = np.argsort(errors.hashes, kind="stable")
-    actual, predicted = errors.plotted[order].T.tolist()
+    order = np.argsort(errors.plotted.hashes, kind="stable")
+    actual, predicted = errors.plotted.values[order].T.tolist()
     predictions = {"actual": actual, "predicted": predicted}
     report = {
         "regression_metrics": {
@@ -40,15 +41,15 @@ def evaluation_outcome(
         },
         "standard_deviation_method": _DEVIATION_METHOD,
         "baselines": {
-            "mean": {**_predictor_figures(errors.sums["mean"]), "value": plan.target_mean},
+            "mean": {**_chosen(errors.sums["mean"], _OF_RIVALS), "value": plan.target_mean},
             "linear": {
-                **_predictor_figures(errors.sums["linear"]),
+                **_chosen(errors.sums["linear"], _OF_RIVALS),
                 "intercept": plan.linear.intercept,
                 "coefficients": dict(zip(plan.linear.features, plan.linear.coefficients.tolist(), strict=True)),
             },
         },
         "champion": (
-            _predictor_figures(errors.sums["champion"]) | {"model_digest": context.inputs["champion"].digest}
+            _chosen(errors.sums["champion"], _OF_RIVALS) | {"model_digest": context.inputs["champion"].digest}
             if "champion" in errors.sums
             else {"remark": champion_remark}
         ),
@@ -91,28 +92,17 @@ def evaluation_outcome(
 
 def _figures(errors: RowErrors) -> dict[str, float]:
     """The metrics of the model; NaN where one is not defined."""
-    sums = errors.sums["model"]
-    spread = float(errors.target.squares[0])
-    absolute = np.abs(errors.sample[:, 0] - errors.sample[:, 1])
+    sums, spread = errors.sums["model"], float(errors.target.squares[0])
     return {
-        "rmse": sums.rmse,
-        "mse": sums.mse,
-        "mae": sums.mae,
+        **sums.figures(),
         "r2": 1 - sums.squared / spread if spread > 0 else math.nan,
-        "mape": sums.mape,
-        "median_absolute_error": float(np.median(absolute)),
-        "max_error": sums.largest,
-        "bias": sums.bias,
+        "median_absolute_error": float(np.median(np.abs(errors.sample[:, 0] - errors.sample[:, 1]))),
     }
 
 
-def _predictor_figures(sums: ErrorSums) -> dict[str, Any]:
-    return {"rmse": sums.rmse, "mae": sums.mae}
-
-
-def _slice_figures(sums: ErrorSums) -> dict[str, Any]:
-    figures = {"rmse": sums.rmse, "mae": sums.mae, "bias": sums.bias, "mape": sums.mape}
-    return {"rows": sums.rows, **{name: None if math.isnan(value) else value for name, value in figures.items()}}
+def _chosen(sums: ErrorSums, names: tuple[str, ...]) -> dict[str, float | None]:
+    figures = sums.figures()
+    return {name: None if math.isnan(figures[name]) else figures[name] for name in names}
 
 
 def _comparison(errors: RowErrors) -> list[dict[str, Any]]:
@@ -122,7 +112,7 @@ def _comparison(errors: RowErrors) -> list[dict[str, Any]]:
     return [
         {
             "predictor": text,
-            **_predictor_figures(errors.sums[name]),
+            **_chosen(errors.sums[name], _OF_RIVALS),
             "times_rmse_of_model": errors.sums[name].rmse / own if own else None,
         }
         for name, text in names.items()

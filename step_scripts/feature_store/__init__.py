@@ -2,12 +2,12 @@
 
 Begin with `offline_store` (what readers and writers call) and `ingestion` (compare, write, read back, commit).
 
-- A group: `group` with `group_state` and `commits`; its table is in an SQLite catalog (`local_group`) or in Glue
-  (`glue_group`), and `iceberg_table` says what is asked of pyiceberg.
-- Events: `event_schema` has their columns, `event_sources` reads them, `comparison` finds out which are news,
-  `data_files` writes them and reads them back.
-- The online store: `online_store`, its calls in `online_client`, values as text in `feature_values`.
-- `upkeep` expires and compacts, `takeover` replays moved groups and imports earlier layouts.
+- A group: `group`, in one of the `group_places`; `commits` says what it holds, `iceberg_table` what is asked of
+  pyiceberg.
+- Events: `events` has their columns and reads them, `comparison` finds out which are news, `data_files` writes them and
+  reads them back.
+- The online store: `online_store`, its calls and values in `online_client`.
+- `upkeep` expires and compacts, `__main__` replays moved groups and imports earlier layouts.
 
 Imports `step_scripts.parameters`, `table` and `runner`; step `ingest_features` uses it.
 """

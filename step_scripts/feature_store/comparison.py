@@ -17,9 +17,10 @@ from typing import Any, cast
 
 import polars as pl
 
-from step_scripts.feature_store.event_schema import content_columns
-from step_scripts.feature_store.event_sources import Source, check_complete, read_source
+from step_scripts.feature_store.events import Source, content_columns, read_source
 from step_scripts.runner import storage
+from step_scripts.runner.contract import StepError
+from step_scripts.runner.wording import counted
 from step_scripts.table.hashes import add_sums, content_hashes, event_hashes, hash_sums, text_hashes
 from step_scripts.table.spec import TableSpec
 
@@ -95,7 +96,10 @@ def hash_source(source: Source, table: TableSpec, partitions: int, folder: str, 
     `StepError` if the source lacks a column, has one of another type, or has empty record ids or event times.
     """
     ids = read_source(source, ["record_id", "event_time"], table)
-    check_complete(ids, source)
+    for name in ids.columns:
+        if empty := ids[name].null_count():
+            rows = counted(source.rows, "row")
+            raise StepError(f"{source.uris[0]}: {empty:,} of {rows} without {name}. {source.remedy}")
     record = text_hashes(ids["record_id"])
     events = ids.select(
         pl.Series("record_hi", record[0]),

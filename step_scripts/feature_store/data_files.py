@@ -17,14 +17,16 @@ import polars as pl
 import pyarrow as pa
 
 from step_scripts.feature_store.comparison import DAY, selected_rows
-from step_scripts.feature_store.event_schema import content_columns, event_types, file_types, row_types
-from step_scripts.feature_store.event_sources import Source, read_source
+from step_scripts.feature_store.events import Source, content_columns, event_types, file_types, read_source, row_types
 from step_scripts.runner import storage
+from step_scripts.runner.contract import StepError
+from step_scripts.runner.wording import counted
 from step_scripts.table.column_types import TIMESTAMP, columns_as
 from step_scripts.table.hashes import content_hashes, event_hashes, hash_sums, text_hashes
 from step_scripts.table.spec import TableSpec
 
 _ROW_GROUP_ROWS = 1 << 15  # a look-up decodes one row group a file
+LARGEST_FILE = 1 << 20  # rows of a file that several others are brought together in
 _NAME_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 _TOKEN_CHARACTERS = 6
 
@@ -64,18 +66,18 @@ def attempt_token() -> str:
 
 def item_events(item: WriteItem, table: TableSpec) -> pl.DataFrame:
     """The events of `item`: record_id, event_time, the table's columns, is_deleted, is_latest."""
-    return pl.concat(_source_events(item.selected, *source, table) for source in item.sources).rechunk()
-
-
-def _source_events(selected: str, source: Source, first_day: int, last_day: int, table: TableSpec) -> pl.DataFrame:
-    rows = selected_rows(selected, source).filter((pl.col("time") // DAY).is_between(first_day, last_day))
-    time = rows["time"].cast(TIMESTAMP).alias("event_time")  # the comparison may have moved it behind what is stored
-    if source.stored is not None:
-        ids = read_source(source, ["record_id"], table)[rows["row"]]
-        events = tombstones(ids["record_id"], time, table)
-    else:
-        events = read_source(source, list(row_types(table)), table)[rows["row"]].with_columns(time, is_deleted=False)
-    return events.with_columns(rows["is_latest"])
+    frames = []
+    for source, first_day, last_day in item.sources:
+        rows = selected_rows(item.selected, source).filter((pl.col("time") // DAY).is_between(first_day, last_day))
+        time = rows["time"].cast(TIMESTAMP).alias("event_time")  # may have been moved behind what is stored
+        if source.stored is not None:
+            ids = read_source(source, ["record_id"], table)[rows["row"]]
+            events = tombstones(ids["record_id"], time, table)
+        else:
+            events = read_source(source, list(row_types(table)), table)[rows["row"]]
+            events = events.with_columns(time, is_deleted=False)
+        frames.append(events.with_columns(rows["is_latest"]))
+    return pl.concat(frames).rechunk()
 
 
 def tombstones(record_ids: pl.Series, time: pl.Series, table: TableSpec) -> pl.DataFrame:
@@ -127,3 +129,22 @@ def events_digest(events: pl.DataFrame, table: TableSpec) -> tuple[int, int]:
     time, deleted = events["event_time"].to_physical().to_numpy(), events["is_deleted"].to_numpy()
     content = content_hashes(events, content_columns(table))
     return hash_sums(event_hashes(text_hashes(events["record_id"]), time, content, deleted))
+
+
+def write_anew(source: Source, target: WriteTarget, group: str) -> list[str]:
+    """Write the events of stored files of one day anew, sorted by record; the paths of the new files."""
+    events = read_source(source, list(event_types(target.table)), target.table)
+    ordered = events.sort("record_id", "event_time", "write_time")
+    paths = [write_events(part, target) for part in ordered.iter_slices(LARGEST_FILE)]
+    verify_events(paths, events, target, group)
+    return paths
+
+
+def verify_events(paths: Sequence[str], events: pl.DataFrame, target: WriteTarget, group: str) -> None:
+    """Raise `StepError` unless the written files hold exactly these events."""
+    read, sums = read_back(paths, target)
+    if sum(rows for _, rows in read) != events.height or sums != events_digest(events, target.table):
+        raise StepError(
+            f"{counted(events.height, 'event')} of feature group {group} could not be read back after they were "
+            "written; nothing was changed. Check the storage, then try again"
+        )

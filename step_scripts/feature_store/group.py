@@ -7,8 +7,8 @@
     <root>/<group>/_staging/       scratch of ingestions that are under way
     <data>/event_time_day=YYYY-MM-DD/<attempt>-<SHA-256 of the file>.parquet
 
-`<data>` is `<root>/<group>/data`, or what SageMaker resolved. `step_scripts.feature_store.local_group` and
-`step_scripts.feature_store.glue_group` say how two writers are kept apart.
+`<data>` is `<root>/<group>/data`, or what SageMaker resolved. `step_scripts.feature_store.group_places` says how two
+writers are kept apart.
 """
 
 from __future__ import annotations
@@ -18,26 +18,36 @@ import json
 import re
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from pyiceberg.exceptions import CommitFailedException, NoSuchTableError
 from pyiceberg.io.pyarrow import schema_to_pyarrow
+from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table, Transaction
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from step_scripts.feature_store import commits, iceberg_table
-from step_scripts.feature_store.commits import FORMAT, INGESTION_KEY, Commit, summary_of
+from step_scripts.feature_store import iceberg_table
+from step_scripts.feature_store.commits import (
+    COMPACTED_KEY,
+    FORMAT,
+    INGESTION_KEY,
+    Commit,
+    GroupInfo,
+    GroupState,
+    history,
+    path_in,
+    reading,
+    summary_of,
+)
 from step_scripts.feature_store.data_files import WriteTarget, attempt_token
-from step_scripts.feature_store.event_schema import missing_columns
-from step_scripts.feature_store.group_state import GroupState, StoredFile, path_in, reading
+from step_scripts.feature_store.events import table_columns
+from step_scripts.feature_store.iceberg_table import CommitTaken
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, FileInfo, StepError
-from step_scripts.runner.wording import counted
+from step_scripts.runner.contract import StepError
 from step_scripts.table.spec import TableSpec
 
 GROUP_NAME = re.compile(r"[a-zA-Z0-9]([_-]*[a-zA-Z0-9]){0,63}")  # SageMaker's rule for feature groups
@@ -45,30 +55,6 @@ LOCK_SECONDS = 600.0
 ORPHAN_AGE = timedelta(days=3)  # a younger file may belong to a writer that is at work
 COMMAND = "python -m step_scripts.feature_store"
 _REFUSED_CHARACTERS = "#?%"  # pyiceberg takes places for URLs and would write beside the root
-_COMMIT_ATTEMPTS = 12
-_LONGEST_PAUSE = 10.0  # seconds
-
-T = TypeVar("T")
-
-
-class CommitTaken(StepError):
-    """Another writer has committed first: what is to be written must be compared again."""
-
-
-class GroupInfo(BaseModel):
-    """What is known of a group from its creation on. `data_uri`: where its data are, if not in its own folder.
-
-    `glue_table`: database and name of its table in Glue, with a dot between them; on S3 only.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format: int
-    name: str
-    table: TableSpec
-    created_at: datetime
-    data_uri: str | None = None
-    glue_table: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,9 +87,9 @@ class Group(ABC):
         self._info_uri = storage.join(self.uri, "group.json")
 
     @property
-    @abstractmethod
     def data_uri(self) -> str:
         """Where the data files are."""
+        return storage.join(self.uri, "data")
 
     @abstractmethod
     def lock(self, seconds: float = LOCK_SECONDS, *, create: bool = False) -> AbstractContextManager[None]:
@@ -169,14 +155,18 @@ class Group(ABC):
             raise StepError(f"{self._info_uri} cannot be read: {error}. Restore it from a backup") from error
 
     def create(self, table: TableSpec, data_uri: str | None = None, glue_table: str | None = None) -> None:
-        """Describe the group and make its table, as long as it has no commits. The caller holds the lock."""
+        """Describe the group and make its table, as long as it has no commits. The caller holds the lock.
+
+        Its data and its table in Glue stay where they are unless other places are given.
+        """
+        known = self.info()
         info = GroupInfo(
             format=FORMAT,
             name=self.name,
             table=table,
             created_at=datetime.now(UTC),
-            data_uri=data_uri,
-            glue_table=glue_table,
+            data_uri=data_uri or (known and known.data_uri),
+            glue_table=glue_table or (known and known.glue_table),
         )
         storage.write_bytes(self._info_uri, info.model_dump_json(indent=2).encode())
         self._make_table(info)
@@ -185,10 +175,17 @@ class Group(ABC):
         """The group now, or after commit `upto`. Raises `StepError` if its table cannot be read."""
         with reading(self.uri):
             table = self._load()
-            found = self._commits(table)
-        if upto is not None and not 0 <= upto <= len(found):
-            raise StepError(f"feature group {self.name} has no commit {upto}; its latest is {len(found)}")
-        return GroupState(found[:upto], self.data_uri, table)
+            found = history(table, self.expired()) if table is not None else {}
+        commits = list(found.values())
+        if list(found) != list(range(1, len(commits) + 1)):
+            raise StepError(
+                f"the history of feature group {self.name} has gaps: of its commits there are {list(found)}. "
+                f"Another program may have expired snapshots of the table; restore {self.uri} from a backup, or delete "
+                "the group"
+            )
+        if upto is not None and not 0 <= upto <= len(commits):
+            raise StepError(f"feature group {self.name} has no commit {upto}; its latest is {len(commits)}")
+        return GroupState(self.name, self.data_uri, commits[:upto], table)
 
     def commits(self, upto: int | None = None) -> list[Commit]:
         """All commits in order, or those up to a number."""
@@ -201,58 +198,24 @@ class Group(ABC):
         except FileNotFoundError:
             return []
 
-    def _commits(self, table: Table | None) -> list[Commit]:
-        if table is None:
-            return []
-        numbers = {commits.number_of(snapshot) for snapshot in commits.own_snapshots(table)}
-        are_expired = numbers and len(numbers) < max(numbers)
-        found = commits.history(table, self.expired() if are_expired else [])
-        if list(found) != list(range(1, len(found) + 1)):
-            raise StepError(
-                f"the history of feature group {self.name} has gaps: of its commits there are {list(found)}. "
-                f"Another program may have expired snapshots of the table; restore {self.uri} from a backup, or delete "
-                "the group"
-            )
-        return list(found.values())
-
-    def lost_files(self, files: Sequence[StoredFile]) -> tuple[list[StoredFile], str]:
-        """Committed files that are not there any more, or not in their size; and a sentence that names the first."""
-        sizes = storage.sizes(self.data_uri, [f.path for f in files])
-        lost = [f for f in files if sizes.get(f.path) != f.bytes]
-        if not lost:
-            return [], ""
-        first = storage.join(self.data_uri, lost[0].path)
-        of = counted(len(files), "file")
-        return lost, f"{len(lost)} of {of} of feature group {self.name} missing or cut off, the first is {first}"
-
-    def artifact(self, files: Sequence[StoredFile], digest: str, rows: int | None) -> Artifact:
-        """The files as an artifact whose URI is the `data` folder; `rows` counts records, not events."""
-        listed = [FileInfo(path=f.path, rows=f.rows, bytes=f.bytes, sha256=f.sha256) for f in files]
-        return Artifact.of(self.data_uri, listed, digest=digest).model_copy(update={"rows": rows})
-
     def orphan_files(self, before: datetime, *, metadata_uri: str | None = None) -> list[tuple[str, int]]:
         """Data files that no snapshot has and that are older than a time: URI and bytes.
 
         Also those of the table's metadata, if it is said where they are.
         """
-        found = [
-            (storage.join(place, path), size)
+        found = {
+            path_in(uri := storage.join(place, path)): (uri, size)
             for place in (self.data_uri, *([metadata_uri] if metadata_uri else []))
             for path, size, modified in storage.list_details(place)
             if modified < before.timestamp()
-        ]
+        }
         # Read after the listing: a file that was committed in between counts as committed.
         table = self._load() if found else None
-        if table is None:
-            return found
-        known = iceberg_table.referenced_uris(table) if metadata_uri else iceberg_table.data_uris(table)
-        plain = {path_in(uri, "") for uri in known}
-        return [(uri, size) for uri, size in found if uri.lstrip("/") not in plain]
-
-    def file_location(self, path: str) -> str:
-        """What the table calls a data file."""
-        uri = storage.join(self.data_uri, path)
-        return uri if storage.is_remote(uri) else f"file://{uri}"
+        for uri in iceberg_table.files_named_by(table) if table is not None else ():
+            found.pop(path_in(uri), None)
+            if not found:
+                break
+        return list(found.values())
 
     def begin(self, state: GroupState, table: TableSpec, write_time: datetime | None = None) -> Attempt:
         """What is needed to write events of `table` on top of `state`. Changes nothing.
@@ -261,7 +224,7 @@ class Group(ABC):
         """
         assert state.iceberg is not None
         transaction = state.iceberg.transaction()
-        if (new := missing_columns(state.iceberg.schema(), table)).fields:
+        if new := table_columns(table, state.iceberg.schema()):
             with transaction.update_schema() as update:
                 update.union_by_name(new)
         now = datetime.now(UTC)
@@ -270,7 +233,7 @@ class Group(ABC):
             table=table,
             token=attempt_token(),
             schema=schema_to_pyarrow(transaction.table_metadata.schema()),
-            partition=iceberg_table.partition_name(state.iceberg),
+            partition=state.iceberg.spec().fields[0].name,
             write_time=write_time or max(now, state.last.write_time + timedelta(microseconds=1) if state.last else now),
         )
         return Attempt(state, transaction, target)
@@ -287,19 +250,24 @@ class Group(ABC):
                     self._delete_files_of(begun.target.token)
             raise
 
-    def append(self, attempt: Attempt, commit: Commit, paths: Sequence[str]) -> Commit:
+    def append(
+        self, attempt: Attempt, commit: Commit, paths: Sequence[str], removed: Sequence[DataFile] = ()
+    ) -> Commit:
         """Make `commit` and its files visible, atomically. Returns it with its snapshot's id.
 
+        With `removed`, they hold the events that those files have held: a compaction after the latest commit.
         Raises `CommitTaken` if another writer has committed since the attempt began, and `StepError` if the group has
         been deleted.
         """
         table = attempt.state.iceberg
         assert table is not None
-        before = attempt.state.last.table if attempt.state.last else None
-        summary = commit.summary(before) | {INGESTION_KEY: attempt.target.token}
+        last = attempt.state.last
+        summary = commit.summary(last.table if last and not removed else None)
+        summary |= {INGESTION_KEY: attempt.target.token} | ({COMPACTED_KEY: "true"} if removed else {})
+        folder = self.data_uri if storage.is_remote(self.data_uri) else f"file://{self.data_uri}"
+        added = [storage.join(folder, path) for path in paths]
         try:
-            added = [self.file_location(path) for path in paths]
-            snapshot_id = iceberg_table.commit(table, attempt.transaction, added, summary)
+            snapshot_id = iceberg_table.commit(table, attempt.transaction, added, summary, removed)
         except CommitFailedException as error:
             raise CommitTaken(f"another writer has made commit {commit.number} of feature group {self.name}") from error
         except NoSuchTableError as error:
@@ -320,24 +288,3 @@ class Group(ABC):
         made = table.metadata.snapshots if table is not None else []
         token = attempt.target.token
         return next((s.snapshot_id for s in made if summary_of(s).get(INGESTION_KEY) == token), None)
-
-
-def retry_on_commit_conflict(write: Callable[[], T], log: Callable[[str], None]) -> T:
-    """Repeat `write`, which begins by reading the group's state, while other writers commit first; logs each time.
-
-    Raises `StepError` after 12 times: of writers that start together, one a round succeeds.
-    """
-    attempts = Retrying(
-        retry=retry_if_exception_type(CommitTaken),
-        stop=stop_after_attempt(_COMMIT_ATTEMPTS),
-        wait=wait_random_exponential(multiplier=0.1, max=_LONGEST_PAUSE),
-        before_sleep=lambda state: log(f"{state.outcome.exception() if state.outcome else ''}: comparing again"),
-        reraise=True,
-    )
-    try:
-        return attempts(write)
-    except CommitTaken as error:
-        raise StepError(
-            f"other writers have committed to the feature group first, {_COMMIT_ATTEMPTS} times in a row; nothing of "
-            "this one was committed. Ingest again when fewer runs write to the group"
-        ) from error

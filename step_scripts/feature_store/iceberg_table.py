@@ -7,26 +7,26 @@ whole; on SageMaker it is Glue.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pyarrow.fs import AwsStandardS3RetryStrategy
 from pyiceberg.catalog import Catalog
 from pyiceberg.exceptions import NoSuchTableError
 from pyiceberg.io.pyarrow import PyArrowFile, PyArrowFileIO, parquet_files_to_data_files
 from pyiceberg.manifest import DataFile, ManifestEntry
-from pyiceberg.partitioning import PartitionField, PartitionSpec
 from pyiceberg.table import Table, Transaction
 from pyiceberg.table.snapshots import Snapshot
 from pyiceberg.transforms import DayTransform
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from step_scripts.feature_store.commits import in_order, is_append
-from step_scripts.feature_store.event_schema import iceberg_schema
+from step_scripts.feature_store.events import table_columns
 from step_scripts.runner import storage
+from step_scripts.runner.contract import StepError
 from step_scripts.table.spec import TableSpec
 
 CATALOG = "housing"
@@ -44,33 +44,29 @@ _PROPERTIES = {
     "write.metadata.delete-after-commit.enabled": "true",
     "write.metadata.previous-versions-max": "20",
 }
+_COMMIT_ATTEMPTS = 12
+_LONGEST_PAUSE = 10.0  # seconds
 # A writer that was overtaken has to compare again, not to append the same files.
 _NO_RETRIES = {"commit.retry.num-retries": "0"}
 
+T = TypeVar("T")
 
-class _SyncedFile(PyArrowFile):
+
+class _SyncedStream(io.BufferedWriter):
     """A local file that survives a power cut once it is closed."""
 
-    def create(self, overwrite: bool = False) -> Any:
-        return _SyncedStream(super().create(overwrite), Path(self._path))
-
-
-class _SyncedStream:
-    def __init__(self, stream: Any, path: Path) -> None:
-        self._stream, self._path = stream, path
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def __enter__(self) -> _SyncedStream:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def close(self) -> None:
-        self._stream.close()
-        storage.sync(str(self._path.parent), [self._path.name])
+        if not self.closed:
+            self.flush()
+            os.fsync(self.fileno())
+            super().close()
+            storage.sync(str(Path(self.name).parent), [])
+
+
+class _SyncedFile(PyArrowFile):
+    def create(self, overwrite: bool = False) -> Any:
+        super().create(overwrite).close()  # makes folders, and refuses to overwrite
+        return _SyncedStream(io.FileIO(self._path, "w"))
 
 
 class LocalFileIO(PyArrowFileIO):
@@ -143,39 +139,32 @@ def load(catalog: Catalog, identifier: tuple[str, ...]) -> Table | None:
 def create(catalog: Catalog, identifier: tuple[str, ...], spec: TableSpec, location: str) -> None:
     """Make the table for events of `spec`, one partition a day of the event time."""
     catalog.create_namespace_if_not_exists(identifier[:-1])
-    schema = iceberg_schema(spec)
-    event_time = schema.find_field("event_time").field_id
-    days = PartitionSpec(PartitionField(event_time, 1000, DayTransform(), "event_time_day"))
-    catalog.create_table(identifier, schema, location=location, partition_spec=days, properties=_PROPERTIES)
+    made: dict[str, Any] = {"location": location, "properties": _PROPERTIES}
+    begun = catalog.create_table_transaction(identifier, table_columns(spec), **made)
+    with begun as transaction, transaction.update_spec() as update:
+        update.add_field("event_time", DayTransform(), "event_time_day")
 
 
-def partition_name(table: Table) -> str:
-    """Name of the field that tables are partitioned by: that of the folders of the data files."""
-    fields = table.spec().fields
-    return fields[0].name if fields else "event_time_day"
-
-
-def entries(table: Table, snapshot: Snapshot) -> Iterator[ManifestEntry]:
+def entries(table: Table, snapshot: Snapshot) -> list[ManifestEntry]:
     """The data files of a snapshot, with the ids of the snapshots that have added them."""
-    for manifest in snapshot.manifests(table.io):
-        yield from manifest.fetch_manifest_entry(table.io, discard_deleted=True)
+    return [entry for manifest in snapshot.manifests(table.io) for entry in manifest.fetch_manifest_entry(table.io)]
 
 
-def data_uris(table: Table) -> set[str]:
-    """URIs of all data files that any snapshot has."""
-    ordered = in_order(table)
-    # What a snapshot has, the next one has, too, if it only appends.
-    largest = [snapshot for snapshot, after in pairwise(ordered) if not is_append(after)] + ordered[-1:]
-    return {entry.data_file.file_path for snapshot in largest for entry in entries(table, snapshot)}
+def files_named_by(table: Table) -> Iterator[str]:
+    """URIs of all files that the table's metadata name: metadata, and the data files of all snapshots.
 
-
-def referenced_uris(table: Table) -> set[str]:
-    """URIs of all files that the table's metadata name, whatever the snapshot: data and metadata."""
-    found = {table.metadata_location, *(entry.metadata_file for entry in table.metadata.metadata_log)}
-    for snapshot in table.metadata.snapshots:
-        found.add(snapshot.manifest_list)
-        found.update(manifest.manifest_path for manifest in snapshot.manifests(table.io))
-    return found | data_uris(table)
+    Those of the latest snapshots come first, so that who has found what they look for need not read all manifests.
+    """
+    yield table.metadata_location
+    yield from (entry.metadata_file for entry in table.metadata.metadata_log)
+    seen = set[str]()
+    for snapshot in sorted(table.metadata.snapshots, key=lambda s: s.sequence_number or 0, reverse=True):
+        yield snapshot.manifest_list
+        for manifest in snapshot.manifests(table.io):
+            if manifest.manifest_path not in seen:
+                seen.add(manifest.manifest_path)
+                yield manifest.manifest_path
+                yield from (entry.data_file.file_path for entry in manifest.fetch_manifest_entry(table.io))
 
 
 def commit(
@@ -202,3 +191,28 @@ def commit(
     current = table.current_snapshot()
     assert current is not None
     return current.snapshot_id
+
+
+class CommitTaken(StepError):
+    """Another writer has committed first: what is to be written must be compared again."""
+
+
+def retry_on_commit_conflict(write: Callable[[], T], log: Callable[[str], None]) -> T:
+    """Repeat `write`, which begins by reading the group's state, while other writers commit first; logs each time.
+
+    Raises `StepError` after 12 times: of writers that start together, one a round succeeds.
+    """
+    attempts = Retrying(
+        retry=retry_if_exception_type(CommitTaken),
+        stop=stop_after_attempt(_COMMIT_ATTEMPTS),
+        wait=wait_random_exponential(multiplier=0.1, max=_LONGEST_PAUSE),
+        before_sleep=lambda state: log(f"{state.outcome.exception() if state.outcome else ''}: comparing again"),
+        reraise=True,
+    )
+    try:
+        return attempts(write)
+    except CommitTaken as error:
+        raise StepError(
+            f"other writers have committed to the feature group first, {_COMMIT_ATTEMPTS} times in a row; nothing of "
+            "this one was committed. Ingest again when fewer runs write to the group"
+        ) from error

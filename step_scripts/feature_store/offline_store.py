@@ -17,18 +17,16 @@ import polars as pl
 from pyiceberg.expressions import AlwaysTrue, In
 from pyiceberg.io.pyarrow import ArrowScan
 
-from step_scripts.feature_store.commits import EMPTY_DIGEST, Commit, digest_of
-from step_scripts.feature_store.data_files import events_digest, read_back, tombstones, write_events
-from step_scripts.feature_store.event_schema import event_types, row_types, validate_columns, validate_schema_change
-from step_scripts.feature_store.glue_group import GlueGroup
-from step_scripts.feature_store.group import GROUP_NAME, Group, retry_on_commit_conflict
-from step_scripts.feature_store.group_state import GroupState, StoredFile
-from step_scripts.feature_store.ingestion import ingested_by
-from step_scripts.feature_store.local_group import LocalGroup
+from step_scripts.feature_store.commits import Commit, GroupState, StoredFile, digest_of, ingested_by
+from step_scripts.feature_store.data_files import events_digest, tombstones, verify_events, write_events
+from step_scripts.feature_store.events import event_types, row_types, validate_schema_change
+from step_scripts.feature_store.group import GROUP_NAME, Group
+from step_scripts.feature_store.group_places import GlueGroup, LocalGroup
+from step_scripts.feature_store.iceberg_table import retry_on_commit_conflict
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, StepError
 from step_scripts.runner.s3_objects import list_folders
-from step_scripts.table.column_types import columns_as
+from step_scripts.table.column_types import TIMESTAMP, columns_as
 from step_scripts.table.hashes import subtract_sums
 from step_scripts.table.spec import TableSpec
 
@@ -87,11 +85,9 @@ class OfflineStore:
         folders = [self.folder(name) for name in list_folders(self.root) if GROUP_NAME.fullmatch(name)]
         return {f.name: f.uri for f in folders if isinstance(f, GlueGroup) and f.removal_is_incomplete()}
 
-    def folder(self, group: str, data_uri: str | None = None, glue_table: str | None = None) -> Group:
-        """The group's place, there or not. On S3 only: where its data and its table are, if that is known already."""
-        if storage.is_remote(self.root):
-            return GlueGroup(self.root, group, data_uri, glue_table)
-        return LocalGroup(self.root, group)
+    def folder(self, group: str) -> Group:
+        """The group's place, there or not."""
+        return GlueGroup(self.root, group) if storage.is_remote(self.root) else LocalGroup(self.root, group)
 
     def ensure_group(
         self, group: str, table: TableSpec, data_uri: str | None = None, glue_table: str | None = None
@@ -102,21 +98,16 @@ class OfflineStore:
         the table, with a dot between them, that SageMaker has made.
         """
         self.check_table(group, table)
-        folder = self.folder(group, data_uri, glue_table)
-        if folder.commits():
-            return
-        info = folder.info()
-        wanted = {"table": table, "data_uri": data_uri, "glue_table": glue_table}
-        if info is None or any(value not in (None, getattr(info, name)) for name, value in wanted.items()):
+        folder = self.folder(group)
+        if not folder.commits():
             with folder.lock(create=True):
                 if not folder.commits():
                     folder.create(table, data_uri, glue_table)
 
     def check_table(self, group: str, table: TableSpec) -> None:
         """Raise `StepError` if the group is there and does not accept rows of `table`; it names what does not fit."""
-        validate_columns(group, table)
-        if commits := self.folder(group).commits():
-            validate_schema_change(group, commits[-1].table, table)
+        last = self.folder(group).state().last
+        validate_schema_change(group, last.table if last else None, table)
 
     def commits(self, group: str, upto: int | None = None) -> list[Commit]:
         """The group's commits in order, all or up to a number."""
@@ -129,11 +120,9 @@ class OfflineStore:
     def table(self, group: str) -> TableSpec:
         """The group's columns."""
         folder = self._existing(group)
-        if commits := folder.commits():
-            return commits[-1].table
-        info = folder.info()
-        assert info is not None
-        return info.table
+        known = folder.state().last or folder.info()
+        assert known is not None
+        return known.table
 
     def scan(self, group: str, as_of: datetime | None = None, commit: int | None = None) -> pl.LazyFrame:
         """Records at a point in time: record_id, event_time and the table's columns, no order.
@@ -141,21 +130,17 @@ class OfflineStore:
         `as_of`: the latest event of each record up to this time, inclusive. `commit`: as if later commits had not
         been made. Deleted records are left out. Holds all events in memory; steps read the files of `snapshot`.
         """
-        folder = self._existing(group)
-        state = folder.state(commit)
-        table = state.last.table if state.last else self.table(group)
-        return latest_events(_events(folder, state, table).lazy(), as_of).select(*row_types(table))
+        state = self._existing(group).state(commit)
+        if state.last is None:
+            return pl.LazyFrame(schema=row_types(self.table(group)))
+        return latest_events(_events(state).lazy(), as_of).select(*row_types(state.last.table))
 
     def snapshot(self, group: str, as_of: datetime | None = None, commit: int | None = None) -> Snapshot:
         """The files to read for the records of now, or of `as_of`. Raises `StepError` if the group has no commit.
 
         `commit`: as if later commits had not been made.
         """
-        folder = self._existing(group)
-        state = folder.state(commit)
-        if state.last is None:
-            raise self._empty(group)
-        return _snapshot(folder, state.last, state.files, as_of)
+        return _snapshot(self._ingested(group, commit), as_of)
 
     def find_ingestion(self, group: str, dataset_digest: str, *, mirror: bool) -> Snapshot | None:
         """The group's snapshot if to ingest this dataset (again) would change nothing, and no file is missing."""
@@ -163,19 +148,17 @@ class OfflineStore:
         if folder.info() is None:
             return None
         state = folder.state()
-        if not ingested_by(state.commits, dataset_digest, mirror=mirror) or folder.lost_files(state.files)[0]:
+        if not ingested_by(state.commits, dataset_digest, mirror=mirror) or state.lost_files()[0]:
             return None
-        return _snapshot(folder, state.commits[-1], state.files)
+        return _snapshot(state)
 
     def get_record(self, group: str, record_id: str) -> dict[str, Any] | None:
         """The record's latest event (record_id, event_time, the table's columns); None if unknown or deleted."""
-        folder = self._existing(group)
-        state = folder.state()
+        state = self._existing(group).state()
         if state.last is None:
             return None
-        table = state.last.table
-        found = _events(folder, state, table, [record_id]).sort(_EVENT_ORDER).tail(1)
-        live = found.filter(~pl.col("is_deleted")).select(*row_types(table))
+        found = _events(state, [record_id]).sort(_EVENT_ORDER).tail(1)
+        live = found.filter(~pl.col("is_deleted")).select(*row_types(state.last.table))
         return live.row(0, named=True) if live.height else None
 
     def sample(self, group: str, count: int) -> pl.DataFrame:
@@ -183,18 +166,14 @@ class OfflineStore:
 
         Columns: record_id, event_time, the table's columns, is_deleted. Reads a row group or two of each file.
         """
-        folder = self._existing(group)
-        state = folder.state()
-        if state.last is None:
-            raise self._empty(group)
-        table = state.last.table
+        state = self._ingested(group)
         files = state.files[:: -(-len(state.files) // _SAMPLED_FILES)]
         ids = set[str]()
         for file in files:
-            with storage.open_input(storage.join(folder.data_uri, file.path)) as opened:
+            with storage.open_input(storage.join(state.data_uri, file.path)) as opened:
                 ids.update(pl.read_parquet(opened, columns=["record_id"], n_rows=-(-count // len(files)))["record_id"])
-        latest = _events(folder, state, table, ids).sort(_EVENT_ORDER).unique("record_id", keep="last")
-        return latest.select(*row_types(table), "is_deleted")
+        latest = _events(state, ids).sort(_EVENT_ORDER).unique("record_id", keep="last")
+        return latest.drop("write_time", "api_invocation_time")
 
     def delete_record(self, group: str, record_id: str, event_time: datetime) -> bool:
         """Store that the record does not exist from `event_time` on. False, and nothing stored, if it did not then."""
@@ -221,12 +200,12 @@ class OfflineStore:
             "path": folder.uri,
             "data": folder.data_uri,
             "created_at": info.created_at.isoformat(),
-            "columns": {c.name: c.dtype for c in (last.table if last else info.table).columns},
+            "columns": {c.name: c.dtype for c in (last or info).table.columns},
             "commits": len(state.commits),
             "snapshot_id": last.snapshot_id if last else None,
             "last_commit_at": last.created_at.isoformat() if last else None,
             "live_rows": last.live_rows if last else 0,
-            "live_digest": last.live_digest if last else EMPTY_DIGEST,
+            "live_digest": last.live_digest if last else digest_of((0, 0)),
             "events": sum(f.rows for f in files),
             "deduplicate": last.deduplicate if last else False,
             "files": len(files),
@@ -241,40 +220,42 @@ class OfflineStore:
             raise self._absent(group)
         return folder
 
+    def _ingested(self, group: str, commit: int | None = None) -> GroupState:
+        state = self._existing(group).state(commit)
+        if state.last is None:
+            raise StepError(f"nothing has been ingested into feature group {group} yet")
+        return state
+
     def _absent(self, group: str) -> StepError:
         return StepError(f"there is no feature group {group} in {self.root}; it has {self.groups() or 'none'}")
 
-    def _empty(self, group: str) -> StepError:
-        return StepError(f"nothing has been ingested into feature group {group} yet")
 
-
-def _snapshot(folder: Group, last: Commit, files: list[StoredFile], as_of: datetime | None = None) -> Snapshot:
-    """The files of a group after its commit `last`, as a snapshot."""
+def _snapshot(state: GroupState, as_of: datetime | None = None) -> Snapshot:
+    """The files of a group after its latest commit, as a snapshot."""
+    last, artifact = state.commits[-1], state.artifact()
     moment = as_utc(as_of) if as_of else None
-    if moment is None or all(f.last_event_time <= moment for f in files):
-        artifact = folder.artifact(files, last.live_digest, last.live_rows)
-    else:
-        files = [f for f in files if f.first_event_time <= moment]
+    if moment is not None and any(f.last_event_time > moment for f in state.files):
+        earlier = {f.path for f in state.files if f.first_event_time <= moment}
+        files = [f for f in artifact.files if f.path in earlier]
         names = "\n".join([moment.isoformat(), *sorted(f.sha256 for f in files)])
-        artifact = folder.artifact(files, hashlib.sha256(names.encode()).hexdigest(), None)
+        artifact = Artifact.of(artifact.uri, files, digest=hashlib.sha256(names.encode()).hexdigest())
+        artifact = artifact.model_copy(update={"rows": None})
     return Snapshot(artifact, last.deduplicate, last.number, last.snapshot_id, moment)
 
 
-def _events(
-    folder: Group, state: GroupState, table: TableSpec, record_ids: Collection[str] | None = None
-) -> pl.DataFrame:
-    """Events of the group, all or those of some records. Columns that older files lack are null.
+def _events(state: GroupState, record_ids: Collection[str] | None = None) -> pl.DataFrame:
+    """Events of a group that has some, all or those of some records. Columns that older files lack are null.
 
     Of the files only those row groups are read that may have one of the records.
     """
-    lost, sentence = folder.lost_files(state.files)
+    lost, sentence = state.lost_files()
     if lost:
         raise StepError(f"{sentence}: restore them from a backup, or delete the group and ingest again")
-    wanted = event_types(table)
-    if state.iceberg is None or state.last is None:
-        return pl.DataFrame(schema=wanted)
+    assert state.iceberg is not None
+    last = state.commits[-1]
+    wanted = event_types(last.table)
     row_filter = AlwaysTrue() if record_ids is None else In("record_id", record_ids)  # pyright: ignore[reportCallIssue]
-    scan = state.iceberg.scan(row_filter, snapshot_id=state.last.snapshot_id, selected_fields=tuple(wanted))
+    scan = state.iceberg.scan(row_filter, snapshot_id=last.snapshot_id, selected_fields=tuple(wanted))
     own = {file.file_path for file in state.data_files}  # other programs may have added some
     tasks = [task for task in scan.plan_files() if task.file.file_path in own]
     reader = ArrowScan(state.iceberg.metadata, state.iceberg.io, scan.projection(), row_filter)
@@ -287,25 +268,23 @@ def _delete_record(folder: Group, record_id: str, event_time: datetime) -> bool:
     last = state.last
     if last is None:
         return False
-    table = last.table
-    events = _events(folder, state, table, [record_id]).sort(_EVENT_ORDER)
+    events = _events(state, [record_id]).sort(_EVENT_ORDER)
     before = events.filter(pl.col("event_time") <= event_time)
     if not before.height or before["is_deleted"].last():
         return False
     latest, live_digest = events.tail(1), last.live_digest
-    dies = before.height == events.height and not latest["is_deleted"].item()
+    dies = before.height == events.height
     if dies:
-        live_digest = digest_of(subtract_sums(last.live_sums, events_digest(latest, table)))
-    with folder.attempt(state, table) as attempt:
-        stone = tombstones(pl.Series([record_id]), pl.Series([event_time]).cast(pl.Datetime("us", "UTC")), table)
+        live_digest = digest_of(subtract_sums(last.live_sums, events_digest(latest, last.table)))
+    with folder.attempt(state, last.table) as attempt:
+        stone = tombstones(pl.Series([record_id]), pl.Series([event_time]).cast(TIMESTAMP), last.table)
         path = write_events(stone, attempt.target)
-        if not read_back([path], attempt.target)[0]:
-            raise StepError(f"the deletion of {record_id} cannot be read back from feature group {folder.name}")
+        verify_events([path], stone, attempt.target, folder.name)
         commit = Commit(
             number=last.number + 1,
             created_at=attempt.target.write_time,
             write_time=attempt.target.write_time,
-            table=table,
+            table=last.table,
             deleted=1,
             live_rows=last.live_rows - dies,
             live_digest=live_digest,

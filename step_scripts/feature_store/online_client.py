@@ -1,4 +1,11 @@
-"""Calls of SageMaker's feature store runtime for many records, repeated until each has been accepted or refused."""
+"""The online store of a SageMaker feature group: records as text, and calls for many of them.
+
+SageMaker has three types. Integers and truth values are `Integral`, floating-point numbers `Fractional`, texts and
+times `String` (ISO 8601, microseconds). So is the event time, by whose date SageMaker partitions Iceberg tables; the
+online store takes no more of it than milliseconds. What is null, or not a number, is left out.
+
+Calls are repeated until each record has been accepted or refused.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +14,18 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
+
+import polars as pl
 
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.wording import counted
+from step_scripts.table.spec import DType, TableSpec
 
+_NUMBERS = {"int64": "Integral", "bool": "Integral", "float64": "Fractional"}  # others are texts
+RECORD_ID, EVENT_TIME = "record_id", "event_time"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _WRITTEN_AT_ONCE = 25  # the service's limits
 _READ_AT_ONCE = 100
 _LONGEST_PAUSE = 10.0  # seconds
@@ -168,3 +182,62 @@ def _answer(function: Any, **request: Any) -> tuple[dict[str, Any] | None, str]:
         raise (_Refused if "Validation" in code else StepError)(message) from error
     except (ConnectionError, HTTPClientError) as error:
         return None, str(error)
+
+
+def feature_types(table: TableSpec) -> dict[str, str]:
+    """SageMaker's type of each feature, in order: record id, event time, the table's columns."""
+    types = {RECORD_ID: "String", EVENT_TIME: "String"}
+    return types | {column.name: _NUMBERS.get(column.dtype, "String") for column in table.columns}
+
+
+def encoded_time(microseconds: int) -> str:
+    """`yyyy-MM-ddTHH:mm:ss.SSSZ` of an event time in microseconds since 1970, without what is below a millisecond."""
+    moment = _EPOCH + timedelta(microseconds=microseconds)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def decoded_time(text: str) -> int:
+    """Microseconds since 1970."""
+    return (datetime.fromisoformat(text) - _EPOCH) // timedelta(microseconds=1)
+
+
+def encoded_records(events: pl.DataFrame, table: TableSpec) -> list[dict[str, str]]:
+    """Features of each row as text."""
+    columns: dict[str, list[str | None]] = {
+        RECORD_ID: events[RECORD_ID].to_list(),
+        EVENT_TIME: [encoded_time(t) for t in events[EVENT_TIME].to_physical().to_list()],
+    }
+    for column in table.columns:
+        columns[column.name] = [_encoded(value, column.dtype) for value in events[column.name].to_list()]
+    names = list(columns)
+    return [
+        {name: text for name, text in zip(names, row, strict=True) if text is not None}
+        for row in zip(*columns.values(), strict=True)
+    ]
+
+
+def decoded_record(features: Mapping[str, str], table: TableSpec) -> dict[str, Any]:
+    """Values of a record's features: record_id, event_time (UTC), the table's columns."""
+    moment = datetime.fromisoformat(features[EVENT_TIME])
+    record: dict[str, Any] = {RECORD_ID: features[RECORD_ID], EVENT_TIME: moment}
+    return record | {c.name: _decoded(features.get(c.name), c.dtype) for c in table.columns}
+
+
+def _encoded(value: Any, dtype: DType) -> str | None:
+    if value is None or value != value:
+        return None
+    if dtype == "datetime":
+        return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    if dtype == "bool":
+        return str(int(value))
+    return repr(value) if dtype == "float64" else str(value)
+
+
+def _decoded(text: str | None, dtype: DType) -> Any:
+    if text is None:
+        return None
+    if dtype == "datetime":
+        return datetime.fromisoformat(text)
+    if dtype == "bool":
+        return bool(int(text))
+    return {"int64": int, "float64": float, "string": str}[dtype](text)

@@ -9,25 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import threading
+import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import polars as pl
 
 from step_scripts.feature_store.data_files import WriteItem, item_events
-from step_scripts.feature_store.feature_values import (
+from step_scripts.feature_store.online_client import (
     EVENT_TIME,
+    RECORD_ID,
+    OnlineClient,
     decoded_record,
     decoded_time,
     encoded_records,
     encoded_time,
-    online_time,
 )
-from step_scripts.feature_store.online_client import OnlineClient
 from step_scripts.runner import storage
 from step_scripts.runner.background import repeated
 from step_scripts.runner.contract import Reporter, StepError
@@ -46,7 +46,6 @@ _CONSISTENT_AFTER = (0.2, 0.8, 2.0)  # seconds between readings: the store is ev
 
 # Runs `function(*call)` for each call, in any order and anywhere; yields (index of the call, result).
 ParallelRun = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterator[tuple[int, Any]]]
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -72,20 +71,6 @@ class OnlineRecord:
     features: dict[str, str] | None
 
 
-@dataclass(frozen=True)
-class OnlineOutcome:
-    """What became of some records: how many are as they should be, the ids of those that are not, and why.
-
-    Of `unread` of the missing ones nothing is known: they cannot be read. `problem` is empty where all is well, and
-    where another part's ended this one.
-    """
-
-    written: int
-    missing: tuple[str, ...] = ()
-    unread: int = 0
-    problem: str = ""
-
-
 def bring_online(
     run: ParallelRun,
     items: Sequence[WriteItem],
@@ -94,7 +79,6 @@ def bring_online(
     expected: int,
     log: Reporter,
     *,
-    scratch: str,
     offline: str,
     missing_uri: str | None,
 ) -> None:
@@ -103,12 +87,9 @@ def bring_online(
     Raises `StepError` if it does not: with how many it holds, what is `offline`, and the first ids of the others; all
     of them are written to `missing_uri`.
     """
-    given_up_uri = storage.join(scratch, "given-up")
     parts = [(item, -(-item.rows // _PART_RECORDS)) for item in items]
-    calls = [(item, part, count, table, target, given_up_uri) for item, count in parts for part in range(count)]
-    written = missing = unread = 0
-    problem, first = "", list[str]()
-    since = time.monotonic()
+    calls = [(item, part, count, table, target) for item, count in parts for part in range(count)]
+    written, since = 0, time.monotonic()
 
     def report() -> None:
         if (waited := time.monotonic() - since) >= _REPORTED_EVERY:
@@ -117,87 +98,99 @@ def bring_online(
                 f"throttling and outages are waited out for up to {target.retry_timeout_seconds:.0f} s"
             )
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(repeated(report, _REPORTED_EVERY, "online-progress"))
-        listing = None
-        for _, outcome in run(write_online, calls):
-            since = time.monotonic()
-            written, missing, unread = (
-                written + outcome.written,
-                missing + len(outcome.missing),
-                unread + outcome.unread,
-            )
-            problem = problem or outcome.problem
-            first = heapq.nsmallest(_SHOWN, [*first, *outcome.missing])
-            if outcome.missing and missing_uri is not None:
-                if listing is None:
-                    listing = stack.enter_context(storage.open_output(missing_uri))
-                    listing.write(b"record_id\n")
-                listing.write("".join(f"{record_id}\n" for record_id in outcome.missing).encode())
-            log.info(f"{written:,} of {counted(expected, 'record')} in the online store")
-    if written == expected and not missing:
+    try:
+        with repeated(report, _REPORTED_EVERY, "online-progress"):
+            for _, count in run(write_online, calls):
+                since = time.monotonic()
+                written += count
+                log.info(f"{written:,} of {counted(expected, 'record')} in the online store")
+    except StepError as error:
+        problem = error
+    else:
         return
-    keep = {MISSING_RECORDS: missing_uri} if listing is not None and missing_uri is not None else {}
+    missing = unread = 0
+    first = list[str]()
+    with contextlib.ExitStack() as stack:
+        listing = stack.enter_context(storage.open_output(missing_uri)) if missing_uri is not None else io.BytesIO()
+        listing.write(b"record_id\n")
+        for _, (others, unknown) in run(look_up_online, calls):
+            ids = [*others, *unknown]
+            missing += len(ids)
+            unread += len(unknown)
+            first = heapq.nsmallest(_SHOWN, [*first, *ids])
+            listing.write("".join(f"{record_id}\n" for record_id in sorted(ids)).encode())
     named = f": {', '.join(first)}{' and others' if missing > len(first) else ''}" if first else ""
-    unknown = f" (nothing is known of {unread:,} of these: they cannot be read now)" if unread else ""
-    listed = f". {MISSING_RECORDS} lists them all" if keep else ""
+    unclear = f" (nothing is known of {unread:,} of these: they cannot be read now)" if unread else ""
+    listed = f". {MISSING_RECORDS} lists them all" if missing_uri is not None else ""
     raise StepError(
-        f"{problem or 'not all records were written'}. Online: {written:,} of {counted(expected, 'record')} as this "
-        f"ingestion has them, {missing:,} not{unknown}{named}{listed}. Offline: none of them; {offline}. Nothing was "
-        "committed. Remedy: ingest again when the online store answers, which writes what is missing, or with fewer "
-        "calls in flight",
+        f"{problem}. Online: {expected - missing:,} of {counted(expected, 'record')} as this ingestion has them, "
+        f"{missing:,} not{unclear}{named}{listed}. Offline: none of them; {offline}. Nothing was committed. Remedy: "
+        "ingest again when the online store answers, which writes what is missing, or with fewer calls in flight",
         details={
-            "records_online": written,
+            "records_online": expected - missing,
             "records_missing_online": missing,
             "records_unread_online": unread,
             "missing_record_ids": list[Any](first),
             "records_offline": 0,
         },
-        keep=keep,
-    )
+        keep={MISSING_RECORDS: missing_uri} if missing_uri is not None else {},
+    ) from problem
 
 
-def write_online(
-    item: WriteItem, part: int, parts: int, table: TableSpec, target: OnlineTarget, given_up_uri: str
-) -> OnlineOutcome:
+def write_online(item: WriteItem, part: int, parts: int, table: TableSpec, target: OnlineTarget) -> int:
     """Write those events of `item` that are their records' latest, of its `parts` parts the one of number `part`.
 
-    After what the store refuses, does not accept in time, or does not hold afterwards, there is a file at
-    `given_up_uri`, and nothing more is written; it is then looked up what the store holds.
+    Returns how many. Raises `StepError` for the first that the store refuses, does not accept in time, or does not hold
+    afterwards; nothing more is then written.
     """
+    batches, store = _batches(item, part, parts, table), _client(target, target.retry_timeout_seconds)
+    synchronizer = _Synchronizer(store, table)
+    with ThreadPoolExecutor(target.in_flight) as pool:
+        futures = [pool.submit(lambda batch: synchronizer.synchronize(_records(batch, table)), b) for b in batches]
+        ended, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        failed = [future for future in ended if future.exception() is not None]
+        if failed:
+            store.stop.set()
+            pool.shutdown(cancel_futures=True)
+    return sum(future.result() for future in failed or futures)
+
+
+def look_up_online(
+    item: WriteItem, part: int, parts: int, table: TableSpec, target: OnlineTarget
+) -> tuple[list[str], list[str]]:
+    """Ids of the same records, as far as the store holds them in another state, or cannot be read."""
+    batches, store = _batches(item, part, parts, table), _client(target, _LOOKUP_SECONDS)
+    synchronizer = _Synchronizer(store, table)
+
+    def look_up(batch: pl.DataFrame) -> tuple[list[str], list[str]]:
+        if not store.stop.is_set():
+            try:
+                return [record.record_id for record in synchronizer.different(_records(batch, table))], []
+            except StepError:
+                store.stop.set()
+        return [], batch["record_id"].to_list()
+
+    with ThreadPoolExecutor(target.in_flight) as pool:
+        found = list(pool.map(look_up, batches))
+    return [i for others, _ in found for i in others], [i for _, unknown in found for i in unknown]
+
+
+def _batches(item: WriteItem, part: int, parts: int, table: TableSpec) -> list[pl.DataFrame]:
+    """Encoded by the thread that sends them: the text of all records at once would take much memory."""
     events = item_events(item, table).filter("is_latest")
     size = -(-events.height // parts)
-    events = events[part * size : (part + 1) * size]
-    # A batch is encoded by the thread that sends it: the text of all records at once would take much memory.
-    batches = [events[at : at + _BATCH] for at in range(0, events.height, _BATCH)]
+    return list(events[part * size : (part + 1) * size].iter_slices(_BATCH))
+
+
+def _client(target: OnlineTarget, retry_timeout_seconds: float) -> OnlineClient:
     client = service_client("sagemaker-featurestore-runtime", target.region_name, target.in_flight, attempts=1)
-    store = OnlineClient(client, target.group, target.retry_timeout_seconds)
-    if storage.exists(given_up_uri):
-        store.stop.set()
-    writer = _Synchronizer(store, table)
-    written, problem = _in_parallel(
-        lambda batch: writer.synchronize(_records(batch, table)), batches, target.in_flight, store.stop
-    )
-    if len(written) == len(batches):
-        return OnlineOutcome(events.height)
-    storage.write_bytes(given_up_uri, b"")
-    reader = _Synchronizer(OnlineClient(client, target.group, _LOOKUP_SECONDS), table)
-    left = [batch for number, batch in enumerate(batches) if number not in written]
-    found, _ = _in_parallel(
-        lambda batch: reader.wrong_ids(_records(batch, table)), left, target.in_flight, threading.Event()
-    )
-    unread = [batch["record_id"].to_list() for number, batch in enumerate(left) if number not in found]
-    missing = tuple(sorted(record_id for ids in (*found.values(), *unread) for record_id in ids))
-    return OnlineOutcome(events.height - len(missing), missing, sum(map(len, unread)), problem)
+    return OnlineClient(client, target.group, retry_timeout_seconds)
 
 
 def _records(events: pl.DataFrame, table: TableSpec) -> list[OnlineRecord]:
-    deleted = events["is_deleted"].to_list()
-    times = events["event_time"].to_physical().to_list()
-    texts = encoded_records(events, table)
     return [
-        OnlineRecord(features["record_id"], online_time(time_), None if gone else features)
-        for features, time_, gone in zip(texts, times, deleted, strict=True)
+        OnlineRecord(features[RECORD_ID], decoded_time(features[EVENT_TIME]), None if is_deleted else features)
+        for features, is_deleted in zip(encoded_records(events, table), events["is_deleted"], strict=True)
     ]
 
 
@@ -210,14 +203,14 @@ class _Synchronizer:
     def synchronize(self, records: Sequence[OnlineRecord]) -> int:
         """Write and read back. Returns the number of records; raises `StepError` for those that stay different."""
         self._send(records)
-        wrong = self._different(records)
+        wrong = self.different(records)
         if ties := {r: moment for r, moment in wrong.items() if moment == r.event_time}:  # ignored for good: no waiting
             self._replace(ties)
-            wrong = self._different(list(wrong))
+            wrong = self.different(list(wrong))
         wrong = self._settled(wrong)
         if wrong:
             self._replace(wrong)
-            wrong = self._settled(self._different(list(wrong)))
+            wrong = self._settled(self.different(list(wrong)))
         if wrong:
             raise StepError(
                 f"{len(wrong):,} of {counted(len(records), 'record')} written to the online store of feature group "
@@ -225,17 +218,13 @@ class _Synchronizer:
             )
         return len(records)
 
-    def wrong_ids(self, records: Sequence[OnlineRecord]) -> list[str]:
-        """Ids of those records that the store does not hold in their states."""
-        return [record.record_id for record in self._different(records)]
-
     def _settled(self, wrong: dict[OnlineRecord, int | None]) -> dict[OnlineRecord, int | None]:
         """What is still wrong after the store has had time to become consistent."""
         for pause in _CONSISTENT_AFTER:
             if not wrong:
                 break
             time.sleep(pause)
-            wrong = self._different(list(wrong))
+            wrong = self.different(list(wrong))
         return wrong
 
     def _send(self, records: Sequence[OnlineRecord]) -> None:
@@ -250,7 +239,7 @@ class _Synchronizer:
         self._store.delete([(r.record_id, later) for r in wrong], hard=True)
         self._send([record for record in wrong if record.features is not None])
 
-    def _different(self, records: Sequence[OnlineRecord]) -> dict[OnlineRecord, int | None]:
+    def different(self, records: Sequence[OnlineRecord]) -> dict[OnlineRecord, int | None]:
         """Records that are not in their state and have no later event either, with the event time that they have.
 
         A later event is that of another writer, who commits after this one or has failed and will be repeated.
@@ -262,37 +251,11 @@ class _Synchronizer:
             moment = decoded_time(present[EVENT_TIME]) if present else None
             if moment is not None and moment > record.event_time:
                 continue
-            if not self._same(present, record.features):
+            wanted = record.features
+            if present is None or wanted is None:
+                is_same = present is wanted
+            else:  # by value: the store may write a number in another way
+                is_same = decoded_record(present, self._table) == decoded_record(wanted, self._table)
+            if not is_same:
                 wrong[record] = moment
         return wrong
-
-    def _same(self, present: dict[str, str] | None, wanted: dict[str, str] | None) -> bool:
-        """By value: the store may write a number in another way."""
-        if present is None or wanted is None:
-            return present is wanted
-        return decoded_record(present, self._table) == decoded_record(wanted, self._table)
-
-
-def _in_parallel(
-    function: Callable[[pl.DataFrame], _T], batches: Sequence[pl.DataFrame], threads: int, stop: threading.Event
-) -> tuple[dict[int, _T], str]:
-    """Results by number of batch, and the first problem. After a `StepError`, or `stop`, no more calls are begun."""
-    done: dict[int, _T] = {}
-    problems: list[str] = []
-
-    def call(number: int) -> None:
-        if stop.is_set():
-            return
-        try:
-            done[number] = function(batches[number])
-        except BaseException as error:
-            if isinstance(error, StepError) and not stop.is_set():
-                problems.append(str(error))
-            stop.set()
-            if not isinstance(error, StepError):
-                raise
-
-    with ThreadPoolExecutor(max_workers=max(1, min(threads, len(batches)))) as pool:
-        for _ in pool.map(call, range(len(batches))):
-            pass
-    return done, problems[0] if problems else ""

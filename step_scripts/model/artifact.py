@@ -20,15 +20,8 @@ from step_scripts.runner.contract import Artifact, file_info, write_json
 from step_scripts.runner.wording import counted
 from step_scripts.table.spec import TableSpec
 
-FILES = (
-    "model.ubj",
-    "scaler.json",
-    "table.json",
-    "statistics.json",
-    "parameters.json",
-    "metrics.json",
-    "versions.json",
-)
+_DESCRIPTIONS = ("scaler", "table", "statistics", "parameters", "metrics", "versions")
+FILES = ("model.ubj", *(f"{name}.json" for name in _DESCRIPTIONS))
 
 
 @dataclass(frozen=True)
@@ -88,16 +81,9 @@ def save_model(
 ) -> Artifact:
     """Write the files of an artifact below `uri` and return it. The caller commits it."""
     storage.write_bytes(storage.join(uri, "model.ubj"), bytes(booster.save_raw("ubj")))
-    described = {
-        "scaler.json": scaler,
-        "table.json": table.model_dump(mode="json"),
-        "statistics.json": statistics,
-        "parameters.json": parameters,
-        "metrics.json": metrics,
-        "versions.json": versions,
-    }
-    for name, value in described.items():
-        write_json(storage.join(uri, name), value)
+    described = (scaler, table.model_dump(mode="json"), statistics, parameters, metrics, versions)
+    for name, value in zip(_DESCRIPTIONS, described, strict=True):
+        write_json(storage.join(uri, f"{name}.json"), value)
     return Artifact.of(uri, [file_info(storage.join(uri, name), uri) for name in FILES])
 
 

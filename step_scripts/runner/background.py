@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -33,18 +33,16 @@ def run_in_thread(
         except BaseException as error:  # noqa: BLE001  # raised again, in the thread that waits
             outcome.set_exception(error)
 
-    thread = threading.Thread(target=call, name="ray-driver", daemon=True)
-    thread.start()
+    threading.Thread(target=call, name="ray-driver", daemon=True).start()
     deadline = math.inf if timeout is None else time.monotonic() + timeout
     try:
-        while thread.is_alive():
-            thread.join(_POLL_SECONDS)
-            if time.monotonic() > deadline and thread.is_alive():
+        while not wait([outcome], _POLL_SECONDS).done:
+            if time.monotonic() > deadline:
                 raise TimeoutError(f"no answer within {timeout:g} s")
     except BaseException:
         if on_interrupt is not None:
             on_interrupt()
-            thread.join(_END_SECONDS)
+            wait([outcome], _END_SECONDS)
         raise
     return outcome.result()
 

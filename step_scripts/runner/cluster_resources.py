@@ -16,8 +16,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from step_scripts.runner.background import repeated
 from step_scripts.runner.contract import Reporter, StepError
-from step_scripts.runner.ray_join import is_open
-from step_scripts.runner.ray_session import private_folder_of_session
+from step_scripts.runner.ray_session import is_open, private_folder_of_session
+from step_scripts.runner.wording import counted
 
 WAIT_VARIABLE = "HOUSING_RESOURCE_WAIT_SECONDS"
 _DEFAULT_WAIT_SECONDS = 1800.0
@@ -59,7 +59,7 @@ def free_cpus(what: str, needed: int, log: Reporter | None) -> list[int]:
         total, free = sum(node_cpus()), _unused()
         if sum(free) >= needed and (sum(free) >= total or waited >= _SETTLE_SECONDS):
             return free
-        state = f"{what} needs {needed} {'CPU' if needed == 1 else 'CPUs'} of the Ray cluster, {sum(free)} of {total}"
+        state = f"{what} needs {counted(needed, 'CPU')} of the Ray cluster, {sum(free)} of {total}"
         if waited >= max(limit, _SETTLE_SECONDS):
             raise StepError(
                 f"{state} were free within {limit:g} s: end what uses them, or wait longer by {WAIT_VARIABLE}"
@@ -133,11 +133,12 @@ def await_lost_nodes(seconds: float) -> None:
     Until then Ray would wait for workers on such a node.
     """
     deadline = time.monotonic() + seconds
-    suspects = {n["NodeID"] for n in ray.nodes() if n["Alive"] and not _answers(n)}
+    suspects = _silent_nodes()
     while suspects and time.monotonic() < deadline:
         time.sleep(0.5)
-        suspects &= {n["NodeID"] for n in ray.nodes() if n["Alive"] and not _answers(n)}
+        suspects &= _silent_nodes()
 
 
-def _answers(node: dict[str, Any]) -> bool:
-    return is_open(node["NodeManagerAddress"], node["NodeManagerPort"], 2.0)
+def _silent_nodes() -> set[str]:
+    alive = (node for node in ray.nodes() if node["Alive"])
+    return {n["NodeID"] for n in alive if not is_open(n["NodeManagerAddress"], n["NodeManagerPort"], 2.0)}

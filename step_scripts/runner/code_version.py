@@ -11,9 +11,10 @@ The process that runs the step compares the request with what it has loaded (`st
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -30,12 +31,13 @@ _RUNNERS = tuple(f"{PACKAGE}.{name}" for name in ("runner.execution", "runner.wo
 # Libraries that results depend on.
 _COMPUTING = ("numpy", "optuna", "pandas", "polars", "pyarrow", "ray", "xgboost", "xgboost-ray")
 
-_HEAD = re.compile(r"(?:^|[;:])[ \t]*(?:from[ \t]+(\.*[\w.]*)[ \t]+)?$", re.MULTILINE)  # of a line, before `import`
-_NAMES = re.compile(r"[ \t]*(?:\(([^)]*)\)|((?:\\\n|[^\n;])*))")  # behind it
-_CALL = re.compile(r"""(?:_module|__)\(\s*["']([\w.]+)["']""")  # the end of `import_module(…)` and `__import__(…)`
-_DOTTED = re.compile(r"""["'](\w+(?:\.\w+)+)["']""")
-_NAME = re.compile(r"[\w.]+")
-_COMMENT = re.compile(r"#[^\n]*")
+# A statement at the start of a line or behind `;` or `:`: where from, and the names, in parentheses or without.
+_IMPORT = re.compile(
+    r"(?:^|[;:])[ \t]*(?:from[ \t]+(\.*[\w.]*)[ \t]+)?import\b[ \t]*(?:\(([^)]*)\)|((?:\\\n|[^\n;])*))", re.MULTILINE
+)
+# The argument of `import_module(…)` or `__import__(…)`; a dotted name.
+_QUOTED = re.compile(r"""(?:(?:_module|__)\(\s*["']([\w.]+)|["'](\w+(?:\.\w+)+))["']""")
+_NAME = re.compile(r"(?<!as )\b[\w.]+")  # but aliases
 
 
 class NodeReport(NamedTuple):
@@ -63,15 +65,6 @@ def step_sources(step: str) -> Mapping[str, str]:
 def module_version(module: str) -> str:
     """The version of a module that is no step, and of what it imports."""
     return version_of(_sources(module))
-
-
-def sources_now(modules: Iterable[str]) -> dict[str, set[str]]:
-    """Digests of modules, read from their files again; none for a file that is gone. Other names are left out."""
-    found: dict[str, set[str]] = {}
-    for module in modules:
-        if (path := _file_of(module)) is not None:
-            found[module] = {digest_of(path.read_bytes())} if path.exists() else set()
-    return found
 
 
 def version_of(sources: Mapping[str, str]) -> str:
@@ -108,11 +101,15 @@ def _sources(*roots: str) -> dict[str, str]:
     if absent := [name for name in pending if _file_of(name) is None]:
         raise FileNotFoundError(f"there is no module {absent[0]}")
     sources: dict[str, str] = {}
+    seen = {""}
     while pending:
-        module = pending.pop()
-        if module not in sources and (path := _file_of(module)) is not None:
-            sources[module], followed = _read(module, path)
-            pending += followed
+        if (module := pending.pop()) in seen:
+            continue
+        seen.add(module)
+        pending.append(module.rpartition(".")[0])  # the package that it is in is loaded before it
+        if (path := _file_of(module)) is not None:
+            sources[module], mentioned = _read(module, path)
+            pending += mentioned
     return sources
 
 
@@ -121,71 +118,39 @@ def _file_of(module: str) -> Path | None:
     """The source file of one of the project's modules; None for what is none. `find_spec` would import its parents."""
     top, *rest = module.split(".")
     for place in own_places(top):
-        if place.suffix == ".py":
-            return None if rest else place
-        folder = place.joinpath(*rest[:-1])
-        if rest and f"{rest[-1]}.py" in _listing(folder):
-            return folder / f"{rest[-1]}.py"
-        if (not rest or rest[-1] in _listing(folder)) and "__init__.py" in _listing(place.joinpath(*rest)):
-            return place.joinpath(*rest, "__init__.py")
+        path = place.joinpath(*rest)
+        for file in (path / "__init__.py", path.with_name(f"{path.name}.py") if rest else path):
+            if file.is_file():
+                return file
     return None
 
 
 @cache
-def _listing(folder: Path) -> frozenset[str]:
-    try:
-        return frozenset(path.name for path in folder.iterdir())
-    except OSError:
-        return frozenset()
-
-
-@cache
 def _read(module: str, path: Path) -> tuple[str, tuple[str, ...]]:
-    """The digest of a module's source, and the modules that it, or loading it, can load. Steps share most of theirs."""
+    """The digest of a module's source, and the names of modules in it. Steps share most of theirs."""
     source = path.read_bytes()
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    mentioned = {module, *_mentioned(source.decode(), package)}
-    return digest_of(source), tuple({parent for name in mentioned for parent in _with_parents(name)})
-
-
-def _with_parents(module: str) -> Iterator[str]:
-    """The module and the packages that it is in, which are loaded before it."""
-    while module:
-        yield module
-        module = module.rpartition(".")[0]
+    return digest_of(source), tuple(_mentioned(source.decode(), package))
 
 
 def _mentioned(source: str, package: str) -> Iterator[str]:
-    position = source.find("import")
-    while position >= 0:
-        line = source.rfind("\n", 0, position) + 1
-        behind = position + len("import")
-        if call := _CALL.match(source, behind):
-            yield call[1]
-        elif (head := _HEAD.search(source, line, position)) and (names := _NAMES.match(source, behind)):
-            yield from _imported(head[1], _COMMENT.sub("", names[1] or names[2]), package)
-        position = source.find("import", behind)
-    for match in _DOTTED.finditer(source):
-        if _file_of(match[1]) is not None:  # "data.csv" is no module of a folder `data`
-            yield match[1]
-
-
-def _imported(origin: str | None, listed: str, package: str) -> Iterator[str]:
-    """Modules of one statement. What is imported from a package may be a module of it."""
-    names = [found[0] for part in listed.split(",") if (found := _NAME.search(part))]
-    if origin is None:
-        yield from names
-        return
-    if level := len(origin) - len(origin.lstrip(".")):
-        parents = package.split(".")
-        origin = ".".join([*parents[: len(parents) - level + 1], *filter(None, [origin[level:]])])
-    yield origin
-    yield from (f"{origin}.{name}" for name in names)
+    for origin, *listed in _IMPORT.findall(source):
+        names = _NAME.findall("".join(listed))  # words of comments do no harm
+        if not origin:
+            yield from names
+            continue
+        origin = importlib.util.resolve_name(origin, package)
+        yield origin
+        yield from (f"{origin}.{name}" for name in names)  # what is imported from a package may be a module of it
+    for called, dotted in _QUOTED.findall(source):
+        if called or _file_of(dotted) is not None:  # "data.csv" is no module of a folder `data`
+            yield called or dotted
 
 
 def require_unchanged(request: StepRequest) -> None:
     """Raise `StepError` if a file of the request's code has changed since. For before the step starts."""
-    _require_same(request, sources_now(request.sources))
+    files = {module: path for module in request.sources if (path := _file_of(module)) is not None}
+    _require_same(request, {m: {digest_of(path.read_bytes())} if path.exists() else {} for m, path in files.items()})
 
 
 def _require_same(request: StepRequest, found: Mapping[str, Collection[str]]) -> None:

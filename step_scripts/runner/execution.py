@@ -30,12 +30,13 @@ from step_scripts.runner.contract import (
     StepDefinition,
     StepError,
     StepOutcome,
+    StepParams,
     StepRequest,
     StepResult,
     check_files,
+    operators_noted,
 )
-from step_scripts.runner.disk_space import explain_full_disk
-from step_scripts.runner.operators import operators_noted
+from step_scripts.runner.local_files import explain_full_disk
 from step_scripts.runner.ray_session import RaySession, RaySettings
 
 
@@ -61,25 +62,19 @@ def find_result(request: StepRequest, unusable: Callable[[str], None] | None = N
     """
     try:
         manifest = StepResult.model_validate_json(storage.read_bytes(request.manifest_uri))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValidationError):  # none, or one that another version of this module has written
         return None
-    except ValidationError:  # written by another version of this module
+    expired = request.not_before is not None and manifest.created_at < request.not_before
+    if expired or manifest.request_digest != request.digest:
         return None
-    if manifest.request_digest != request.digest:
-        return None
-    if request.not_before is not None and manifest.created_at < request.not_before:
-        return None
-    reason = ""
     try:
+        if manifest.unversioned:
+            raise DamagedArtifactError(f"its code version does not cover {', '.join(manifest.unversioned)}")
         for output in manifest.outputs.values():
             check_files(output, "local")
     except DamagedArtifactError as error:
-        reason = str(error)
-    if manifest.unversioned:
-        reason = f"its code version does not cover {', '.join(manifest.unversioned)}"
-    if reason:
         if unusable is not None:
-            unusable(f"the earlier result of {request.step} is not reused but made again: {reason}")
+            unusable(f"the earlier result of {request.step} is not reused but made again: {error}")
         return None
     return manifest.model_copy(update={"reused": True})
 
@@ -93,23 +88,16 @@ def run_step(
     that the error says to keep, which then stand below `<output_uri>/failed/`. `attempt` names the folder of the files,
     for a caller that cleans up after a killed process. `waited`: how long the request has waited for Ray, seconds.
     """
-    attempt = attempt or uuid.uuid4().hex[:12]
-    context = StepContext(request, storage.join(request.output_uri, attempt), reporter)
+    context = StepContext(request, storage.join(request.output_uri, attempt or uuid.uuid4().hex[:12]), reporter)
     if (found := find_result(request, reporter.warning)) is not None:
         _forget_checkpoints(context)
         return found
     code = CodeCheck(request, session)
     start = time.perf_counter() - waited
     step = load_step(request.step)
-    if missing := [name for name in step.inputs if name not in request.inputs]:
-        raise StepError(f"step {request.step} needs the inputs {missing}")
-    try:
-        params = step.params.model_validate(request.params)
-    except ValidationError as error:
-        raise StepError(f"parameters of step {request.step}: {_readable(error)}") from error
+    params = _checked_params(request, step)
     code.require()
     context.confirm = code.require
-    _check_inputs(request)
     try:
         if step.uses_ray:
             with context.phase("start Ray"):
@@ -123,7 +111,7 @@ def run_step(
         if absent := [name for name in step.outputs if name not in outcome.outputs]:
             raise RuntimeError(f"step {request.step} returned without its outputs {absent}")
         context.seconds["total"] = time.perf_counter() - start
-        result = _commit(request, context, outcome, session, code.unversioned(), operators)
+        result = _commit(context, outcome, session, code.unversioned(), operators)
     except BaseException as error:
         local = [] if storage.is_remote(request.output_root) else [storage.local_path(request.output_root)]
         full = explain_full_disk(error, [*local, tempfile.gettempdir()])
@@ -158,7 +146,17 @@ def _forget_checkpoints(context: StepContext) -> None:
                 context.log.warning(f"checkpoints remain at {uri}: {error}")
 
 
-def _check_inputs(request: StepRequest) -> None:
+def _checked_params(request: StepRequest, step: StepDefinition) -> StepParams:
+    """The parameters, if they and the inputs are as the step wants them."""
+    if missing := [name for name in step.inputs if name not in request.inputs]:
+        raise StepError(f"step {request.step} needs the inputs {missing}")
+    try:
+        params = step.params.model_validate(request.params)
+    except ValidationError as error:
+        reasons = (
+            f"{'.'.join(map(str, e['loc'])) or 'value'}: {e['msg']} (got {e['input']!r})" for e in error.errors()
+        )
+        raise StepError(f"parameters of step {request.step}: {'; '.join(reasons)}") from error
     for name, artifact in request.inputs.items():
         try:
             check_files(artifact)
@@ -167,16 +165,17 @@ def _check_inputs(request: StepRequest) -> None:
                 f"input {name} of step {request.step} is damaged: {error}. Materialize the asset that made it again: "
                 "damaged files are replaced"
             ) from error
+    return params
 
 
 def _commit(
-    request: StepRequest,
     context: StepContext,
     outcome: StepOutcome,
     session: RaySession,
     unversioned: list[str],
     operators: list[dict[str, Any]],
 ) -> StepResult:
+    request = context.request
     if unversioned:
         context.log.warning(
             f"step {request.step} has loaded {', '.join(unversioned)}, which its code version does not cover: the "
@@ -218,12 +217,6 @@ def _keep(request: StepRequest, error: StepError) -> None:
         with storage.open_input(uri) as source, storage.open_output(kept) as target:
             shutil.copyfileobj(source, target)
         error.details[name] = kept
-
-
-def _readable(error: ValidationError) -> str:
-    return "; ".join(
-        f"{'.'.join(map(str, e['loc'])) or 'value'}: {e['msg']} (got {e['input']!r})" for e in error.errors()
-    )
 
 
 class PrintReporter:

@@ -7,6 +7,7 @@ Ray's workers. Files may change during a run; what counts is what a process has 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import sys
 import sysconfig
@@ -19,7 +20,8 @@ from types import ModuleType
 JOURNAL = "HOUSING_LOADED_CODE"
 """Environment variable: the file to which processes add what they load, a line `<module> <digest>` each."""
 PACKAGE = __name__.partition(".")[0]
-_INSTALLED = ("site-packages", "dist-packages")
+_INSTALLED = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib") + os.sep
 _loaded: dict[str, set[str]] = {}
 
 
@@ -36,45 +38,33 @@ def loaded_here() -> dict[str, set[str]]:
 def read_journal(path: Path | None, start: int = 0) -> Iterator[tuple[str, str]]:
     """(Module, digest) of what other processes have loaded, from the byte `start` on; nothing if there is no file."""
     if path is not None and path.exists():
-        with path.open("rb") as file:
-            file.seek(start)
-            for line in file.read().decode().splitlines():
-                module, _, digest = line.partition(" ")
-                yield module, digest
+        for line in path.read_bytes()[start:].decode().splitlines():
+            module, _, digest = line.partition(" ")
+            yield module, digest
 
 
 @cache
 def own_places(package: str) -> tuple[Path, ...]:
-    """Folders of a top-level package of the project, or the file of a module; empty for a library.
-
-    A library belongs to Python, or lies among the installed packages. This package always belongs to the project.
-    """
-    if package in sys.stdlib_module_names or package in sys.builtin_module_names:
-        return ()
-    spec = _found_by_others(package)
+    """Folders of a top-level package of the project, or the file of a module; empty for a library."""
+    try:
+        spec = None if package in sys.stdlib_module_names else importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # `__main__` has no spec
+        spec = None
     if spec is None:
         return ()
-    places = [*(spec.submodule_search_locations or ()), *([] if spec.submodule_search_locations else [spec.origin])]
-    paths = tuple(Path(place) for place in places if place and place not in ("built-in", "frozen"))
-    if package != PACKAGE and any(_is_installed(path) for path in paths):
-        return ()
-    return paths
+    places = list(spec.submodule_search_locations or [spec.origin])
+    return tuple(Path(place) for place in places if place) if all(_is_own(package, p) for p in places) else ()
 
 
-def _found_by_others(package: str) -> ModuleSpec | None:
-    for finder in sys.meta_path:
-        if finder is not _recorder and hasattr(finder, "find_spec"):
-            try:
-                spec = finder.find_spec(package, None)
-            except Exception:  # noqa: BLE001  # another package's finder: what it cannot find is not the project's
-                continue
-            if spec is not None:
-                return spec
-    return None
-
-
-def _is_installed(path: Path) -> bool:
-    return not set(_INSTALLED).isdisjoint(path.parts) or path.is_relative_to(sysconfig.get_path("stdlib"))
+def _is_own(module: str, place: str | None) -> bool:
+    """Whether a module is the project's: not Python's, and not below the installed packages, unless it is this one."""
+    if module.partition(".")[0] == PACKAGE:
+        return True
+    return (
+        place is not None
+        and not place.startswith(_STANDARD_LIBRARY)
+        and not any(folder in place for folder in _INSTALLED)
+    )
 
 
 class _RecordingLoader(SourceFileLoader):
@@ -90,29 +80,21 @@ class _RecordingLoader(SourceFileLoader):
 def _record(module: str, digest: str) -> None:
     _loaded.setdefault(module, set()).add(digest)
     if journal := os.environ.get(JOURNAL):
-        descriptor = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            os.write(descriptor, f"{module} {digest}\n".encode())
-        finally:
-            os.close(descriptor)
+        with Path(journal).open("a") as file:
+            file.write(f"{module} {digest}\n")
 
 
 class _Recorder:
-    """Finds the project's modules as Python's own finder does, with a loader that records them."""
+    """Finds modules as Python's own finder does, those of the project with a loader that records them."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """See `importlib.abc.MetaPathFinder`."""
-        if not own_places(name.partition(".")[0]):
-            return None
         spec = PathFinder.find_spec(name, path, target)
-        if spec is not None and type(spec.loader) is SourceFileLoader:
+        if spec is not None and type(spec.loader) is SourceFileLoader and _is_own(name, spec.origin):
             spec.loader = _RecordingLoader(spec.loader.name, spec.loader.path)
         return spec
-
-
-_recorder = _Recorder()
 
 
 def install() -> None:
@@ -121,8 +103,7 @@ def install() -> None:
     """
     if any(type(finder).__name__ == _Recorder.__name__ for finder in sys.meta_path):
         return
-    place = sys.meta_path.index(PathFinder) if PathFinder in sys.meta_path else len(sys.meta_path)
-    sys.meta_path.insert(place, _recorder)  # behind the finders of others, such as pytest's
+    sys.meta_path.insert(sys.meta_path.index(PathFinder), _Recorder())  # behind the finders of others, such as pytest's
     before = [PACKAGE, __package__, __name__]
     if os.environ.get(JOURNAL):
         before += [name for name in list(sys.modules) if name != "__main__" and own_places(name.partition(".")[0])]

@@ -3,45 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import secrets
 import shutil
+import socket
 import sys
-from collections.abc import Callable, Iterator
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import psutil
 from pydantic import BaseModel
 
+from step_scripts.runner.background import run_in_thread
 from step_scripts.runner.code_version import NodeReport, report_of_node
-from step_scripts.runner.environment import environment_set
+from step_scripts.runner.contract import StepError
 from step_scripts.runner.loaded_code import JOURNAL
-from step_scripts.runner.private_files import write_private
-from step_scripts.runner.ray_join import join_cluster
-from step_scripts.runner.ray_watch import RayWatch
+from step_scripts.runner.processes import how_ended
+from step_scripts.runner.ray_environment import (
+    available_cpus,
+    environment_set,
+    require_token,
+    session_environment,
+    use_token_if_present,
+)
 from step_scripts.runner.session_folder import FOLDER_VARIABLE, SessionFolder, make_folder, remove_abandoned
 
+CONNECT_SECONDS = "HOUSING_RAY_CONNECT_SECONDS"
+_DEFAULT_CONNECT_SECONDS = 60.0
 _PACKAGE_FOLDER = Path(__file__).parents[1]
 _REPORT_SECONDS = 60.0
-_POLARS_ALLOCATOR = "_RJEM_MALLOC_CONF"
-# Of the processes that Ray starts.
-_WORKER_ENVIRONMENT = {
-    # XGBoost's threads would otherwise spin while they wait for each other. If other processes use the same cores, a
-    # fit on two threads then takes up to 30 times as long.
-    "OMP_WAIT_POLICY": "PASSIVE",
-    # There is a worker for each CPU.
-    "POLARS_MAX_THREADS": "1",
-    # glibc would return the memory of large columns to the system at once. Getting it back, zeroed page by page, took
-    # over a quarter of the CPU time of ingestion on a virtual machine. Workers keep up to 256 MiB. Polars has its own
-    # allocator, which would return freed memory after half a second.
-    "MALLOC_MMAP_THRESHOLD_": str(256 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-    _POLARS_ALLOCATOR: "dirty_decay_ms:10000",
-}
-
-
+_NEEDED = ("gcs_server", "raylet")
+_LAST_LINES = 3
 _private_folders: list[Path] = []
 
 
@@ -64,27 +57,22 @@ class RaySettings(BaseModel):
 
 @dataclass
 class RaySession:
-    """Starts Ray on first use. `stop` ends what was started here and removes its temporary folder.
-
-    `on_loss` is called, in a thread, when a process of a private session has ended without which Ray cannot work.
-    """
+    """Starts Ray on first use. `stop` ends what was started here and removes its temporary folder."""
 
     settings: RaySettings
     temporary_folder: Path | None = field(default=None)
-    on_loss: Callable[[str], None] | None = None
+    is_started: bool = False
     _own_folder: SessionFolder | None = None
-    _watch: RayWatch | None = None
-    _started: bool = False
     _reports: dict[str, NodeReport] | None = None
 
     @property
     def journal(self) -> Path | None:
         """The file to which the workers of a private session add what they load (`step_scripts.runner.loaded_code`)."""
-        return self.temporary_folder / "loaded-code" if self._started and self.temporary_folder is not None else None
+        return self.temporary_folder / "loaded-code" if self.temporary_folder is not None else None
 
     def ensure(self) -> None:
         """Start or join Ray, once. Raises `StepError` if a given cluster cannot be joined."""
-        if self._started:
+        if self.is_started:
             return
         if sys.flags.optimize > 1:
             raise RuntimeError("Ray cannot start without docstrings: unset PYTHONOPTIMIZE=2, or leave out -OO")
@@ -93,43 +81,41 @@ class RaySession:
             shipped = {"py_modules": [str(_PACKAGE_FOLDER)]} if self.settings.ship_code else None
             join_cluster(self.settings.address, runtime_env=shipped, **common)
         else:
-            if self.temporary_folder is None:
-                remove_abandoned()
-                # Short: Ray puts sockets below it, and a socket's path is limited to 107 bytes.
-                self._own_folder = make_folder("ray-")
-                self.temporary_folder = self._own_folder.path
-            if self.on_loss is not None and self._watch is None:
-                self._watch = RayWatch(self.temporary_folder, self.on_loss)
-            _require_token(self.temporary_folder)
-            own = {FOLDER_VARIABLE: str(self.temporary_folder), JOURNAL: str(self.temporary_folder / "loaded-code")}
-            cpus = self.settings.num_cpus or available_cpus()
-            import ray
+            self._start_private(**common)
+        self.is_started = True
 
-            with environment_set(_session_environment(cpus) | own):
-                ray.init(
-                    address="local",
-                    num_cpus=cpus,
-                    object_store_memory=self.settings.object_store_memory,
-                    include_dashboard=False,
-                    # A folder in ours, because Ray opens it to all users.
-                    _temp_dir=str(self.temporary_folder / "r"),
-                    **common,
-                )
-            _private_folders.append(self.temporary_folder)
-        self._started = True
+    def _start_private(self, **options: Any) -> None:
+        if self.temporary_folder is None:
+            remove_abandoned()
+            # Short: Ray puts sockets below it, and a socket's path is limited to 107 bytes.
+            self._own_folder = make_folder("ray-")
+            self.temporary_folder = self._own_folder.path
+        folder = self.temporary_folder
+        require_token(folder)
+        cpus = self.settings.num_cpus or available_cpus()
+        import ray
+
+        own = {FOLDER_VARIABLE: str(folder), JOURNAL: str(self.journal)}
+        with environment_set(session_environment(cpus) | own):
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                object_store_memory=self.settings.object_store_memory,
+                include_dashboard=False,
+                _temp_dir=str(folder / "r"),  # a folder in ours, because Ray opens it to all users
+                **options,
+            )
+        _private_folders.append(folder)
 
     def stop(self) -> None:
         """Disconnect; end a private session and remove its folder."""
-        if self._watch is not None:
-            self._watch.stop()
-            self._watch = None
-        if self._started:
+        if self.is_started:
             import ray
 
             ray.shutdown()
-            self._started = False
+            self.is_started = False
         if self.temporary_folder is not None:
-            if self.temporary_folder in _private_folders:
+            with contextlib.suppress(ValueError):
                 _private_folders.remove(self.temporary_folder)
             shutil.rmtree(self.temporary_folder, ignore_errors=True)
             self.temporary_folder = None
@@ -137,33 +123,42 @@ class RaySession:
             self._own_folder.release()
             self._own_folder = None
 
-    @property
-    def is_started(self) -> bool:
-        """Whether there is a session: Ray has been started, or a given cluster joined."""
-        return self._started
-
     def loss(self) -> str | None:
-        """Which of Ray's processes has ended and how, if one has that is watched."""
-        return None if self._watch is None else self._watch.loss()
+        """Which process has ended, and how, without which a private session cannot work; None if none has.
+
+        It is a child whose status nobody has collected yet. Ray itself waits for missed heartbeats: 15 seconds and
+        more, a minute during its start.
+        """
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if child.status() == psutil.STATUS_ZOMBIE and (name := child.name()) in _NEEDED:
+                    return f"Ray's process {name} {_how_child_ended(child.pid)}{self._end_of_log(name)}"
+        return None
+
+    def _end_of_log(self, name: str) -> str:
+        for log in sorted((self.temporary_folder or Path()).glob(f"r/session_2*/logs/{name}.err")):
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            if lines:
+                return ". The end of its log:\n" + "\n".join(lines[-_LAST_LINES:])
+        return ""
 
     def node_reports(self) -> dict[str, NodeReport]:
         """What the nodes of a given cluster have, by address; empty for a private session.
 
         They are asked once. A node that does not answer within a minute is left out: it is lost, or takes no task.
         """
-        if not self._started or not self.settings.address:
+        if not self.is_started or not self.settings.address:
             return {}
         if self._reports is None:
             import ray
             from ray.exceptions import RayError
             from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-            remote = ray.remote(report_of_node)
+            report = ray.remote(num_cpus=0)(report_of_node)
             asked = {}
-            for node in ray.nodes():
-                if node["Alive"]:
-                    there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                    asked[remote.options(num_cpus=0, scheduling_strategy=there).remote()] = node["NodeManagerAddress"]
+            for node in _alive_nodes():
+                there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                asked[report.options(scheduling_strategy=there).remote()] = node["NodeManagerAddress"]
             answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_REPORT_SECONDS)
             self._reports = {}
             for answer in answered:
@@ -173,85 +168,87 @@ class RaySession:
 
     def nodes(self) -> list[str]:
         """Addresses of the nodes that are alive; empty if Ray was not started."""
-        if not self._started:
-            return []
-        import ray
-
-        return sorted({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
+        return sorted({node["NodeManagerAddress"] for node in _alive_nodes()}) if self.is_started else []
 
     def cpus(self) -> float:
         """Logical CPUs of all nodes; 1 if Ray was not started."""
-        if not self._started:
+        if not self.is_started:
             return 1.0
-        import ray
-
-        return float(ray.cluster_resources().get("CPU", 1.0))
+        return float(sum(node["Resources"].get("CPU", 0.0) for node in _alive_nodes())) or 1.0
 
 
-def _require_token(folder: Path) -> None:
-    """Have Ray refuse whoever does not know a secret in a file in `folder`: its ports are open to the network.
+def _alive_nodes() -> list[dict[str, Any]]:
+    import ray
 
-    Unless `RAY_AUTH_MODE` says otherwise, Ray wants a token for a cluster that `ray.init` starts. What the user has set
-    is for other clusters.
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _how_child_ended(pid: int) -> str:
+    """Its status is left for others to collect."""
+    with contextlib.suppress(ChildProcessError, AttributeError):  # macOS has no `waitid`
+        if (status := os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+            return how_ended(status.si_status if status.si_code == os.CLD_EXITED else -status.si_status)
+    return "has ended"
+
+
+def is_open(address: str, port: int, seconds: float = 1.0) -> bool:
+    """Whether something accepts TCP connections there."""
+    with contextlib.suppress(OSError), socket.create_connection((address, port), seconds):
+        return True
+    return False
+
+
+def join_cluster(address: str, **options: Any) -> None:
+    """`ray.init(address, **options)` with the cluster's token, if there is one on this machine.
+
+    Raises `StepError` if the cluster does not answer within `HOUSING_RAY_CONNECT_SECONDS`, or refuses.
     """
-    path = folder / "ray_token"
-    if not path.exists():
-        write_private(path, secrets.token_hex(32).encode())
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # the token itself would win over the file
-        os.environ.pop(name, None)
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
-    # Ray recommends to choose a mode.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    use_token_if_present()
+    limit = float(os.environ.get(CONNECT_SECONDS) or _DEFAULT_CONNECT_SECONDS)
+    deadline = time.monotonic() + limit
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    silence = f"the Ray cluster at {address} (RAY_ADDRESS) does not answer within {limit:g} s"
+    refusal: Exception | None = None
+
+    def join() -> None:
+        nonlocal silence, refusal
+        while True:
+            try:
+                if host and port.isdigit():
+                    socket.create_connection((host.strip("[]"), int(port)), 5.0).close()
+            except OSError as error:
+                silence = f"no Ray cluster answers at {address} (RAY_ADDRESS) within {limit:g} s: {error}"
+            else:
+                import ray
+
+                try:
+                    ray.init(address=address, **options)
+                except ConnectionError as error:  # a wrong token, or a head that is still starting
+                    refusal = error
+                else:
+                    return
+            if time.monotonic() >= deadline:
+                raise TimeoutError
+            time.sleep(0.5)
+
+    try:
+        # Ray itself tries for minutes, and cannot be interrupted.
+        run_in_thread(join, timeout=max(1.0, deadline - time.monotonic()))
+    except TimeoutError:
+        if refusal is None:
+            raise StepError(
+                f"{silence}. Start the cluster, correct RAY_ADDRESS, or unset it to use this machine; "
+                f"{CONNECT_SECONDS} is how long to wait"
+            ) from None
+        raise _refused(address, refusal) from refusal
+    except Exception as error:
+        raise _refused(address, error) from error
 
 
-def worker_environment() -> dict[str, str]:
-    """Settings of the processes that Ray starts, as environment variables. What the user has set is kept, except how
-    soon Polars gives memory back.
-    """
-    chosen = {name: os.environ.get(name, value) for name, value in _WORKER_ENVIRONMENT.items()}
-    # Polars sets this variable when it is imported, and child processes inherit it. Of several values the last counts.
-    given = os.environ.get(_POLARS_ALLOCATOR)
-    chosen[_POLARS_ALLOCATOR] = ",".join(filter(None, (given, _WORKER_ENVIRONMENT[_POLARS_ALLOCATOR])))
-    return chosen
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use, at least 1. Ray itself would count all CPUs of the machine.
-
-    Affinity (`taskset`) limits them, and the quotas of control groups, which containers and systemd set.
-    """
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([count, *map(int, _cpu_quotas(Path("/")))]))
-
-
-def _cpu_quotas(root: Path) -> Iterator[float]:
-    """CPUs that the control groups of this process allow, in both versions of Linux's interface below `root`."""
-    groups = root / "sys/fs/cgroup"
-    with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, name = line.split(":", 2)
-            version_2 = controllers == ""
-            if not version_2 and "cpu" not in controllers.split(","):
-                continue
-            top = groups if version_2 else groups / "cpu"
-            # Inside a container the path is often that of the host; the group's files are then at the top.
-            own = top / name.strip("/")
-            for group in [top, *(p for p in [own, *own.parents] if p.is_relative_to(top) and p != top)]:
-                with contextlib.suppress(OSError, ValueError):
-                    if version_2:
-                        quota, period = (group / "cpu.max").read_text().split()
-                    else:
-                        quota, period = ((group / f"cpu.cfs_{part}_us").read_text() for part in ("quota", "period"))
-                    if float(quota) > 0:  # "max" is no number, -1 no limit
-                        yield float(quota) / float(period)
-
-
-def _session_environment(num_cpus: int) -> dict[str, str]:
-    """`worker_environment`, and how many idle workers are kept.
-
-    Ray ends idle workers when there are more processes than CPUs, so the actors of a search would displace those that
-    the next step uses. Twice as many are kept.
-    """
-    idle = "RAY_num_workers_soft_limit"
-    kept = os.environ.get(idle, str(2 * num_cpus))
-    return {**worker_environment(), idle: kept}
+def _refused(address: str, error: Exception) -> StepError:
+    reason = " ".join(str(error).split())
+    return StepError(
+        f"the Ray cluster at {address} (RAY_ADDRESS) cannot be joined: {type(error).__name__}: {reason}. "
+        "If it wants a token (RAY_AUTH_MODE=token), its token must stand in ~/.ray/auth_token here, or in the "
+        "file that RAY_AUTH_TOKEN_PATH names; Ray and Python must have the cluster's versions"
+    )

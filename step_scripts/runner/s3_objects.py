@@ -66,13 +66,24 @@ def _client(
 
 def list_objects(uri: str, *, deep: bool = True) -> Iterator[S3Object]:
     """All objects below a prefix, without folder markers; without those in folders below it unless `deep`."""
-    bucket, key = split_uri(uri)
-    prefix = key.rstrip("/") + "/" if key.rstrip("/") else ""
-    request = {"Bucket": bucket, "Prefix": prefix, **({} if deep else {"Delimiter": "/"})}
-    for page in service_client("s3").get_paginator("list_objects_v2").paginate(**request):
+    for prefix, page in _listed(uri, **({} if deep else {"Delimiter": "/"})):
         for item in page.get("Contents", []):
             if not item["Key"].endswith("/"):
                 yield S3Object(item["Key"].removeprefix(prefix), item["Size"], item["LastModified"], item["ETag"])
+
+
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders directly below a prefix."""
+    pages = _listed(uri, Delimiter="/")
+    return [i["Prefix"].removeprefix(at).rstrip("/") for at, page in pages for i in page.get("CommonPrefixes", [])]
+
+
+def _listed(uri: str, **options: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The key that the prefix stands for, and each page of what is below it."""
+    bucket, key = split_uri(uri.rstrip("/"))
+    prefix = f"{key}/" if key else ""
+    pages = service_client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, **options)
+    return ((prefix, page) for page in pages)
 
 
 def delete_objects(uri: str, paths: Sequence[str]) -> None:
@@ -90,17 +101,8 @@ def delete_objects(uri: str, paths: Sequence[str]) -> None:
 
 
 def delete_prefix(uri: str) -> None:
-    """Delete everything below a prefix, folder markers included."""
-    bucket, key = split_uri(uri)
-    prefix = key.rstrip("/") + "/"
-    for page in service_client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+    """Delete everything below a prefix, folder markers included. Raises `ValueError` for a whole bucket."""
+    if not split_uri(uri)[1].strip("/"):
+        raise ValueError(f"{uri} is a bucket")
+    for prefix, page in _listed(uri):
         delete_objects(uri, [item["Key"].removeprefix(prefix) for item in page.get("Contents", [])])
-
-
-def list_folders(uri: str) -> list[str]:
-    """Names of the folders directly below a prefix."""
-    bucket, key = split_uri(uri)
-    prefix = key.rstrip("/") + "/" if key.rstrip("/") else ""
-    pages = service_client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
-    found = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", [])]
-    return [name.removeprefix(prefix).rstrip("/") for name in found]

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import psutil
 
-from step_scripts.runner.locking import try_lock
+from step_scripts.runner.local_files import try_lock
+from step_scripts.runner.processes import end_processes
 
 PREFIXES = ("housing-", "ray-")
 FOLDER_VARIABLE = "HOUSING_RAY_FOLDER"  # in the environment of every process of the session
 MARKER = ".housing-session"
-_END_SECONDS = 5.0
 
 
 @dataclass
@@ -93,25 +93,9 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.create_time())
 
 
-def end_processes(processes: list[psutil.Process], seconds: float = 0.0) -> None:
-    """End processes: with SIGTERM if they have `seconds` for it, then by force. Processes that are gone are ignored."""
-    alive = processes
-    if seconds:
-        for process in processes:
-            with contextlib.suppress(psutil.Error):
-                process.terminate()
-        _, alive = psutil.wait_procs(processes, timeout=seconds)
-    for process in alive:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(alive, timeout=_END_SECONDS)
-
-
 def _marked_folders() -> Iterator[Path]:
-    for parent in dict.fromkeys([Path("/tmp"), Path(tempfile.gettempdir())]):
-        for prefix in PREFIXES:
-            for path in sorted(parent.glob(f"{prefix}*")):
-                with contextlib.suppress(OSError):
-                    own = path.lstat().st_uid == os.geteuid()
-                    if own and path.is_dir() and not path.is_symlink() and (path / MARKER).is_file():
-                        yield path
+    parents = dict.fromkeys([Path("/tmp"), Path(tempfile.gettempdir())])
+    for path in (found for parent in parents for prefix in PREFIXES for found in sorted(parent.glob(f"{prefix}*"))):
+        with contextlib.suppress(OSError):
+            if path.lstat().st_uid == os.geteuid() and not path.is_symlink() and (path / MARKER).is_file():
+                yield path

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from step_scripts.runner.disk_space import file_named
-from step_scripts.runner.private_files import private_folder
+from step_scripts.runner.local_files import file_named, private_folder
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -79,8 +78,9 @@ def _s3(endpoint: str | None, region: str | None, credentials: tuple[str | None,
 
 def read_bytes(uri: str) -> bytes:
     """The whole content. Raises `FileNotFoundError`."""
-    filesystem_, path = filesystem(uri)
-    with filesystem_.open_input_file(path) as file:
+    if not is_remote(uri):
+        return local_path(uri).read_bytes()  # without Arrow, which takes a while to import
+    with open_input(uri) as file:
         return file.read()
 
 
@@ -88,9 +88,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     """Write `data` atomically: locally by renaming a temporary file, on S3 because a put is atomic."""
     if is_remote(uri):
         content = memoryview(data)  # fails before anything is written: Arrow would store a part
-        filesystem_, path = filesystem(uri)
-        # Without `compression` Arrow compresses what goes into a file whose name ends with .gz.
-        with filesystem_.open_output_stream(path, compression=None) as stream:
+        with open_output(uri) as stream:
             stream.write(content)
         return
     target = local_path(uri)
@@ -110,13 +108,11 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 def upload(file: Path, uri: str) -> None:
     """Copy a local file to `uri` on S3, in pieces. If that fails, there is nothing at `uri`."""
-    filesystem_, path = filesystem(uri)
     if not is_remote(uri):
         raise ValueError(f"{uri} is a local path: write the file there")
     try:
-        with file.open("rb") as source, filesystem_.open_output_stream(path, compression=None) as stream:
-            while chunk := source.read(8 << 20):
-                stream.write(chunk)
+        with file.open("rb") as source, open_output(uri) as stream:
+            shutil.copyfileobj(source, stream, 8 << 20)
     except BaseException:
         delete(uri)  # Arrow stores the part that was written
         raise
@@ -137,6 +133,7 @@ def open_output(uri: str) -> Iterator[IO[bytes]]:
     if not is_remote(uri):
         private_folder(Path(path).parent)
     naming = contextlib.nullcontext() if is_remote(uri) else file_named(Path(path))
+    # Without `compression` Arrow compresses what goes into a file whose name ends with .gz.
     with naming, filesystem_.open_output_stream(path, compression=None) as stream:
         yield stream  # pyright: ignore[reportReturnType]  # Arrow's NativeFile implements the file protocol
 

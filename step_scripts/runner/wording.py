@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 _DIGITS = 6
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
     """A count with its noun: `1 row`, `2,000 rows`."""
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def listed(names: Sequence[str], most: int = 20, sign: str = ", ") -> str:
+    """Names for a message, not too many: `a, b and 3 more`."""
+    return sign.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def are(count: int) -> str:

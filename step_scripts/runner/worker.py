@@ -1,10 +1,17 @@
-"""The driver process of a run: executes requests one after the other in one Ray session.
+"""The process that runs steps, as the driver of a Ray session: one after the other on a laptop, one in a job.
 
-Forked by `step_scripts.runner.keeper`, which also ends what this process leaves behind. The control descriptor is one
-end of a socket pair that carries JSON lines: in `{"request": …, "attempt": …, "pipes": {…}}`, out `{"result": …}` or
-`{"error": …}`. `{"prepare": true}` announces a request, and has no answer. The process ends Ray and itself when the
-other end closes, on SIGTERM, and when Ray has lost a process that it needs. In the last case it first sends an error
-with `"ended": true`, and with `"starting": true` if no step has begun.
+Forked by `step_scripts.runner.keeper`, or started by the head of a job (`step_scripts.cluster.head`). They end what
+this process leaves behind. The control descriptor is one end of a socket pair that carries JSON lines:
+
+- `{"request": …, "attempt": …, "pipes": {…}}` runs a step. The answer is `{"result": …}` or `{"error": …}`. With the
+  `"address"` of a cluster it runs there, after `"note"` was logged, and the process ends with the step.
+- `{"prepare": true}` announces a request, and has no answer.
+- `{"warning": …}` is passed on to Dagster while a step runs.
+
+The process ends Ray and itself when the other end closes. It ends when Ray has lost a process that it needs; then it
+first sends an error with `"ended": true`, and with `"starting": true` if no step has begun. On SIGTERM the step saves
+what it can (see `step_scripts.runner.processes`), and the process ends with status 143. The Pipes session is not closed
+then: the step may go on in the job's next attempt.
 """
 
 from __future__ import annotations
@@ -12,24 +19,43 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import logging
 import os
 import queue
+import select
 import signal
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultMessageWriter, PipesMappingParamsLoader
+from dagster_pipes import (
+    PipesContext,
+    PipesContextLoader,
+    PipesDefaultContextLoader,
+    PipesDefaultMessageWriter,
+    PipesMappingParamsLoader,
+    PipesMessageWriter,
+    PipesParams,
+    PipesS3ContextLoader,
+    PipesS3MessageWriter,
+    PipesS3MessageWriterChannel,
+)
 
-from step_scripts.runner.contract import StepRequest
-from step_scripts.runner.execution import failure_of, run_step
-from step_scripts.runner.ray_join import use_token_if_present
+from step_scripts.runner.contract import Reporter, StepRequest
+from step_scripts.runner.execution import PrintReporter, failure_of, run_step
+from step_scripts.runner.processes import StopSignal, interrupt
+from step_scripts.runner.ray_environment import use_token_if_present
 from step_scripts.runner.ray_session import RaySession, RaySettings
+from step_scripts.runner.s3_objects import service_client
 
 _SHUTDOWN_SECONDS = 3.0
+_MESSAGES_SECONDS = 1.0
 # What later steps import, one module at a time: a request that comes meanwhile waits for one import at most. The names
 # are relative, because full names would belong to the code of every step (`step_scripts.runner.code_version`).
 _LATER_IMPORTS = (
@@ -43,79 +69,173 @@ _LATER_IMPORTS = (
 )
 
 
-def answer(message: dict[str, Any], session: RaySession) -> dict[str, Any]:
-    """Run the request in `message`; its result or its error as plain data."""
-    request = StepRequest.model_validate(message["request"])
-    try:
-        with PipesContext(
-            params_loader=PipesMappingParamsLoader(message["pipes"]),
-            context_loader=PipesDefaultContextLoader(),
-            message_writer=PipesDefaultMessageWriter(),
-        ) as pipes:
-            result = run_step(
-                request, pipes.log, session, attempt=message["attempt"], waited=message.get("waited", 0.0)
-            )
-    except Exception as error:  # noqa: BLE001  # the process's boundary: becomes the other side's exception
+class _Messages(PipesS3MessageWriter):
+    """Numbers its chunks after those that an earlier attempt of the same job has left, instead of replacing them."""
+
+    def make_channel(self, params: PipesParams) -> PipesS3MessageWriterChannel:
+        channel = super().make_channel(params)
+        numbers = [0]
+        pages = self._client.get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=params["bucket"], Prefix=params.get("key_prefix") or ""):
+            names = (item["Key"].rpartition("/")[2].partition(".")[0] for item in page.get("Contents", []))
+            numbers += [int(name) for name in names if name.isdigit()]
+        channel._counter = max(numbers) + 1  # the writer has no option for its first number
+        return channel
+
+
+class _Driver:
+    """Runs steps in a thread, so that the main thread is free for signals and for the control descriptor."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._channel = socket.socket(fileno=descriptor)
+        self._requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._reporter: Reporter = PrintReporter()
+        self._stopping = False
+        settings = RaySettings.model_validate_json(os.environ.get("HOUSING_RAY_SETTINGS", "{}"))
+        if settings.address:
+            use_token_if_present()  # before anything imports Ray
+        self._session = RaySession(settings)
+        if folder := os.environ.get("HOUSING_RAY_FOLDER"):
+            self._session.temporary_folder = Path(folder)
+
+    def listen(self) -> None:
+        """Take requests until the other end closes. Ends the process on SIGTERM, and when Ray's processes end."""
+        signals, data = StopSignal(), b""
+        threading.Thread(target=self._work, name="step", daemon=True).start()
+        while True:
+            readable = signals.wait(None, self._channel.fileno(), select.POLLIN)
+            if signals.stop_requested:
+                self._stop()
+            if (reason := self._session.loss()) is not None:
+                self._lost(reason)
+            if readable:
+                received = b""
+                with contextlib.suppress(ConnectionError):
+                    received = self._channel.recv(1 << 16)
+                if not received:
+                    break
+                *lines, data = (data + received).split(b"\n")
+                for line in lines:
+                    self._take(json.loads(line))
+        stopper = threading.Thread(target=self._session.stop, daemon=True)
+        stopper.start()
+        stopper.join(_SHUTDOWN_SECONDS)
+        _exit(0)  # Ray's own processes follow it
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "warning" in message:
+            self._reporter.warning(message["warning"])
+        else:
+            self._requests.put({**message, "received": time.monotonic()})
+
+    def _work(self) -> None:
+        try:
+            self._run_requests()
+        except BaseException:  # noqa: BLE001  # without this thread the process would answer nobody
+            traceback.print_exc()
+            _exit(1)
+
+    def _run_requests(self) -> None:
+        later, answered, ready = iter(_LATER_IMPORTS), False, 0.0
+        while True:
+            while answered and self._requests.empty() and (module := next(later, None)) is not None:
+                importlib.import_module(module, __package__)
+            message = self._requests.get()
+            if "prepare" in message:
+                # The request would raise the error again; it is reported then.
+                with contextlib.suppress(Exception):
+                    self._session.ensure()
+                ready = time.monotonic()
+                continue
+            answer = self._answer(message, waited=max(0.0, ready - message["received"]))
+            if self._stopping:  # the main thread ends the process; an error is that of an interrupted step
+                return
+            self._send(answer)
+            if "address" in message:
+                _exit(1 if "error" in answer else 0)
+            answered = True
+
+    def _answer(self, message: dict[str, Any], waited: float) -> dict[str, Any]:
+        """Run a request; its result or its error as plain data."""
+        failure: dict[str, Any] | None = None
+        try:
+            request = StepRequest.model_validate(message["request"])
+            if address := message.get("address"):
+                self._session.settings = RaySettings(address=address, ship_code=False)
+            with self._reporting(message["pipes"]) as pipes:
+                if note := message.get("note"):
+                    self._reporter.info(note)
+                try:
+                    result = run_step(request, self._reporter, self._session, attempt=message["attempt"], waited=waited)
+                except Exception as error:
+                    failure = self._failure_of(error)
+                    if pipes is not None:
+                        pipes.report_custom_message({"step_error": failure})
+                    raise
+        except BaseException as error:  # noqa: BLE001  # the process's boundary; also of a step that calls sys.exit
+            return {"error": failure or self._failure_of(error)}
+        return {"result": result.model_dump(mode="json")}
+
+    def _failure_of(self, error: BaseException) -> dict[str, Any]:
         failure = failure_of(error)
-        if failure["kind"] == "crash" and (loss := session.loss()) is not None:
+        if failure["kind"] == "crash" and (loss := self._session.loss()) is not None:
             failure["message"] = loss
-        return {"error": failure}
-    return {"result": result.model_dump(mode="json")}
+        return failure
+
+    @contextmanager
+    def _reporting(self, bootstrap: dict[str, str] | None) -> Iterator[PipesContext | None]:
+        """Dagster's Pipes session, if there is one: its log is where messages go."""
+        if bootstrap is None:
+            yield None
+            return
+        params = PipesMappingParamsLoader(bootstrap)
+        loader: PipesContextLoader = PipesDefaultContextLoader()
+        writer: PipesMessageWriter[Any] = PipesDefaultMessageWriter()
+        if "bucket" in params.load_context_params():
+            loader = PipesS3ContextLoader(service_client("s3"))
+        if "bucket" in params.load_messages_params():
+            writer = _Messages(service_client("s3"), interval=_MESSAGES_SECONDS)  # its thread ends at the first error
+        with PipesContext(params_loader=params, context_loader=loader, message_writer=writer) as pipes:
+            self._reporter = pipes.log
+            try:
+                yield pipes
+            finally:
+                self._reporter = PrintReporter()
+
+    def _send(self, answer: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            self._channel.sendall(json.dumps(answer, default=str).encode() + b"\n")
+
+    def _lost(self, reason: str) -> None:
+        error = {"kind": "crash", "message": reason, "traceback": "see the run's output"}
+        self._send({"error": error, "ended": True, "starting": not self._session.is_started})
+        os._exit(1)
+
+    def _stop(self) -> None:
+        """Let the step save its work, then end the process."""
+        self._stopping = True
+        self._reporter.warning("the step is being stopped, or its machine is taken away: saving unfinished work")
+        for error in interrupt():
+            self._reporter.warning(f"work could not be saved: {type(error).__name__}: {error}")
+        _exit(128 + signal.SIGTERM)
 
 
-def _end(session: RaySession) -> None:
-    """End Ray if that takes no longer than `_SHUTDOWN_SECONDS`, then the process; Ray's own processes follow it."""
-    stopper = threading.Thread(target=session.stop, daemon=True)
-    stopper.start()
-    stopper.join(_SHUTDOWN_SECONDS)
-    os._exit(0)
-
-
-def _next_request(requests: queue.SimpleQueue[dict[str, Any]], imports: Iterator[str]) -> dict[str, Any]:
-    """The next request. While there is none, import what later steps need."""
-    while requests.empty() and (module := next(imports, None)) is not None:
-        importlib.import_module(module, __package__)
-    return requests.get()
+def _exit(status: int) -> None:
+    """End at once: Ray's and other libraries' threads are not waited for."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def main(descriptor: int) -> None:
     """Serve requests until the other end closes."""
-    channel = socket.socket(fileno=descriptor)
-    settings = RaySettings.model_validate_json(os.environ.get("HOUSING_RAY_SETTINGS", "{}"))
+    logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that it cannot handle SIGTERM
+    _Driver(descriptor).listen()
 
-    def lost(reason: str) -> None:
-        error = {"kind": "crash", "message": reason, "traceback": "see the run's output"}
-        with contextlib.suppress(OSError):
-            reply = {"error": error, "ended": True, "starting": not session.is_started}
-            channel.sendall(json.dumps(reply).encode() + b"\n")
-        os._exit(1)
 
-    if settings.address:
-        use_token_if_present()  # before anything imports Ray
-    session = RaySession(settings, on_loss=lost)
-    if folder := os.environ.get("HOUSING_RAY_FOLDER"):
-        session.temporary_folder = Path(folder)
-    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=_end, args=(session,)).start())
-    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+if __name__ == "__main__":
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+    import ray  # noqa: F401  # while the cluster forms
 
-    def listen() -> None:
-        with channel.makefile("r", encoding="utf-8") as lines, contextlib.suppress(OSError):
-            for line in lines:
-                requests.put({**json.loads(line), "received": time.monotonic()})
-        _end(session)
-
-    threading.Thread(target=listen, daemon=True).start()
-    imports, later = iter(()), iter(_LATER_IMPORTS)
-    ready = 0.0
-    while True:
-        request = _next_request(requests, imports)
-        if "prepare" in request:
-            # The request would raise the error again; it is reported then.
-            with contextlib.suppress(Exception):
-                session.ensure()
-            ready = time.monotonic()
-            continue
-        request["waited"] = max(0.0, ready - request["received"])
-        reply = answer(request, session)
-        channel.sendall(json.dumps(reply).encode() + b"\n")
-        imports = later
+    main(int(sys.argv[1]))

@@ -11,23 +11,27 @@ import json
 import logging
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from http import HTTPMethod
 from typing import Any
 
+import h11
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from step_scripts.serving.capture import CapturedRequest, RequestCapture, now
+from step_scripts.serving.capture import CapturedRequest, RequestCapture
 from step_scripts.serving.deployment import MAX_BODY_BYTES
 from step_scripts.serving.media import JSON, RequestError, too_large
 from step_scripts.serving.served_model import ServedModel
 
 _DRAINED_BYTES = 64 << 20  # of a body that is too large; then the connection is closed
 _BODY_SECONDS = 60.0
+HEAD_SECONDS = 20.0
+_HEAD_TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 _INLINE_BYTES = 4096  # smaller bodies are answered faster than another thread could take them over
 _ERROR_TYPES = {404: "ValidationError", 424: "ModelError", 500: "InternalFailure", 503: "ServiceUnavailable"}
 _BY_CONTAINER = (400, 406, 415, 500)  # statuses with which a container refuses or fails
@@ -35,7 +39,7 @@ _BY_CONTAINER = (400, 406, 415, 500)  # statuses with which a container refuses 
 logger = logging.getLogger("housing.serving")
 
 
-class InferenceApp:
+class InferenceApp(Starlette):
     """Answers from `model`, which may be replaced at any time; a request is answered by one model throughout."""
 
     def __init__(self) -> None:
@@ -47,12 +51,8 @@ class InferenceApp:
             Route("/invocations", self._invoke, methods=[HTTPMethod.POST]),
             Route("/endpoints/{endpoint}/invocations", self._invoke, methods=[HTTPMethod.POST]),
         ]
-        self._starlette = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
-        self._starlette.router.redirect_slashes = False
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        await self._starlette(scope, receive, send)
+        super().__init__(routes=routes, exception_handlers={HTTPException: _no_route})
+        self.router.redirect_slashes = False
 
     async def _ping(self, _: Request) -> Response:
         model, capture = self.model, self.capture
@@ -67,10 +67,9 @@ class InferenceApp:
         try:
             if model is None:
                 raise _loading()
-            if endpoint not in (None, model.endpoint_name):
-                raise RequestError(
-                    404, f"Endpoint {endpoint[:100]} not found; this server serves {model.endpoint_name}."
-                )
+            if endpoint not in (None, model.record.endpoint_name):
+                served = model.record.endpoint_name
+                raise RequestError(404, f"Endpoint {endpoint[:100]} not found; this server serves {served}.")
             return await self._predicted(request, model)
         except RequestError as error:
             return _refusal(error, by_runtime=endpoint is not None)
@@ -93,7 +92,7 @@ class InferenceApp:
             answer = await loop.run_in_executor(self._threads, model.answer, body, media, accept, encoding)
         if self.capture is not None:
             inference_id = headers.get("x-amzn-sagemaker-inference-id", "")
-            self.capture.add(CapturedRequest(now(), *answer, inference_id))
+            self.capture.add(CapturedRequest(datetime.now(UTC), *answer, inference_id))
         return _response(answer.output_body, 200, answer.output_type, _identity(model))
 
 
@@ -150,8 +149,49 @@ def _response(body: bytes | str, status: int, media: str, headers: dict[str, str
 
 
 def _identity(model: ServedModel) -> dict[str, Any]:
-    return {"x-amzn-invoked-production-variant": model.version, "x-model-digest": model.digest}
+    return {"x-amzn-invoked-production-variant": model.record.version, "x-model-digest": model.record.model.digest}
 
 
 def _loading() -> RequestError:
     return RequestError(503, "the model is being loaded")
+
+
+class RequestProtocol(H11Protocol):
+    """One connection: uvicorn's protocol on h11, with a time limit for the head of a request.
+
+    h11 bounds the size of the head (64 KiB), and passes over offers to change to another protocol (`Upgrade: h2c`, as
+    Java's client and `curl --http2` make them), where uvicorn's faster protocol on httptools loses the body.
+    """
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """A connection on which no request comes is closed like one on which no further one comes."""
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the head that was waited for."""
+        self._stop_timer()
+        self._unset_keepalive_if_required()
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        """Where what was received ends within a head, the rest of it has to come in time."""
+        super().handle_events()
+        if self.conn.their_state is not h11.IDLE or not self.conn.trailing_data[0]:
+            self._stop_timer()
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self._refuse_head)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _refuse_head(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(_HEAD_TIMEOUT)
+            self.transport.close()

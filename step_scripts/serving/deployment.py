@@ -8,7 +8,6 @@ answers, if they are captured; bounded).
 
 from __future__ import annotations
 
-import hashlib
 from datetime import datetime
 from pathlib import Path
 from typing import Self
@@ -16,7 +15,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, DamagedArtifactError, FileInfo
+from step_scripts.runner.contract import Artifact
 
 DEPLOYMENT_FILE = "deployment.json"
 SERVER_FILE = "server.json"
@@ -90,20 +89,3 @@ class ReloadRecord(_StateFile):
     deployment_id: str
     error: str = ""
     at: datetime
-
-
-def verify_file(uri: str, expected: FileInfo) -> None:
-    """Raises `DamagedArtifactError` if the file at `uri` is missing or not the one described."""
-    try:
-        content = Path(uri).read_bytes() if not storage.is_remote(uri) else storage.read_bytes(uri)
-    except FileNotFoundError as error:
-        raise DamagedArtifactError(f"{uri} is missing; it was {expected.bytes} bytes") from error
-    verify_content(uri, content, expected)
-
-
-def verify_content(uri: str, content: bytes, expected: FileInfo) -> None:
-    """Raises `DamagedArtifactError` if `content`, read from `uri`, is not that of the file described."""
-    if len(content) != expected.bytes:
-        raise DamagedArtifactError(f"{uri} has {len(content)} bytes, recorded were {expected.bytes}")
-    if (found := hashlib.sha256(content).hexdigest()) != expected.sha256:
-        raise DamagedArtifactError(f"{uri} has SHA-256 {found}, recorded was {expected.sha256}")

@@ -18,7 +18,6 @@ import itertools
 import math
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -26,21 +25,37 @@ import numpy as np
 import polars as pl
 
 from step_scripts.runner.wording import counted
-from step_scripts.serving.media import CSV, JSON, MAX_REPORTED_PROBLEMS, RequestError, decode_text, shown
-from step_scripts.serving.request_rows import CsvRecords, json_line_pieces, json_pieces
-from step_scripts.table.polars_csv import read_csv
+from step_scripts.serving.media import (
+    CSV,
+    JSON,
+    MAX_REPORTED_PROBLEMS,
+    FoundRows,
+    RequestError,
+    decode_text,
+    row_problem,
+    shown,
+)
+from step_scripts.serving.request_rows import (
+    NOT_A_NUMBER,
+    NOT_FINITE,
+    SOME_ROWS,
+    CsvRecords,
+    Layout,
+    Row,
+    csv_row,
+    csv_rows,
+    json_line_pieces,
+    json_number,
+    json_pieces,
+    text_number,
+)
+from step_scripts.table.column_types import read_csv
 from step_scripts.table.spec import ColumnSpec, TableSpec
 
 _BATCH = 4096  # characters from which on Polars is faster than the CSV reader
 _PIECE = 1 << 18  # characters of CSV that are given to Polars at once
-_SOME = 1000  # rows that are looked at one by one, before it is asked whether there are problems enough
 _ROW, _ROW_PER_COLUMN = 1 << 16, 64  # characters that a row may have, at least
 _COMMA, _LINE_END, _QUOTE = b',\n"'
-# What stands for a cell that holds no number; one that is empty is NaN. Neither is within the bounds of a column.
-_NOT_FINITE, _NOT_A_NUMBER = math.inf, -math.inf
-
-# A row is its cells in the order of the features, or the reason why it cannot be one.
-Row = Sequence[Any] | str
 
 
 class FeatureParser:
@@ -65,14 +80,14 @@ class FeatureParser:
         return self._csv(text) if media == CSV else self._json(text, media)
 
     def _json(self, text: str, media: str) -> np.ndarray:
-        found = _Found(self.features)
+        found = FoundRows(self.features)
         pieces, begins = (json_pieces, "[{") if media == JSON else (json_line_pieces, "\n")
         for rows, position in pieces(text, self._row_characters):
-            for start in range(0, len(rows), _SOME):
-                self._examine([self._json_row(row) for row in rows[start : start + _SOME]], _json_number, found)
+            for start in range(0, len(rows), SOME_ROWS):
+                self._examine([self._json_row(row) for row in rows[start : start + SOME_ROWS]], json_number, found)
                 if found.enough:
                     rest = sum(text.count(character, position) for character in begins)
-                    return found.result(rest + max(0, len(rows) - start - _SOME))
+                    return found.result(rest + max(0, len(rows) - start - SOME_ROWS))
         return found.result()
 
     def _json_row(self, row: Any) -> Row:
@@ -92,13 +107,13 @@ class FeatureParser:
         text = text.rstrip("\r\n")
         if "\r" in text:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
-        records, found = CsvRecords(text, self._row_characters), _Found(self.features)
+        records, found = CsvRecords(text, self._row_characters), FoundRows(self.features)
         # More names than the table has columns are unknown or double in any case.
         names = tuple(name.strip() for name in records.read()[: len(self._names) + 1])
         header = any(self._column(name) for name in names)
         if not header:
             names, records = self.features, CsvRecords(text, self._row_characters)
-        layout = _Layout(
+        layout = Layout(
             len(names), self._places(names), "" if header else f"; without a header a line is {','.join(names)}"
         )
         while not records.ended and not found.enough:
@@ -108,12 +123,12 @@ class FeatureParser:
                 continue
             end = records.position + len(lines)
             while not records.ended and not found.enough:
-                self._examine(_csv_rows(records, layout), _text_number, found)
+                self._examine(csv_rows(records, layout), text_number, found)
                 if records.position >= end:
                     break
         return found.result(records.rest())
 
-    def _batch(self, lines: str, layout: _Layout, found: _Found) -> bool:
+    def _batch(self, lines: str, layout: Layout, found: FoundRows) -> bool:
         """Add many lines, read by Polars. False, and nothing is added, if that is not how they can be read."""
         # Polars refuses all if the first line is too long, and says nothing of an empty last line.
         data = b"0" + b",0" * (layout.width - 1) + b"\n" + lines.removesuffix("\n").encode() + b"\n"
@@ -126,7 +141,7 @@ class FeatureParser:
         suspect |= np.diff(starts) == 1  # an empty line
         if quote and (np.add.reduceat(characters == _QUOTE, starts[:-1], dtype=np.int64) & 1).any():
             return False  # a record goes on in the next line
-        if np.count_nonzero(suspect) > _SOME:
+        if np.count_nonzero(suspect) > SOME_ROWS:
             return False
         values = self._read(data, layout, quote)
         if values is None or len(values) != len(suspect):
@@ -134,16 +149,16 @@ class FeatureParser:
         values, suspect, starts = values[1:], suspect[1:], starts[1:]
         suspect |= ~self._rules.allow(values).all(axis=1)
         positions = np.flatnonzero(suspect)
-        if len(positions) > _SOME:
+        if len(positions) > SOME_ROWS:
             return False
         try:
             records = [next(csv.reader([data[starts[n] : starts[n + 1]].decode()], strict=True)) for n in positions]
         except csv.Error:
             return False
-        self._examine([_csv_row(record, layout) for record in records], _text_number, found, positions, values)
+        self._examine([csv_row(record, layout) for record in records], text_number, found, positions, values)
         return True
 
-    def _read(self, data: bytes, layout: _Layout, quote: str | None) -> np.ndarray | None:
+    def _read(self, data: bytes, layout: Layout, quote: str | None) -> np.ndarray | None:
         """The features as Polars reads them, not a number where there may be something wrong; None where it fails."""
         schema: dict[str, Any] = dict.fromkeys(map(str, range(layout.width)), pl.String)
         schema |= {str(place): pl.Float64 for place in layout.places}
@@ -160,7 +175,7 @@ class FeatureParser:
             values = frame.to_numpy(writable=True)
             missing = np.isnan(values)
             if ignore_errors or np.count_nonzero(missing) != sum(frame.null_count().row(0)):
-                values[missing] = _NOT_A_NUMBER
+                values[missing] = NOT_A_NUMBER
             return values
         return None
 
@@ -168,7 +183,7 @@ class FeatureParser:
         self,
         rows: Sequence[Row],
         number: Callable[[Any, bool], float],
-        found: _Found,
+        found: FoundRows,
         positions: np.ndarray | None = None,
         among: np.ndarray | None = None,
     ) -> None:
@@ -187,10 +202,12 @@ class FeatureParser:
         wrong = np.argwhere(~allowed)
         where = np.arange(len(rows)) if positions is None else positions
         malformed = [(index, row) for index, row in enumerate(rows) if isinstance(row, str)]
-        problems = [_problem(where[index], None, None, reason) for index, reason in malformed[:MAX_REPORTED_PROBLEMS]]
+        problems = [
+            row_problem(where[index], None, None, reason) for index, reason in malformed[:MAX_REPORTED_PROBLEMS]
+        ]
         for row, place in wrong[:MAX_REPORTED_PROBLEMS]:
             reason, cell = self._reason(float(values[row, place]), self._columns[place]), rows[kept[row]][place]
-            problems.append(_problem(where[kept[row]], self.features[place], shown(cell), reason))
+            problems.append(row_problem(where[kept[row]], self.features[place], shown(cell), reason))
         problems.sort(key=lambda problem: problem["row"])
         bad_rows = len(malformed) + len(np.unique(wrong[:, 0]))
         found.add_problems(problems, len(malformed) + len(wrong), bad_rows, len(rows if among is None else among))
@@ -234,24 +251,15 @@ class FeatureParser:
         allowed = column.constraint() or ("0 or 1" if boolean else "")
         if math.isnan(value):
             reason = "missing"
-        elif value == _NOT_A_NUMBER:
+        elif value == NOT_A_NUMBER:
             reason = "not a boolean" if boolean else "not a number"
-        elif value == _NOT_FINITE:
+        elif value == NOT_FINITE:
             reason = "not finite"
         elif column.dtype in ("int64", "bool") and value % 1:
             reason = "not a boolean" if boolean else "not a whole number"
         else:
             reason = "out of range"
         return f"{reason}; allowed: {allowed}" if allowed else reason
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How many fields a CSV record has, at which places the features are, and what to say if it has not as many."""
-
-    width: int
-    places: tuple[int, ...]
-    hint: str
 
 
 class _Rules:
@@ -272,97 +280,6 @@ class _Rules:
         if self.some_nullable:
             allowed |= np.isnan(values) & self._nullable
         return allowed
-
-
-class _Found:
-    """Rows of a request so far, in pieces, or what is wrong with them."""
-
-    def __init__(self, features: Sequence[str]) -> None:
-        self._values: list[np.ndarray] = [np.empty((0, len(features)))]
-        self._rows = self._bad_rows = self._total = 0
-        self._problems: list[dict[str, Any]] = []
-
-    @property
-    def enough(self) -> bool:
-        """Whether there are as many problems as are reported: what is wrong beside them changes nothing."""
-        return self._total >= MAX_REPORTED_PROBLEMS
-
-    def add(self, values: np.ndarray) -> None:
-        """Add rows that are in order."""
-        self._rows += len(values)
-        if not self._problems:
-            self._values.append(values)
-
-    def add_problems(self, problems: Sequence[dict[str, Any]], total: int, bad_rows: int, rows: int) -> None:
-        """Add `rows` rows of which `bad_rows` are wrong; `problems`, some of `total`, count rows from 0."""
-        self._values.clear()
-        self._problems += [{**problem, "row": self._rows + 1 + problem["row"]} for problem in problems]
-        self._rows, self._total, self._bad_rows = self._rows + rows, self._total + total, self._bad_rows + bad_rows
-
-    def result(self, more: int = 0) -> np.ndarray:
-        """The features. Raises `RequestError` 400 where there are problems; `more`: rows not looked at, about."""
-        if not self._rows:
-            raise RequestError(400, "the request has no rows")
-        if not self._problems:
-            return np.concatenate(self._values)
-        reported = self._problems[:MAX_REPORTED_PROBLEMS]
-        where = f"row {reported[0]['row']}" + (f", {reported[0]['column']}" if reported[0]["column"] else "")
-        bad = f"at least {self._bad_rows} of about" if more else f"{self._bad_rows} of"
-        rows = counted(self._rows + more, "row")
-        summary = f"{bad} {rows} cannot be used; first: {where}: {reported[0]['reason']}"
-        raise RequestError(400, summary, reported, self._total)
-
-
-def _problem(row: Any, column: str | None, value: Any, reason: str) -> dict[str, Any]:
-    return {"row": int(row), "column": column, "value": value, "reason": reason}
-
-
-def _csv_rows(records: CsvRecords, layout: _Layout) -> list[Row]:
-    """Some of the next records. Raises `RequestError` where a line end in quotes makes several lines one bad row."""
-    rows: list[Row] = []
-    while not records.ended and len(rows) < _SOME:
-        first = records.line
-        record = records.read()
-        if records.line > first + 1 and (
-            len(record) != layout.width or any("\n" in record[place] for place in layout.places)
-        ):
-            what = f"the record of lines {first} to {records.line - 1} has a line end within quotes"
-            raise RequestError(400, f"{what}; is one of them out of place?")
-        rows.append(_csv_row(record, layout))
-    return rows
-
-
-def _csv_row(record: Sequence[str], layout: _Layout) -> Row:
-    if len(record) != layout.width:
-        return f"{counted(len(record), 'field')}, expected {layout.width}{layout.hint}"
-    return [record[place] for place in layout.places]
-
-
-def _text_number(field: str, boolean: bool) -> float:
-    field = field.strip()
-    if not field:
-        return math.nan
-    if boolean and field.lower() in ("true", "false"):
-        return float(field.lower() == "true")
-    if "_" in field or not field.isascii():  # Python's float reads 1_000 and other scripts' digits
-        return _NOT_A_NUMBER
-    try:
-        number = float(field)
-    except ValueError:
-        return _NOT_A_NUMBER
-    return number if math.isfinite(number) else _NOT_FINITE
-
-
-def _json_number(value: Any, boolean: bool) -> float:
-    if value is None:
-        return math.nan
-    if type(value) in (int, float) or (type(value) is bool and boolean):
-        try:
-            number = float(value)
-        except OverflowError:
-            return _NOT_FINITE
-        return number if math.isfinite(number) else _NOT_FINITE
-    return _NOT_A_NUMBER
 
 
 def _folded(name: str) -> str:

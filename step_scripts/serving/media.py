@@ -1,4 +1,4 @@
-"""Requests and responses of the inference server: media types, encodings, errors."""
+"""Requests and responses of the inference server: media types, encodings, errors and bad rows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from step_scripts.runner.wording import counted
 from step_scripts.serving.deployment import MAX_BODY_BYTES
 
 CSV = "text/csv"
@@ -46,14 +47,56 @@ class RequestError(Exception):
         return value
 
 
+class FoundRows:
+    """Rows of a request so far, in pieces, or what is wrong with them."""
+
+    def __init__(self, features: Sequence[str]) -> None:
+        self._values: list[np.ndarray] = [np.empty((0, len(features)))]
+        self._rows = self._bad_rows = self._total = 0
+        self._problems: list[dict[str, Any]] = []
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are as many problems as are reported: what is wrong beside them changes nothing."""
+        return self._total >= MAX_REPORTED_PROBLEMS
+
+    def add(self, values: np.ndarray) -> None:
+        """Add rows that are in order."""
+        self._rows += len(values)
+        if not self._problems:
+            self._values.append(values)
+
+    def add_problems(self, problems: Sequence[dict[str, Any]], total: int, bad_rows: int, rows: int) -> None:
+        """Add `rows` rows of which `bad_rows` are wrong; `problems`, some of `total`, count rows from 0."""
+        self._values.clear()
+        self._problems += [{**problem, "row": self._rows + 1 + problem["row"]} for problem in problems]
+        self._rows, self._total, self._bad_rows = self._rows + rows, self._total + total, self._bad_rows + bad_rows
+
+    def result(self, more: int = 0) -> np.ndarray:
+        """The features. Raises `RequestError` 400 where there are problems; `more`: rows not looked at, about."""
+        if not self._rows:
+            raise RequestError(400, "the request has no rows")
+        if not self._problems:
+            return np.concatenate(self._values)
+        reported = self._problems[:MAX_REPORTED_PROBLEMS]
+        where = f"row {reported[0]['row']}" + (f", {reported[0]['column']}" if reported[0]["column"] else "")
+        bad = f"at least {self._bad_rows} of about" if more else f"{self._bad_rows} of"
+        rows = counted(self._rows + more, "row")
+        summary = f"{bad} {rows} cannot be used; first: {where}: {reported[0]['reason']}"
+        raise RequestError(400, summary, reported, self._total)
+
+
+def row_problem(row: Any, column: str | None, value: Any, reason: str) -> dict[str, Any]:
+    """One entry of what is wrong; rows count from 0 until they are added."""
+    return {"row": int(row), "column": column, "value": value, "reason": reason}
+
+
 @lru_cache(maxsize=256)
 def request_media(content_type: str) -> str:
     """`CSV`, `JSON` or `JSON_LINES`. Raises `RequestError` 415 for another type or an encoding other than UTF-8."""
-    name, *parameters = (part.strip() for part in content_type.lower().split(";"))
-    for parameter in parameters:
-        key, _, value = parameter.partition("=")
-        if key.strip() == "charset" and value.strip().strip('"') not in _CHARSETS:
-            raise RequestError(415, f"charset {value} is not supported; send UTF-8")
+    name, parameters = _media_type(content_type)
+    if (charset := parameters.get("charset", "utf-8").strip('"')) not in _CHARSETS:
+        raise RequestError(415, f"charset {charset} is not supported; send UTF-8")
     if name not in _MEDIA:
         given = f"content type {name!r} is not supported" if name else "the request has no Content-Type"
         raise RequestError(415, f"{given}; send {CSV}, {JSON} or {JSON_LINES}")
@@ -67,16 +110,12 @@ def response_media(accept: str, default: str) -> str:
     Raises `RequestError` 406 if it names none that can be sent.
     """
     best, best_weight = "", 0.0
-    for entry in accept.lower().split(","):
-        name, *parameters = (part.strip() for part in entry.split(";"))
-        weight = 1.0
-        for parameter in parameters:
-            key, _, value = parameter.partition("=")
-            if key.strip() == "q":
-                try:
-                    weight = float(value)
-                except ValueError:
-                    weight = 0.0
+    for entry in accept.split(","):
+        name, parameters = _media_type(entry)
+        try:
+            weight = float(parameters.get("q", 1.0))
+        except ValueError:
+            weight = 0.0
         media = _WILDCARDS[name] or default if name in _WILDCARDS else _MEDIA.get(name, "")
         if media and weight > best_weight:
             best, best_weight = media, weight
@@ -85,6 +124,13 @@ def response_media(accept: str, default: str) -> str:
     if not best:
         raise RequestError(406, f"{accept!r} cannot be sent; accepted are {CSV}, {JSON} and {JSON_LINES}")
     return best
+
+
+def _media_type(text: str) -> tuple[str, dict[str, str]]:
+    """The name and the parameters of a media type, in lower case."""
+    name, *parameters = (part.strip() for part in text.lower().split(";"))
+    pairs = (parameter.partition("=") for parameter in parameters)
+    return name, {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def encode(predictions: np.ndarray, media: str) -> bytes:

@@ -8,11 +8,20 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from step_scripts.runner.wording import counted
 from step_scripts.serving.media import RequestError
+
+SOME_ROWS = 1000  # that are looked at one by one, before it is asked whether there are problems enough
+# What stands for a cell that holds no number; one that is empty is NaN. Neither is within the bounds of a column.
+NOT_FINITE, NOT_A_NUMBER = math.inf, -math.inf
+# A row is its cells in the order of the features, or the reason why it cannot be one.
+Row = Sequence[Any] | str
 
 _DECODER = json.JSONDecoder(object_pairs_hook=tuple)
 _BEGINNING = re.compile(r'[ \t\n\r]*(\{[ \t\n\r]*"instances"[ \t\n\r]*:[ \t\n\r]*)?\[[ \t\n\r]*')
@@ -76,6 +85,66 @@ class CsvRecords:
             line = self._text[self.position : end]
             self.position, self.line = end, self.line + 1
             yield line
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many fields a CSV record has, at which places the features are, and what to say if it has not as many."""
+
+    width: int
+    places: tuple[int, ...]
+    hint: str
+
+
+def csv_rows(records: CsvRecords, layout: Layout) -> list[Row]:
+    """Some of the next records. Raises `RequestError` where a line end in quotes makes several lines one bad row."""
+    rows: list[Row] = []
+    while not records.ended and len(rows) < SOME_ROWS:
+        first = records.line
+        record = records.read()
+        if records.line > first + 1 and (
+            len(record) != layout.width or any("\n" in record[place] for place in layout.places)
+        ):
+            what = f"the record of lines {first} to {records.line - 1} has a line end within quotes"
+            raise RequestError(400, f"{what}; is one of them out of place?")
+        rows.append(csv_row(record, layout))
+    return rows
+
+
+def csv_row(record: Sequence[str], layout: Layout) -> Row:
+    """The cells of the features in a record, or the reason why it is no row."""
+    if len(record) != layout.width:
+        return f"{counted(len(record), 'field')}, expected {layout.width}{layout.hint}"
+    return [record[place] for place in layout.places]
+
+
+def text_number(field: str, boolean: bool) -> float:
+    """The number in a field of CSV, or what stands for none."""
+    field = field.strip()
+    if not field:
+        return math.nan
+    if boolean and field.lower() in ("true", "false"):
+        return float(field.lower() == "true")
+    if "_" in field or not field.isascii():  # Python's float reads 1_000 and other scripts' digits
+        return NOT_A_NUMBER
+    try:
+        number = float(field)
+    except ValueError:
+        return NOT_A_NUMBER
+    return number if math.isfinite(number) else NOT_FINITE
+
+
+def json_number(value: Any, boolean: bool) -> float:
+    """The same for a value of JSON."""
+    if value is None:
+        return math.nan
+    if type(value) in (int, float) or (type(value) is bool and boolean):
+        try:
+            number = float(value)
+        except OverflowError:
+            return NOT_FINITE
+        return number if math.isfinite(number) else NOT_FINITE
+    return NOT_A_NUMBER
 
 
 def json_pieces(text: str, size: int) -> Iterator[tuple[list[Any], int]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +12,7 @@ import numpy as np
 from step_scripts.model.artifact import FILES, load_model
 from step_scripts.model.xgboost_native import xgb
 from step_scripts.runner.contract import Artifact, DamagedArtifactError, check_files, file_info
+from step_scripts.serving.deployment import DeploymentRecord
 from step_scripts.serving.feature_parser import FeatureParser
 from step_scripts.serving.media import encode, request_media, response_media, unpacked
 
@@ -29,10 +32,7 @@ class Answer(NamedTuple):
 class ServedModel:
     """Immutable once loaded, so that it can be replaced as a whole while requests are answered."""
 
-    endpoint_name: str
-    version: str
-    digest: str
-    deployment_id: str
+    record: DeploymentRecord
     parser: FeatureParser
     mean: np.ndarray
     scale: np.ndarray
@@ -59,32 +59,37 @@ class ServedModel:
         """What `/ping` says."""
         return {
             "status": "InService",
-            "endpoint_name": self.endpoint_name,
-            "version": self.version,
-            "model_digest": self.digest,
-            "deployment_id": self.deployment_id,
+            "endpoint_name": self.record.endpoint_name,
+            "version": self.record.version,
+            "model_digest": self.record.model.digest,
+            "deployment_id": self.record.deployment_id,
         }
 
 
-def model_in_folder(folder: str, digest: str | None = None) -> Artifact:
-    """The artifact in a folder that has no record of its own, such as `/opt/ml/model`.
+def container_record(folder: str, name: str = "model") -> DeploymentRecord:
+    """What a container serves: the model in `folder`, such as `/opt/ml/model`, which has no record of its own.
 
-    Raises `DamagedArtifactError` naming a file that is missing, or if `digest` is given and is not the artifact's.
+    The environment gives its version (else it is `name`) and the digest that it is checked against. Raises
+    `DamagedArtifactError` naming a file that is missing, or if it is another model.
     """
     try:
-        found = Artifact.of(folder, [file_info(f"{folder.rstrip('/')}/{name}", folder) for name in FILES])
+        found = Artifact.of(folder, [file_info(f"{folder.rstrip('/')}/{file}", folder) for file in FILES])
     except FileNotFoundError as error:
         raise DamagedArtifactError(f"{folder} is no model artifact: {error}") from error
+    digest, version = os.environ.get("HOUSING_MODEL_DIGEST"), os.environ.get("HOUSING_MODEL_VERSION", name)
     if digest and found.digest != digest:
         raise DamagedArtifactError(f"{folder} holds model {found.digest}, not the deployed one, {digest}")
-    return found
+    return DeploymentRecord(
+        deployment_id="", endpoint_name=name, version=version, model=found, deployed_at=datetime.now(UTC)
+    )
 
 
-def load_served_model(artifact: Artifact, *, endpoint_name: str, version: str, deployment_id: str) -> ServedModel:
-    """Verify the artifact's files, load them, and predict once.
+def load_served_model(record: DeploymentRecord) -> ServedModel:
+    """Verify the files of the model, load them, and predict once.
 
     Raises `DamagedArtifactError` naming the file that is missing, altered or unreadable.
     """
+    artifact = record.model
     check_files(artifact, "all")
     try:
         small, large = load_model(artifact.uri, threads=1), load_model(artifact.uri)
@@ -92,10 +97,7 @@ def load_served_model(artifact: Artifact, *, endpoint_name: str, version: str, d
         summary = str(error).partition("\n")[0]
         raise DamagedArtifactError(f"{artifact.uri} is no model artifact: {type(error).__name__}: {summary}") from error
     model = ServedModel(
-        endpoint_name=endpoint_name,
-        version=version,
-        digest=artifact.digest,
-        deployment_id=deployment_id,
+        record=record,
         parser=FeatureParser(small.table),
         mean=small.scaler.mean,
         scale=small.scaler.scale,

@@ -1,4 +1,4 @@
-"""Polars types of a table's columns; without pandera, which takes longer to import than all else a worker needs."""
+"""A table's columns in Polars: their types, from one type to another, and read from CSV."""
 
 from __future__ import annotations
 
@@ -45,3 +45,14 @@ def converted(column: pl.Expr, found: Any, wanted: Any) -> pl.Expr:
     if isinstance(found, pl.Datetime) and isinstance(wanted, pl.Datetime):
         return column.dt.replace_time_zone(wanted.time_zone).dt.cast_time_unit(wanted.time_unit or "us")
     return column.cast(wanted)
+
+
+def read_csv(source: Any, **options: Any) -> pl.DataFrame:
+    """`polars.read_csv`. Raises `polars.exceptions.ComputeError` also where Polars panics.
+
+    A panic, as on a last field that is one quote, is no `Exception`, and would end whatever the reader is part of.
+    """
+    try:
+        return pl.read_csv(source, **options)
+    except pl.exceptions.PanicException as panic:
+        raise pl.exceptions.ComputeError(f"Polars cannot read it: {panic}") from panic

@@ -1,6 +1,7 @@
-"""Distributions of columns as small JSON objects, and two measures of how far two of them are apart.
+"""Statistics of columns that are gathered block by block and merged: moments, samples, distributions.
 
-A distribution of at most 64 distinct values is exact:
+A distribution is a small JSON object; there are two measures of how far two of them are apart. One of at most 64
+distinct values is exact:
 `{"kind": "counts", "rows": n, "missing": m, "values": [...], "counts": [...]}`. Any other is
 `{"kind": "quantiles", "rows": n, "missing": m, "points": [...]}` with 257 points: minimum, 1/256 … 255/256 quantiles,
 maximum. The quantiles are those of a sample of at most `SAMPLE_ROWS` rows, chosen by a hash of the record, so that they
@@ -10,13 +11,12 @@ part of `rows`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-from step_scripts.table.moments import without_nan
 
 Distribution = dict[str, Any]
 
@@ -28,6 +28,84 @@ _MOST_CATEGORIES = 20
 _PSEUDO_COUNT = 0.5
 
 
+def _without_nan(values: np.ndarray) -> np.ndarray:
+    """The values of a float array that are not NaN; the array itself if all are."""
+    # The sum is NaN if any value is, or if there are infinities of both signs.
+    return values[~np.isnan(values)] if np.isnan(values.sum()) else values
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and sum of squared deviations of each column; NaN values are left out. Arrays of shape (columns,).
+
+    Sums of squares of raw values would cancel when the mean is large against the spread, as it is for years and prices.
+    The mean is kept as `origin + offset`, where the origin is one of the column's values: differences of means then
+    keep their digits, too.
+    """
+
+    count: np.ndarray
+    origin: np.ndarray
+    offset: np.ndarray
+    squares: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Moments:
+        """Of a float64 array of shape (rows, columns)."""
+        found = np.zeros((4, values.shape[1]))
+        for index, column in enumerate(values.T):
+            if (present := _without_nan(column)).size:
+                distances = present - present[0]
+                offset = distances.mean()
+                found[:, index] = present.size, present[0], offset, np.square(distances - offset).sum()
+        return cls(*found)
+
+    def merge(self, other: Moments) -> Moments:
+        """Of the rows of both, by the pairwise formula of Chan, Golub and LeVeque (1979)."""
+        count = self.count + other.count
+        share = other.count / np.maximum(count, 1)
+        delta = (other.origin - self.origin) + (other.offset - self.offset)
+        return Moments(
+            count,
+            np.where(self.count > 0, self.origin, other.origin),
+            np.where(self.count > 0, self.offset + np.where(other.count > 0, delta * share, 0.0), other.offset),
+            self.squares + other.squares + delta * delta * self.count * share,
+        )
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Means; NaN for a column without values."""
+        return np.where(self.count > 0, self.origin + self.offset, np.nan)
+
+    @property
+    def deviation(self) -> np.ndarray:
+        """Population standard deviations; NaN for a column without values."""
+        return np.sqrt(
+            np.divide(self.squares, self.count, out=np.full_like(self.squares, np.nan), where=self.count > 0)
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """At most `size` rows: those with the smallest hashes, whatever blocks they come from.
+
+    `hashes` has shape (rows,) and holds numbers that are uniform and independent of the rows' values; `values` has
+    shape (rows, columns).
+    """
+
+    size: int
+    hashes: np.ndarray
+    values: np.ndarray
+
+    def merge(self, *others: Sample) -> Sample:
+        """Of the rows of all."""
+        hashes = np.concatenate([self.hashes, *(other.hashes for other in others)])
+        values = np.concatenate([self.values, *(other.values for other in others)])
+        if len(hashes) <= self.size:
+            return Sample(self.size, hashes, values)
+        kept = np.argpartition(hashes, self.size - 1)[: self.size]
+        return Sample(self.size, hashes[kept], values[kept])
+
+
 @dataclass(frozen=True)
 class ColumnSketch:
     """What is exact about one column: rows with a value and without, smallest, largest, counts of values if few."""
@@ -36,54 +114,41 @@ class ColumnSketch:
     missing: int
     minimum: float
     maximum: float
-    counts: dict[float, int] | None
+    counts: Counter[float] | None
 
     @classmethod
     def of(cls, values: np.ndarray) -> ColumnSketch:
         """Of a float64 array of shape (rows,)."""
-        present = without_nan(values)
-        missing = len(values) - len(present)
-        if not len(present):
-            return cls(0, missing, np.inf, -np.inf, {})
-        counts: dict[float, int] | None = None
+        present = _without_nan(values)
+        counts: Counter[float] | None = None
         if len(np.unique(present[:1000])) <= MOST_VALUES:  # spares counting what is continuous anyway
             import polars as pl  # here, because asset checks use this module without it
 
             counted = pl.Series("value", present).value_counts()  # numpy sorts
             if counted.height <= MOST_VALUES:
                 # Adding zero makes -0.0 the same text as 0.0.
-                counts = dict(counted.select(pl.col("value") + 0.0, "count").sort("value").rows())
-        return cls(len(present), missing, float(present.min()), float(present.max()), counts)
+                counts = Counter(dict(counted.select(pl.col("value") + 0.0, "count").sort("value").rows()))
+        missing = len(values) - len(present)
+        return cls(len(present), missing, present.min(initial=np.inf), present.max(initial=-np.inf), counts)
 
     def merge(self, other: ColumnSketch) -> ColumnSketch:
         """Of the rows of both."""
-        counts = None
-        if self.counts is not None and other.counts is not None:
-            counts = dict(self.counts)
-            for value, occurrences in other.counts.items():
-                counts[value] = counts.get(value, 0) + occurrences
-            if len(counts) > MOST_VALUES:
-                counts = None
+        counts = None if self.counts is None or other.counts is None else self.counts + other.counts
         return ColumnSketch(
             self.rows + other.rows,
             self.missing + other.missing,
             min(self.minimum, other.minimum),
             max(self.maximum, other.maximum),
-            counts,
+            counts if counts is None or len(counts) <= MOST_VALUES else None,
         )
 
 
 @dataclass(frozen=True)
 class TableSketch:
-    """Sketches of several columns, and the `SAMPLE_ROWS` rows with the smallest hashes.
-
-    `hashes` has shape (sampled rows,) and holds numbers that are uniform and independent of the rows' values;
-    `sample` has shape (sampled rows, columns).
-    """
+    """Sketches of several columns, and a sample of the rows."""
 
     columns: tuple[ColumnSketch, ...]
-    hashes: np.ndarray
-    sample: np.ndarray
+    sample: Sample
 
     @classmethod
     def empty(cls, columns: int) -> TableSketch:
@@ -93,29 +158,20 @@ class TableSketch:
     @classmethod
     def of(cls, values: np.ndarray, hashes: np.ndarray) -> TableSketch:
         """Of float64 `values` of shape (rows, columns), with one hash a row."""
-        kept = smallest(hashes, SAMPLE_ROWS)
-        return cls(tuple(ColumnSketch.of(column) for column in values.T), hashes[kept], values[kept])
+        sample = Sample(SAMPLE_ROWS, hashes, values).merge()
+        return cls(tuple(ColumnSketch.of(column) for column in values.T), sample)
 
     def merge(self, other: TableSketch) -> TableSketch:
         """Of the rows of both."""
-        hashes = np.concatenate([self.hashes, other.hashes])
-        kept = smallest(hashes, SAMPLE_ROWS)
         columns = tuple(a.merge(b) for a, b in zip(self.columns, other.columns, strict=True))
-        return TableSketch(columns, hashes[kept], np.concatenate([self.sample, other.sample])[kept])
+        return TableSketch(columns, self.sample.merge(other.sample))
 
     def distributions(self, names: Sequence[str]) -> dict[str, Distribution]:
         """One distribution a column, under the names given."""
         return {
-            name: _distribution(column, self.sample[:, index])
+            name: _distribution(column, self.sample.values[:, index])
             for index, (name, column) in enumerate(zip(names, self.columns, strict=True))
         }
-
-
-def smallest(hashes: np.ndarray, count: int) -> np.ndarray:
-    """Positions of the `count` smallest hashes (of all, if there are fewer)."""
-    if len(hashes) <= count:
-        return np.arange(len(hashes))
-    return np.argpartition(hashes, count - 1)[:count]
 
 
 def _distribution(column: ColumnSketch, sample: np.ndarray) -> Distribution:

@@ -1,4 +1,4 @@
-"""The one family of hashes: of rows, of texts, of a row's content, of events; and the digest of a set of rows.
+"""The one family of hashes: of rows, of texts, of a row's content, of events; record ids; digests of sets of rows.
 
 A hash has 128 bits, as two independent halves that mix in one value after the other: `hash_hi` with the finalizer of
 splitmix64, `hash_lo` with that of MurmurHash3. All is computed in numpy, in columns.
@@ -10,6 +10,7 @@ records apart; they are no protection against somebody who constructs collisions
 
 from __future__ import annotations
 
+import binascii
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import pyarrow as pa
 Hash128 = tuple[np.ndarray, np.ndarray]
 """`hash_hi` and `hash_lo`: uint64, one value a row."""
 
+ID_DIGITS = 32
 _MODULUS = 1 << 64
 _WORD_BYTES = 8
 _BLOCK_ROWS = 1 << 14  # intermediate arrays stay in the CPU's cache
@@ -101,6 +103,63 @@ def subtract_sums(whole: Sequence[int], part: Sequence[int]) -> tuple[int, int]:
     return (whole[0] - part[0]) % _MODULUS, (whole[1] - part[1]) % _MODULUS
 
 
+def record_ids(frame: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
+    """Ids of the rows over `columns`, name `record_id`. See `row_hashes`."""
+    return ids_of_hashes(row_hashes(frame, columns))
+
+
+def ids_of_hashes(hashes: Hash128) -> pl.Series:
+    """The hashes as 32 hexadecimal digits, `hash_hi` first."""
+    rows = len(hashes[0])
+    digits = binascii.hexlify(np.column_stack(hashes).astype(">u8", order="C").data)
+    offsets = np.arange(0, ID_DIGITS * rows + 1, ID_DIGITS, dtype=np.int64)
+    texts = pa.LargeStringArray.from_buffers(rows, pa.py_buffer(offsets), pa.py_buffer(digits))
+    return pl.Series("record_id", texts, dtype=pl.String)
+
+
+def hashes_of_ids(ids: pl.Series) -> Hash128:
+    """The inverse of `ids_of_hashes`; what follows the 32nd digit is ignored. Raises `ValueError` for other texts."""
+    lengths = ids.str.len_bytes()
+    texts = ids.str.slice(0, ID_DIGITS) if (lengths > ID_DIGITS).any() else ids
+    no_ids = f"column {ids.name!r} holds texts that do not begin with {ID_DIGITS} hexadecimal digits"
+    if ids.null_count() or (lengths < ID_DIGITS).any():
+        raise ValueError(no_ids)
+    array = texts.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.large_string())
+    _, _, data = array.buffers()
+    start = array.offset * ID_DIGITS
+    digits = memoryview(data)[start : start + len(array) * ID_DIGITS] if len(array) else b""
+    try:
+        numbers = np.frombuffer(binascii.unhexlify(digits), ">u8").reshape(-1, 2)
+    except binascii.Error as error:
+        raise ValueError(no_ids) from error
+    return numbers[:, 0].astype(np.uint64), numbers[:, 1].astype(np.uint64)
+
+
+def distinct_hashes(ids: pl.Series, hashes: Hash128) -> Hash128:
+    """The hashes of ids, other where more follows the digits: duplicates that were kept differ from the original."""
+    longer = (ids.str.len_bytes() > ID_DIGITS).to_numpy()
+    if not longer.any():
+        return hashes
+    distinct = hashes[0].copy(), hashes[1].copy()
+    for half, suffixed in zip(distinct, text_hashes(ids.filter(longer)), strict=True):
+        half[longer] ^= suffixed
+    return distinct
+
+
+def split_fraction(hashes: Hash128, salt: str = "") -> np.ndarray:
+    """A number in [0, 1) for each record: float64, uniform, fixed by `salt` and the hashes of its id.
+
+    Duplicates that were kept (`…-1`) have the number of their original, whose hashes these are (`hashes_of_ids`).
+    """
+    salts = seeds(salt)
+    mixed = hashes[0] ^ salts[0]
+    scratch = np.empty_like(mixed)
+    _mix(mixed, 0, scratch)
+    mixed ^= hashes[1] ^ salts[1]
+    _mix(mixed, 1, scratch)
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 @dataclass(frozen=True)
 class RowSetDigest:
     """Number of records, and the sums of both halves of their hashes: whatever their order and division into files."""
@@ -130,7 +189,7 @@ def seeds(name: str) -> tuple[np.uint64, np.uint64]:
     return first, second
 
 
-def mix(values: np.ndarray, half: int, scratch: np.ndarray) -> None:
+def _mix(values: np.ndarray, half: int, scratch: np.ndarray) -> None:
     """Mix the bits of each value (uint64), in place. Bijective. `scratch` has the same shape."""
     first, multiplier, second, other_multiplier, third = _MIXERS[half]
     values ^= np.right_shift(values, first, out=scratch)
@@ -158,7 +217,7 @@ def _mix_in(hashes: Hash128, columns: Sequence[Hash128]) -> None:
             for column in columns:
                 values ^= column[half][block]
                 values += _STEPS[half]
-                mix(values, half, scratch)
+                _mix(values, half, scratch)
 
 
 def _column_bits(column: pl.Series) -> Hash128:

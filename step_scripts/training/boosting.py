@@ -1,9 +1,11 @@
-"""What all fits have in common: XGBoost's parameters, the matrices, early stopping that survives a restart."""
+"""What all fits have in common: parameters, matrices, and early stopping and checkpoints that survive a restart."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,11 +16,16 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from step_scripts.model.xgboost_native import TrainingCallback, xgb
+from step_scripts.runner import storage
+from step_scripts.runner.wording import counted
 
+_log = logging.getLogger(__name__)
 _HISTORY = "history"
 _ROWS_PER_THREAD = 20_000
 _SEGMENTS, _SMALLEST_SEGMENT = 10, 25  # rounds of the smallest
 _SEED_STEP = 0x5851F42D  # odd, so that its multiples below 2**31 differ
+_SUFFIX = ".checkpoint"
+_KEPT = 2  # checkpoints, so that there is one before a damaged one
 
 
 class Matrix(NamedTuple):
@@ -131,7 +138,7 @@ class SegmentedBoosting(TrainingCallback):
     the random numbers begin anew, whether the fit goes on in this process or in another one, from a seed that depends
     on `seed` and the number of the segment only; the history stands in the booster. A fit that goes on from the booster
     that `keep` was given, at a boundary, with the same number of workers, is then bit for bit the fit that was not
-    interrupted. It must begin with `segment_parameters`.
+    interrupted. It must begin with the seed of its segment.
 
     In a distributed fit the metrics are those of all workers together, so that all of them stop in the same round;
     `keep` is called by the first one.
@@ -204,11 +211,6 @@ def begin_segment(model: xgb.Booster, seed: int, segment: int) -> None:
     model.set_param({"tree_method": "hist", "seed": segment_seed(seed, segment)})
 
 
-def segment_parameters(parameters: dict[str, Any], rounds: int, interval: int) -> dict[str, Any]:
-    """`parameters` of `xgboost.train` with the seed for a fit that has `rounds` rounds, a multiple of `interval`."""
-    return parameters | {"seed": segment_seed(parameters["seed"], rounds // interval)}
-
-
 def history_of(booster: xgb.Booster) -> History:
     """The history that stands in a booster; empty if there is none."""
     return History(**json.loads(booster.attr(_HISTORY) or "{}"))
@@ -222,3 +224,68 @@ def finished(booster: xgb.Booster, features: tuple[str, ...]) -> tuple[xgb.Boost
     best.feature_names = list(features)
     best.feature_types = None
     return best, history
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model with `rounds` rounds in XGBoost's binary form, for `xgboost.train`; without any, where a fit begins."""
+
+    model: bytes = b""
+    rounds: int = 0
+
+
+@dataclass(frozen=True)
+class FitCheckpoints:
+    """Files below `uri`: a line with the SHA-256 of the rest, then the model. Those of another `fit` are ignored.
+
+    A local folder is made by whoever calls `latest`. A machine that does not have it keeps nothing.
+    """
+
+    uri: str
+    fit: str
+
+    def save(self, booster: xgb.Booster) -> None:
+        """Keep the booster, and of those before only the latest. A failure is a warning: the fit needs none."""
+        if not storage.is_remote(self.uri) and not storage.local_path(self.uri).is_dir():
+            return
+        model, rounds = bytes(booster.save_raw("ubj")), booster.num_boosted_rounds()
+        try:
+            storage.write_bytes(storage.join(self.uri, self._name(rounds)), _digest(model) + b"\n" + model)
+            for old in self._files()[:-_KEPT]:
+                storage.delete(old)
+        except OSError as error:
+            _log.warning("round %d could not be kept below %s: %s", rounds, self.uri, error)
+
+    def latest(self, warn: Callable[[str], None] = _log.warning) -> Checkpoint | None:
+        """The latest checkpoint that is whole; None if there is none. What is damaged is reported to `warn`."""
+        if not storage.is_remote(self.uri):
+            storage.local_path(self.uri).mkdir(parents=True, exist_ok=True)
+        for uri in reversed(self._files()):
+            try:
+                return self._read(uri)
+            except (OSError, ValueError, xgb.core.XGBoostError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                warn(f"the checkpoint {uri} cannot be used ({reason}): the final fit goes on from the one before")
+        return None
+
+    def _read(self, uri: str) -> Checkpoint:
+        digest, _, model = storage.read_bytes(uri).partition(b"\n")
+        if _digest(model) != digest:
+            raise ValueError("it is damaged: its digest is another one")
+        booster = xgb.Booster(model_file=bytearray(model))
+        rounds = booster.num_boosted_rounds()
+        if uri.rpartition("/")[2] != self._name(rounds) or len(history_of(booster).train) != rounds:
+            raise ValueError(f"it holds {counted(rounds, 'round')}, which is not what it should be")
+        return Checkpoint(model, rounds)
+
+    def _files(self) -> list[str]:
+        """Checkpoints of this fit, by their rounds."""
+        found = [(uri, uri.rpartition("/")[2]) for uri in storage.list_files(self.uri)]
+        return [uri for uri, name in found if name.startswith(f"{self.fit[:16]}-") and name.endswith(_SUFFIX)]
+
+    def _name(self, rounds: int) -> str:
+        return f"{self.fit[:16]}-{rounds:06d}{_SUFFIX}"
+
+
+def _digest(model: bytes) -> bytes:
+    return hashlib.sha256(model).hexdigest().encode()

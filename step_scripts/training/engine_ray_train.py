@@ -12,16 +12,15 @@ import ray
 import ray.train
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError  # has no public name
 
-from step_scripts.model.xgboost_native import TrainingCallback, xgb
+from step_scripts.model.xgboost_native import xgb
 from step_scripts.runner import storage
 from step_scripts.runner.cluster_resources import no_room, wait_seconds
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.environment import environment_defaults
-from step_scripts.training.engines import WHAT, EngineResult, FitRequest, WorkersLost, boost, boost_in_task
-from step_scripts.training.fit_checkpoints import Checkpoint
+from step_scripts.runner.ray_environment import environment_defaults
+from step_scripts.training.boosting import Checkpoint
+from step_scripts.training.engines import WHAT, FitRequest, FitResult, WorkersLost, boost, boost_in_task, error_within
 
 _MODEL = "model.ubj"
-_NODES = "nodes"
 # The controller takes a worker's reports, and notices its end, once an interval; Ray's own is 2 s. What it does then
 # costs a few hundredths of a second of boosting, since all workers wait for one; the end takes two or three intervals.
 # So the cheapest interval grows with the square root of the fit's length. Measured on two hosts of one core.
@@ -31,23 +30,27 @@ _ROW_SECONDS = 1.2e-7  # a row in a round, on one core
 _SHORTEST_INTERVAL, _LONGEST_INTERVAL = 0.1, 2.0
 
 
-def train_booster(request: FitRequest, checkpoint: Checkpoint | None) -> EngineResult:
-    """Fit on a group of workers, from `checkpoint` on; a single worker needs no group and is a plain task.
+def train_booster(request: FitRequest, start: Checkpoint) -> FitResult:
+    """Fit on a group of workers, from `start` on; a single worker needs no group and is a plain task.
 
     Raises `WorkersLost` if the group ended for no reason of its own.
     """
     if request.num_workers == 1:
-        return boost_in_task(request, checkpoint)
+        return boost_in_task(request, start)
     with environment_defaults(_settings(request)):
         try:
-            booster = _fit(request, checkpoint)
+            result = _trainer(request, start).fit()
         except ray.train.TrainingFailedError as error:
-            if (own := _own_error(error)) is not None:
-                raise own from error
+            for failure in error.worker_failures.values() if isinstance(error, ray.train.WorkerGroupError) else ():
+                if own := error_within(failure, StepError):
+                    raise own from error
             if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
                 raise no_room(WHAT) from error
             raise WorkersLost(str(error)) from error
-    return EngineResult(booster, tuple(sorted(set((booster.attr(_NODES) or "").split()))))
+    if result.checkpoint is None or result.metrics is None:
+        raise RuntimeError("the workers of Ray Train ended without a checkpoint")
+    with result.checkpoint.as_directory() as folder:
+        return FitResult(xgb.Booster(model_file=Path(folder, _MODEL)), tuple(result.metrics["nodes"]))
 
 
 def _settings(request: FitRequest) -> dict[str, str]:
@@ -69,12 +72,12 @@ def controller_interval(request: FitRequest) -> float:
     return min(max(cheapest, _SHORTEST_INTERVAL), _LONGEST_INTERVAL)
 
 
-def _fit(request: FitRequest, start: Checkpoint | None) -> xgb.Booster:
+def _trainer(request: FitRequest, start: Checkpoint) -> Any:
     from ray.train.xgboost import XGBoostTrainer  # imports XGBoost, which `xgboost_native` is to do first
 
     assert request.checkpoint_uri is not None  # see `step_scripts.training.engines.fit`
     filesystem, path = storage.filesystem(request.checkpoint_uri)
-    trainer = XGBoostTrainer(
+    return XGBoostTrainer(
         _train_loop,
         train_loop_config={"request": request, "start": start},
         scaling_config=ray.train.ScalingConfig(
@@ -91,60 +94,15 @@ def _fit(request: FitRequest, start: Checkpoint | None) -> xgb.Booster:
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
     )
-    return _load(trainer.fit().checkpoint)
-
-
-def _own_error(error: ray.train.TrainingFailedError) -> StepError | None:
-    """The `StepError` of a worker, if that is why the group ended."""
-    if isinstance(error, ray.train.WorkerGroupError):
-        for failure in error.worker_failures.values():
-            for cause in (failure, getattr(failure, "cause", None), failure.__cause__):
-                if isinstance(cause, StepError):
-                    return cause
-    return None
 
 
 def _train_loop(config: dict[str, Any]) -> None:
+    """Boost, and report the booster and the workers' nodes at the end. To report metrics would be slow."""
     context = ray.train.get_context()
-    result = _Result(context.get_world_rank())
-    boost(config["request"], context.get_world_rank(), context.get_world_size(), config["start"], (result,))
-
-
-class _Result(TrainingCallback):
-    """Notes on which nodes the workers are, and hands the booster to Ray Train at the end.
-
-    Metrics are not reported: that would be slow.
-    """
-
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        self._rank = rank
-
-    def before_training(self, model: Any) -> Any:
-        """Note on which nodes the workers are."""
-        model.set_attr(**{_NODES: " ".join(_gather(ray.util.get_node_ip_address()))})
-        return model
-
-    def after_training(self, model: Any) -> Any:
-        """Keep the result."""
-        rounds = {"rounds": model.num_boosted_rounds()}
-        if self._rank != 0:
-            ray.train.report(rounds, checkpoint=None)
-            return model
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_model(Path(folder, _MODEL))
-            ray.train.report(rounds, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        return model
-
-
-def _gather(address: str) -> list[str]:
-    size, rank = xgb.collective.get_world_size(), xgb.collective.get_rank()
-    addresses = [xgb.collective.broadcast(address if root == rank else None, root) for root in range(size)]
-    return sorted({found for found in addresses if found is not None})
-
-
-def _load(checkpoint: ray.train.Checkpoint | None) -> xgb.Booster:
-    if checkpoint is None:
-        raise RuntimeError("the workers of Ray Train ended without a checkpoint")
-    with checkpoint.as_directory() as folder:
-        return xgb.Booster(model_file=Path(folder, _MODEL))
+    rank, size, address = context.get_world_rank(), context.get_world_size(), ray.util.get_node_ip_address()
+    booster = boost(config["request"], rank, size, config["start"])
+    nodes = {xgb.collective.broadcast(address if root == rank else None, root) for root in range(size)}
+    with tempfile.TemporaryDirectory() as folder:
+        booster.save_model(Path(folder, _MODEL))
+        checkpoint = ray.train.Checkpoint.from_directory(folder) if rank == 0 else None
+        ray.train.report({"nodes": sorted(filter(None, nodes))}, checkpoint=checkpoint)

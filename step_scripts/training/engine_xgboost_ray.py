@@ -14,13 +14,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from step_scripts.model.xgboost_native import xgb
 from step_scripts.runner.cluster_resources import no_room, wait_seconds
 from step_scripts.runner.contract import StepError
-from step_scripts.training.engines import WHAT, EngineResult, FitRequest, WorkersLost, result_of
-from step_scripts.training.fit_checkpoints import Checkpoint
+from step_scripts.training.boosting import Checkpoint
+from step_scripts.training.engines import WHAT, FitRequest, FitResult, WorkersLost, error_within, result_of
 from step_scripts.training.training_data import TrainingSplit
 
 
-def train_booster(request: FitRequest, checkpoint: Checkpoint | None) -> EngineResult:
-    """Fit on one actor a worker, from `checkpoint` on; raises `WorkersLost` if xgboost_ray fails, whatever the reason.
+def train_booster(request: FitRequest, start: Checkpoint) -> FitResult:
+    """Fit on one actor a worker, from `start` on; raises `WorkersLost` if xgboost_ray fails, whatever the reason.
 
     What xgboost_ray leaves behind when it fails runs in a placement group, and ends with it.
     """
@@ -31,26 +31,25 @@ def train_booster(request: FitRequest, checkpoint: Checkpoint | None) -> EngineR
         place = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
         # Its process ends with it (`max_calls`), and with that all that was adapted.
         task: Any = ray.remote(num_cpus=0, max_calls=1, max_retries=0, scheduling_strategy=place)(_fit)
-        return result_of(task.remote(request, checkpoint))
+        return result_of(task.remote(request, start))
     finally:
         remove_placement_group(group)
 
 
-def _fit(request: FitRequest, checkpoint: Checkpoint | None) -> EngineResult:
-    main, num_workers, results = adapted_main(), request.num_workers or 1, {}
+def _fit(request: FitRequest, start: Checkpoint) -> FitResult:
+    main, results = adapted_main(), {}
     train, validation = (
-        main.RayDMatrix(_partitions(split, num_workers), label=split.target)
-        for split in (request.train, request.validation)
+        _matrix(main, split, request.num_workers or 1) for split in (request.train, request.validation)
     )
     try:
         booster = main.train(
-            request.parameters_from(checkpoint),
+            request.parameters_from(start),
             train,
-            request.rounds_from(checkpoint),
+            request.num_boost_round - start.rounds,
             evals=[(train, "train"), (validation, "validation")],
             additional_results=results,
             ray_params=main.RayParams(
-                num_actors=num_workers,
+                num_actors=request.num_workers or 1,
                 cpus_per_actor=request.cpus_per_worker,
                 gpus_per_actor=0,
                 checkpoint_frequency=request.num_boost_round + 1,
@@ -58,18 +57,16 @@ def _fit(request: FitRequest, checkpoint: Checkpoint | None) -> EngineResult:
                 verbose=False,
             ),
             verbose_eval=False,
-            xgb_model=None if checkpoint is None else checkpoint.model,
+            xgb_model=start.model or None,
             callbacks=[request.segmented()],
         )
     except RuntimeError as error:  # does not say whether a worker was lost or has failed
         reason = error.__cause__ and error.__cause__.__cause__
-        if isinstance(cause := getattr(reason, "cause", None), StepError):
-            raise cause from error
-        raise WorkersLost(f"xgboost_ray failed: {reason or error}") from error
-    return EngineResult(booster, tuple(sorted({node for nodes in results["callback_returns"] for node in nodes})))
+        raise error_within(error, StepError) or WorkersLost(f"xgboost_ray failed: {reason or error}") from error
+    return FitResult(booster, tuple(sorted({node for nodes in results["callback_returns"] for node in nodes})))
 
 
-def _partitions(split: TrainingSplit, num_workers: int) -> Any:
+def _matrix(main: Any, split: TrainingSplit, num_workers: int) -> Any:
     """The split by the protocol `__partitioned__`: each worker reads its own part."""
 
     def get(ranks: list[int]) -> list[pd.DataFrame]:
@@ -78,7 +75,7 @@ def _partitions(split: TrainingSplit, num_workers: int) -> Any:
 
     parts = {(rank, 0): {"data": rank, "location": [""]} for rank in range(num_workers)}
     described = {"shape": (split.rows, 1), "partition_tiling": (num_workers, 1), "partitions": parts, "get": get}
-    return SimpleNamespace(__partitioned__=described)
+    return main.RayDMatrix(SimpleNamespace(__partitioned__=described), label=split.target)
 
 
 def adapted_main() -> Any:
@@ -86,18 +83,18 @@ def adapted_main() -> Any:
     import xgboost_ray.main
 
     main: Any = xgboost_ray.main
-    main._start_rabit_tracker = _start_tracker
+
+    def start_tracker(num_workers: int) -> tuple[threading.Thread, dict[str, Any]]:
+        tracker = xgb.RabitTracker(n_workers=num_workers, host_ip=ray.util.get_node_ip_address(), sortby="task")
+        tracker.start()
+        # It serves only while somebody waits for it. A group that lost a member never ends, hence a daemon.
+        thread = threading.Thread(target=tracker.wait_for, daemon=True)
+        thread.start()
+        return thread, dict(tracker.worker_args())
+
+    main._start_rabit_tracker = start_tracker
     main._stop_rabit_tracker = lambda thread: thread.join(2.0)  # seconds; it ends with the workers
     return main
-
-
-def _start_tracker(num_workers: int) -> tuple[threading.Thread, dict[str, Any]]:
-    tracker = xgb.RabitTracker(n_workers=num_workers, host_ip=ray.util.get_node_ip_address(), sortby="task")
-    tracker.start()
-    # It serves only while somebody waits for it. A group that lost a member never ends, hence a daemon.
-    thread = threading.Thread(target=tracker.wait_for, name="xgboost-tracker", daemon=True)
-    thread.start()
-    return thread, dict(tracker.worker_args())
 
 
 def _ranked_by_actor(main: Any) -> Any:
@@ -106,9 +103,7 @@ def _ranked_by_actor(main: Any) -> Any:
     They would be sorted by the address of an object, and so would their rows' summaries, of which the bins are made.
     """
 
-    from xgboost_ray.callback import DistributedCallback
-
-    class RankedByActor(DistributedCallback):
+    class RankedByActor(main.DistributedCallback):
         def before_train(self, actor: Any, *args: Any, **kwargs: Any) -> None:
             main.put_queue(ray.util.get_node_ip_address())
             context = main._RabitContext  # of the actor's process, which trains once

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
+import json
 import logging
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
 
-from step_scripts.model.xgboost_native import TrainingCallback, xgb
+from step_scripts.model.xgboost_native import xgb
 from step_scripts.runner import storage
 from step_scripts.runner.background import run_in_thread
 from step_scripts.runner.cluster_resources import (
@@ -28,21 +30,22 @@ from step_scripts.runner.cluster_resources import (
 from step_scripts.runner.contract import Reporter, StepError
 from step_scripts.runner.wording import counted
 from step_scripts.training.boosting import (
+    Checkpoint,
+    FitCheckpoints,
     History,
     SegmentedBoosting,
     finished,
     openmp_threads,
     quantile_matrices,
-    segment_parameters,
     segment_rounds,
+    segment_seed,
     useful_threads,
 )
-from step_scripts.training.fit_checkpoints import Checkpoint, FitCheckpoints, fit_fingerprint
 from step_scripts.training.training_data import TrainingSplit
 
 _log = logging.getLogger(__name__)
-# Modules with a function `train_booster(FitRequest, Checkpoint | None) -> EngineResult`, which goes on from the
-# checkpoint and raises `WorkersLost`; imported only when asked for.
+# Modules with a function `train_booster(FitRequest, Checkpoint) -> FitResult`, which goes on from the checkpoint and
+# raises `WorkersLost`; imported only when asked for.
 ENGINES = {
     "ray_train": "step_scripts.training.engine_ray_train",
     "xgboost_ray": "step_scripts.training.engine_xgboost_ray",
@@ -83,13 +86,15 @@ class FitRequest:
         """The checkpoints of this fit. Those that other parameters or rows have left at the same place are not."""
         if self.checkpoint_uri is None:
             return None
-        fingerprint = fit_fingerprint(
-            parameters=self.parameters,
-            rounds=(self.num_boost_round, self.checkpoint_rounds, self.early_stopping_rounds),
-            rows=(self.train.file_rows, self.validation.file_rows),
-            columns=(self.train.scaler.to_json(), self.train.target),
-        )
-        return FitCheckpoints(storage.join(self.checkpoint_uri, "rounds"), fingerprint)
+        decisive = {
+            "parameters": self.parameters,
+            "rounds": (self.num_boost_round, self.checkpoint_rounds, self.early_stopping_rounds),
+            "rows": (self.train.file_rows, self.validation.file_rows),
+            "columns": (self.train.scaler.to_json(), self.train.target),
+        }
+        text = json.dumps(decisive, sort_keys=True, default=str)
+        uri = storage.join(self.checkpoint_uri, "rounds")
+        return FitCheckpoints(uri, hashlib.sha256(text.encode()).hexdigest())
 
     def segmented(self) -> SegmentedBoosting:
         """What cuts `xgboost.train` into segments, keeps checkpoints and stops early."""
@@ -97,14 +102,10 @@ class FitRequest:
         keep = None if kept is None else kept.save
         return SegmentedBoosting(self.early_stopping_rounds, self.checkpoint_rounds, self.parameters["seed"], keep)
 
-    def parameters_from(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
-        """Parameters of `xgboost.train` for a fit that goes on from there."""
-        rounds = 0 if checkpoint is None else checkpoint.rounds
-        return segment_parameters(self.parameters, rounds, self.checkpoint_rounds) | {"nthread": self.threads}
-
-    def rounds_from(self, checkpoint: Checkpoint | None) -> int:
-        """Rounds that are left at most."""
-        return self.num_boost_round - (0 if checkpoint is None else checkpoint.rounds)
+    def parameters_from(self, start: Checkpoint) -> dict[str, Any]:
+        """Parameters of `xgboost.train` for a fit that goes on from there, the end of a segment."""
+        seed = segment_seed(self.parameters["seed"], start.rounds // self.checkpoint_rounds)
+        return self.parameters | {"seed": seed, "nthread": self.threads}
 
     @property
     def threads(self) -> int:
@@ -118,31 +119,34 @@ class FitRequest:
 
 
 @dataclass(frozen=True)
-class EngineResult:
-    """A booster with all its rounds and its history, and the addresses of the nodes that fitted it.
+class FitResult:
+    """A booster, the addresses of the nodes that fitted it, and how it came about. RMSE is in the target's unit.
 
-    `num_workers`: how many it were in the end. `resumed_at`: rounds that an interrupted group of workers had fitted.
+    Engines return all rounds of the booster, `fit` the best ones. `num_workers`: how many it were in the end.
+    `resumed_at`: rounds that an interrupted group of workers had fitted.
     """
 
     booster: xgb.Booster
     nodes: tuple[str, ...]
     num_workers: int = 1
     resumed_at: int = 0
+    history: History = field(default_factory=History)
+    seconds: float = 0.0
 
+    @property
+    def best_rounds(self) -> int:
+        """Rounds of the booster."""
+        return self.history.best_rounds
 
-@dataclass(frozen=True)
-class FitResult:
-    """The booster of the best rounds, and how it came about. RMSE is in the target's unit."""
+    @property
+    def train_rmse(self) -> float:
+        """RMSE of the booster on the training split."""
+        return self.history.train[self.best_rounds - 1]
 
-    booster: xgb.Booster
-    history: History
-    best_rounds: int
-    train_rmse: float
-    validation_rmse: float
-    seconds: float
-    num_workers: int
-    nodes: tuple[str, ...]
-    resumed_at: int = 0
+    @property
+    def validation_rmse(self) -> float:
+        """RMSE of the booster on the validation split."""
+        return self.history.validation[self.best_rounds - 1]
 
 
 def fit(engine: str, request: FitRequest, log: Reporter | None = None) -> FitResult:
@@ -155,63 +159,41 @@ def fit(engine: str, request: FitRequest, log: Reporter | None = None) -> FitRes
     Raises `StepError` if the cluster has no room for the workers, or the split has fewer rows than there are workers.
     `log` gets a line that says what is waited for.
     """
-    request = run_in_thread(lambda: with_resources(request, log))
+    request = run_in_thread(lambda: _with_resources(request, log))
     start = time.perf_counter()
-    train_booster: _Engine = importlib.import_module(ENGINES[engine]).train_booster
-    result = run_in_thread(lambda: _fit(train_booster, request, log))
+    result = run_in_thread(lambda: _fit(engine, request, log))
     booster, history = finished(result.booster, request.features)
-    best = history.best_rounds
-    return FitResult(
-        booster=booster,
-        history=history,
-        best_rounds=best,
-        train_rmse=history.train[best - 1],
-        validation_rmse=history.validation[best - 1],
-        seconds=time.perf_counter() - start,
-        num_workers=result.num_workers,
-        nodes=result.nodes,
-        resumed_at=result.resumed_at,
-    )
+    return replace(result, booster=booster, history=history, seconds=time.perf_counter() - start)
 
 
-_Engine = Callable[[FitRequest, Checkpoint | None], EngineResult]
-
-
-def _fit(train_booster: _Engine, request: FitRequest, log: Reporter | None) -> EngineResult:
+def _fit(engine: str, request: FitRequest, log: Reporter | None) -> FitResult:
+    train_booster: Callable[[FitRequest, Checkpoint], FitResult] = importlib.import_module(
+        ENGINES[engine]
+    ).train_booster
     warn = _log.warning if log is None else log.warning
-    with _checkpoints(request) as checkpoints:
-        request = replace(request, checkpoint_uri=checkpoints)
+    with contextlib.ExitStack() as stack:
+        uri = request.checkpoint_uri or stack.enter_context(scratch_folder("fit-"))
+        stack.callback(storage.delete, uri)  # at the end, unless the process is killed
+        request = replace(request, checkpoint_uri=uri)
         for attempt in range(1, _ATTEMPTS + 1):
-            checkpoint = None if request.checkpoints is None else request.checkpoints.latest(warn)
+            start = (request.checkpoints and request.checkpoints.latest(warn)) or Checkpoint()
             try:
                 with waiting_is_told(WHAT, log):
-                    result = train_booster(request, checkpoint)
+                    result = train_booster(request, start)
             except WorkersLost as error:
                 if attempt == _ATTEMPTS:
                     raise
                 warn(f"the workers of the final fit ended: {error}")
                 await_lost_nodes(_NODE_LOSS_SECONDS)
-                request = with_fewer_workers(request)
+                nodes = node_cpus()
+                fewer = min(request.num_workers or 1, sum(nodes))
+                request = replace(request, num_workers=fewer, cpus_per_worker=cpus_per_worker(fewer, nodes))
             else:
-                resumed_at = 0 if checkpoint is None else checkpoint.rounds
-                return replace(result, num_workers=request.num_workers or 1, resumed_at=resumed_at)
+                return replace(result, num_workers=request.num_workers or 1, resumed_at=start.rounds)
     raise AssertionError("unreachable")
 
 
-@contextlib.contextmanager
-def _checkpoints(request: FitRequest) -> Iterator[str]:
-    """A place for checkpoints, which are removed at the end unless the process is killed."""
-    if request.checkpoint_uri is None:
-        with scratch_folder("fit-") as folder:
-            yield folder
-        return
-    try:
-        yield request.checkpoint_uri
-    finally:
-        storage.delete(request.checkpoint_uri)
-
-
-def with_resources(request: FitRequest, log: Reporter | None = None) -> FitRequest:
+def _with_resources(request: FitRequest, log: Reporter | None) -> FitRequest:
     """`request` with the number of workers and their CPUs filled in: those that are free, as soon as that is enough."""
     nodes = node_cpus()
     num_workers = request.num_workers or len(nodes)
@@ -227,58 +209,55 @@ def with_resources(request: FitRequest, log: Reporter | None = None) -> FitReque
     return replace(request, num_workers=num_workers, cpus_per_worker=cpus)
 
 
-def with_fewer_workers(request: FitRequest) -> FitRequest:
-    """`request` with as many of its workers as the nodes that are left have CPUs for, at least one."""
-    nodes = node_cpus()
-    num_workers = min(request.num_workers or 1, sum(nodes))
-    return replace(request, num_workers=num_workers, cpus_per_worker=cpus_per_worker(num_workers, nodes))
-
-
 def boost(
-    request: FitRequest,
-    rank: int = 0,
-    num_workers: int = 1,
-    checkpoint: Checkpoint | None = None,
-    callbacks: tuple[TrainingCallback, ...] = (),
+    request: FitRequest, rank: int = 0, num_workers: int = 1, checkpoint: Checkpoint | None = None
 ) -> xgb.Booster:
     """The loop of one worker, which reads its own part of both splits. Goes on from `checkpoint`.
 
     Validation rows are divided too: XGBoost adds up the squared errors of all workers, so that the metric is that of
     the whole split, and no row is predicted twice.
     """
+    start = checkpoint or Checkpoint()
     train = request.train.load(rank, num_workers)
     validation = request.validation.load(rank, num_workers)
     with openmp_threads(request.threads):
         dtrain, dvalidation = quantile_matrices(train, validation, request.threads)
         del train, validation
         return xgb.train(
-            request.parameters_from(checkpoint),
+            request.parameters_from(start),
             dtrain,
-            num_boost_round=request.rounds_from(checkpoint),
+            num_boost_round=request.num_boost_round - start.rounds,
             evals=[(dtrain, "train"), (dvalidation, "validation")],
             verbose_eval=False,
-            xgb_model=None if checkpoint is None else bytearray(checkpoint.model),
-            callbacks=[request.segmented(), *callbacks],
+            xgb_model=bytearray(start.model) or None,
+            callbacks=[request.segmented()],
         )
 
 
-def boost_in_task(request: FitRequest, checkpoint: Checkpoint | None) -> EngineResult:
+def boost_in_task(request: FitRequest, start: Checkpoint) -> FitResult:
     """Run `boost` as one Ray task with the CPUs of the largest node."""
 
-    def task() -> EngineResult:
-        return EngineResult(boost(request, checkpoint=checkpoint), (ray.util.get_node_ip_address(),))
+    def task() -> FitResult:
+        return FitResult(boost(request, checkpoint=start), (ray.util.get_node_ip_address(),))
 
     with reserved(WHAT, request.cpus_per_worker, None) as options:  # `fit` reports the waiting
         return result_of(ray.remote(task).options(**options, max_retries=0).remote())
 
 
-def result_of(reference: ray.ObjectRef) -> EngineResult:
+def result_of(reference: ray.ObjectRef) -> FitResult:
     """What a task returns. Raises its own error if that means something to users or to `fit`."""
     try:
         return ray.get(reference)
     except (WorkerCrashedError, RayActorError) as error:
         raise WorkersLost(str(error)) from error
     except RayTaskError as error:
-        if isinstance(error.cause, StepError | WorkersLost):
-            raise error.cause from error
-        raise
+        if (own := error_within(error, StepError | WorkersLost)) is None:
+            raise
+        raise own from error
+
+
+def error_within(error: BaseException | None, kind: Any) -> Any:
+    """The error of that kind that an error of Ray, or of a library on Ray, stems from; None if there is none."""
+    while error is not None and (isinstance(error, RayError) or not isinstance(error, kind)):
+        error = getattr(error, "cause", None) or error.__cause__
+    return error

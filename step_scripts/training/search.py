@@ -5,33 +5,42 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray import cloudpickle, tune
+from ray.exceptions import RayTaskError
+from ray.tune.experiment import Trial
 
 from step_scripts.parameters import TuneModelParams
 from step_scripts.runner.background import run_in_thread
-from step_scripts.runner.cluster_resources import cpus_per_worker, free_cpus, no_room, node_cpus, scratch_folder
+from step_scripts.runner.cluster_resources import (
+    cpus_per_worker,
+    free_cpus,
+    no_room,
+    node_cpus,
+    scratch_folder,
+    wait_seconds,
+)
 from step_scripts.runner.contract import Reporter, StepError
-from step_scripts.runner.environment import environment_set
-from step_scripts.runner.wording import counted
-from step_scripts.training.search_algorithm import TrialProposals
-from step_scripts.training.search_monitor import SearchMonitor
+from step_scripts.runner.ray_environment import environment_set
+from step_scripts.runner.wording import counted, number
+from step_scripts.training.search_algorithm import LivesInDriver, TrialProposals, report_rounds, scheduler
 from step_scripts.training.search_trial import BoostingTrial, TrialSettings
 from step_scripts.training.training_data import TrainingSplit
 from step_scripts.training.trials import TrialRecord, TrialStore
 
-_REPORTS_PER_TRIAL = 8
-_ROUNDS_WITHOUT_SCHEDULER = 250
-_REDUCTION_FACTOR = 3
 # Training rows × rounds, one or two seconds on a core: to stop a shorter trial early spares little, and the search
 # could not be repeated.
 _WORTH_STOPPING = 30_000_000
+_SECONDS_BETWEEN_MESSAGES = 15.0
+_FAILED_TRIALS = 3  # without a completed one: then more trials would fail too
 # What Ray Tune would otherwise write, print or check.
 _QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -82,11 +91,12 @@ def run_search(
     records = finished
     if remaining:
         matrices = run_in_thread(lambda: [ray.put(split.load()) for split in (train, validation)])
-        monitor = SearchMonitor(proposals, matrices, finished, num_trials, store, log)
+        monitor = _SearchMonitor(proposals, matrices, finished, num_trials, store, log)
+        rounds = resolved["num_boost_round"]
         settings = TrialSettings(
-            num_boost_round=resolved["num_boost_round"],
+            num_boost_round=rounds,
             early_stopping_rounds=resolved["early_stopping_rounds"],
-            report_rounds=_report_rounds(resolved["num_boost_round"], stops_early),
+            report_rounds=report_rounds(rounds, stops_early),
             cpus=cpus_per_worker(concurrent, nodes),
             seed=resolved["seed"],
         )
@@ -96,7 +106,7 @@ def run_search(
             num_samples=remaining,
             max_concurrent_trials=concurrent,
             search_alg=proposals,
-            scheduler=_scheduler(resolved["scheduler"] if stops_early else "none", settings),
+            scheduler=scheduler(resolved["scheduler"] if stops_early else "none", rounds, settings.report_rounds),
             reuse_actors=True,
         )
         run_in_thread(lambda: _tune(settings, tune_config, monitor), on_interrupt=monitor.interrupt)
@@ -113,7 +123,7 @@ def run_search(
     return SearchResult(records, len(finished), proposals.replayed and none_failed and not stops_early)
 
 
-def _tune(settings: TrialSettings, tune_config: tune.TuneConfig, monitor: SearchMonitor) -> None:
+def _tune(settings: TrialSettings, tune_config: tune.TuneConfig, monitor: _SearchMonitor) -> None:
     with _quiet(), scratch_folder("tune-") as folder:
         trainable = tune.with_parameters(BoostingTrial, settings=settings)
         tuner = tune.Tuner(
@@ -135,40 +145,6 @@ def _tune(settings: TrialSettings, tune_config: tune.TuneConfig, monitor: Search
                 shutil.rmtree(monitor.staging_folder, ignore_errors=True)
 
 
-def _report_rounds(rounds: int, stops_early: bool) -> int:
-    """Rounds between two reports of a trial. Only the early-stopping scheduler and people who wait need them."""
-    if not stops_early:
-        return min(rounds, _ROUNDS_WITHOUT_SCHEDULER)
-    return max(1, min(100, -(-rounds // _REPORTS_PER_TRIAL)))
-
-
-def _scheduler(name: str, settings: TrialSettings) -> TrialScheduler:
-    """What stops bad trials early. It waits for an eighth of the rounds: a small `eta` begins slowly."""
-    grace = max(settings.report_rounds, settings.num_boost_round // 8)
-    if name == "asha":
-        return ASHAScheduler(
-            time_attr="rounds",
-            max_t=max(settings.num_boost_round, grace),
-            grace_period=grace,
-            reduction_factor=_REDUCTION_FACTOR,
-        )
-    if name == "median":
-        return MedianStoppingRule(time_attr="rounds", grace_period=grace, min_samples_required=2)
-    return _ToTheirEnd()
-
-
-class _ToTheirEnd(FIFOScheduler):
-    """Runs all trials to their end. A trial whose actor is starting is left to that actor.
-
-    Ray Tune would move it to an actor that is free, end the one that is starting, and start another for the next trial.
-    In a search of short trials one actor would do all the work, and the CPUs would be busy with starting others.
-    """
-
-    def choose_trial_to_run(self, tune_controller: Any, **kwargs: Any) -> None:
-        """None: trials that wait begin in their order, in actors that are free before others are started."""
-        return
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray.air", "optuna")]
@@ -181,3 +157,119 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+class _SearchMonitor(LivesInDriver, tune.Callback, tune.Stopper):
+    """Keeps and reports the trials that Ray Tune runs, and ends a search in which no trial can succeed.
+
+    `records` holds the trials that have ended: those of an earlier attempt, which are `finished`, and new ones.
+
+    `matrices` are references to the `Matrix` of each split, which every actor is given.
+    """
+
+    def __init__(
+        self,
+        proposals: TrialProposals,
+        matrices: list[ray.ObjectRef],
+        finished: list[TrialRecord],
+        num_trials: int,
+        store: TrialStore | None,
+        log: Reporter,
+    ) -> None:
+        self.records = list(finished)
+        self.waited_too_long = False
+        """Whether no trial got a CPU for as long as one may wait."""
+        self.staging_folder: Path | None = None
+        """Where Ray Tune keeps files of the search on this machine: in the folder of the Ray session."""
+        self._proposals, self._matrices = proposals, matrices
+        self._num_trials, self._store, self._log = num_trials, store, log
+        self._interrupted = threading.Event()
+        self._started: dict[str, float] = {}
+        self._actors: list[Any] = []
+        self._idle_since: float | None = None
+        self._last_message = time.monotonic()
+
+    def interrupt(self) -> None:
+        """End the search, and the actors of its trials. From another thread than the search's."""
+        self._interrupted.set()
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether this trial is to be stopped; that is the scheduler's decision."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether the search is to be stopped."""
+        all_failed = len(self.records) >= _FAILED_TRIALS and all(r.status == "failed" for r in self.records)
+        return all_failed or self.waited_too_long or self._interrupted.is_set()
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Give the matrices to the trial's actor."""
+        self._started[trial.trial_id] = time.monotonic()
+        # There is no public way to an actor of Ray Tune, and no other one to give it what should not be kept for good.
+        actor: Any = trial.temporary_state.ray_actor
+        self._actors.append(actor)
+        actor.receive.remote(self._matrices)
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Say so while trials wait and none runs, which is because others use the cluster."""
+        now = time.monotonic()
+        if trials:
+            self.staging_folder = Path(trials[0].local_experiment_path).parent
+        if not trials or any(trial.status != Trial.PENDING and not trial.is_finished() for trial in trials):
+            self._idle_since = None
+            return
+        self._idle_since = self._idle_since or now
+        self.waited_too_long = now - self._idle_since > wait_seconds()
+        if min(now - self._idle_since, now - self._last_message) > _SECONDS_BETWEEN_MESSAGES:
+            self._say(f"the search waits for CPUs of the Ray cluster, at most {wait_seconds():g} s")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Report an unfinished trial if nothing has been reported for a while."""
+        if not result["done"] and time.monotonic() - self._last_message > _SECONDS_BETWEEN_MESSAGES:
+            this, rmse = self._proposals.number_of(trial.trial_id), number(result["rmse"])
+            self._say(f"trial {this} of {self._num_trials}: round {result['rounds']}, RMSE {rmse}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Record a trial that ended well, or was stopped by the scheduler."""
+        names = ("rmse", "rounds", "best_rounds", "stopped_by")
+        self._record(trial, status="completed", **{name: trial.last_result[name] for name in names})
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Record a trial that failed."""
+        self._record(
+            trial, rmse=None, rounds=0, best_rounds=0, status="failed", stopped_by="error", error=_reason(trial)
+        )
+
+    def _record(self, trial: Trial, **values: Any) -> None:
+        if self._interrupted.is_set():  # its end says nothing
+            return
+        record = TrialRecord(
+            trial=self._proposals.number_of(trial.trial_id),
+            parameters=dict(trial.config),
+            seconds=round(time.monotonic() - self._started.get(trial.trial_id, time.monotonic()), 4),
+            **values,
+        )
+        if self._store is not None and record.status == "completed":
+            try:
+                self._store.save(record)
+            except OSError as error:
+                self._log.warning(f"trial {record.trial} could not be kept for a resume: {error}")
+        self.records.append(record)
+        self._say(f"{len(self.records)} of {self._num_trials} done, {record.describe()}")
+
+    def _say(self, message: str) -> None:
+        self._log.info(message)
+        self._last_message = time.monotonic()
+
+
+def _reason(trial: Trial) -> str:
+    """Why the trial failed, in a line."""
+    if trial.pickled_error_file is None:
+        return "unknown error"
+    error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())  # written by Ray Tune, a moment ago
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"

@@ -1,4 +1,4 @@
-"""What the hyperparameter search tries: Optuna's samplers behind Ray Tune's interface."""
+"""What the hyperparameter search tries, by Optuna's samplers, and which trials it stops early."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Any, Self
 
 import optuna
 from optuna.distributions import FloatDistribution, IntDistribution
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from step_scripts.parameters import TuneModelParams
 from step_scripts.training.trials import TrialRecord
 
+_REPORTS_PER_TRIAL = 8
+_ROUNDS_WITHOUT_SCHEDULER = 250
+_REDUCTION_FACTOR = 3
 # Customary values, from which the ranges are clipped.
 _FIRST_TRIAL = {"max_depth": 3, "eta": 0.1, "min_child_weight": 1.0, "subsample": 0.8}
 
@@ -126,15 +130,8 @@ class TrialProposals(LivesInDriver, Searcher):
         """Take the result of a trial."""
         self._rmse[self._numbers[trial_id]] = result["rmse"] if result and not error else None
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Results of trials that go on are of no use here."""
-
     def save(self, checkpoint_path: str) -> None:
         """Ray Tune's own checkpoints are not used: a search goes on from the records of its trials."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """See `save`."""
-        raise NotImplementedError
 
 
 def _algorithm(params: TuneModelParams, seed: int, first: dict[str, float | int] | None = None) -> OptunaSearch:
@@ -153,3 +150,34 @@ def _algorithm(params: TuneModelParams, seed: int, first: dict[str, float | int]
         sampler=sampler,
         points_to_evaluate=None if first is None else [first],
     )
+
+
+def report_rounds(rounds: int, stops_early: bool) -> int:
+    """Rounds between two reports of a trial. Only the early-stopping scheduler and people who wait need them."""
+    if not stops_early:
+        return min(rounds, _ROUNDS_WITHOUT_SCHEDULER)
+    return max(1, min(100, -(-rounds // _REPORTS_PER_TRIAL)))
+
+
+def scheduler(name: str, rounds: int, reported: int) -> TrialScheduler:
+    """What stops bad trials early. It waits for an eighth of the rounds: a small `eta` begins slowly."""
+    grace = max(reported, rounds // 8)
+    if name == "asha":
+        return ASHAScheduler(
+            time_attr="rounds", max_t=max(rounds, grace), grace_period=grace, reduction_factor=_REDUCTION_FACTOR
+        )
+    if name == "median":
+        return MedianStoppingRule(time_attr="rounds", grace_period=grace, min_samples_required=2)
+    return _ToTheirEnd()
+
+
+class _ToTheirEnd(FIFOScheduler):
+    """Runs all trials to their end. A trial whose actor is starting is left to that actor.
+
+    Ray Tune would move it to an actor that is free, end the one that is starting, and start another for the next trial.
+    In a search of short trials one actor would do all the work, and the CPUs would be busy with starting others.
+    """
+
+    def choose_trial_to_run(self, tune_controller: Any, **kwargs: Any) -> None:
+        """None: trials that wait begin in their order, in actors that are free before others are started."""
+        return

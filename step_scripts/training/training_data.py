@@ -37,8 +37,9 @@ class TrainingSplit:
         """The split in `artifact`. Raises `StepError` if it holds no rows."""
         files = [f for f in artifact.files if f.path.endswith(".parquet")]
         # Absolute: workers of Ray Train have a working directory of their own.
-        uris = tuple(_absolute(storage.join(artifact.uri, f.path)) for f in files)
-        rows = tuple(_footer_rows(u) if f.rows is None else f.rows for u, f in zip(uris, files, strict=True))
+        places = (storage.join(artifact.uri, f.path) for f in files)
+        uris = tuple(uri if storage.is_remote(uri) else str(storage.local_path(uri).absolute()) for uri in places)
+        rows = tuple(f.rows or 0 for f in files)
         if sum(rows) == 0:
             raise StepError(f"the {name} split at {artifact.uri} holds no rows: raise its fraction, or bring more data")
         return cls(name, uris, rows, scaler, target)
@@ -112,13 +113,3 @@ def _file_frames(uri: str, columns: list[str], start: int, stop: int) -> Iterato
                 assert isinstance(frame, pl.DataFrame)  # a table, so not a series
                 yield frame[low:high]
             offset += rows
-
-
-def _footer_rows(uri: str) -> int:
-    filesystem, path = storage.filesystem(uri)
-    with filesystem.open_input_file(path) as source:
-        return pq.ParquetFile(source).metadata.num_rows
-
-
-def _absolute(uri: str) -> str:
-    return uri if storage.is_remote(uri) else str(storage.local_path(uri).absolute())

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.ray_join import join_cluster
+from step_scripts.runner.ray_session import join_cluster
 
 _START = "from ray.scripts.scripts import main; main()"
 _STARTS = 3
@@ -74,13 +74,13 @@ from step_scripts.runner.ray_session import RaySession, RaySettings
 RaySession(RaySettings(address=sys.argv[1], ship_code=False)).ensure()
 import ray
 from step_scripts.runner import cluster_resources
-from step_scripts.training import engines, search, search_monitor
+from step_scripts.training import engines, search
 from step_scripts.training.boosting import xgboost_parameters
 from step_scripts.parameters import TuneModelParams
 from tests.split_files import TABLE, sales, splits_of, write_inputs
 engines.free_cpus = search.free_cpus = lambda *_: [2]
 cluster_resources._MESSAGE_SECONDS = 0.5
-search_monitor._SECONDS_BETWEEN_MESSAGES = 0.5
+search._SECONDS_BETWEEN_MESSAGES = 0.5
 splits = splits_of(write_inputs(Path(sys.argv[2]), sales(600), sales(200, seed=1)), sales(600))
 class Log:
     def __init__(self, react=None):

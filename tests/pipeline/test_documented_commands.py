@@ -17,7 +17,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from housing_assets.checks.history import finished_checks
+from housing_assets.checks.alerts import finished_checks
 from housing_assets.sample_data import write_sample
 from resources.model_registry.base import ModelVersion
 from resources.model_registry.local import LocalModelRegistry

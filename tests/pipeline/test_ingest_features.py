@@ -18,7 +18,6 @@ import pytest
 import ray
 import ray.data
 
-from step_scripts.feature_store.ingestion import run_here
 from step_scripts.feature_store.offline_store import OfflineStore, latest_events
 from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepResult
 from step_scripts.runner.execution import run_step
@@ -34,6 +33,7 @@ from tests.feature_rows import (
     records,
     row,
     rows_frame,
+    run_here,
     write_frame,
     write_rows,
 )
@@ -50,7 +50,7 @@ def ingest(
             "table": TABLE.model_dump(mode="json"),
             "group": group,
             "num_actors": num_actors,
-            "target": {"kind": "local", "root": str(folder / "store")} | target,
+            "target": {"root": str(folder / "store")} | target,
         },
         inputs={"rows": dataset},
         output_root=str(folder / "out"),

@@ -19,7 +19,7 @@ from step_scripts.runner import ray_data, storage
 from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepResult, file_info
 from step_scripts.runner.execution import run_step
 from step_scripts.runner.ray_session import RaySession
-from step_scripts.table.record_ids import split_fraction
+from step_scripts.table.hashes import hashes_of_ids, split_fraction
 from step_scripts.table.spec import ColumnSpec, TableSpec
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -288,7 +288,7 @@ def test_fractions_and_salt_decide(ray_session: RaySession, tmp_path: Path) -> N
     result = split(
         ray_session, features, tmp_path, train_size=0.1, validation_size=0.3, test_size=0.6, split_salt="another"
     )
-    fractions = split_fraction(frame["record_id"], "another")
+    fractions = split_fraction(hashes_of_ids(frame["record_id"]), "another")
     expected = set(frame.filter(pl.Series((fractions >= 0.1) & (fractions < 0.4)))["record_id"])
     assert set(rows_of(result, "validation")["record_id"]) == expected
     assert len(expected) == pytest.approx(900, abs=100)

@@ -17,8 +17,7 @@ from housing_assets.deployments import load_resources
 from housing_assets.maintenance.sweeper import sweep
 from housing_assets.maintenance.teardown import teardown
 from housing_assets.reporting.lineage import lineage_of
-from resources.aws.ownership import CREATED_BY, CREATED_BY_TAG, creation_tags
-from resources.aws.tags import RUN_TAG
+from resources.aws.ownership import CREATED_BY, CREATED_BY_TAG, RUN_TAG, root_tags
 from resources.endpoints.sagemaker import SageMakerEndpointHost
 from resources.feature_store.sagemaker import SageMakerFeatureStore
 from resources.inventory import NotOwned
@@ -64,7 +63,7 @@ def resources_of(aws: Aws, folder: Path, environment: str, role: str = ROLE) -> 
 
 
 def start_job(aws: Aws, name: str, job_root: str, run_id: str, *, attended: bool = False) -> None:
-    own = tags({**creation_tags(job_root), RUN_TAG: run_id})
+    own = tags({**OURS, **root_tags(job_root), RUN_TAG: run_id})
     aws.sagemaker.create_training_job(**aws.training_request(name, SLEEP), Tags=own)
     if attended:
         claim = {"run_id": run_id, "renewed_at": datetime.now(UTC).isoformat()}
@@ -100,7 +99,7 @@ def account(aws: Aws) -> dict[str, list[str]]:
 
 def foreign_things(aws: Aws, environment: str) -> None:
     """What others have made: similar names, one tag of two, and things of another deployment of this project."""
-    name, other = f"housing-{environment}", creation_tags(aws.uri("housing/environments/other/endpoints"))
+    name, other = f"housing-{environment}", OURS | root_tags(aws.uri("housing/environments/other/endpoints"))
     part = f"{name}-0123456789ab"
     model = {"PrimaryContainer": {"Image": IMAGE}, "ExecutionRoleArn": ROLE}
     variant = {"VariantName": "All", "ModelName": part, "InitialInstanceCount": 1, "InstanceType": "ml.m5.large"}
@@ -236,7 +235,7 @@ def test_resources_refuse_what_carries_their_name_only(
     name = f"housing-{environment}-0123456789ab"
     model = {"PrimaryContainer": {"Image": IMAGE}, "ExecutionRoleArn": ROLE, "ModelName": name}
     host: SageMakerEndpointHost = ours["endpoint_host"]
-    aws.sagemaker.create_model(**model, Tags=tags(creation_tags(host.root)))
+    aws.sagemaker.create_model(**model, Tags=tags(OURS | root_tags(host.root)))
     [item] = host.inventory()
     aws.sagemaker.delete_model(ModelName=name)
     host.remove(item)  # it is gone already

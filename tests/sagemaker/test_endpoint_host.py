@@ -26,11 +26,11 @@ from resources.endpoints.base import (
     VersionNotApproved,
 )
 from resources.endpoints.endpoint_requests import (
+    CANDIDATE,
+    SERVING,
     DataCapture,
     Serverless,
     TrafficShift,
-    capture_request,
-    config_request,
     name_prefix,
     part_name,
 )
@@ -40,7 +40,8 @@ from resources.model_registry.sagemaker import SageMakerModelRegistry
 from step_scripts.model.artifact import load_model
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact
-from step_scripts.serving.captured_requests import CapturedRows
+from step_scripts.serving.capture import CapturedRows
+from tests.registry_contract import clear
 from tests.sagemaker_emulator import SageMakerEmulator
 from tests.sagemaker_emulator.testing import ROLE, Aws
 from tests.serving_models import gate, house_rows, small_model, smoke_test
@@ -53,7 +54,7 @@ GROUP = "prices"
 def registry(aws: Aws, aws_environment: SageMakerEmulator) -> Iterator[SageMakerModelRegistry]:
     made = SageMakerModelRegistry(root=aws.uri("registry"), image="housing-image")
     yield made
-    made.delete_group(GROUP)
+    clear(made)
 
 
 @pytest.fixture
@@ -327,14 +328,14 @@ def test_what_the_configuration_becomes(registry: SageMakerModelRegistry, aws: A
     less.delete("full")
 
 
-class Interrupting(logging.LoggerAdapter[logging.Logger]):
+class Interrupting(logging.Logger):
     """Interrupts the deployment when it logs a message that ends with `words`."""
 
     def __init__(self, words: str) -> None:
-        super().__init__(LOG)
+        super().__init__("interrupting")
         self.words = words
 
-    def info(self, msg: object, *args: object, **kwargs: Any) -> None:
+    def info(self, msg: object, *args: object, **_: object) -> None:
         if re.search(self.words, str(msg)):
             raise KeyboardInterrupt
 
@@ -361,12 +362,9 @@ def test_interrupted_deployments_are_taken_up_by_the_next_one(
 
 def test_a_candidate_has_one_instance_and_captures_nothing(registry: SageMakerModelRegistry, tmp_path: Path) -> None:
     _, version = approved(registry, tmp_path / "1", 100)
-    variant = {"ModelName": "model", "InstanceType": "ml.m5.large", "InitialInstanceCount": 4}
-    capture = capture_request(DataCapture(sampling_percentage=5), "s3://bucket/root")
-    serving, candidate = (
-        config_request("e", version, variant, capture=capture, kms_key=None, candidate=candidate, tags={})
-        for candidate in (False, True)
-    )
+    capture = DataCapture(sampling_percentage=5)
+    host = SageMakerEndpointHost(root="s3://bucket/root", role_arn=ROLE, instance_count=4, data_capture=capture)
+    serving, candidate = (host.config_request("e", version, "model", role) for role in (SERVING, CANDIDATE))
     assert serving["DataCaptureConfig"]["DestinationS3Uri"] == "s3://bucket/root/captured"
     assert "DataCaptureConfig" not in candidate
     counts = [request["ProductionVariants"][0]["InitialInstanceCount"] for request in (serving, candidate)]

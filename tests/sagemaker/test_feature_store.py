@@ -24,15 +24,14 @@ from resources.aws.request_validation import InvalidJobRequest
 from resources.feature_store.base import OfflineSnapshot
 from resources.feature_store.sagemaker import SageMakerFeatureStore
 from step_scripts.feature_store import online_store
-from step_scripts.feature_store.feature_values import (
+from step_scripts.feature_store.ingestion import IngestionResult
+from step_scripts.feature_store.offline_store import OfflineStore
+from step_scripts.feature_store.online_client import (
     decoded_record,
     decoded_time,
     encoded_records,
     encoded_time,
-    online_time,
 )
-from step_scripts.feature_store.ingestion import IngestionResult
-from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.feature_store.online_store import OnlineTarget
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError, StepRequest
@@ -118,7 +117,7 @@ def test_a_group_is_created_once_and_tagged(offline: Group, aws: Aws) -> None:
     resolved = described["OfflineStoreConfig"]["S3StorageConfig"]["ResolvedOutputS3Uri"]
     assert len(targets) == 3
     assert all(t == targets[0] for t in targets)
-    assert (targets[0]["kind"], targets[0]["data_uri"], targets[0]["online"]) == ("sagemaker", resolved, False)
+    assert (store.describe("sales")["data"], targets[0]["online"]) == (resolved, None)
     assert {d["FeatureName"]: d["FeatureType"] for d in described["FeatureDefinitions"]} == {
         "record_id": "String", "event_time": "String",
         "PRICE": "Fractional", "ROOMS": "Integral", "SOLD": "Integral",
@@ -371,7 +370,7 @@ def test_values_survive_the_way_through_text() -> None:
         text = encoded_time(moment)
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", text), "the form that the service takes"
         assert 0 <= moment - decoded_time(text) < 1000
-        assert decoded_time(text) == online_time(moment)
+        assert decoded_time(text) == moment // 1000 * 1000
 
 
 def test_the_later_of_two_events_in_one_millisecond_is_online(group: Group) -> None:

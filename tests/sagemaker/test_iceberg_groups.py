@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from resources.feature_store.feature_groups import CatalogTables
+from resources.feature_store.feature_groups import FeatureGroups
 from resources.feature_store.sagemaker import SageMakerFeatureStore
-from step_scripts.feature_store.feature_values import feature_types
-from step_scripts.ingest_features import _TARGET
+from step_scripts.feature_store.offline_store import OfflineStore
+from step_scripts.feature_store.online_client import feature_types
+from step_scripts.ingest_features import Target
 from step_scripts.runner import s3_objects
 from step_scripts.runner.contract import StepError
 from step_scripts.table.spec import ColumnSpec
@@ -25,6 +26,13 @@ def store(aws: Aws, **changes: Any) -> SageMakerFeatureStore:
     return SageMakerFeatureStore(root=aws.uri("features"), role_arn=ROLE, **options)
 
 
+def glue_table(aws: Aws) -> str:
+    """Database and name of the table that the group's description names."""
+    info = OfflineStore(store(aws).root).folder("iced").info()
+    assert info is not None
+    return info.glue_table or ""
+
+
 @pytest.fixture(autouse=True)
 def _no_groups_left(aws: Aws, aws_environment: SageMakerEmulator) -> Iterator[None]:
     yield
@@ -32,14 +40,15 @@ def _no_groups_left(aws: Aws, aws_environment: SageMakerEmulator) -> Iterator[No
     aws.remove_feature_groups("iced")
 
 
-def test_the_target_names_the_table_which_follows_the_groups_columns_and_goes_with_it(aws: Aws) -> None:
+def test_the_description_names_the_table_which_follows_the_groups_columns_and_goes_with_it(aws: Aws) -> None:
     target = store(aws).ensure_group("iced", TABLE)
     described = aws.sagemaker.describe_feature_group(FeatureGroupName="iced")
     config = described["OfflineStoreConfig"]["DataCatalogConfig"]
-    assert target["glue_table"] == f"{config['Database']}.{config['TableName']}"
-    _TARGET.validate_python(target)
+    named = glue_table(aws)
+    assert named == f"{config['Database']}.{config['TableName']}"
+    Target.model_validate(target)
     assert {d["FeatureName"]: d["FeatureType"] for d in described["FeatureDefinitions"]}["event_time"] == "String"
-    table = catalog(aws).load_table(target["glue_table"])
+    table = catalog(aws).load_table(named)
     assert [field.name for field in table.schema().fields] == [
         "record_id", "event_time", "PRICE", "ROOMS", "SOLD", "write_time", "api_invocation_time", "is_deleted",
     ]  # fmt: skip
@@ -48,12 +57,12 @@ def test_the_target_names_the_table_which_follows_the_groups_columns_and_goes_wi
     )
     assert store(aws).ensure_group("iced", wider) == target
     assert str(table.refresh().schema().find_type("GARDEN")) == "double"
-    assert store(aws).describe("iced")["glue_table"] == target["glue_table"]
+    assert store(aws).describe("iced")["glue_table"] == named
     store(aws).delete_group("iced")
     assert not aws.feature_tables("iced")
     assert not aws.keys("features")
-    again = store(aws).ensure_group("iced", TABLE)
-    assert "iced_" in again["glue_table"]
+    store(aws).ensure_group("iced", TABLE)
+    assert "iced_" in glue_table(aws)
 
 
 def test_a_group_of_another_format_is_refused(aws: Aws) -> None:
@@ -73,20 +82,20 @@ def test_a_table_that_is_not_there_yet_is_awaited_and_one_that_was_dropped_is_mi
     aws: Aws, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = store(aws).ensure_group("iced", TABLE)
-    glue, (database, name) = aws.client("glue"), target["glue_table"].split(".")
+    glue, (database, name) = aws.client("glue"), glue_table(aws).split(".")
     table = glue.get_table(DatabaseName=database, Name=name)["Table"]
     glue.delete_table(DatabaseName=database, Name=name)
     with pytest.raises(StepError, match=rf"its Iceberg table {database}\.{name} has not been in AWS Glue for 0 s"):
         store(aws, wait_seconds=0.2).ensure_group("iced", TABLE)
-    find, fields = CatalogTables._find, ("Name", "TableType", "Parameters", "StorageDescriptor")
+    find, fields = FeatureGroups._find_table, ("Name", "TableType", "Parameters", "StorageDescriptor")
 
-    def find_and_appear(self: CatalogTables, *place: Any) -> Any:
+    def find_and_appear(self: FeatureGroups, *place: Any) -> Any:
         if (found := find(self, *place)) is None:
             glue.create_table(DatabaseName=database, TableInput={field: table[field] for field in fields})
         return found
 
     with monkeypatch.context() as patched:
-        patched.setattr(CatalogTables, "_find", find_and_appear)
+        patched.setattr(FeatureGroups, "_find_table", find_and_appear)
         assert store(aws).ensure_group("iced", TABLE) == target
     plain = {**table, "Parameters": {"classification": "parquet"}}
     glue.update_table(DatabaseName=database, TableInput={field: plain[field] for field in fields})

@@ -16,7 +16,7 @@ from resources.aws.request_validation import InvalidJobRequest
 from resources.model_registry.base import ModelVersionNotFound, RegistryDamaged
 from resources.model_registry.sagemaker import SageMakerModelRegistry
 from step_scripts.runner import storage
-from tests.registry_contract import RegistryContract, artifact, register
+from tests.registry_contract import RegistryContract, artifact, clear, register
 from tests.sagemaker_emulator import SageMakerEmulator
 from tests.sagemaker_emulator.testing import Aws
 from tests.serving_models import gate
@@ -26,7 +26,7 @@ from tests.serving_models import gate
 def registry(aws: Aws, aws_environment: SageMakerEmulator) -> Iterator[SageMakerModelRegistry]:
     made = SageMakerModelRegistry(root=aws.uri("registry"), image="housing-image")
     yield made
-    made.delete_group("housing")
+    clear(made)
 
 
 def packages(aws: Aws) -> list[str]:
@@ -117,11 +117,11 @@ def test_packages_of_others_in_the_group_are_left_alone(
     assert registry.latest("housing", "Approved") is None
     with pytest.raises(ModelVersionNotFound, match=r"version 1 \(that one was not registered by this project\)"):
         registry.delete("housing", 1)
-    registry.delete_group("housing")
+    clear(registry)
     assert packages(aws) == [foreign]
     assert aws.keys("registry/housing/") == []
     aws.sagemaker.delete_model_package(ModelPackageName=foreign)
-    registry.delete_group("housing")
+    clear(registry)
     assert aws.sagemaker.describe_model_package_group(ModelPackageGroupName="housing")  # others made it
     aws.sagemaker.delete_model_package_group(ModelPackageGroupName="housing")
 

@@ -10,6 +10,7 @@ import pytest
 from resources.endpoints.sagemaker import SageMakerEndpointHost
 from resources.model_registry.sagemaker import SageMakerModelRegistry
 from tests.pruning_contract import PruningContract
+from tests.registry_contract import clear
 from tests.sagemaker_emulator import SageMakerEmulator
 from tests.sagemaker_emulator.testing import ROLE, Aws
 
@@ -31,7 +32,7 @@ def instance() -> Iterator[dg.DagsterInstance]:
 def registry(aws: Aws, aws_environment: SageMakerEmulator, group: str) -> Iterator[SageMakerModelRegistry]:
     made = SageMakerModelRegistry(root=aws.uri("registry"), image="housing-image")
     yield made
-    made.delete_group(group)
+    clear(made)
 
 
 @pytest.fixture

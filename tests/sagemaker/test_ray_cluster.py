@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from step_scripts.cluster.failure import failure_from
+from step_scripts.cluster.job import failure_from
 from tests.sagemaker.ray_job import RayJob
 from tests.sagemaker_emulator.probe import abilities
 

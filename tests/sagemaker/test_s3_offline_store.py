@@ -15,13 +15,14 @@ import polars as pl
 import pytest
 from pyiceberg.exceptions import TableAlreadyExistsError
 
-from step_scripts.feature_store import comparison, glue_group, iceberg_table, ingestion
-from step_scripts.feature_store.feature_values import feature_types
-from step_scripts.feature_store.group import Group, GroupInfo
-from step_scripts.feature_store.ingestion import run_here
+from step_scripts.feature_store import comparison, group_places, iceberg_table, ingestion
+from step_scripts.feature_store.commits import GroupInfo
+from step_scripts.feature_store.group import Group
 from step_scripts.feature_store.offline_store import OfflineStore
+from step_scripts.feature_store.online_client import feature_types
 from step_scripts.runner.contract import StepError
-from tests.feature_rows import TABLE, ingest_rows, record_id, records, row, write_rows
+from step_scripts.table.spec import TableSpec
+from tests.feature_rows import TABLE, ingest_rows, record_id, records, row, run_here, write_rows
 from tests.sagemaker_emulator import SageMakerEmulator
 from tests.sagemaker_emulator.iceberg_tables import create_table
 from tests.sagemaker_emulator.testing import Aws
@@ -49,9 +50,8 @@ HOOKED = """
 import os, signal, sys
 from datetime import timedelta
 from pathlib import Path
-from step_scripts.feature_store.ingestion import run_here
 from step_scripts.feature_store.offline_store import OfflineStore
-from tests.feature_rows import ingest_rows, row, write_rows
+from tests.feature_rows import ingest_rows, row, run_here, write_rows
 
 def run(function, calls):
     results = list(run_here(function, calls))
@@ -63,8 +63,12 @@ ingest_rows(OfflineStore(sys.argv[1]), write_rows(Path(sys.argv[2]), [row(1), ro
 """
 
 
-class _Group(glue_group.GlueGroup):
+class _Group(group_places.GlueGroup):
     """Its table is made, and dropped, as on SageMaker before the offline store has to do with it."""
+
+    def create(self, table: TableSpec, data_uri: str | None = None, glue_table: str | None = None) -> None:
+        bucket = self.root.split("/")[2].replace("-", "_")
+        super().create(table, data_uri, f"offline_stores.{bucket}_{self.name}")
 
     def _make_table(self, info: GroupInfo) -> None:
         identifier = self.identifier
@@ -84,9 +88,8 @@ class _Group(glue_group.GlueGroup):
 
 
 class _Store(OfflineStore):
-    def folder(self, group: str, data_uri: str | None = None, glue_table: str | None = None) -> Group:
-        bucket = self.root.split("/")[2].replace("-", "_")
-        return _Group(self.root, group, data_uri, glue_table or f"offline_stores.{bucket}_{group}")
+    def folder(self, group: str) -> Group:
+        return _Group(self.root, group)
 
 
 @pytest.fixture
@@ -162,7 +165,7 @@ def test_a_killed_ingestion_is_invisible_and_tidied_up_when_it_is_old(
     # They could be those of a writer that is at work.
     assert ingest_rows(store, write_rows(tmp_path, [row(1)])).orphan_files_deleted == 0
     assert len(data_files(aws)) == 4
-    monkeypatch.setattr(glue_group, "ORPHAN_AGE", timedelta(seconds=-60))
+    monkeypatch.setattr(group_places, "ORPHAN_AGE", timedelta(seconds=-60))
     assert store.folder("sales").delete_orphan_files() == 2
     assert data_files(aws) == committed_files(store)
     assert not aws.keys("store/sales/_staging")
@@ -172,7 +175,7 @@ def test_a_killed_ingestion_is_invisible_and_tidied_up_when_it_is_old(
 def test_a_writer_whose_files_may_be_taken_for_leftovers_gives_up(
     store: OfflineStore, aws: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(glue_group, "ORPHAN_AGE", timedelta(0))
+    monkeypatch.setattr(group_places, "ORPHAN_AGE", timedelta(0))
     with pytest.raises(StepError, match="Nothing was committed; ingest with more actors"):
         ingest_rows(store, write_rows(tmp_path, [row(0)]))
     assert store.commits("sales") == []

@@ -15,7 +15,7 @@ import dagster as dg
 
 from resources.compute.sagemaker import SageMakerCompute
 from resources.sagemaker.job_requests import JobConfig
-from resources.sagemaker.tuning_requests import NativeTuningConfig
+from resources.sagemaker.tuning_jobs import NativeTuningConfig
 from step_scripts.parameters import TuneModelParams
 from step_scripts.runner.contract import Artifact, StepResult
 from tests.sagemaker.pipes_jobs import ROLE

@@ -79,8 +79,8 @@ def test_every_job_schedule_and_sensor_of_a_module_is_in_the_definitions() -> No
 def test_parts_ask_for_the_whole_only_when_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     from housing_assets.definitions import defs
 
-    assert code_location.whole() is defs
-    monkeypatch.setattr(code_location, "_complete", [])
+    assert code_location.definitions() is defs
+    monkeypatch.setattr(code_location, "_registered", [])
     with pytest.raises(RuntimeError, match=r"import housing_assets\.definitions first"):
         code_location.asset_keys()
 

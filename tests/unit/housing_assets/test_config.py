@@ -9,7 +9,8 @@ import dagster as dg
 import pytest
 import yaml
 
-from housing_assets.config import CONFIG_OF_OP, TunedModelConfig, check_run_config
+from housing_assets.config import TunedModelConfig
+from housing_assets.config_fields import CONFIG_OF_OP, check_run_config
 from housing_assets.deployments import SourceLocation, load_resources
 from step_scripts.parameters import PRESETS
 

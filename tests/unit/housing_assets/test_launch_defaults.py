@@ -14,10 +14,9 @@ import dagster as dg
 import pytest
 import yaml
 
-from housing_assets import config
-from housing_assets.config import ColumnBounds, RawCsvConfig, SplitsConfig, configures
-from housing_assets.config_fields import with_defaults
-from housing_assets.settings import load_launch_defaults
+from housing_assets import config_fields
+from housing_assets.config import ColumnBounds, RawCsvConfig, SplitsConfig
+from housing_assets.config_fields import configures, load_launch_defaults, refuse_unknown_ops, with_defaults
 from tests import ROOT
 
 
@@ -32,7 +31,7 @@ def written(folder: Path, content: Any) -> dict[str, str]:
 PROGRAM = """
 import json
 from dagster._core.system_config.objects import ResolvedRunConfig
-from housing_assets.config import check_run_config
+from housing_assets.config_fields import check_run_config
 from housing_assets.definitions import defs
 
 refresh, retrain = defs.resolve_job_def("refresh"), defs.resolve_job_def("retrain")
@@ -121,19 +120,20 @@ def test_without_a_file_or_with_an_empty_one_nothing_changes(tmp_path: Path) -> 
 def test_wrong_fields_and_values_are_refused_when_the_code_location_loads(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(config, "CONFIG_OF_OP", dict(config.CONFIG_OF_OP))
-    monkeypatch.setattr(config, "load_launch_defaults", lambda: given)
-    config._launch_defaults.cache_clear()
-    try:
-        with pytest.raises(ValueError, match=re.escape(message)):
-            configures("splits")(SplitsConfig)
-    finally:
-        config._launch_defaults.cache_clear()
+    monkeypatch.setattr(config_fields, "CONFIG_OF_OP", dict(config_fields.CONFIG_OF_OP))
+    monkeypatch.setattr(config_fields, "_LAUNCH_DEFAULTS", given)
+
+    def load() -> None:
+        configures("splits")(SplitsConfig)
+        refuse_unknown_ops()
+
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load()
 
 
 def test_the_names_of_the_ops_are_those_of_the_assets() -> None:
-    """A new asset needs a class with `@configures` in `housing_assets/config.py`, and its name in `ASSET_OPS` there."""
+    """A new asset needs a class with `@configures` in `housing_assets/config.py`."""
     from housing_assets.definitions import defs
 
     ops = {a.node_def.name for a in defs.assets or () if isinstance(a, dg.AssetsDefinition)}
-    assert set(config.ASSET_OPS) == set(config.CONFIG_OF_OP) == ops
+    assert set(config_fields.CONFIG_OF_OP) == ops

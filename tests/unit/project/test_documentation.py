@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from housing_assets.automation.approval import DecisionConfig
-from housing_assets.config import CONFIG_OF_OP, check_run_config
-from housing_assets.config_fields import unknown_fields
+import housing_assets.config  # noqa: F401  # the assets' configuration
+from housing_assets.automation.jobs import DecisionConfig
+from housing_assets.config_fields import CONFIG_OF_OP, check_run_config, unknown_fields
 from housing_assets.deployments import load_resources
 from housing_assets.maintenance.retention import PruneConfig
 from housing_assets.maintenance.teardown import TeardownConfig

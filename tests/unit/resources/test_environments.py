@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from housing_assets.assets.ingestion import default_group_name
 from housing_assets.deployments import load_resources
-from housing_assets.settings import environment_of, root_of
+from housing_assets.settings import Settings
 from resources.aws.request_validation import check_request
 from resources.model_registry.local import LocalModelRegistry
 
@@ -26,7 +26,7 @@ def test_without_an_environment_names_and_places_are_the_plain_ones() -> None:
     assert resources["compute"].name_prefix == "housing"
     assert resources["feature_store"].name_suffix == ""
     assert resources["compute"].artifact_root == "s3://bucket/housing/artifacts"
-    assert root_of({"HOUSING_ROOT": "/data"}) == "/data"
+    assert Settings.load({"HOUSING_ROOT": "/data"}).own_root == "/data"
 
 
 @pytest.mark.parametrize("variables", [SAGEMAKER, {"HOUSING_ROOT": "/data"}], ids=["sagemaker", "local"])
@@ -52,13 +52,13 @@ def test_environments_share_nothing(variables: dict[str, str]) -> None:
 
 def test_a_branch_never_has_the_places_of_the_environment_it_is_configured_with() -> None:
     variables = BRANCH | {"DAGSTER_CLOUD_GIT_BRANCH": "fix/prices", "HOUSING_ENVIRONMENT": "production"}
-    name = environment_of(variables)
+    name = Settings.load(variables).own_environment
     assert name is not None
     assert name.startswith("branch-fix-prices-")
-    assert "production" not in root_of(variables | {"HOUSING_ROOT": "/data"})
-    assert environment_of({"DAGSTER_CLOUD_IS_BRANCH_DEPLOYMENT": "0", "HOUSING_ENVIRONMENT": "production"}) == (
-        "production"
-    )
+    assert "production" not in Settings.load(variables | {"HOUSING_ROOT": "/data"}).own_root
+    assert Settings.load(
+        {"DAGSTER_CLOUD_IS_BRANCH_DEPLOYMENT": "0", "HOUSING_ENVIRONMENT": "production"}
+    ).own_environment == ("production")
 
 
 @settings(deadline=None, max_examples=50)

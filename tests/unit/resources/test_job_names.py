@@ -12,44 +12,52 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resources.aws.code_package import archive, code_package
-from resources.aws.tags import sanitised, tag_list
-from resources.sagemaker.job_kinds import PROCESSING, TRAINING
-from resources.sagemaker.job_names import Work, job_name, request_digest
+from resources.aws.ownership import sanitised, tag_list
+from resources.sagemaker.job_kinds import (
+    PROCESSING,
+    TRAINING,
+    attempts_of,
+    job_name,
+    request_digest,
+    work_digest,
+    work_of,
+)
 
 VALID = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 TEXT = st.text(max_size=80)
 
 
 @settings(deadline=None)
-@given(TEXT, st.lists(TEXT, min_size=1, max_size=3), st.none() | TEXT, TEXT, TEXT)
+@given(TEXT, st.lists(TEXT, max_size=3), st.none() | TEXT, TEXT, TEXT)
 def test_names_are_valid_for_any_input(
     prefix: str, assets: list[str], partition: str | None, digest: str, run: str
 ) -> None:
-    name = job_name(prefix, Work(assets, partition, digest), run)
-    for attempt in [*islice(name.attempts(), 12), f"{name.base}-9999"]:
+    name = job_name(prefix, assets, work_digest(assets, partition, digest), run)
+    for attempt in [*islice(attempts_of(name), 12), f"{name}-9999"]:
         assert VALID.fullmatch(attempt), attempt
         assert len(attempt) <= 63
-    assert name.work in name.base
+    assert work_of(name) in name
 
 
 @settings(deadline=None)
 @given(TEXT, TEXT)
 def test_different_work_has_different_names_and_equal_work_equal_ones(one: str, other: str) -> None:
-    def base(asset: str = "a", partition: str | None = None, digest: str = "d", run: str = "r") -> str:
-        return job_name("p", Work([asset], partition, digest), run).base
+    def name(asset: str = "a", partition: str | None = None, digest: str = "d", run: str = "r") -> str:
+        return job_name("p", [asset], work_digest([asset], partition, digest), run)
 
-    assert base(one) == base(one)
+    assert name(one) == name(one)
     for field in ("asset", "partition", "digest", "run"):
-        assert (base(**{field: one}) == base(**{field: other})) == (one == other)
+        assert (name(**{field: one}) == name(**{field: other})) == (one == other)
 
 
 def test_runs_of_the_same_work_share_the_first_part() -> None:
-    work = Work(["model/tuned"], "2026-01", "d")
-    one, other = job_name("housing", work, "run 1"), job_name("housing", work, "run 2")
-    assert one.work == other.work
-    assert one.base != other.base
-    assert one.base.startswith("housing-model-tuned-")
-    assert list(islice(one.attempts(), 3)) == [one.base, f"{one.base}-2", f"{one.base}-3"]
+    work = work_digest(["model/tuned"], "2026-01", "d")
+    one, other = (job_name("housing", ["model/tuned"], work, run) for run in ("run 1", "run 2"))
+    assert work_of(one) == work_of(other)
+    assert one != other
+    assert one.startswith("housing-model-tuned-")
+    assert list(islice(attempts_of(one), 3)) == [one, f"{one}-2", f"{one}-3"]
+    assert len(f"{job_name('tune', [], work, 'run 1')}-9999") <= 32, "the limit of tuning jobs"
 
 
 def test_the_request_digest_ignores_name_and_tags_alone() -> None:
@@ -84,10 +92,11 @@ def test_characters_that_tags_may_hold_are_kept() -> None:
     ],
 )
 def test_links_lead_to_the_console_of_the_partition(arn: str, host: str) -> None:
-    assert TRAINING.console_url(arn, "j").startswith(host)
-    assert TRAINING.console_url(arn, "j").endswith("#/jobs/j")
-    assert PROCESSING.console_url(arn, "j").endswith("#/processing-jobs/j")
-    assert "$252Faws$252Fsagemaker$252FProcessingJobs$3FlogStreamNameFilter$3Dj$252F" in PROCESSING.log_url(arn, "j")
+    training, processing = (kind.links(arn, "j") for kind in (TRAINING, PROCESSING))
+    assert training["console"].startswith(host)
+    assert training["console"].endswith("#/jobs/j")
+    assert processing["console"].endswith("#/processing-jobs/j")
+    assert "$252Faws$252Fsagemaker$252FProcessingJobs$3FlogStreamNameFilter$3Dj$252F" in processing["logs"]
 
 
 @settings(deadline=None, max_examples=30)
@@ -109,7 +118,7 @@ def test_the_code_package_holds_packages_modules_pins_and_start_script() -> None
     assert package.digest != code_package(["step_scripts"]).digest
     with tarfile.open(fileobj=io.BytesIO(package.files["source.tar.gz"])) as opened:
         names = set(opened.getnames())
-    assert {"step_scripts/cluster/program.py", "housing_assets/schema.py", "tests/probe_step.py"} <= names
+    assert {"step_scripts/cluster/__main__.py", "housing_assets/schema.py", "tests/probe_step.py"} <= names
     assert not [name for name in names if "__pycache__" in name]
     pins = package.files["requirements.txt"].decode().splitlines()
     assert all(re.fullmatch(r"[a-z0-9-]+(\[[a-z,]+\])?==[0-9][\w.+]*", pin) for pin in pins)

@@ -25,7 +25,7 @@ def feature_store(tmp_path: Path) -> LocalFeatureStore:
 
 def test_the_target_is_what_the_step_takes(feature_store: FeatureStore, tmp_path: Path) -> None:
     target = feature_store.ensure_group("sales", TABLE)
-    assert target == {"kind": "local", "root": str(tmp_path / "store"), "mirror": False}
+    assert target == {"root": str(tmp_path / "store"), "mirror": False}
     assert IngestFeaturesParams(table=TABLE, group="sales", target=target).target == target
     assert feature_store.ensure_group("sales", TABLE) == target
     assert feature_store.describe("sales")["live_rows"] == 0

@@ -46,7 +46,7 @@ def training(**changes: Any) -> dict[str, Any]:
 
 def processing(**changes: Any) -> dict[str, Any]:
     config = JobConfig(**EVERYTHING | changes)
-    request = processing_request(config, image="image", entrypoint=["run"], inputs={"code": "s3://bucket/code/"})
+    request = processing_request(config, image="image", entrypoint=["run"], channels={"code": "s3://bucket/code/"})
     return {**request, "ProcessingJobName": "job-1"}
 
 

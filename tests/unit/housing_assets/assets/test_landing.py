@@ -45,7 +45,9 @@ def look(
 ) -> tuple[list[str], LandingCursor]:
     batches, _, following = cursor.look({day: files} if files else {}, now, SETTLE)
     taken = [f.uri.removeprefix("/landing/") for batch in batches.values() for f in batch]
-    return taken, LandingCursor.read(following.model_dump_json())  # what a restart of the daemon keeps of it
+    return taken, LandingCursor.model_validate_json(
+        following.model_dump_json()
+    )  # what a restart of the daemon keeps of it
 
 
 def test_a_file_is_taken_at_the_second_look_and_once() -> None:
@@ -122,7 +124,7 @@ def test_every_state_of_a_file_that_stays_is_taken_exactly_once(looks: list[dict
                 states[name] = ((size, age), number)  # every change has a time of its own
             files.append(file(name, size=size, age=age, change=str(states[name][1])))
         batches, _, cursor = cursor.look({TODAY: files}, now, SETTLE)
-        cursor = LandingCursor.read(cursor.model_dump_json())
+        cursor = LandingCursor.model_validate_json(cursor.model_dump_json())
         last_taken = {name: state for name, state in last_taken.items() if name in present}
         for taken in batches.get(TODAY, []):
             name = taken.uri.removeprefix("/landing/")
@@ -140,7 +142,7 @@ def test_the_cursor_does_not_grow_with_every_file() -> None:
     for _ in range(4):
         batches, waiting, cursor = cursor.look(landed, NOW, SETTLE)
         taken += sum(map(len, batches.values()))
-        cursor = LandingCursor.read(cursor.model_dump_json())
+        cursor = LandingCursor.model_validate_json(cursor.model_dump_json())
     text = cursor.model_dump_json()
     assert (taken, waiting) == (len(days) * each, 0)
     assert len(text) < 12 * REMEMBERED_FILES, "not the length of the names of so many files"
@@ -168,16 +170,16 @@ def test_the_cursor_of_the_version_before_is_understood() -> None:
     """An upgrade does not ask for all days again."""
     old, new = file("a.csv"), file("b.csv")
     digest = hashlib.sha256(f"{old.bytes} {old.modified!r}".encode()).hexdigest()[:12]
-    cursor = LandingCursor.read(json.dumps({"taken": {old.uri: digest}, "seen": {}}))
+    cursor = LandingCursor.model_validate_json(json.dumps({"taken": {old.uri: digest}, "seen": {}}))
     _, cursor = look(cursor, old, new)
     taken, _ = look(cursor, old, new)
     assert taken == ["b.csv"]
 
 
 @pytest.mark.parametrize("text", ["yesterday", "[]", "7", '{"taken": 3}', '{"taken": {"2026-09-21": 4}}'])
-def test_what_is_no_cursor_is_named(text: str) -> None:
-    with pytest.raises(ValueError, match="no cursor of this sensor"):
-        LandingCursor.read(text)
+def test_what_is_no_cursor_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="LandingCursor"):
+        LandingCursor.model_validate_json(text)
 
 
 def test_the_day_comes_from_the_path_or_else_from_the_time_of_modification() -> None:
@@ -249,7 +251,7 @@ def test_what_is_set_aside_is_told_once() -> None:
     )
     fresh, cursor = LandingCursor().unreported(old)
     assert fresh == old
-    cursor = LandingCursor.read(cursor.model_dump_json())
+    cursor = LandingCursor.model_validate_json(cursor.model_dump_json())
     fresh, cursor = cursor.unreported([*new, *old])
     assert fresh == new
     fresh, cursor = cursor.unreported(new)

@@ -13,7 +13,7 @@ import pytest
 from housing_assets.automation import sensors
 from housing_assets.checks.alerts import NOTIFIED
 from housing_assets.definitions import defs
-from housing_assets.settings import AutomationSettings, load_automation
+from housing_assets.settings import Settings
 from resources.endpoints.local import LocalEndpointHost
 from resources.model_registry.local import LocalModelRegistry
 from resources.services.notifier import Notifier
@@ -42,10 +42,10 @@ def test_everything_is_stopped_until_somebody_starts_it_and_says_what_it_does() 
 
 
 def test_settings_come_from_the_environment() -> None:
-    settings = load_automation({"HOUSING_LANDING": "s3://b/in", "HOUSING_RETRAIN_CRON": "5 4 * * *"})
+    settings = Settings.load({"HOUSING_LANDING": "s3://b/in", "HOUSING_RETRAIN_CRON": "5 4 * * *"})
     assert (settings.landing, settings.retrain_cron) == ("s3://b/in", "5 4 * * *")
     with pytest.raises(ValueError, match="HOUSING_SETTLE_SECONDS='soon'"):
-        load_automation({"HOUSING_SETTLE_SECONDS": "soon"})
+        Settings.load({"HOUSING_SETTLE_SECONDS": "soon"})
 
 
 def look(
@@ -78,7 +78,7 @@ def test_landed_files_are_ingested_by_day_once(
     assert requests == []
     assert "HOUSING_LANDING is not set" in (why or "")
 
-    monkeypatch.setattr(sensors, "_SETTINGS", AutomationSettings(landing=str(tmp_path)))
+    monkeypatch.setattr(sensors, "_SETTINGS", Settings(landing=str(tmp_path)))
     for day in ("2026-03-04", "2026-03-05"):
         (tmp_path / day).mkdir()
         (tmp_path / day / "sales.csv").write_text("x")
@@ -101,7 +101,7 @@ def test_landed_files_are_ingested_by_day_once(
     assert not used & {request.run_key for request in again}, "Dagster would drop them without a word"
     (tmp_path / "2026-03-04").rename(tmp_path.parent / f"{tmp_path.name} away")
     assert look(sensors.landing_files, cursor, instance)[0] == []
-    monkeypatch.setattr(sensors, "_SETTINGS", AutomationSettings(landing=str(tmp_path / "unmounted")))
+    monkeypatch.setattr(sensors, "_SETTINGS", Settings(landing=str(tmp_path / "unmounted")))
     nothing, kept, why = look(sensors.landing_files, cursor, instance)
     assert (nothing, kept, why) == ([], cursor, f"there is no {tmp_path / 'unmounted'} yet"), "nothing is forgotten"
 
@@ -109,7 +109,7 @@ def test_landed_files_are_ingested_by_day_once(
 def test_files_that_cannot_be_ingested_are_told_once_and_do_not_keep_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instance: dg.DagsterInstance
 ) -> None:
-    monkeypatch.setattr(sensors, "_SETTINGS", AutomationSettings(landing=str(tmp_path)))
+    monkeypatch.setattr(sensors, "_SETTINGS", Settings(landing=str(tmp_path)))
     odd = os.fsdecode(bytes(tmp_path) + b"/2026-03-05 ums\xe4tze.csv")
     for name in ("2026-03-05.csv", "2019-01-01.csv", "2999-01-01.csv", odd):
         (tmp_path / name).write_text("x")

@@ -9,8 +9,8 @@ import dagster as dg
 import pytest
 
 from housing_assets.checks import ingestion, model, serving, splits
-from housing_assets.checks.advisory import advisory_check, judged
-from housing_assets.checks.stability import stability_result
+from housing_assets.checks.advisory import advisory_check, guarded
+from housing_assets.checks.comparisons import stability_result
 from housing_assets.definitions import defs
 from resources.model_registry.local import LocalModelRegistry
 from resources.references.types import SplitRef
@@ -76,7 +76,7 @@ def test_an_interruption_is_no_result() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        judged(interrupted, "none")
+        guarded(interrupted, "none")
 
 
 def statistics(folder: Path, column: str) -> Artifact:

@@ -22,7 +22,7 @@ from housing_assets.assets.ingestion import feature_group
 from housing_assets.assets.model import evaluation_report, registered_model, tuned_model
 from housing_assets.assets.serving import endpoint
 from housing_assets.assets.splits import splits
-from housing_assets.automation import approval
+from housing_assets.automation import jobs
 from housing_assets.checks import gate
 from housing_assets.checks import splits as splits_checks
 from housing_assets.checks.blocking import blocking_check
@@ -159,8 +159,8 @@ STARTS: dict[str, Callable[[Root], Any]] = {
         endpoint_host=Stub(default_name="housing", describe=lambda name: Stub(previous_version="housing/1")),
         evidence=r.store,
     ),
-    "approve": lambda r: approval.approve(
-        dg.build_op_context(instance=r.instance), approval.DecisionConfig(version=1, who="ann", why="good"),
+    "approve": lambda r: jobs.approve(
+        dg.build_op_context(instance=r.instance), jobs.DecisionConfig(version=1, who="ann", why="good"),
         model_registry=Stub(default_group="housing", get=lambda group, number: r.values["version"]),
         evidence=r.store,
     ),
@@ -281,13 +281,13 @@ def test_a_new_blocking_check_is_not_passed_over(root: Root) -> None:
         (another, ("evaluation_report", "endpoint"), "does not say which tuned_model it was made from"),
     ):
         more = dg.Definitions.merge(defs, dg.Definitions(asset_checks=[check]))
-        code_location.hand_in(more)
+        code_location.register(more)
         gate.blocking_checks_before.cache_clear()
         try:
             for start in starts:
                 refused(root, start, words)
         finally:
-            code_location.hand_in(defs)
+            code_location.register(defs)
             gate.blocking_checks_before.cache_clear()
 
 

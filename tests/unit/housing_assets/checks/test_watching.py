@@ -20,11 +20,12 @@ from dagster._core.definitions.freshness import FreshnessState
 from dagster._core.loader import LoadingContextForTest
 
 from housing_assets.automation import sensors
-from housing_assets.checks import watching
+from housing_assets.checks import serving
 from housing_assets.checks.alerts import notify_on_degradation
+from housing_assets.checks.comparisons import typical_row
 from housing_assets.definitions import defs
 from housing_assets.schema import HOUSING_TABLE
-from housing_assets.settings import load_automation
+from housing_assets.settings import Settings
 from resources.endpoints.local import LocalDataCapture, LocalEndpointHost
 from resources.endpoints.server_process import start_detached, wait_until_serving
 from resources.model_registry.base import ModelVersion
@@ -33,7 +34,7 @@ from resources.references.evidence import EvidenceStore
 from resources.services.notifier import Notifier
 from step_scripts.model.artifact import load_model
 from step_scripts.runner.contract import Artifact
-from step_scripts.serving.captured_requests import read_captured
+from step_scripts.serving.capture import read_captured
 from step_scripts.serving.deployment import DEPLOYMENT_FILE, DeploymentRecord
 from step_scripts.serving.feature_parser import FeatureParser
 from step_scripts.table.distributions import distribution_of
@@ -89,19 +90,19 @@ class Platform:
             "notifier": self.notifier,
         }
         checks = [defs.get_asset_checks_def(key) for key in _keys()]
-        job = dg.Definitions(asset_checks=checks, jobs=[watching.watch_endpoint], resources=resources)
+        job = dg.Definitions(asset_checks=checks, jobs=[serving.watch_endpoint], resources=resources)
         done = job.resolve_job_def("watch_endpoint").execute_in_process(instance=self.instance, raise_on_error=False)
         return done, {e.check_name: e for e in done.get_asset_check_evaluations()}
 
     def health(self) -> tuple[bool, dg.AssetCheckEvaluation]:
         """Whether the run succeeded, and what the health check found."""
         done, found = self.watch()
-        return done.success, found[watching.HEALTH_CHECK]
+        return done.success, found[serving.HEALTH_CHECK]
 
     def drift(self) -> dg.AssetCheckEvaluation:
         done, found = self.watch()
         assert done.success
-        return found[watching.DRIFT_CHECK]
+        return found[serving.DRIFT_CHECK]
 
     def ask(self, rows: pl.DataFrame) -> None:
         """Requests of 100 rows, and the time until they are captured."""
@@ -127,7 +128,7 @@ class Platform:
 
 
 def _keys() -> list[dg.AssetCheckKey]:
-    names = (watching.HEALTH_CHECK, watching.DRIFT_CHECK)
+    names = (serving.HEALTH_CHECK, serving.DRIFT_CHECK)
     return [dg.AssetCheckKey(dg.AssetKey("endpoint"), name) for name in names]
 
 
@@ -158,10 +159,10 @@ def test_the_job_and_its_schedule() -> None:
 
 def test_settings_come_from_the_environment() -> None:
     variables = {"HOUSING_WATCH_CRON": "0 * * * *", "HOUSING_DRIFT_DAYS": "2", "HOUSING_DRIFT_ROWS": "10"}
-    settings = load_automation(variables)
+    settings = Settings.load(variables)
     assert (settings.watch_cron, settings.drift_days, settings.drift_rows) == ("0 * * * *", 2.0, 10)
     with pytest.raises(ValueError, match="HOUSING_DRIFT_ROWS='0'"):
-        load_automation({"HOUSING_DRIFT_ROWS": "0"})
+        Settings.load({"HOUSING_DRIFT_ROWS": "0"})
 
 
 def test_health_from_the_first_deployment_to_the_end_of_the_server(platform: Platform) -> None:
@@ -358,7 +359,7 @@ def test_drift_is_found_in_captured_requests(platform: Platform) -> None:
 def test_the_typical_row_is_valid_with_statistics_and_without(platform: Platform) -> None:
     for model in (trained(platform.folder / "with"), small_model(platform.folder / "without")):
         version = registered(platform.registry, model)
-        row = watching.typical_row(version)
+        row = typical_row(version.artifact)
         assert row.height == 1
         parsed = FeatureParser(HOUSING_TABLE).parse(row.write_csv(include_header=False).encode(), "text/csv")
         np.testing.assert_allclose(parsed, row.cast(pl.Float64).to_numpy())

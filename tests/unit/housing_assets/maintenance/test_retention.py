@@ -18,10 +18,11 @@ from dagster._core.remote_origin import (  # have no public names
 
 from housing_assets.definitions import defs
 from housing_assets.deployments import load_resources
-from housing_assets.maintenance.retention import PruneConfig, _old_runs, prune, stored_results
+from housing_assets.maintenance.retention import PruneConfig, prune
 from housing_assets.maintenance.sweeper import sweep
 from housing_assets.maintenance.teardown import teardown
-from housing_assets.settings import load_automation
+from housing_assets.maintenance.unneeded import old_runs
+from housing_assets.settings import Settings
 from resources.endpoints.captured_files import CapturedFile, remove_captured, surplus
 from resources.endpoints.local import LocalEndpointHost
 from resources.feature_store.local import LocalFeatureStore
@@ -55,7 +56,6 @@ def test_old_results_that_nothing_refers_to_are_removed(tmp_path: Path, dry_run:
     foreign = result(tmp_path, "tune_model", "mine")
     value: Any = {"model": {"uri": str(used / "attempt"), "files": []}, "metrics": {"rmse": 1.0}}
     StoredReference(asset="tuned_model", run_id="run-1", value=value).write(str(tmp_path / "references"))
-    assert [r.files for r in stored_results(str(tmp_path / "artifacts"))] == [2, 2, 2, 2]
 
     with dg.DagsterInstance.ephemeral() as instance:
         done = prune.execute_in_process(
@@ -132,7 +132,7 @@ def test_old_runs_go_but_those_of_the_latest_materializations_and_of_others(tmp_
 
         def pruned(location: str) -> set[str]:
             run = instance.create_run_for_job(prune, remote_job_origin=origin_in(location))
-            return set(_old_runs(instance, datetime.now(UTC), run))
+            return set(old_runs(instance, datetime.now(UTC), run))
 
         assert launched(sweep, "elsewhere") not in pruned("housing_assets")
         config = {"ops": {"prune_old": {"config": {"dry_run": False, "runs_days": 0}}}}
@@ -274,7 +274,7 @@ NOW = datetime(2026, 11, 23, tzinfo=UTC)
 
 def captured(endpoint: str, days: float, size: int) -> CapturedFile:
     at = NOW - timedelta(days=days)
-    return CapturedFile(endpoint=endpoint, folder=f"/{endpoint}", path=f"{days}.jsonl", bytes=size, changed_at=at)
+    return CapturedFile(folder=f"/{endpoint}", path=f"{days}.jsonl", bytes=size, changed_at=at)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_surplus_captures_are_the_old_and_each_endpoints_oldest(
 ) -> None:
     files = [captured(*f) for f in (("a", 1, 20), ("b", 5, 10), ("a", 4, 30), ("b", 1, 60), ("a", 2, 10))]
     found = surplus(files, NOW - timedelta(days=days), most_bytes)
-    assert [(f.endpoint, (NOW - f.changed_at).days) for f in found] == expected
+    assert [(f.folder.strip("/"), (NOW - f.changed_at).days) for f in found] == expected
 
 
 def test_captures_elsewhere_are_refused(tmp_path: Path) -> None:
@@ -309,5 +309,5 @@ def test_the_schedule_removes_for_real_with_the_bounds_of_the_environment() -> N
     [request] = tick.run_requests or []
     assert request.run_config == {"ops": {"prune_old": {"config": {"dry_run": False}}}}
     assert PruneConfig().dry_run
-    settings = load_automation({"HOUSING_KEEP_VERSIONS": "3", "HOUSING_CAPTURE_DAYS": "2", "HOUSING_PENDING_DAYS": "5"})
+    settings = Settings.load({"HOUSING_KEEP_VERSIONS": "3", "HOUSING_CAPTURE_DAYS": "2", "HOUSING_PENDING_DAYS": "5"})
     assert (settings.keep_versions, settings.capture_days, settings.pending_days) == (3, 2.0, 5.0)

@@ -7,7 +7,7 @@ import dagster as dg
 import pytest
 
 from housing_assets.reporting import summary
-from housing_assets.reporting.console import console_logger, plain_reason
+from housing_assets.reporting.summary import console_logger, plain_reason
 from resources.pipes_session import pipes_session
 
 RAY = (

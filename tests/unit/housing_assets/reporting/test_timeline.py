@@ -7,8 +7,8 @@ import dagster as dg
 import psutil
 import pytest
 
-from housing_assets.reporting import timeline
-from housing_assets.reporting.timeline import KINDS, run_timeline
+from housing_assets.reporting import metadata
+from housing_assets.reporting.metadata import KINDS, run_timeline
 from resources.compute.base import table
 
 
@@ -32,7 +32,7 @@ def reused() -> dg.MaterializeResult[Any]:
 
 @pytest.mark.parametrize("own_process", [True, False])
 def test_seconds_of_a_run_by_asset_and_kind(own_process: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timeline, "_LONGEST_START", 1e9 if own_process else 0.0)
+    monkeypatch.setattr(metadata, "_LONGEST_START", 1e9 if own_process else 0.0)
     seen: list[dict[str, Any]] = []
     ended: list[float] = []
 

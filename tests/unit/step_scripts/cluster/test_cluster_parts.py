@@ -12,10 +12,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from step_scripts.cluster.failure import LONGEST, ClusterError, failure_from, failure_of, failure_text, write_failure
-from step_scripts.cluster.job import ClusterLimits, pauses
+from step_scripts.cluster.job import (
+    LONGEST_FAILURE,
+    ClusterError,
+    ClusterLimits,
+    failure_from,
+    failure_of,
+    failure_text,
+    pauses,
+    write_failure,
+)
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.interruption import interrupt, on_interruption
+from step_scripts.runner.processes import interrupt, on_interruption
 from tests import ROOT
 
 _json = st.dictionaries(st.text(max_size=20), st.one_of(st.integers(), st.text(max_size=200)), max_size=10)
@@ -27,7 +35,7 @@ _json = st.dictionaries(st.text(max_size=20), st.one_of(st.integers(), st.text(m
 @example(message="\x00" * 1200, details={"a": 1})
 def test_fault_of_the_input_survives_the_failure_file(message: str, details: dict[str, int | str]) -> None:
     text = failure_text(failure_of(StepError(message, details=dict(details))))
-    assert len(text) <= LONGEST
+    assert len(text) <= LONGEST_FAILURE
     # As the platform quotes it.
     found = failure_from(f"AlgorithmError: {text}, exit code: 1"[:1024])
     assert found is not None
@@ -53,7 +61,7 @@ def test_reason_of_a_crash_comes_first(tmp_path: Path) -> None:
     text = (tmp_path / "output" / "failure").read_text()
     assert text.startswith("ValueError: something\n")
     assert text.endswith("ValueError: something")
-    assert len(text) <= LONGEST
+    assert len(text) <= LONGEST_FAILURE
     assert failure_from(text) is None
     assert failure_text(failure_of(ClusterError("algo-2 is gone"))) == "algo-2 is gone"
 
@@ -113,12 +121,11 @@ _SUPERVISOR = """
     import os, signal, sys
     from pathlib import Path
     import psutil
-    from step_scripts.cluster.child_processes import ChildProcesses
-    from step_scripts.runner.interruption import StopSignal
+    from step_scripts.runner.processes import Children, StopSignal
 
     signal.alarm(90)  # ends a test that hangs
     stop = StopSignal()
-    children = ChildProcesses(stop)
+    children = Children(stop)
     # A process that leaves an orphan in a session of its own, which ignores SIGTERM, and one that ends by itself.
     ready = Path(sys.argv[1])
     stubborn = f"import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open({str(ready)!r}, 'w'); "

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_scripts.cluster.failure import ClusterError
 from step_scripts.cluster.job import (
     ADDRESSES_VARIABLE,
+    ClusterError,
     JobHosts,
     ml_root,
     natural_order,
@@ -37,7 +37,7 @@ def test_both_locations(tmp_path: Path, place: str, kind: str, file: str) -> Non
     hosts = read_hosts(tmp_path)
     assert hosts.kind == kind
     assert hosts.is_head
-    assert hosts.workers == ()
+    assert hosts.names == ("algo-1",)
     assert hosts.failure_file == tmp_path / file
 
 
@@ -86,7 +86,7 @@ def test_head_is_in_the_first_or_the_configured_group(
     )
     hosts = read_hosts(tmp_path, group)
     assert hosts.head == head
-    assert set(hosts.workers) == set(names) - {head}
+    assert set(hosts.names) == set(names)
 
 
 @pytest.mark.parametrize(

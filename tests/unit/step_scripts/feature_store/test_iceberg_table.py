@@ -18,13 +18,13 @@ from pyiceberg.types import BooleanType, DoubleType, LongType, NestedField, Stri
 
 import housing_assets.definitions  # noqa: F401  # jobs ask the code location what there is
 from housing_assets.deployments import load_resources
+from housing_assets.maintenance.retention import compact as compaction
 from housing_assets.maintenance.retention import prune
-from housing_assets.maintenance.snapshot_retention import compact as compaction
 from resources.references.files import StoredReference
 from step_scripts.feature_store import __main__ as command
 from step_scripts.feature_store import iceberg_table, upkeep
 from step_scripts.feature_store.group import COMMAND
-from step_scripts.feature_store.local_group import LocalGroup
+from step_scripts.feature_store.group_places import LocalGroup
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.feature_store.upkeep import compact, tidy
 from step_scripts.runner.contract import StepError

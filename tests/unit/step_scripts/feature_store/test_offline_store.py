@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 
 from step_scripts.feature_store import comparison, ingestion
 from step_scripts.feature_store.commits import digest_of
-from step_scripts.feature_store.group import CommitTaken
-from step_scripts.feature_store.ingestion import divided, run_here
-from step_scripts.feature_store.local_group import LocalGroup
+from step_scripts.feature_store.group_places import LocalGroup
+from step_scripts.feature_store.iceberg_table import CommitTaken
+from step_scripts.feature_store.ingestion import divided
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
@@ -43,6 +43,7 @@ from tests.feature_rows import (
     records,
     row,
     rows_frame,
+    run_here,
     write_frame,
     write_rows,
 )
@@ -466,9 +467,8 @@ def test_a_failure_before_the_commit_changes_and_leaves_nothing(store: OfflineSt
 KILLED = """
 import os, sys, signal
 from pathlib import Path
-from step_scripts.feature_store.ingestion import run_here
 from step_scripts.feature_store.offline_store import OfflineStore
-from tests.feature_rows import ingest_rows, row, write_rows
+from tests.feature_rows import ingest_rows, row, run_here, write_rows
 
 def run(function, calls):
     results = list(run_here(function, calls))

@@ -13,7 +13,7 @@ import pytest
 from step_scripts.feature_store import online_store
 from step_scripts.feature_store.data_files import WriteItem
 from step_scripts.feature_store.online_client import OnlineClient
-from step_scripts.feature_store.online_store import OnlineOutcome, OnlineTarget, bring_online
+from step_scripts.feature_store.online_store import OnlineTarget, bring_online
 from step_scripts.runner.contract import StepError
 from tests.feature_rows import TABLE, Log
 
@@ -27,16 +27,16 @@ class Throttled:
         return {"UnprocessedEntries": Entries}
 
 
-def bring(folder: Path, log: Log, expected: int, outcomes: Any) -> None:
+def bring(folder: Path, log: Log, expected: int, outcomes: Any, looked_up: Any = ()) -> None:
     """Bring an item online, in parts of 100 records, whose outcomes are given."""
 
     def run(function: Any, calls: Sequence[Any]) -> Any:
         assert [(part, parts) for _, part, parts, *_ in calls] == [(n, len(calls)) for n in range(-(-expected // 100))]
-        yield from enumerate(outcomes)
+        yield from enumerate(outcomes if function is online_store.write_online else looked_up)
 
     missing = str(folder / "missing.csv")
     items = [WriteItem((), str(folder), expected)]
-    bring_online(run, items, TABLE, TARGET, expected, log, scratch=str(folder), offline="nothing", missing_uri=missing)
+    bring_online(run, items, TABLE, TARGET, expected, log, offline="nothing", missing_uri=missing)
 
 
 @pytest.fixture(autouse=True)
@@ -49,12 +49,12 @@ def test_progress_and_waiting_are_reported(tmp_path: Path) -> None:
     log = Log()
 
     def outcomes() -> Any:
-        yield OnlineOutcome(100)
+        yield 100
         deadline = time.monotonic() + 60
         while not any("100 of 150 records, nothing more for 0 s; throttling" in message for message in log.messages):
             assert time.monotonic() < deadline, log.messages
             time.sleep(0.01)
-        yield OnlineOutcome(50)
+        yield 50
 
     bring(tmp_path, log, 150, outcomes())
     assert [m for m in log.messages if "in the online store" in m] == [
@@ -65,11 +65,15 @@ def test_progress_and_waiting_are_reported(tmp_path: Path) -> None:
 
 
 def test_the_records_that_are_missing_are_listed(tmp_path: Path) -> None:
-    outcomes = [OnlineOutcome(98, ("d", "b"), 1, "it broke"), OnlineOutcome(99, ("c",))]
+    def outcomes() -> Any:
+        yield 100
+        raise StepError("it broke")
+
+    looked_up = [(["d"], ["b"]), (["c"], [])]
     with pytest.raises(
         StepError, match=r"it broke\. Online: 197 of 200 .*3 not \(nothing is known of 1.*: b, c, d\."
     ) as caught:
-        bring(tmp_path, Log(), 200, outcomes)
+        bring(tmp_path, Log(), 200, outcomes(), looked_up)
     assert sorted((tmp_path / "missing.csv").read_text().split()) == ["b", "c", "d", "record_id"]
     assert caught.value.keep == {"missing_record_ids.csv": str(tmp_path / "missing.csv")}
 

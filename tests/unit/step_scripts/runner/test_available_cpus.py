@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from step_scripts.runner.ray_session import _cpu_quotas, available_cpus
+from step_scripts.runner.ray_environment import _cpu_quotas, available_cpus
 
 
 def test_one_cpu_by_affinity_is_one() -> None:
     first = min(os.sched_getaffinity(0))
     script = (
-        f"import os; os.sched_setaffinity(0, [{first}])\nfrom step_scripts.runner.ray_session import available_cpus\n"
+        f"import os; os.sched_setaffinity(0, [{first}])\n"
+        "from step_scripts.runner.ray_environment import available_cpus\n"
     )
     done = subprocess.run([sys.executable, "-c", script + "print(available_cpus())"], capture_output=True, check=True)
     assert done.stdout.strip() == b"1"

@@ -37,7 +37,7 @@ from tests.source_steps import CollectingReporter, source_file
 
 def forget() -> None:
     """As in a new process."""
-    for function in (code_version._file_of, code_version._listing, code_version._read, step_sources, own_places):
+    for function in (code_version._file_of, code_version._read, step_sources, own_places):
         function.cache_clear()
 
 
@@ -124,7 +124,7 @@ def test_a_version_changes_with_every_way_of_loading_a_module(package: Callable[
 def test_what_runs_a_step_is_part_of_its_version() -> None:
     for step in ("validate_source", "tests.probe_step"):
         runner = {f"runner.{name}" for name in ("execution", "worker", "ray_session", "storage", "loaded_code")}
-        assert {f"step_scripts.{name}" for name in {*runner, "cluster.driver"}} < step_sources(step).keys()
+        assert {f"step_scripts.{name}" for name in {*runner, "cluster.head"}} < step_sources(step).keys()
     assert "step_scripts.tune_trial" in step_sources("tune_model"), "SageMaker's tuning jobs run it"
     assert "step_scripts.data.csv_fragments" not in step_sources("tune_model"), "else nothing could be reused"
     assert step_version("tune_model") != step_version("evaluate_model")
@@ -315,7 +315,7 @@ def test_other_libraries_are_another_request_and_are_refused_where_the_step_runs
 def test_nodes_of_a_cluster_are_asked_for_their_code_and_libraries(
     ray_session: RaySession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    joined = RaySession(RaySettings(address=ray.get_runtime_context().gcs_address), _started=True)
+    joined = RaySession(RaySettings(address=ray.get_runtime_context().gcs_address), is_started=True)
     [report] = joined.node_reports().values()
     assert report.libraries == library_versions()
     sources = step_sources("tune_model")

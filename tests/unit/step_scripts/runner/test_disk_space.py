@@ -19,8 +19,8 @@ from housing_assets.sample_data import write_sample
 from step_scripts.runner import execution as runner
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepDefinition, StepError, StepParams, StepRequest
-from step_scripts.runner.disk_space import explain_full_disk
 from step_scripts.runner.execution import PrintReporter, run_step
+from step_scripts.runner.local_files import explain_full_disk
 from step_scripts.runner.ray_data import each_call
 from step_scripts.runner.ray_session import RaySession, RaySettings
 

@@ -12,10 +12,10 @@ import polars as pl
 import pytest
 
 from step_scripts.runner import ray_data
-from step_scripts.runner.contract import Artifact, FileInfo, StepError
-from step_scripts.runner.operators import operators_noted
+from step_scripts.runner.contract import Artifact, FileInfo, StepError, operators_noted
 from step_scripts.runner.ray_data import Progress, each_call, parquet_blocks
-from step_scripts.runner.ray_session import RaySession, worker_environment
+from step_scripts.runner.ray_environment import worker_environment
+from step_scripts.runner.ray_session import RaySession
 
 
 def table(folder: Path, sizes: list[int], *, row_group_size: int = 100, counted: bool = True) -> Artifact:
@@ -113,7 +113,7 @@ def test_workers_have_their_settings(ray_session: RaySession) -> None:
 @pytest.mark.parametrize("importing", range(4), ids=lambda n: f"{n} processes above import Polars")
 def test_what_polars_sets_is_not_taken_for_a_choice(importing: int) -> None:
     """A run's driver inherits what its parents' imports have set: those of Dagster, of a schedule, of a benchmark."""
-    script = "from step_scripts.runner.ray_session import worker_environment as w; print(w()['_RJEM_MALLOC_CONF'])"
+    script = "from step_scripts.runner.ray_environment import worker_environment as w; print(w()['_RJEM_MALLOC_CONF'])"
     call = ["-c", script]
     parent = "import polars, subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], check=True)"
     for _ in range(importing):

@@ -27,8 +27,13 @@ from resources.endpoints.server_process import find_server
 from resources.model_registry.local import LocalModelRegistry
 from step_scripts.serving import capture as serving_capture
 from step_scripts.serving.app import InferenceApp
-from step_scripts.serving.capture import CapturedRequest, RequestCapture, captured_line
-from step_scripts.serving.captured_requests import CapturedRows, read_captured
+from step_scripts.serving.capture import (
+    CapturedRequest,
+    CapturedRows,
+    RequestCapture,
+    captured_line,
+    read_captured,
+)
 from step_scripts.serving.deployment import CaptureSettings
 from step_scripts.serving.media import CSV, JSON, JSON_LINES, encode
 from tests.serving_models import house_rows, registered, request, small_model, smoke_test

@@ -62,7 +62,7 @@ def test_answers_are_those_of_the_model(model: Artifact) -> None:
 
 def test_another_model_than_the_deployed_one_is_refused(model: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOUSING_MODEL_DIGEST", model.digest)
-    assert model_fn(model.uri).digest == model.digest
+    assert model_fn(model.uri).record.model.digest == model.digest
     monkeypatch.setenv("HOUSING_MODEL_DIGEST", "0" * 64)
     with pytest.raises(DamagedArtifactError, match=f"holds model {model.digest}, not the deployed one, 0000"):
         model_fn(model.uri)

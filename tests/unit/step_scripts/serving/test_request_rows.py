@@ -17,7 +17,7 @@ from housing_assets.schema import HOUSING_TABLE
 from step_scripts.serving import feature_parser
 from step_scripts.serving.feature_parser import FeatureParser
 from step_scripts.serving.media import CSV, JSON, JSON_LINES, MAX_REPORTED_PROBLEMS, RequestError
-from step_scripts.table.polars_csv import read_csv
+from step_scripts.table.column_types import read_csv
 from step_scripts.table.spec import ColumnSpec, TableSpec
 
 BYTES = 6_291_456 // 4

@@ -16,9 +16,9 @@ import pytest
 import uvicorn
 
 from step_scripts import serve_model
-from step_scripts.serving import protocol as serving_protocol
+from step_scripts.serving import app as serving_app
+from step_scripts.serving.app import RequestProtocol
 from step_scripts.serving.deployment import DeploymentRecord
-from step_scripts.serving.protocol import RequestProtocol
 from tests.serving_models import small_model
 
 OFFER = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
@@ -97,7 +97,7 @@ def test_an_offer_to_change_the_protocol_is_passed_over(port: int, pieces: int, 
 
 @pytest.mark.parametrize("sent", [b"GET /ping HT", b"GET /ping HTTP/1.1\r\nA: b\r\n", b"G", b""])
 def test_a_head_that_never_ends_is_given_up(port: int, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving_protocol, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(serving_app, "HEAD_SECONDS", 0.2)
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         connection.sendall(sent)
         with contextlib.suppress(ConnectionResetError):
@@ -106,7 +106,7 @@ def test_a_head_that_never_ends_is_given_up(port: int, sent: bytes, monkeypatch:
 
 
 def test_a_head_that_comes_byte_by_byte_is_given_up(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving_protocol, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(serving_app, "HEAD_SECONDS", 0.2)
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         received = b""
         with contextlib.suppress(ConnectionResetError, BrokenPipeError, TimeoutError):

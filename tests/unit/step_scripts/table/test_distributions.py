@@ -70,7 +70,7 @@ def test_a_large_column_is_sampled_and_keeps_its_extremes() -> None:
         TableSketch.merge,
         [TableSketch.of(v, h) for v, h in zip(np.split(values, 4), np.split(hashes, 4), strict=True)],
     )
-    assert len(merged.sample) == SAMPLE_ROWS
+    assert len(merged.sample.values) == SAMPLE_ROWS
     found = merged.distributions(["x"])["x"]
     assert found["rows"] == 3 * SAMPLE_ROWS
     assert found["points"][-1] == 99.0

@@ -11,9 +11,15 @@ import xgboost as xgb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_scripts.training.boosting import finished, history_of, segment_seed, xgboost_parameters
+from step_scripts.training.boosting import (
+    Checkpoint,
+    FitCheckpoints,
+    finished,
+    history_of,
+    segment_seed,
+    xgboost_parameters,
+)
 from step_scripts.training.engines import FitRequest, boost
-from step_scripts.training.fit_checkpoints import Checkpoint, FitCheckpoints
 from tests.split_files import sales, splits_of, write_inputs
 
 SEGMENT = 25

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING
 
-from resources.aws.calls import already_exists
-from resources.aws.ownership import is_ours, owned
+from resources.aws.ownership import is_ours
 from resources.aws.request_validation import check_request
 from resources.endpoints.base import (
-    DeploymentLog,
+    PROBE_ID,
     EndpointDeploymentFailed,
     InvocationFailed,
+    SmokeTest,
     SmokeTestFailed,
     SmokeTestResult,
 )
@@ -29,64 +29,55 @@ from resources.endpoints.endpoint_requests import (
     ROLE_TAG,
     SERVING,
     VERSION_TAG,
-    name_prefix,
     part_name,
-    part_tags,
 )
 from resources.model_registry.base import ModelVersion
-from step_scripts.runner.wording import counted
+
+if TYPE_CHECKING:
+    from resources.endpoints.sagemaker import SageMakerEndpointHost
 
 _FAILURES = (EndpointDeploymentFailed, SmokeTestFailed, InvocationFailed)
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """Brings `version` to endpoint `name`.
+class SageMakerRollout:
+    """Brings `version` to endpoint `name` of the host."""
 
-    `model` holds the parameters of `create_model`; `config` gives those of `create_endpoint_config` for a model's
-    name, for a candidate or not; `deployment` is the `DeploymentConfig` of updates. `smoke` tests the endpoint with the
-    name that it is given.
-    """
-
+    host: SageMakerEndpointHost
     parts: EndpointParts
     name: str
     version: ModelVersion
-    model: Mapping[str, Any]
-    config: Callable[[str, bool], Mapping[str, Any]]
-    deployment: Mapping[str, Any] | None
-    tags: Mapping[str, str]
-    smoke_test_on_candidate: bool
-    start_seconds: float
-    update_seconds: float
-    smoke: Callable[[str], SmokeTestResult]
-    log: DeploymentLog
+    smoke_test: SmokeTest
+    log: logging.Logger
 
-    def run(self) -> tuple[FoundEndpoint, SmokeTestResult]:
-        """The endpoint that serves the version, and its smoke test.
+    def run(self) -> SmokeTestResult:
+        """Have the version served; returns its smoke test.
 
         Raises `EndpointDeploymentFailed`, `SmokeTestFailed` or `InvocationFailed` when what served before still does,
         and nothing that was created is left. An interrupt leaves a change that SageMaker has begun to SageMaker.
         """
-        current = self.parts.settled(self.name, self.update_seconds, self.log)
+        container, start_seconds = self.host.container(self.version), self.host.start_timeout_seconds
+        current = self.parts.settled(self.name, self.host.update_seconds, self.log)
         if current and current.status in BROKEN:
             reason = current.description.get("FailureReason", "no reason given")
             self.log.warning(f"Endpoint {self.name} is {current.status} ({reason}): it is created again.")
-            self.parts.remove_endpoint(self.name, self.update_seconds, self.log)
+            self.parts.delete_endpoint(self.name, self.host.update_seconds, self.log)
             current = None
-        remove_candidates(self.parts, self.name, self.start_seconds, self.log, older_than=self.start_seconds)
+        self.parts.delete_candidates(self.name, start_seconds, self.log, older_than=start_seconds)
         keep = {current.config, current.tags.get(PREVIOUS_CONFIG_TAG, "")} if current else set[str]()
         try:
-            model = self.parts.create("CreateModel", "ModelName", self.model)
-            config = self._config(model, candidate=False)
+            model = self.parts.create("model", self.host.model_request(self.name, self.version, container))
+            config = self._config(model, SERVING)
             if current is None:
                 return self._create(config)
             if current.config == config:
                 self.log.info(f"Endpoint {self.name} serves {self.version.reference} already.")
-                result = self.smoke(self.name)
+                result = self._smoke(self.name)
                 before = current.tags.get(CONFIG_TAG, config)
-                # They differ if the run that changed the endpoint did not live to see it.
-                return current if before == config else self._record(current, config, before), result
-            if self.smoke_test_on_candidate:
+                if before != config:  # the run that changed the endpoint did not live to see it
+                    self._record(current, config, before)
+                return result
+            if self.host.smoke_test_on_candidate:
                 self._smoke_test_on_candidate(model)
             return self._change(current, config)
         except Exception:
@@ -97,34 +88,32 @@ class Rollout:
         """Remove what a failed deployment created; nothing while SageMaker may still be using it."""
         found = self.parts.find(self.name)
         if found is None or found.status not in MOVING:
-            self.parts.remove_parts(self.name, keep | ({found.config} if found else set()))
+            self.parts.delete_parts(self.name, keep | ({found.config} if found else set()))
 
-    def _config(self, model: str, *, candidate: bool) -> str:
-        request = self.config(model, candidate)
-        return self.parts.create("CreateEndpointConfig", "EndpointConfigName", request)
+    def _config(self, model: str, role: str) -> str:
+        return self.parts.create("endpoint_config", self.host.config_request(self.name, self.version, model, role))
 
-    def _create(self, config: str) -> tuple[FoundEndpoint, SmokeTestResult]:
+    def _create(self, config: str) -> SmokeTestResult:
         name = self.name
         self.log.info(f"Creating endpoint {name} for {self.version.reference}.")
         own = {ENDPOINT_TAG: name, ROLE_TAG: SERVING, CONFIG_TAG: config, DEPLOYED_TAG: datetime.now(UTC).isoformat()}
-        tags = owned(own, self.tags)
-        request = {"EndpointName": name, "EndpointConfigName": config, "Tags": tags}
+        request = {"EndpointName": name, "EndpointConfigName": config, "Tags": self.host.owned(own)}
         check_request("CreateEndpoint", request)
         self.parts.with_new_parts(self.parts.client.create_endpoint, **request)
         try:
-            found = self._in_service(name, config, self.start_seconds)
-            result = self.smoke(name)
+            self._in_service(name, config, self.host.start_timeout_seconds)
+            result = self._smoke(name)
         except _FAILURES:
-            self.parts.remove_endpoint(name, self.update_seconds, self.log)
+            self.parts.delete_endpoint(name, self.host.update_seconds, self.log)
             raise
-        self.parts.remove_parts(name, {config})
-        return found, result
+        self.parts.delete_parts(name, {config})
+        return result
 
     def _smoke_test_on_candidate(self, model: str) -> None:
         """Run the smoke test on an endpoint of its own, and remove that."""
         from botocore.exceptions import ClientError
 
-        config = self._config(model, candidate=True)
+        config = self._config(model, CANDIDATE)
         candidate = part_name(self.name, {"config": config}, "-candidate")
         self.log.info(f"Testing {self.version.reference} on endpoint {candidate}.")
         try:
@@ -137,61 +126,53 @@ class Rollout:
                 self.parts.client.delete_endpoint(EndpointName=candidate)
             self.log.warning(
                 f"Endpoint {candidate} may still be starting, which costs money. Deploying {self.version.reference} "
-                f"again takes it up; any deployment to {self.name} after {self.start_seconds:g} s removes it."
+                f"again takes it up; any deployment to {self.name} after {self.host.start_timeout_seconds:g} s removes "
+                "it."
             )
             raise
         self._discard(candidate, config)
-        figures = f"largest difference {result.largest_difference:g}, {result.median_ms:g} ms a row"
-        self.log.info(f"Smoke test of {self.version.reference}: {counted(result.rows, 'row')}, {figures}.")
+        self.log.info(result.of(self.version.reference))
 
     def _tested(self, candidate: str, config: str) -> SmokeTestResult:
-        from botocore.exceptions import ClientError
-
         since = datetime.now(UTC)
-        tags = owned(part_tags(self.name, self.version, CANDIDATE), self.tags)
-        request = {"EndpointName": candidate, "EndpointConfigName": config, "Tags": tags}
-        check_request("CreateEndpoint", request)
+        tags = self.host.tags_for(self.name, self.version, CANDIDATE)
+        # One that an interrupted deployment left is used as it is.
+        self.parts.create("endpoint", {"EndpointName": candidate, "EndpointConfigName": config, "Tags": tags})
         try:
-            self.parts.with_new_parts(self.parts.client.create_endpoint, **request)
-        except ClientError as error:
-            existing = self.parts.find(candidate) if already_exists(error) else None
-            if existing is None or not is_ours(existing.tags):  # else an interrupted deployment left it
-                raise
-        try:
-            self._in_service(candidate, config, self.start_seconds)
-            return self.smoke(candidate)
+            self._in_service(candidate, config, self.host.start_timeout_seconds)
+            return self._smoke(candidate)
         except _FAILURES as error:
-            tail = self.parts.log_tail(candidate, since)
-            shown = f"\nEnd of the log of {candidate}:\n{tail}" if tail else ""
-            raise EndpointDeploymentFailed(f"{error}{shown}") from error
+            raise EndpointDeploymentFailed(f"{error}{self.parts.log_tail(candidate, since)}") from error
 
-    def _change(self, current: FoundEndpoint, config: str) -> tuple[FoundEndpoint, SmokeTestResult]:
+    def _change(self, current: FoundEndpoint, config: str) -> SmokeTestResult:
         """Have SageMaker change over, test, and go back if the test fails."""
         name, served = self.name, current.config_tags.get(VERSION_TAG, "")
         self.log.info(f"Changing endpoint {name} from {served} to {self.version.reference}.")
-        self.parts.update(name, config, self.deployment)
-        found = self._in_service(name, config, self.update_seconds)
+        self.parts.update(name, config, self.host.deployment_config)
+        found = self._in_service(name, config, self.host.update_seconds)
         try:
-            result = self.smoke(name)
+            result = self._smoke(name)
         except BaseException as error:
             self.log.warning(f"Going back to {served}.")
             self.parts.update(name, current.config, None)
             if isinstance(error, Exception):
-                self._in_service(name, current.config, self.update_seconds)
+                self._in_service(name, current.config, self.host.update_seconds)
             raise
-        return self._record(found, config, current.config), result
+        self._record(found, config, current.config)
+        return result
 
-    def _record(self, found: FoundEndpoint, config: str, before: str) -> FoundEndpoint:
+    def _record(self, found: FoundEndpoint, config: str, before: str) -> None:
         """Note on the endpoint what it serves and what it served before; remove what is older."""
-        served = self.parts.config_tags(before).get(VERSION_TAG, "")
+        served = self.parts.tags("endpoint_config", before).get(VERSION_TAG, "")
         previous = {tag: found.tags.get(tag, "") for tag in (PREVIOUS_VERSION_TAG, PREVIOUS_CONFIG_TAG)}
         if served != self.version.reference:
             previous = {PREVIOUS_VERSION_TAG: served, PREVIOUS_CONFIG_TAG: before}
         tags = {**previous, CONFIG_TAG: config, DEPLOYED_TAG: datetime.now(UTC).isoformat()}
-        self.parts.tag(found.description["EndpointArn"], tags)
-        if removed := self.parts.remove_parts(self.name, {config, previous[PREVIOUS_CONFIG_TAG]}):
+        self.parts.client.add_tags(
+            ResourceArn=found.description["EndpointArn"], Tags=[{"Key": k, "Value": v} for k, v in tags.items()]
+        )
+        if removed := self.parts.delete_parts(self.name, {config, previous[PREVIOUS_CONFIG_TAG]}):
             self.log.info(f"Removed what endpoint {self.name} needs no more: {', '.join(removed)}.")
-        return self.parts.find(self.name) or found
 
     def _in_service(self, name: str, config: str, seconds: float) -> FoundEndpoint:
         """The endpoint when it serves with `config`. Raises `EndpointDeploymentFailed` with SageMaker's reason."""
@@ -204,23 +185,11 @@ class Rollout:
         outcome = f"was rolled back to {found.config}" if found.status == "InService" else f"is {found.status}"
         raise EndpointDeploymentFailed(f"Endpoint {name} {outcome}: {reason}")
 
+    def _smoke(self, endpoint: str) -> SmokeTestResult:
+        return self.smoke_test.run(lambda body: self.host.send(endpoint, body, "text/csv", "text/csv", PROBE_ID))
+
     def _discard(self, candidate: str, config: str) -> None:
         found = self.parts.find(candidate)
         if found and is_ours(found.tags):
-            self.parts.remove_endpoint(candidate, self.start_seconds, self.log)
-        self.parts.remove_config(config)
-
-
-def remove_candidates(
-    parts: EndpointParts, name: str, seconds: float, log: DeploymentLog, *, older_than: float
-) -> None:
-    """Remove candidates of the endpoint that interrupted deployments left, if they are `older_than` seconds."""
-    for candidate in parts.names(f"{name_prefix(name)}candidate-"):
-        found = parts.find(candidate)
-        if found is None or not is_ours(found.tags) or found.tags.get(ENDPOINT_TAG) != name:
-            continue
-        age = datetime.now(UTC) - found.description["CreationTime"]
-        if found.tags.get(ROLE_TAG) == CANDIDATE and age.total_seconds() >= older_than:
-            log.info(f"Removing endpoint {candidate}, which an earlier deployment left.")
-            parts.remove_endpoint(candidate, seconds, log)
-            parts.remove_config(found.config)
+            self.parts.delete_endpoint(candidate, self.host.start_timeout_seconds, self.log)
+        self.parts.delete("endpoint_config", config)

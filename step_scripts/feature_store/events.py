@@ -1,0 +1,184 @@
+"""The columns of events (in memory, in the Iceberg table and its files), the changes of them that a group accepts, and
+how events are read from Parquet files.
+
+A table that SageMaker has made knows three types only: it holds times as text and truth values as 0 and 1. Its files
+are converted when they are read and written (`step_scripts.table.column_types.columns_as`).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+from pyiceberg.schema import Schema
+from pyiceberg.types import StringType
+
+from step_scripts.runner import storage
+from step_scripts.runner.contract import StepError
+from step_scripts.table.column_types import TIMESTAMP, columns_as, polars_schema
+from step_scripts.table.spec import TableSpec
+
+FLAGS: dict[str, Any] = {"write_time": TIMESTAMP, "api_invocation_time": TIMESTAMP, "is_deleted": pl.Boolean()}
+_RESERVED_COLUMNS = ("record_id", "event_time", *FLAGS)
+_MEANINGS = {
+    "event_time": "when the row became true",
+    "write_time": "when it was stored",
+    "api_invocation_time": "when it was stored",
+    "is_deleted": "whether the record does not exist from its event time on",
+}
+_SAGEMAKERS_TYPES: dict[Any, Any] = {TIMESTAMP: pl.String(), pl.Boolean(): pl.Int64()}
+
+
+def row_types(table: TableSpec) -> dict[str, Any]:
+    """Columns of a dataset's rows, in order, with their Polars types."""
+    return {"record_id": pl.String(), "event_time": TIMESTAMP} | polars_schema(table)
+
+
+def event_types(table: TableSpec) -> dict[str, Any]:
+    """Columns of events, in order, with the Polars types that they have in memory."""
+    return row_types(table) | FLAGS
+
+
+def file_types(schema: pa.Schema) -> dict[str, Any]:
+    """Polars types that the columns have in files of this schema."""
+    return dict(pl.DataFrame(schema.empty_table()).schema)
+
+
+def content_columns(table: TableSpec) -> list[str]:
+    """Columns that make up a record's content: all but the event time."""
+    return [name for name in table.column_names if name != table.event_time_column]
+
+
+def table_columns(table: TableSpec, present: Schema | None = None) -> pa.Schema:
+    """Columns of a local group's Iceberg table; or those that a table of columns `present` lacks, in its types."""
+    types = event_types(table)
+    if present is not None:
+        is_sagemakers = isinstance(present.find_field("event_time").field_type, StringType)
+        own_types = _SAGEMAKERS_TYPES if is_sagemakers else {}
+        types = {name: own_types.get(kind, kind) for name, kind in types.items() if name not in present.column_names}
+    meanings = {column.name: column.description for column in table.columns} | _MEANINGS
+    fields = pl.DataFrame(schema=types).to_arrow().schema
+    return pa.schema([field.with_metadata({"doc": meanings.get(field.name) or ""}) for field in fields])
+
+
+def validate_schema_change(group: str, current: TableSpec | None, table: TableSpec) -> bool:
+    """Whether `table` has columns that `current` lacks. They are accepted if they may be empty.
+
+    Raises `StepError`, naming the columns, if the store itself uses the name of one, or if rows of `table` and stored
+    rows of `current`, if there are any, are not the same kind of record: other types, keys or event time, missing
+    columns, new columns that may not be empty.
+    """
+    reserved = [name for name in table.column_names if name in _RESERVED_COLUMNS]
+    if reserved:
+        raise StepError(
+            f"table {table.name!r} cannot be stored in feature group {group}: the store uses the names {reserved} "
+            "itself. Rename these columns"
+        )
+    if current is None:
+        return False
+    old = {column.name: column for column in current.columns}
+    new = {column.name: column for column in table.columns}
+    problems = [f"{name} is missing" for name in old if name not in new]
+    for name, column in new.items():
+        if name not in old:
+            if not column.nullable:
+                problems.append(f"{name} is new and must not be empty, but stored rows have no value for it")
+            continue
+        if column.dtype != old[name].dtype:
+            problems.append(f"{name} is {column.dtype}, stored as {old[name].dtype}")
+        if old[name].nullable and not column.nullable:
+            problems.append(f"{name} must not be empty any more, but stored rows may have no value for it")
+    if table.key_columns != current.key_columns:
+        problems.append(f"key columns are {list(table.key_columns)}, were {list(current.key_columns)}")
+    if table.event_time_column != current.event_time_column:
+        problems.append(f"the event time column is {table.event_time_column}, was {current.event_time_column}")
+    if problems:
+        raise StepError(
+            f"feature group {group} exists with another schema: {'; '.join(problems)}. Use another group name, "
+            "delete the group, or add only columns that may be empty"
+        )
+    return any(name not in old for name in new)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Some Parquet files, one after the other: of the dataset; or of the group, then `stored` has their columns' types.
+
+    `index`: its number among all sources of an ingestion.
+    """
+
+    index: int
+    uris: tuple[str, ...]
+    rows: int
+    stored: Mapping[str, Any] | None = None
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a file that is not as it should be."""
+        return "Make its asset again" if self.stored is None else "Restore it from a backup, or delete the group"
+
+
+def grouped(
+    files: Sequence[tuple[str, int]], most_rows: int, first_index: int = 0, stored: Mapping[str, Any] | None = None
+) -> list[Source]:
+    """Consecutive files, given as (URI, rows), as sources of up to `most_rows` rows, or of one file."""
+    groups: list[list[tuple[str, int]]] = []
+    held = 0
+    for uri, rows in files:
+        if not groups or held + rows > most_rows:
+            groups.append([])
+            held = 0
+        groups[-1].append((uri, rows))
+        held += rows
+    return [
+        Source(index, tuple(uri for uri, _ in group), sum(rows for _, rows in group), stored)
+        for index, group in enumerate(groups, first_index)
+    ]
+
+
+def read_source(
+    source: Source, columns: Sequence[str], table: TableSpec, rows: pl.Series | None = None
+) -> pl.DataFrame:
+    """Columns of `source`, all its rows or those at given positions. Columns that stored files lack are null.
+
+    Raises `StepError` if a file cannot be read, lacks a column, or has one of another type.
+    """
+    types = source.stored if source.stored is not None else row_types(table)
+    wanted = event_types(table)
+    try:
+        events = pl.scan_parquet(
+            [_file(uri) for uri in source.uris],  # pyright: ignore[reportArgumentType]
+            schema=types,  # pyright: ignore[reportArgumentType]
+            missing_columns="raise" if source.stored is None else "insert",
+            extra_columns="ignore",
+            hive_partitioning=False,
+            glob=False,
+        )
+        result = events.select(columns_as(types, {name: wanted[name] for name in columns})).collect()
+    except (FileNotFoundError, pl.exceptions.PolarsError) as error:
+        raise StepError(_explained(source, types, error)) from error
+    if result.height != source.rows:
+        raise StepError(f"{source.uris[0]} and those after it have other rows than they should. {source.remedy}")
+    return result if rows is None or len(rows) == source.rows else result[rows]
+
+
+def _file(uri: str) -> Any:
+    return io.BytesIO(storage.read_bytes(uri)) if storage.is_remote(uri) else storage.local_path(uri)
+
+
+def _explained(source: Source, types: Mapping[str, Any], error: Exception) -> str:
+    """Which file is to blame, and what is wrong with it."""
+    for uri in source.uris:
+        try:
+            schema = pl.read_parquet_schema(_file(uri))
+        except (FileNotFoundError, pl.exceptions.PolarsError) as reason:
+            return f"{uri} cannot be read ({reason}). {source.remedy}"
+        if source.stored is None and (missing := [name for name in types if name not in schema]):
+            return f"{uri} lacks the columns {missing}; it has {list(schema)}. {source.remedy}"
+        if wrong := [f"{n} is {schema[n]}, not {types[n]}" for n in types if n in schema and schema[n] != types[n]]:
+            return f"{uri}: column {'; '.join(wrong)}. {source.remedy}"
+    return f"{source.uris[0]} cannot be read ({error}). {source.remedy}"

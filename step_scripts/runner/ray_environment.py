@@ -1,0 +1,124 @@
+"""Environment variables of the processes that Ray starts, and the CPUs that they may use. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from step_scripts.runner.local_files import write_private
+
+_POLARS_ALLOCATOR = "_RJEM_MALLOC_CONF"
+_IDLE_WORKERS = "RAY_num_workers_soft_limit"
+_WORKER_ENVIRONMENT = {
+    # XGBoost's threads would otherwise spin while they wait for each other. If other processes use the same cores, a
+    # fit on two threads then takes up to 30 times as long.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # There is a worker for each CPU.
+    "POLARS_MAX_THREADS": "1",
+    # glibc would return the memory of large columns to the system at once. Getting it back, zeroed page by page, took
+    # over a quarter of the CPU time of ingestion on a virtual machine. Workers keep up to 256 MiB. Polars has its own
+    # allocator, which would return freed memory after half a second.
+    "MALLOC_MMAP_THRESHOLD_": str(256 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    _POLARS_ALLOCATOR: "dirty_decay_ms:10000",
+}
+
+
+def environment_defaults(values: Mapping[str, str]) -> contextlib.AbstractContextManager[None]:
+    """Set those of `values` that the user has not set, for the block."""
+    return environment_set({name: value for name, value in values.items() if name not in os.environ})
+
+
+@contextlib.contextmanager
+def environment_set(values: Mapping[str, str]) -> Iterator[None]:
+    """Set `values`, whatever there is, for the block."""
+    before = {name: os.environ[name] for name in values if name in os.environ}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name in values.keys() - before.keys():
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+def worker_environment() -> dict[str, str]:
+    """Settings of the processes that Ray starts. What the user has set is kept, except how soon Polars gives memory
+    back.
+    """
+    chosen = {name: os.environ.get(name, value) for name, value in _WORKER_ENVIRONMENT.items()}
+    # Polars sets this variable when it is imported, and child processes inherit it. Of several values the last counts.
+    given = os.environ.get(_POLARS_ALLOCATOR)
+    chosen[_POLARS_ALLOCATOR] = ",".join(filter(None, (given, _WORKER_ENVIRONMENT[_POLARS_ALLOCATOR])))
+    return chosen
+
+
+def session_environment(num_cpus: int) -> dict[str, str]:
+    """`worker_environment`, and how many idle workers are kept.
+
+    Ray ends idle workers when there are more processes than CPUs, so the actors of a search would displace those that
+    the next step uses. Twice as many are kept.
+    """
+    return {**worker_environment(), _IDLE_WORKERS: os.environ.get(_IDLE_WORKERS, str(2 * num_cpus))}
+
+
+def require_token(folder: Path, token: str | None = None) -> None:
+    """Have Ray refuse whoever does not know a secret in a file in `folder`: its ports are open to the network.
+
+    Where `RAY_AUTH_MODE` says nothing, `ray.init` wants a token for what it starts; `ray start` has to be told. What
+    the user has set is for other clusters.
+    """
+    path = folder / "ray_token"
+    if not path.exists():
+        write_private(path, (token or secrets.token_hex(32)).encode())
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # the token itself would win over the file
+        os.environ.pop(name, None)
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    # Ray recommends to choose a mode.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+
+
+def use_token_if_present() -> None:
+    """Have Ray use the token that is on this machine, if there is one. Ray reads the setting when it is imported.
+
+    A cluster without authentication ignores the token.
+    """
+    home = os.environ.get("HOME")
+    file = home is not None and os.access(Path(home, ".ray", "auth_token"), os.R_OK)
+    if file or os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use, at least 1. Ray itself would count all CPUs of the machine.
+
+    Affinity (`taskset`) limits them, and the quotas of control groups, which containers and systemd set.
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([count, *map(int, _cpu_quotas(Path("/")))]))
+
+
+def _cpu_quotas(root: Path) -> Iterator[float]:
+    """CPUs that the control groups of this process allow, in both versions of Linux's interface below `root`."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for _, controllers, name in (line.split(":", 2) for line in lines):
+        version_2 = controllers == ""
+        if not version_2 and "cpu" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("" if version_2 else "cpu")
+        # Inside a container the path is often that of the host; the group's files are then at the top.
+        own = top / name.strip("/")
+        for group in [top, *(p for p in [own, *own.parents] if p.is_relative_to(top) and p != top)]:
+            files = ["cpu.max"] if version_2 else ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+            with contextlib.suppress(OSError, ValueError):
+                quota, period = " ".join((group / file).read_text() for file in files).split()
+                if float(quota) > 0:  # "max" is no number, -1 no limit
+                    yield float(quota) / float(period)
