@@ -55,6 +55,10 @@ class RaySettings(BaseModel):
     object_store_memory: int | None = None
 
 
+class RayNotStarted(RuntimeError):
+    """Ray has not come up in time, 30 s by its own measure, or failed otherwise: this process has remains of it."""
+
+
 @dataclass
 class RaySession:
     """Starts Ray on first use. `stop` ends what was started here and removes its temporary folder."""
@@ -71,7 +75,10 @@ class RaySession:
         return self.temporary_folder / "loaded-code" if self.temporary_folder is not None else None
 
     def ensure(self) -> None:
-        """Start or join Ray, once. Raises `StepError` if a given cluster cannot be joined."""
+        """Start or join Ray, once.
+
+        Raises `StepError` if a given cluster cannot be joined, `RayNotStarted` if Ray gives up while it starts.
+        """
         if self.is_started:
             return
         if sys.flags.optimize > 1:
@@ -97,14 +104,17 @@ class RaySession:
 
         own = {FOLDER_VARIABLE: str(folder), JOURNAL: str(self.journal)}
         with environment_set(session_environment(cpus) | own):
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                object_store_memory=self.settings.object_store_memory,
-                include_dashboard=False,
-                _temp_dir=str(folder / "r"),  # a folder in ours, because Ray opens it to all users
-                **options,
-            )
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    object_store_memory=self.settings.object_store_memory,
+                    include_dashboard=False,
+                    _temp_dir=str(folder / "r"),  # a folder in ours, because Ray opens it to all users
+                    **options,
+                )
+            except Exception as error:
+                raise RayNotStarted(f"Ray could not be started: {error}") from error
         _private_folders.append(folder)
 
     def stop(self) -> None:

@@ -8,10 +8,10 @@ this process leaves behind. The control descriptor is one end of a socket pair t
 - `{"prepare": true}` announces a request, and has no answer.
 - `{"warning": …}` is passed on to Dagster while a step runs.
 
-The process ends Ray and itself when the other end closes. It ends when Ray has lost a process that it needs; then it
-first sends an error with `"ended": true`, and with `"starting": true` if no step has begun. On SIGTERM the step saves
-what it can (see `step_scripts.runner.processes`), and the process ends with status 143. The Pipes session is not closed
-then: the step may go on in the job's next attempt.
+The process ends Ray and itself when the other end closes. It ends when Ray has not come up, or lost a process that it
+needs; then it first sends an error with `"ended": true`, and with `"starting": true` if no step has begun. On SIGTERM
+the step saves what it can (see `step_scripts.runner.processes`), and the process ends with status 143. The Pipes
+session is not closed then: the step may go on in the job's next attempt.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dagster_pipes import (
     PipesContext,
@@ -51,7 +51,7 @@ from step_scripts.runner.contract import Reporter, StepRequest
 from step_scripts.runner.execution import PrintReporter, failure_of, run_step
 from step_scripts.runner.processes import StopSignal, interrupt
 from step_scripts.runner.ray_environment import use_token_if_present
-from step_scripts.runner.ray_session import RaySession, RaySettings
+from step_scripts.runner.ray_session import RayNotStarted, RaySession, RaySettings
 from step_scripts.runner.s3_objects import service_client
 
 _SHUTDOWN_SECONDS = 3.0
@@ -142,9 +142,12 @@ class _Driver:
                 importlib.import_module(module, __package__)
             message = self._requests.get()
             if "prepare" in message:
-                # The request would raise the error again; it is reported then.
-                with contextlib.suppress(Exception):
+                try:
                     self._session.ensure()
+                except RayNotStarted as error:
+                    self._lost(str(error))
+                except Exception:  # noqa: BLE001, S110  # the request raises it again; it is reported then
+                    pass
                 ready = time.monotonic()
                 continue
             answer = self._answer(message, waited=max(0.0, ready - message["received"]))
@@ -172,6 +175,8 @@ class _Driver:
                     if pipes is not None:
                         pipes.report_custom_message({"step_error": failure})
                     raise
+        except RayNotStarted as error:
+            self._lost(str(error))
         except BaseException as error:  # noqa: BLE001  # the process's boundary; also of a step that calls sys.exit
             return {"error": failure or self._failure_of(error)}
         return {"result": result.model_dump(mode="json")}
@@ -206,7 +211,7 @@ class _Driver:
         with contextlib.suppress(OSError):
             self._channel.sendall(json.dumps(answer, default=str).encode() + b"\n")
 
-    def _lost(self, reason: str) -> None:
+    def _lost(self, reason: str) -> NoReturn:
         error = {"kind": "crash", "message": reason, "traceback": "see the run's output"}
         self._send({"error": error, "ended": True, "starting": not self._session.is_started})
         os._exit(1)

@@ -270,6 +270,32 @@ def test_ray_is_started_once_more_if_it_ends_while_it_starts(tmp_path: Path) -> 
     assert "Ray's process raylet was ended by SIGKILL" in failure(result).error_display_string
 
 
+def test_ray_is_started_once_more_if_it_does_not_come_up_in_time(tmp_path: Path) -> None:
+    """As where other programs use all cores. Ray gives up after 30 seconds."""
+    of_others = set(psutil.Process().children(recursive=True))
+    stopped: list[psutil.Process] = []
+
+    def stop_the_first() -> None:
+        def look() -> bool:
+            for process in set(psutil.Process().children(recursive=True)) - of_others:
+                with contextlib.suppress(psutil.Error):
+                    if process.name() == "raylet":
+                        process.suspend()
+                        stopped.append(process)
+                        return True
+            return False
+
+        until(look)
+
+    stopper = threading.Thread(target=stop_the_first)
+    stopper.start()
+    result, results = materialize(tmp_path, "write", values=[1])
+    stopper.join()
+    assert result.success
+    assert len(results) == 1
+    assert not stopped[0].is_running() or stopped[0].status() == psutil.STATUS_ZOMBIE
+
+
 @pytest.mark.parametrize("moment", ["raylet", "agent"])
 def test_a_raylet_that_dies_while_ray_starts_is_noticed_in_seconds_and_leaves_nothing_behind(
     start: Start, moment: str
