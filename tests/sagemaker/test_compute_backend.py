@@ -124,9 +124,8 @@ def test_places_and_isolation_that_jobs_cannot_work_with_are_refused() -> None:
 
 
 def test_the_configuration_of_a_step_differs_where_it_says_so() -> None:
-    compute = backend(
-        "s3://bucket/", steps={"tune_model": StepJob(instance_count=4, price_per_hour=1.5, environment={"A": "1"})}
-    )
+    own_job = {"instance_count": 4, "price_per_hour": 1.5, "environment": {"A": "1"}}
+    compute = backend("s3://bucket/", steps={"tune_model": StepJob.model_validate(own_job)})
     own = compute.config_of("tune_model")
     assert (own.instance_count, own.price_per_hour, own.instance_type) == (4, 1.5, "ml.m5.xlarge")
     assert own.environment["A"] == "1"

@@ -42,7 +42,7 @@ def test_every_host_of_a_job_works(
         image=IMAGE,
         poll_seconds=0.2,
         job=job,
-        steps={STEP: StepJob(job_type=kind, instance_groups=groups)},
+        steps={STEP: StepJob.model_validate({"job_type": kind, "instance_groups": groups})},
     )
 
     def started() -> set[str]:

@@ -164,7 +164,7 @@ def test_wrong_tuning_requests_and_instance_groups_are_errors_before_the_first_s
               InstanceGroup(name="workers", instance_type="ml.c5.xlarge", instance_count=3)]  # fmt: skip
     with pytest.raises(ValueError, match="instance_groups exist for training jobs only"):
         compute(job=JobConfig(role_arn=ROLE, instance_groups=groups)).setup_for_execution(context)
-    mixed = compute(steps={"tune_model": StepJob(instance_groups=groups)})
+    mixed = compute(steps={"tune_model": StepJob.model_validate({"instance_groups": groups})})
     mixed.setup_for_execution(context)
     assert mixed.config_of("tune_model").environment == {"HOUSING_CLUSTER_HEAD_GROUP": "head"}
     with pytest.raises(ValidationError, match="two groups have the same name"):
