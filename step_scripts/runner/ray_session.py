@@ -114,7 +114,7 @@ class RaySession:
                     **options,
                 )
             except Exception as error:
-                raise RayNotStarted(f"Ray could not be started: {error}") from error
+                raise RayNotStarted(f"Ray could not be started: {str(error).rstrip('.')}") from error
         _private_folders.append(folder)
 
     def stop(self) -> None:
