@@ -9,8 +9,9 @@ from functools import reduce
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 
-from step_scripts.data.csv_fragments import LINE, Fragment, FragmentFacts, read_rows
+from step_scripts.data.csv_fragments import LINE, FragmentFacts, facts_and_text, read_rows
 from step_scripts.data.csv_text import DamagedText
 from step_scripts.data.parquet_files import write_parquet
 from step_scripts.data.partitions import without_duplicates, write_ids
@@ -67,16 +68,16 @@ def rejections_file(fragment: int) -> str:
     return f"rejected-{fragment:05d}.parquet"
 
 
-def write_rows(fragment: Fragment, plan: RowsPlan) -> FragmentReport:
-    """Write what is accepted of a fragment, and list what is rejected."""
-    report, table = FragmentReport(fragment), plan.params.table
+def write_rows(block: pa.Table, plan: RowsPlan) -> FragmentReport:
+    """Write what is accepted of a fragment, a block of `CsvFragments`, and list what is rejected."""
+    facts, text = facts_and_text(block)
+    report, fragment, table = FragmentReport(**vars(facts)), facts.fragment, plan.params.table
+    if report.fault:
+        return report
     try:
-        accepted, rejected = read_rows(report, plan.params)
+        accepted, rejected = read_rows(report, text, plan.params)
     except DamagedText as fault:
         report.fault = fault
-        return report
-    except FileNotFoundError:
-        report.fault = DamagedText(1, "the file disappeared while it was read. Restore it, then start again")
         return report
     if rejected.height:
         write_parquet(rejected.head(LISTED_REJECTIONS), plan.scratch_uri, rejections_file(fragment.index))

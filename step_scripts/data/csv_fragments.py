@@ -7,12 +7,17 @@ fragment is read again (`step_scripts.data.source_pass`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import polars as pl
+import pyarrow as pa
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
 
 from step_scripts.data.cell_parsing import parse_rows
 from step_scripts.data.csv_header import DIGEST_BLOCK, CsvFile, block_sum, encoding_fault, nul_fault
@@ -97,12 +102,53 @@ def plan_fragments(files: Sequence[CsvFile], fragment_bytes: int) -> list[Fragme
     return fragments
 
 
-def read_rows(facts: FragmentFacts, params: ValidateSourceParams) -> tuple[pl.DataFrame, pl.DataFrame]:
+class CsvFragments(Datasource):
+    """Fragments of CSV files as a source of Ray Data. Each is a block of one row: its text, and what is known of it."""
+
+    def __init__(self, fragments: Sequence[Fragment]) -> None:
+        super().__init__()
+        self._fragments = fragments
+
+    def get_name(self) -> str:
+        """See `Datasource`; shown in statistics."""
+        return "Csv"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """See `Datasource`."""
+        return sum(fragment.end - fragment.start for fragment in self._fragments)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """One a fragment, whatever the parallelism: results must not depend on the number of CPUs."""
+        return [
+            ReadTask(
+                partial(_blocks, fragment),
+                BlockMetadata(num_rows=1, size_bytes=fragment.end - fragment.start, input_files=None, exec_stats=None),
+            )
+            for fragment in self._fragments
+        ]
+
+
+def _blocks(fragment: Fragment) -> Iterable[pa.Table]:
+    facts, text = FragmentFacts(fragment), b""
+    try:
+        text = _read_text(facts)
+    except FileNotFoundError:
+        facts.fault = DamagedText(1, "the file disappeared while it was read. Restore it, then start again")
+    yield pa.table({"facts": [pickle.dumps(facts)], "text": pa.array([text], pa.large_binary())})
+
+
+def facts_and_text(block: pa.Table) -> tuple[FragmentFacts, bytes]:
+    """What a block of `CsvFragments` holds."""
+    return pickle.loads(block["facts"][0].as_py()), block["text"][0].as_py()  # noqa: S301  # by a task of this session
+
+
+def read_rows(facts: FragmentFacts, data: bytes, params: ValidateSourceParams) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The accepted rows of a fragment, with the table's columns and `LINE`, and the rejected cells (`REJECTIONS`).
 
     Completes the facts. Raises `DamagedText` for a fault that makes other lines doubtful, too.
     """
-    data = _read_text(facts)
     facts.lines, facts.counted = count_lines(data), count_records(data, params.delimiter)
     _check_text(data, facts.start)
     records, frame, faults = _parse(data, facts.fragment.file, params)

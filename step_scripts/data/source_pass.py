@@ -10,12 +10,12 @@ from itertools import accumulate, groupby
 import ray
 
 from step_scripts.data.accepted_rows import FragmentReport, RowsPlan, write_rows
-from step_scripts.data.csv_fragments import Fragment, plan_fragments
+from step_scripts.data.csv_fragments import CsvFragments, Fragment, plan_fragments
 from step_scripts.data.csv_header import CsvFile, content_digest
 from step_scripts.parameters import SourceFile
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepContext, StepError
-from step_scripts.runner.ray_data import Progress, each_call
+from step_scripts.runner.ray_data import Progress, source_reports
 from step_scripts.runner.wording import counted
 
 _SMALLEST_SHARE = 4 << 20  # of a file that is divided only to occupy all CPUs; bytes
@@ -59,7 +59,7 @@ def read_files(context: StepContext, plan: RowsPlan, files: Sequence[CsvFile]) -
     reports: dict[int, FragmentReport] = {}
     found: list[FileReport] = []
     while chosen:
-        for _, report in each_call(write_rows, [(fragment, plan) for fragment in chosen]):
+        for report in source_reports(CsvFragments(chosen), len(chosen), write_rows, plan):
             reports[report.fragment.index] = report
             progress.add(1)
             if report.fault:
