@@ -220,7 +220,7 @@ def test_a_failed_creation_says_why_and_can_be_repeated(offline: Group, aws: Aws
         offline.resource.ensure_group("sales", TABLE)
     offline.resource.delete_group("sales")
     aws.faults.throttle("*FeatureGroup", count=3)
-    assert offline.resource.ensure_group("sales", TABLE)["kind"] == "sagemaker"
+    assert offline.resource.ensure_group("sales", TABLE)["root"] == offline.resource.root
     # Deleted behind our back, and there are records.
     offline.ingest([row(0)])
     aws.sagemaker.delete_feature_group(FeatureGroupName="sales")
