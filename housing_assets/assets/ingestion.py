@@ -13,7 +13,7 @@ from housing_assets.checks.gate import require_checks_passed
 from housing_assets.config import FeatureGroupConfig, RawCsvConfig, settings_of
 from housing_assets.own_resources import SourceLocation
 from housing_assets.partitions import BACKFILL, PARTITIONS
-from housing_assets.reporting.metadata import column_schema, made_by, materialized, run_metadata
+from housing_assets.reporting.metadata import artifact_metadata, column_schema, made_by, materialized, run_metadata
 from housing_assets.runs.executor import RAY_POOL
 from resources.compute.base import ComputeBackend
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
@@ -189,15 +189,21 @@ def feature_group(
         ),
     )
     snapshot = snapshot.model_copy(update={"run_id": context.run.run_id, "dataset": raw_csv.rows.digest})
+    found = {
+        "commit": snapshot.commit,
+        "snapshot_id": str(snapshot.snapshot_id),
+        "rows_live": snapshot.artifact.rows,
+        **artifact_metadata(snapshot.artifact),
+    }
+    # The metadata have one order, whether rows were ingested or an earlier snapshot is reused.
     metadata = {
         "feature_group_name": name,
         "rows_in": raw_csv.rows.rows or 0,
-        "added": 0,  # if an earlier snapshot is reused
-        "rows_live": snapshot.artifact.rows,
+        "added": 0,
+        **found,
         "dagster/column_schema": column_schema(HOUSING_TABLE),
         **figures,
-        "commit": snapshot.commit,
-        "snapshot_id": str(snapshot.snapshot_id),
+        **found,
     }
     return materialized(snapshot, snapshot.artifact, metadata)
 
