@@ -177,7 +177,7 @@ def test_every_file_that_a_step_loads_while_it_runs_changes_its_version(
 
     sample = write_sample(tmp_path / "sales.csv", rows=600)
     rows = run("validate_source", {}, files=[source_file(sample).model_dump(mode="json")])["rows"]
-    target = {"kind": "local", "root": str(tmp_path / "store")}
+    target = {"root": str(tmp_path / "store")}
     features = run("ingest_features", {"rows": rows}, group="sales", target=target)["features"]
     splits = run("prepare_splits", {"features": features}, deduplicate=True)
     training = {name: splits[name] for name in ("train", "validation", "statistics")}
