@@ -69,7 +69,6 @@ class CleanUp:
         """Remove one after the other, whatever happens to one of them; in a dry run, only say so."""
         for one in found:
             what = f"{one.kind} {one.name}" + (f" ({one.place})" if one.place != one.name else "")
-            self.log.info(f"{'would remove' if self.dry_run else 'removing'} {what}: {one.detail}")
             try:
                 if not self.dry_run:
                     one.remove()
@@ -78,6 +77,7 @@ class CleanUp:
                 self.log.error(f"{one.kind} {one.name} could not be removed: {self.left[one.place][1]}")
             else:
                 self.gone.append(one)
+                self.log.info(f"{'would remove' if self.dry_run else 'removed'} {what}: {one.detail}")
 
     def remove_owned(self, resources: Any, kinds: Sequence[str] = KINDS) -> dict[str, str]:
         """Remove what the deployment owns of these kinds.

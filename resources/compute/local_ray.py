@@ -31,6 +31,7 @@ from pydantic import Field, PrivateAttr
 from resources.compute.base import ComputeBackend, failure_of
 from resources.inventory import OwnedItem
 from resources.pipes_session import pipes_session
+from resources.waiting import wait_until
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepRequest, StepResult
 from step_scripts.runner.processes import end_processes, how_ended
@@ -55,6 +56,12 @@ class _Worker:
     channel: socket.socket
     folder: SessionFolder
     received: bytes = b""
+
+    def is_visible(self) -> bool:
+        """Whether others can see that the keeper is there, or that it has ended."""
+        with contextlib.suppress(psutil.Error):
+            return bool(psutil.Process(self.process.pid).environ())
+        return True
 
     def send(self, message: dict[str, Any]) -> None:
         """Send `message`. If the process has ended, `reply` finds out."""
@@ -204,11 +211,14 @@ class LocalRay(ComputeBackend):
                     env=environment,
                     start_new_session=True,  # Ctrl-C reaches the run alone, which then ends this process in order
                 )
+            worker = _Worker(process, ours, folder)
+            # `_sessions` looks at its environment, which the system shows an instant after a program has been started.
+            wait_until(worker.is_visible, timeout=5.0, interval=0.005, what=f"the start of process {process.pid}")
         except BaseException:
             ours.close()  # a keeper that has been started ends when it sees this
             folder.remove()
             raise
-        return _Worker(process, ours, folder)
+        return worker
 
     def prepare(self, context: dg.AssetExecutionContext) -> None:
         """Start Ray now if there is no earlier result that could make it unnecessary."""

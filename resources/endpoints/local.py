@@ -42,7 +42,8 @@ from resources.inventory import NotOwned, OwnedItem, discarded_items, remove_dis
 from resources.model_registry.base import NAME, ModelVersion, check_name
 from step_scripts.runner import storage
 from step_scripts.runner.contract import DamagedArtifactError
-from step_scripts.runner.local_files import file_lock, private_folder
+from step_scripts.runner.local_files import private_folder
+from step_scripts.runner.locking import file_lock
 from step_scripts.serving.deployment import CAPTURE_FOLDER, DEPLOYMENT_FILE, CaptureCounts
 
 _FAILURES = (ServerUnreachable, SmokeTestFailed, InvocationFailed, DamagedArtifactError, TimeoutError)

@@ -30,7 +30,7 @@ from resources.model_registry.base import (
     verified,
 )
 from step_scripts.runner import storage
-from step_scripts.runner.local_files import file_lock
+from step_scripts.runner.locking import file_lock
 
 
 class LocalModelRegistry(ModelRegistry):

@@ -33,7 +33,8 @@ from step_scripts.feature_store.events import event_types, file_types
 from step_scripts.feature_store.group import COMMAND, LOCK_SECONDS, ORPHAN_AGE, Attempt, Group, GroupInfo
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.local_files import private_folder, try_lock
+from step_scripts.runner.local_files import private_folder
+from step_scripts.runner.locking import try_lock
 from step_scripts.runner.s3_objects import delete_objects, delete_prefix, list_objects
 
 _POLL_SECONDS = 0.05

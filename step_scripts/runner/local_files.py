@@ -1,7 +1,4 @@
-"""Local files: folders and files that only their user may read, locks between processes, messages for a full disk.
-
-Imports nothing heavy, and `filelock` only for locks: AWS's image, in which the endpoint reads files, does not have it.
-"""
+"""Local files: folders and files that only their user may read, and messages for a full disk."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-_WITHOUT_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Libraries in other languages pass on the reason as text only; NumPy only counts the items that it could not write.
 _FULL_TEXTS = re.compile(
@@ -42,60 +38,6 @@ def write_private(path: Path, data: bytes) -> None:
     """Write a new file of mode 0600. Raises `FileExistsError`."""
     with open_private(path, "xb") as file:
         file.write(data)
-
-
-class NoLocks(OSError):
-    """The file system that a file is on has no locks."""
-
-
-@contextmanager
-def file_lock(path: Path, timeout_seconds: float, purpose: str) -> Iterator[None]:
-    """Hold an exclusive lock on `path` (created if absent, never removed) during the block.
-
-    The operating system releases it when its holder dies. Raises `TimeoutError` naming file and `purpose` if another
-    process or thread still holds it after `timeout_seconds`, `NoLocks` where the file system refuses locks.
-    """
-    from filelock import FileLock, Timeout
-
-    private_folder(path.parent)
-    lock = FileLock(path, timeout_seconds, mode=0o600, poll_interval=0.02, fallback_to_soft=False)
-    with _refusal_explained(path):
-        try:
-            lock.acquire()
-        except Timeout as error:
-            message = f"{purpose}: another process has held {path} for more than {timeout_seconds:g} s"
-            raise TimeoutError(message) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def try_lock(descriptor: int, path: Path) -> bool:
-    """Take an exclusive lock on an open file or folder, which is at `path`; False if another process has it.
-
-    Raises `NoLocks` naming the path and the remedy where the file system refuses locks.
-    """
-    from filelock import lock_descriptor
-
-    with _refusal_explained(path):
-        return lock_descriptor(descriptor, blocking=False)
-
-
-@contextmanager
-def _refusal_explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _WITHOUT_LOCKS:
-            raise
-        raise NoLocks(
-            error.errno,
-            "the file system refuses locks (flock), without which two runs could overwrite each other's work. Mount it "
-            "with locks (NFS: a lock service, or the option local_lock=flock on a single machine), or let HOUSING_ROOT "
-            "name a folder on another disk",
-            str(path),
-        ) from error
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from step_scripts.runner.local_files import try_lock
+from step_scripts.runner.locking import try_lock
 from step_scripts.runner.processes import end_processes
 
 PREFIXES = ("housing-", "ray-")

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from step_scripts.runner import storage
-from step_scripts.runner.local_files import file_lock, open_private, private_folder, write_private
+from step_scripts.runner.local_files import open_private, private_folder, write_private
+from step_scripts.runner.locking import file_lock
 from step_scripts.runner.ray_session import RaySession
 from step_scripts.serving.capture import CapturedRequest, RequestCapture
 from step_scripts.serving.deployment import CaptureSettings
