@@ -203,7 +203,6 @@ def feature_group(
         **found,
         "dagster/column_schema": column_schema(HOUSING_TABLE),
         **figures,
-        **found,
     }
     return materialized(snapshot, snapshot.artifact, metadata)
 

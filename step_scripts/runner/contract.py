@@ -268,8 +268,7 @@ class StepDefinition:
 
 def file_info(uri: str, relative_to: str, rows: int | None = None) -> FileInfo:
     """`FileInfo` of the file at `uri`, by reading it once. Cheapest where it was written: it is cached there."""
-    opened = storage.open_input(uri) if storage.is_remote(uri) else storage.local_path(uri).open("rb")  # without Arrow
-    with opened as file:
+    with storage.open_plain(uri) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]  # Arrow's too
         size = file.tell()
     return FileInfo(path=uri.removeprefix(relative_to.rstrip("/") + "/"), rows=rows, bytes=size, sha256=digest)

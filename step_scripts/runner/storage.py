@@ -13,7 +13,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -78,9 +78,7 @@ def _s3(endpoint: str | None, region: str | None, credentials: tuple[str | None,
 
 def read_bytes(uri: str) -> bytes:
     """The whole content. Raises `FileNotFoundError`."""
-    if not is_remote(uri):
-        return local_path(uri).read_bytes()  # without Arrow, which takes a while to import
-    with open_input(uri) as file:
+    with open_plain(uri) as file:
         return file.read()
 
 
@@ -124,6 +122,11 @@ def open_input(uri: str) -> Iterator[IO[bytes]]:
     filesystem_, path = filesystem(uri)
     with filesystem_.open_input_file(path) as file:
         yield file  # pyright: ignore[reportReturnType]  # Arrow's NativeFile implements the file protocol
+
+
+def open_plain(uri: str) -> AbstractContextManager[IO[bytes]]:
+    """As `open_input`, but local files without Arrow, which takes a while to import."""
+    return open_input(uri) if is_remote(uri) else local_path(uri).open("rb")
 
 
 @contextmanager
