@@ -6,7 +6,7 @@ This module imports pandera (0.7 s): import it inside functions, so that the cod
 
 import pandera.polars as pa
 
-from step_scripts.table.constraints import table_from_pandera
+from step_scripts.table.column_types import table_from_pandera
 
 
 class HouseSale(pa.DataFrameModel):

@@ -125,7 +125,7 @@ def _found_with() -> dict[str, str]:
     except FileNotFoundError:  # the project is installed as a library: of its modules, any may be the schema's
         sources = sorted(SCHEMA.parent.rglob("*.py"))
         code = sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-        code += module_version("step_scripts.table.constraints")
+        code += module_version("step_scripts.table.column_types")
     return {"python": sys.version, "code": code, **libraries}
 
 

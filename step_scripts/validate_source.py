@@ -1,8 +1,8 @@
 """Step `validate_source`: CSV files of any size to validated Parquet, with a table of the rows that were rejected.
 
-Headers are checked first, in the driver. Then each fragment of the files is read by a task (`csv_fragments`), which
-writes what is accepted as one file (`accepted_rows`); only small reports come back. What the step writes does not
-depend on how many fragments there were, other than the names of the files.
+Headers are checked first, in the driver. Then each fragment of the files is read by a task, which writes what is
+accepted as one file (`csv_fragments`); only small reports come back. What the step writes does not depend on how many
+fragments there were, other than the names of the files.
 """
 
 from __future__ import annotations
@@ -12,11 +12,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from step_scripts.data.accepted_rows import FragmentReport, RowsPlan, merged_statistics, rewrite_rows, rows_artifact
+from step_scripts.data.csv_fragments import FragmentReport, RowsPlan, merged_statistics, rewrite_rows, rows_artifact
 from step_scripts.data.csv_header import CsvFile, read_header
 from step_scripts.data.partitions import find_duplicates, partition_count
-from step_scripts.data.rejected_rows import rejection_message, rejections
-from step_scripts.data.source_pass import check_counts, check_rows, check_unchanged, files_read, read_files
+from step_scripts.data.source_pass import (
+    check_counts,
+    check_rows,
+    check_unchanged,
+    files_read,
+    read_files,
+    rejection_message,
+    rejections,
+)
 from step_scripts.parameters import ValidateSourceParams
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, StepContext, StepDefinition, StepError, StepOutcome, file_info
@@ -60,7 +67,7 @@ def _run(context: StepContext, params: ValidateSourceParams, files: list[CsvFile
     check_counts(found, {} if keep else duplicates)
     dropped = 0 if keep else duplicates.total()
     with context.phase("list rejected rows"):
-        table, reasons = rejections(found, scratch_uri, duplicate_uris, dropped, params.table.key_columns)
+        table, reasons = rejections(found, plan, duplicate_uris, dropped)
         rejected_uri = storage.join(context.output_uri("rejected"), _REJECTED)
         storage.write_bytes(rejected_uri, table.write_csv().encode())
     total = sum(r.records for r in reports)
@@ -128,7 +135,7 @@ def _find_duplicates(
 
     The rows of these fragments are written again without them, or with ids of their own; their reports are corrected.
     """
-    id_uris = [plan.ids_uri(report.fragment.index) for report in reports if report.written.rows]
+    id_uris = [plan.ids_uri(report.fragment.index) for report in reports if report.written.file]
     uris = [storage.join(plan.scratch_uri, f"duplicates-{number:05d}.parquet") for number in range(plan.partitions)]
     duplicates, written = Counter[int](), []
     for number, found in each_call(find_duplicates, [(id_uris, *call) for call in enumerate(uris) if id_uris]):

@@ -3,7 +3,7 @@
 Two words: a *fragment* is a range of bytes of a file, read on its own; a *partition* holds all rows whose keys have
 certain hashes.
 
-Begin with `source_pass` (the driver's side of reading CSV files), `csv_fragments` (from a fragment to rows),
-`accepted_rows` (what becomes of them) and `splits`. Imports `step_scripts.parameters`, `table` and `runner`; steps
-`validate_source` and `prepare_splits` use it.
+Begin with `source_pass` (the driver's side of reading CSV files), `csv_fragments` (the tasks' side), `csv_rows` (from
+text to rows) and `splits`. Imports `step_scripts.parameters`, `table` and `runner`; steps `validate_source` and
+`prepare_splits` use it.
 """

@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 from step_scripts.runner import storage
 from step_scripts.runner.contract import FileInfo
 from step_scripts.runner.wording import counted
-from step_scripts.table.column_types import polars_schema
-from step_scripts.table.constraints import violations
+from step_scripts.table.column_types import polars_schema, violations
 from step_scripts.table.spec import TableSpec
 
 _BATCH_ROWS = 1 << 16

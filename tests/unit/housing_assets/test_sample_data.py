@@ -14,8 +14,7 @@ import xgboost as xgb
 
 from housing_assets.sample_data import MODIFIED, generate_sales, main, write_sample
 from housing_assets.schema import HOUSING_TABLE
-from step_scripts.table.column_types import polars_schema
-from step_scripts.table.constraints import violations
+from step_scripts.table.column_types import polars_schema, violations
 
 
 def test_same_seed_same_bytes_and_time(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from resources.compute.base import as_metadata
 from resources.sagemaker.job_kinds import PROCESSING, TRAINING
-from step_scripts.data.rejected_rows import Reason, rejection_message
+from step_scripts.data.source_pass import Reason, rejection_message
 from step_scripts.parameters import ValidateSourceParams
 from step_scripts.runner.wording import are, counted, megabytes, number, percent, rounded
 from step_scripts.table.spec import ColumnSpec, TableSpec

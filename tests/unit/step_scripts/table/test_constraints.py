@@ -20,8 +20,7 @@ from housing_assets.schema import HOUSING_TABLE, HouseSale
 from step_scripts.data.parquet_files import schema_violations
 from step_scripts.serving.feature_parser import FeatureParser
 from step_scripts.serving.media import RequestError
-from step_scripts.table.column_types import polars_schema
-from step_scripts.table.constraints import table_from_pandera, violations
+from step_scripts.table.column_types import polars_schema, table_from_pandera, violations
 from step_scripts.table.spec import ColumnRange, ColumnSpec, DType, TableSpec
 from tests import ROOT
 
@@ -274,7 +273,7 @@ def test_a_parquet_file_that_contradicts_the_table_is_named(tmp_path: Path) -> N
 
 def test_no_step_needs_pandera() -> None:
     program = (
-        "import sys, step_scripts.validate_source, step_scripts.serve_model, step_scripts.data.accepted_rows;"
+        "import sys, step_scripts.validate_source, step_scripts.serve_model, step_scripts.data.csv_fragments;"
         "print('pandera' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,20 +1,21 @@
-"""From the records of a CSV fragment to typed columns, and what is wrong with which cell."""
+"""From the text of a CSV fragment to typed rows, and what is wrong with which cell."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import polars as pl
 
-from step_scripts.data.csv_header import CsvFile
-from step_scripts.data.csv_text import Records
+from step_scripts.data.csv_header import CsvFile, encoding_fault, nul_fault
+from step_scripts.data.csv_text import DamagedText, Records, blank_bytes, count_lines, split_records
 from step_scripts.parameters import ValidateSourceParams
 from step_scripts.runner.wording import counted
-from step_scripts.table.column_types import polars_schema, read_csv
-from step_scripts.table.constraints import VIOLATION_SCHEMA, violations
+from step_scripts.table.column_types import VIOLATION_SCHEMA, polars_schema, read_csv, violations
 from step_scripts.table.spec import ColumnSpec, DType, TableSpec
 
 _LARGEST_EXACT = 2**53
+_SHOWN_BYTES = 60
 _SHOWN_CHARACTERS = 100
 _NOT_A: dict[DType, str] = {
     "int64": "is not a whole number",
@@ -23,9 +24,85 @@ _NOT_A: dict[DType, str] = {
     "datetime": "is not a time such as 2024-05-01T12:00:00Z",
     "string": "is not a text",
 }
+LINE = "_line"
+REJECTIONS = {
+    "line": pl.Int64(),
+    "column": pl.String(),
+    "value": pl.String(),
+    "reason": pl.String(),
+    "problem": pl.String(),
+}
+"""Columns of a table of rejected cells. `problem` is the reason without what belongs to one row only."""
 
 
-def parse_rows(records: Records, file: CsvFile, params: ValidateSourceParams) -> tuple[pl.DataFrame, pl.DataFrame]:
+def read_rows(
+    data: bytes, offset: int, file: CsvFile, params: ValidateSourceParams
+) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, int]]:
+    """The accepted rows, with the table's columns and `LINE`, the rejected cells (`REJECTIONS`), and counts.
+
+    `data` are lines of `file` from byte `offset` on, as `with_newlines` returned them. The counts have the names of
+    fields of `FragmentReport`. Raises `DamagedText` for a fault that makes other lines doubtful, too.
+    """
+    _check_text(data, offset)
+    records, frame, faults = _parse(data, file, params)
+    wrong = faults["row"].unique()
+    rows = frame.with_columns(pl.Series(LINE, records.lines))
+    accepted = rows.filter(~pl.int_range(pl.len(), dtype=pl.UInt32).is_in(wrong.implode())) if len(wrong) else rows
+    malformed_lines = sum(row.lines for row in records.malformed_rows)
+    counts = {
+        "records": rows.height + len(records.malformed_rows),
+        "malformed_rows": len(records.malformed_rows),
+        "rejected_rows": len(wrong) + len(records.malformed_rows),
+        "record_lines": int(records.spans.sum()) + malformed_lines,
+        "rejected_lines": int(records.spans[wrong.to_numpy()].sum()) + malformed_lines,
+    }
+    return accepted, _rejected(records, faults, file.fields), counts
+
+
+def _check_text(data: bytes, offset: int) -> None:
+    if (position := data.find(b"\0")) >= 0:
+        raise DamagedText(count_lines(data[:position]) + 1, nul_fault(offset + position))
+    if not data.isascii():
+        try:
+            data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = count_lines(data[: error.start]) + 1
+            raise DamagedText(line, encoding_fault(data, error.start, offset)) from error
+
+
+def _parse(data: bytes, file: CsvFile, params: ValidateSourceParams) -> tuple[Records, pl.DataFrame, pl.DataFrame]:
+    columns = zip(params.table.columns, file.positions, strict=True)
+    split = partial(
+        split_records,
+        delimiter=params.delimiter,
+        fields=file.fields,
+        max_line_bytes=params.max_line_bytes,
+        single_line={position: column.name for column, position in columns if column.dtype != "string"},
+    )
+    terminated = data if data[-1:] in (b"\n", b"") else data + b"\n"  # Polars is lax on a last line without
+    records = split(terminated)
+    if terminated is not data and params.unterminated_last_row == "refuse":
+        _check_last_line(data, params.delimiter)
+    try:
+        return records, *_parse_rows(records, file, params)
+    except pl.exceptions.PolarsError:  # as many fields are missing in some records as others have too many
+        records = split(terminated, exact=True)
+        return records, *_parse_rows(records, file, params)
+
+
+def _check_last_line(data: bytes, delimiter: str) -> None:
+    """Raise `DamagedText` if the text, which has no line end at its end, may have been cut off in a row."""
+    text = data[data.rfind(b"\n") + 1 :]
+    if text.strip(blank_bytes(delimiter)):
+        shown = text[-_SHOWN_BYTES:].decode("utf-8", errors="ignore")
+        problem = (
+            f"the last row ends in {shown!r}, without the line end that other rows have: was the file cut off? "
+            "Copy or export it again, or set unterminated_last_row to accept if it is complete"
+        )
+        raise DamagedText(count_lines(data) + 1, problem)
+
+
+def _parse_rows(records: Records, file: CsvFile, params: ValidateSourceParams) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Parse the records, and find the values that the table does not permit.
 
     The first frame holds the table's columns, typed, one row a record, with null for cells that do not parse. The
@@ -139,3 +216,20 @@ def _parsed_times(texts: pl.Series) -> pl.Series:
         .str.replace(r"^(.{10}T[\d:.]+)$", "${1}Z")
     )
     return complete.str.to_datetime("%+", time_unit="us", time_zone="UTC", strict=False)
+
+
+def _rejected(records: Records, faults: pl.DataFrame, fields: int) -> pl.DataFrame:
+    """The faults of cells and the malformed rows, in order of line."""
+    rows = faults["row"].to_numpy()
+    takes = pl.lit(pl.Series(records.spans[rows]))
+    reason = pl.concat_str(pl.when(pl.col("value") != "").then(pl.col("value") + " ").otherwise(pl.lit("")), "problem")
+    reason = pl.when(takes > 1).then(pl.format("{}; the row takes {} lines", reason, takes)).otherwise(reason)
+    line = pl.Series("line", records.lines[rows], pl.Int64)
+    cells = faults.select(line, "column", "value", reason.alias("reason"), "problem")
+    malformed = []
+    for row in records.malformed_rows:
+        problem = f"row has {counted(row.fields, 'field')}, the header {fields}"
+        spanning = f"; it takes {counted(row.lines, 'line')}" if row.lines > 1 else ""
+        malformed.append((row.line, "", row.text, f"the {problem}{spanning}", problem))
+    rejected = pl.concat([cells, pl.DataFrame(malformed, schema=REJECTIONS, orient="row")])
+    return rejected.sort("line", maintain_order=True)
