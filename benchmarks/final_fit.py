@@ -29,8 +29,8 @@ PARAMETERS = {
 def on_ray(folder: str, rounds: int) -> dict[str, Any]:
     """The platform's engine `ray_train`."""
     from housing_assets.schema import HOUSING_TABLE
+    from step_scripts.training.boosting import read_splits
     from step_scripts.training.engines import FitRequest, fit
-    from step_scripts.training.training_data import read_splits
 
     importlib.import_module("step_scripts.tune_model")  # the step whose second half the fit is
     figures: dict[str, float] = {}

@@ -24,8 +24,8 @@ def on_ray(folder: str, trials: int, rounds: int) -> dict[str, Any]:
     """The search of step `tune_model`."""
     from housing_assets.schema import HOUSING_TABLE
     from step_scripts.parameters import TuneModelParams
+    from step_scripts.training.boosting import read_splits
     from step_scripts.training.search import run_search
-    from step_scripts.training.training_data import read_splits
 
     params = TuneModelParams(
         table=HOUSING_TABLE,

@@ -24,8 +24,8 @@ from benchmarks.steps import read_inputs, write_splits
 def on_hosts(folder: str, rounds: int, hosts: int) -> dict[str, Any]:
     """The platform's engine `ray_train` on so many hosts of one core each."""
     from housing_assets.schema import HOUSING_TABLE
+    from step_scripts.training.boosting import read_splits
     from step_scripts.training.engines import FitRequest, fit
-    from step_scripts.training.training_data import read_splits
 
     _, train, validation = read_splits(read_inputs(folder), HOUSING_TABLE)
     with _hosts(hosts):
@@ -39,6 +39,7 @@ def on_hosts(folder: str, rounds: int, hosts: int) -> dict[str, Any]:
                     parameters=PARAMETERS,
                     num_boost_round=number,
                     early_stopping_rounds=number,
+                    num_workers=hosts,
                 ),
             )
             seconds = time.perf_counter() - start

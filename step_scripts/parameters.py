@@ -7,7 +7,7 @@ run configuration is derived from it while Dagster loads the code location.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -107,6 +107,21 @@ class PrepareSplitsParams(PrepareSplitsSettings, StepParams):
     as_of: str | None = Field(default=None, description="Latest event time to read, ISO 8601.")
 
 
+class TunedParameter(NamedTuple):
+    """A hyperparameter of XGBoost: the type of its values, a customary one to begin with, and its scale."""
+
+    kind: type[int] | type[float]
+    customary: float
+    logarithmic: bool = False
+
+
+TUNED = {
+    "max_depth": TunedParameter(int, 3),
+    "eta": TunedParameter(float, 0.1, logarithmic=True),
+    "min_child_weight": TunedParameter(float, 1.0),
+    "subsample": TunedParameter(float, 0.8),
+}
+"""What is tuned. Of each, `TuneModelSettings` has the fields `…_min` and `…_max`, and every preset has values."""
 PRESETS: dict[str, dict[str, float | int]] = {
     "default": {
         "max_depth_min": 1, "max_depth_max": 6,
@@ -165,9 +180,7 @@ class TuneModelSettings(StepSettings):
 
     @model_validator(mode="after")
     def _ranges_are_ordered(self) -> TuneModelSettings:
-        resolved = self.resolved()
-        for name in ("max_depth", "eta", "min_child_weight", "subsample"):
-            low, high = resolved[f"{name}_min"], resolved[f"{name}_max"]
+        for name, (low, high) in self.ranges().items():
             if low > high:
                 raise ValueError(f"{name}_min ({low}) must not be greater than {name}_max ({high})")
         return self
@@ -176,6 +189,11 @@ class TuneModelSettings(StepSettings):
         """All values, with the preset's where none is set."""
         values = self.model_dump(include=set(TuneModelSettings.model_fields))
         return values | {k: v for k, v in PRESETS[self.preset].items() if values[k] is None}
+
+    def ranges(self) -> dict[str, tuple[Any, Any]]:
+        """Smallest and largest value of each parameter that is tuned."""
+        resolved = self.resolved()
+        return {name: (resolved[f"{name}_min"], resolved[f"{name}_max"]) for name in TUNED}
 
 
 class TuneModelParams(TuneModelSettings, StepParams):

@@ -19,12 +19,12 @@ from step_scripts.model.artifact import save_model
 from step_scripts.model.xgboost_native import xgb
 from step_scripts.parameters import TuneModelParams
 from step_scripts.runner import storage
+from step_scripts.runner.cluster_resources import node_cpus
 from step_scripts.runner.contract import Artifact, StepContext, StepDefinition, StepOutcome, file_info, write_json
 from step_scripts.runner.wording import counted, number
-from step_scripts.training.boosting import History, xgboost_parameters
+from step_scripts.training.boosting import History, read_splits, xgboost_parameters
 from step_scripts.training.engines import FitRequest, fit
 from step_scripts.training.search import run_search
-from step_scripts.training.training_data import read_splits
 from step_scripts.training.trials import TrialRecord, TrialStore, fingerprint
 
 _CURVE_POINTS = 500
@@ -57,7 +57,7 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
                 parameters=parameters,
                 num_boost_round=resolved["num_boost_round"],
                 early_stopping_rounds=resolved["early_stopping_rounds"],
-                num_workers=resolved["num_workers"],
+                num_workers=resolved["num_workers"] or len(node_cpus()),
                 checkpoint_uri=_checkpoint_uri(context),
             ),
             context.log,
@@ -65,7 +65,7 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
     context.log.info(
         f"final fit by {resolved['engine']} with {counted(fitted.num_workers, 'worker')}: validation RMSE "
         f"{number(fitted.validation_rmse)}, train RMSE {number(fitted.train_rmse)}, "
-        f"{counted(fitted.best_rounds, 'round')}, "
+        f"{counted(fitted.history.best_rounds, 'round')}, "
         f"{fitted.seconds:.1f} s, {fitted.history.seconds:.1f} s of it boosting"
     )
     with context.phase("write"):
@@ -79,14 +79,14 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
             metrics={
                 "validation_rmse": fitted.validation_rmse,
                 "train_rmse": fitted.train_rmse,
-                "rounds": fitted.best_rounds,
+                "rounds": fitted.history.best_rounds,
             },
             versions={name: importlib.metadata.version(name) for name in _VERSIONS},
         )
         importance = feature_importance(fitted.booster)
         report = {
             "trials.json": [t.model_dump(mode="json") for t in trials],
-            "learning_curve.json": learning_curve(fitted.history, fitted.best_rounds, _CURVE_POINTS),
+            "learning_curve.json": learning_curve(fitted.history, _CURVE_POINTS),
             "importance.json": importance,
         }
         uri = context.output_uri("report")
@@ -99,7 +99,7 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
         metrics={
             "validation_rmse": fitted.validation_rmse,
             "train_rmse": fitted.train_rmse,
-            "best_rounds": float(fitted.best_rounds),
+            "best_rounds": float(fitted.history.best_rounds),
             "num_trials": float(len(trials)),
             "trials_failed": float(sum(t.status == "failed" for t in trials)),
             "tuning_seconds": round(context.seconds["tune"], 4),
@@ -112,7 +112,7 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
             "trials": [t.model_dump(mode="json") for t in by_rmse[:_SHOWN_TRIALS]],
             "trials_resumed": search.resumed,
             "search_repeatable": search.repeatable,
-            "learning_curve": learning_curve(fitted.history, fitted.best_rounds, _SHOWN_POINTS),
+            "learning_curve": learning_curve(fitted.history, _SHOWN_POINTS),
             "importance": importance,
             "engine": resolved["engine"],
             "num_workers": fitted.num_workers,
@@ -126,11 +126,11 @@ def _rmse(trial: TrialRecord) -> float:
     return math.inf if trial.rmse is None else trial.rmse
 
 
-def learning_curve(history: History, best_rounds: int, points: int) -> dict[str, Any]:
+def learning_curve(history: History, points: int) -> dict[str, Any]:
     """RMSE by round, thinned to about `points` rounds; the first, the best and the last round are among them."""
-    rounds = len(history.train)
-    kept = {1, best_rounds, rounds} | {int(r) for r in np.linspace(1, rounds, min(rounds, max(points - 3, 1)))}
-    chosen = sorted(kept)
+    best_rounds, rounds = history.best_rounds, len(history.train)
+    thinned = {int(r) for r in np.linspace(1, rounds, min(rounds, max(points - 3, 1)))}
+    chosen = sorted(thinned | {1, best_rounds, rounds})
     return {
         "round": chosen,
         "train": [history.train[r - 1] for r in chosen],

@@ -15,11 +15,15 @@ import sys
 from pathlib import Path
 
 from step_scripts.cluster.job import JobFiles, failure_of, ml_root, write_failure
-from step_scripts.parameters import TuneModelParams
+from step_scripts.parameters import TUNED, TuneModelParams
 from step_scripts.runner.code_version import CodeCheck
-from step_scripts.training.boosting import TrialBoosting, quantile_matrices, useful_threads, xgboost_parameters
-from step_scripts.training.training_data import read_splits
-from step_scripts.training.trials import TUNED
+from step_scripts.training.boosting import (
+    TrialBoosting,
+    quantile_matrices,
+    read_splits,
+    useful_threads,
+    xgboost_parameters,
+)
 
 _ROUNDS_BETWEEN_LINES = 100
 _log = logging.getLogger("step_scripts.tune_trial")
@@ -32,7 +36,7 @@ def run_trial(request_folder: str, hyperparameters: dict[str, str]) -> TrialBoos
     code.require()
     params = TuneModelParams.model_validate(request.params)
     resolved = params.resolved()
-    tuned = {name: kind(float(hyperparameters[name])) for name, kind in TUNED.items()}
+    tuned = {name: parameter.kind(float(hyperparameters[name])) for name, parameter in TUNED.items()}
     _log.info("trial: %s", ", ".join(f"{name} {value:.6g}" for name, value in tuned.items()))
     _, train, validation = read_splits(request.inputs, params.table)
     threads = useful_threads(train.rows, int(os.environ.get("HOUSING_NODE_CPUS") or os.cpu_count() or 1))

@@ -10,7 +10,7 @@ import polars as pl
 from step_scripts.model.artifact import Scaler
 from step_scripts.runner.contract import Artifact, file_info, write_json
 from step_scripts.table.spec import ColumnSpec, TableSpec
-from step_scripts.training.training_data import TrainingSplit
+from step_scripts.training.boosting import TrainingSplit
 
 TABLE = TableSpec(
     name="sales",

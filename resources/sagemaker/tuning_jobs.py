@@ -19,22 +19,13 @@ from resources.sagemaker.job_kinds import TRAINING, TUNING, Job, digest_of, requ
 from resources.sagemaker.job_reports import JobFailure
 from resources.sagemaker.job_requests import JobConfig, training_request
 from resources.sagemaker.job_run import Context, JobRun
-from step_scripts.parameters import TuneModelParams, TuneModelSettings
+from step_scripts.parameters import TUNED, TuneModelParams, TuneModelSettings
 from step_scripts.runner.contract import StepRequest
 from step_scripts.runner.wording import counted
-from step_scripts.training.trials import (
-    METRICS,
-    OBJECTIVE,
-    TRIAL_MODULE,
-    TUNED,
-    TrialRecord,
-    TrialStore,
-    fingerprint,
-)
+from step_scripts.training.trials import METRICS, OBJECTIVE, TRIAL_MODULE, TrialRecord, TrialStore, fingerprint
 
 URI_VARIABLE = "HOUSING_JOB_URI"
 _LARGEST_SEED = 2**31 - 1
-_LOGARITHMIC = {"eta"}
 
 
 class NativeTuningConfig(dg.Config):
@@ -146,16 +137,14 @@ class NativeTuning:
 
 def _ranges(search: TuneModelSettings) -> tuple[dict[str, list[dict[str, str]]], dict[str, str]]:
     """Ranges as the API takes them, and the values of what has only one."""
-    resolved = search.resolved()
     ranges: dict[str, list[dict[str, str]]] = {}
     static: dict[str, str] = {}
-    for name, kind in TUNED.items():
-        low, high = resolved[f"{name}_min"], resolved[f"{name}_max"]
+    for name, (low, high) in search.ranges().items():
         if low == high:
             static[name] = str(low)
             continue
-        member = "IntegerParameterRanges" if kind is int else "ContinuousParameterRanges"
-        scaling = "Logarithmic" if name in _LOGARITHMIC else "Linear"
+        member = "IntegerParameterRanges" if TUNED[name].kind is int else "ContinuousParameterRanges"
+        scaling = "Logarithmic" if TUNED[name].logarithmic else "Linear"
         entry = {"Name": name, "MinValue": str(low), "MaxValue": str(high), "ScalingType": scaling}
         ranges.setdefault(member, []).append(entry)
     if not ranges:
@@ -191,7 +180,7 @@ def trial_records(trials: Sequence[Job], num_boost_round: int, taken: set[int]) 
 
 def _record(number: int, trial: Job, num_boost_round: int) -> TrialRecord:
     given = {**trial.facts.get("HyperParameters", {}), **trial.facts["TunedHyperParameters"]}
-    parameters = {name: kind(float(given[name])) for name, kind in TUNED.items()}
+    parameters = {name: parameter.kind(float(given[name])) for name, parameter in TUNED.items()}
     metrics = {metric["MetricName"]: metric["Value"] for metric in trial.facts.get("FinalMetricDataList", [])}
     seconds = float(trial.facts.get("TrainingTimeInSeconds") or trial.running_seconds() or 0.0)
     if trial.status != "Completed" or OBJECTIVE not in metrics:

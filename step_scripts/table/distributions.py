@@ -1,7 +1,6 @@
 """Statistics of columns that are gathered block by block and merged: moments, samples, distributions.
 
-A distribution is a small JSON object; there are two measures of how far two of them are apart. One of at most 64
-distinct values is exact:
+A distribution is a small JSON object. One of at most 64 distinct values is exact:
 `{"kind": "counts", "rows": n, "missing": m, "values": [...], "counts": [...]}`. Any other is
 `{"kind": "quantiles", "rows": n, "missing": m, "points": [...]}` with 257 points: minimum, 1/256 … 255/256 quantiles,
 maximum. The quantiles are those of a sample of at most `SAMPLE_ROWS` rows, chosen by a hash of the record, so that they
@@ -202,19 +201,12 @@ def quantile(distribution: Distribution, fraction: float) -> float:
     return float(np.interp(fraction, np.linspace(0, 1, _POINTS), distribution["points"]))
 
 
-def shares_up_to(distribution: Distribution, values: np.ndarray, *, inclusive: bool = True) -> np.ndarray:
-    """Share of the rows at or below each of `values` (below it, if not `inclusive`); linear between quantiles."""
-    side = "right" if inclusive else "left"
+def shares_up_to(distribution: Distribution, values: np.ndarray) -> np.ndarray:
+    """Share of the rows at or below each of `values`; linear between quantiles."""
     if distribution["kind"] == "counts":
         reached = np.concatenate([[0.0], np.cumsum(distribution["counts"])]) / max(distribution["rows"], 1)
-        return reached[np.searchsorted(distribution["values"], values, side=side)]
-    points = np.asarray(distribution["points"])
-    above = np.searchsorted(points, values, side=side)
-    within = np.clip(above, 1, _POINTS - 1)
-    low, high = points[within - 1], points[within]
-    part = np.divide(values - low, high - low, out=np.zeros(len(low)), where=high > low)
-    shares = (within - 1 + part) / (_POINTS - 1)
-    return np.where(above == 0, 0.0, np.where(above == _POINTS, 1.0, shares))
+        return reached[np.searchsorted(distribution["values"], values, side="right")]
+    return np.interp(values, distribution["points"], np.linspace(0, 1, _POINTS), left=0.0)
 
 
 def psi(reference: Distribution, current: Distribution) -> float:
@@ -232,38 +224,16 @@ def psi(reference: Distribution, current: Distribution) -> float:
     return float(np.sum((p - q) * np.log(p / q)))
 
 
-def _bin_counts(reference: Distribution, current: Distribution) -> tuple[np.ndarray, np.ndarray]:
-    if reference["kind"] == current["kind"] == "counts":
-        categories = sorted({*reference["values"], *current["values"]})
-        if len(categories) <= _MOST_CATEGORIES:
-            counted = [dict(zip(d["values"], d["counts"], strict=True)) for d in (reference, current)]
-            before, now = (np.array([c.get(v, 0) for v in categories], dtype=np.float64) for c in counted)
-            return _with_missing(reference, before, current, now)
-    known = reference if reference["rows"] else current
-    edges = np.unique([quantile(known, i / 10) for i in range(1, 10)])
-    before, now = (np.diff(shares_up_to(d, edges), prepend=0.0, append=1.0) * d["rows"] for d in (reference, current))
-    return _with_missing(reference, before, current, now)
-
-
-def _with_missing(
-    reference: Distribution, before: np.ndarray, current: Distribution, now: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    if not (reference["missing"] or current["missing"]):
-        return before, now
-    return np.append(before, reference["missing"]), np.append(now, current["missing"])
-
-
-def ks(reference: Distribution, current: Distribution) -> float:
-    """Kolmogorov–Smirnov distance: the largest difference between the two cumulative distributions, 0 to 1.
-
-    Missing values do not count. Raises `ValueError` if one has no values.
-    """
-    if not reference["rows"] or not current["rows"]:
-        raise ValueError("a distribution without values cannot be compared")
-    jumps = [d["values"] if d["kind"] == "counts" else d["points"] for d in (reference, current)]
-    at = np.unique(np.concatenate([np.asarray(j, dtype=np.float64) for j in jumps]))
-    differences = [
-        np.abs(shares_up_to(reference, at, inclusive=inclusive) - shares_up_to(current, at, inclusive=inclusive))
-        for inclusive in (True, False)
-    ]
-    return float(np.max(differences))
+def _bin_counts(reference: Distribution, current: Distribution) -> Sequence[np.ndarray]:
+    both = (reference, current)
+    values = sorted({value for d in both if d["kind"] == "counts" for value in d["values"]})
+    if reference["kind"] == current["kind"] == "counts" and len(values) <= _MOST_CATEGORIES:
+        counted = [dict(zip(d["values"], d["counts"], strict=True)) for d in both]
+        bins = [np.array([counts.get(value, 0) for value in values], dtype=np.float64) for counts in counted]
+    else:
+        known = reference if reference["rows"] else current
+        edges = np.unique([quantile(known, i / 10) for i in range(1, 10)])
+        bins = [np.diff(shares_up_to(d, edges), prepend=0.0, append=1.0) * d["rows"] for d in both]
+    if not any(d["missing"] for d in both):
+        return bins
+    return [np.append(rows, d["missing"]) for rows, d in zip(bins, both, strict=True)]

@@ -1,31 +1,33 @@
-"""What all fits have in common: parameters, matrices, and early stopping and checkpoints that survive a restart."""
+"""What all fits have in common: splits as matrices, parameters, early stopping, and segments that survive a restart.
+
+Any worker can read its own part of a split: the rows of all files, in order, are cut into one contiguous range a
+worker.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from threadpoolctl import threadpool_limits
+import polars as pl
+import pyarrow.parquet as pq
 
+from step_scripts.model.artifact import Scaler
 from step_scripts.model.xgboost_native import TrainingCallback, xgb
 from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact, StepError
 from step_scripts.runner.wording import counted
+from step_scripts.table.spec import TableSpec
 
-_log = logging.getLogger(__name__)
 _HISTORY = "history"
 _ROWS_PER_THREAD = 20_000
 _SEGMENTS, _SMALLEST_SEGMENT = 10, 25  # rounds of the smallest
 _SEED_STEP = 0x5851F42D  # odd, so that its multiples below 2**31 differ
-_SUFFIX = ".checkpoint"
-_KEPT = 2  # checkpoints, so that there is one before a damaged one
 
 
 class Matrix(NamedTuple):
@@ -33,6 +35,86 @@ class Matrix(NamedTuple):
 
     features: np.ndarray
     target: np.ndarray
+
+
+@dataclass(frozen=True)
+class TrainingSplit:
+    """Parquet files of one split, the rows in each, and how their columns become a `Matrix`. Cheap to send around."""
+
+    name: str
+    uris: tuple[str, ...]
+    file_rows: tuple[int, ...]
+    scaler: Scaler
+    target: str
+
+    @classmethod
+    def of(cls, name: str, artifact: Artifact, scaler: Scaler, target: str) -> TrainingSplit:
+        """The split in `artifact`. Raises `StepError` if it holds no rows."""
+        files = [f for f in artifact.files if f.path.endswith(".parquet")]
+        # Absolute: workers of Ray Train have a working directory of their own.
+        places = (storage.join(artifact.uri, f.path) for f in files)
+        uris = tuple(uri if storage.is_remote(uri) else str(storage.local_path(uri).absolute()) for uri in places)
+        rows = tuple(f.rows or 0 for f in files)
+        if sum(rows) == 0:
+            raise StepError(f"the {name} split at {artifact.uri} holds no rows: raise its fraction, or bring more data")
+        return cls(name, uris, rows, scaler, target)
+
+    @property
+    def rows(self) -> int:
+        """Rows in all files."""
+        return sum(self.file_rows)
+
+    def load(self, rank: int = 0, num_workers: int = 1) -> Matrix:
+        """Part `rank` of `num_workers` nearly equal parts; one file at a time is in memory beside the result.
+
+        Raises `StepError` for a missing column, or a target that is null, infinite or not a number.
+        """
+        start, stop = self.rows * rank // num_workers, self.rows * (rank + 1) // num_workers
+        features = np.empty((stop - start, len(self.scaler.features)), dtype=np.float32)
+        target = np.empty(stop - start, dtype=np.float32)
+        position = 0
+        for frame in self._frames(start, stop):
+            end = position + frame.height
+            features[position:end] = self.scaler.transform(frame)
+            target[position:end] = frame[self.target].cast(pl.Float64).to_numpy()
+            position = end
+        if bad := int(np.count_nonzero(~np.isfinite(target))):
+            raise StepError(
+                f"{bad:,} of {counted(len(target), 'row')} of the {self.name} split without a finite {self.target}"
+            )
+        return Matrix(features, target)
+
+    def _frames(self, start: int, stop: int) -> Iterator[pl.DataFrame]:
+        """Rows `start` to `stop` of all files, in order."""
+        columns, offset = [*self.scaler.features, self.target], 0
+        for uri, rows in zip(self.uris, self.file_rows, strict=True):
+            if offset < stop and offset + rows > start:
+                with storage.open_input(uri) as source:
+                    file = pq.ParquetFile(source, pre_buffer=storage.is_remote(uri))
+                    if missing := [name for name in columns if name not in file.schema_arrow.names]:
+                        raise StepError(f"{uri} lacks the columns {missing}; it has {file.schema_arrow.names}")
+                    frame = pl.DataFrame(file.read(columns))
+                yield frame[max(start - offset, 0) : stop - offset]
+            offset += rows
+
+
+def read_splits(
+    inputs: Mapping[str, Artifact], table: TableSpec
+) -> tuple[dict[str, Any], TrainingSplit, TrainingSplit]:
+    """The content of `scaler.json` in the input `statistics`, and the splits `train` and `validation` scaled by it.
+
+    Raises `StepError` if it lacks a feature or a split holds no rows.
+    """
+    statistics = inputs["statistics"]
+    scaler_json = json.loads(storage.read_bytes(statistics.file_uri("scaler.json")))
+    try:
+        scaler = Scaler.from_json(scaler_json, table.features)
+    except KeyError as error:
+        raise StepError(
+            f"{statistics.file_uri('scaler.json')} lacks the feature {error}: prepare the splits again"
+        ) from error
+    train, validation = (TrainingSplit.of(name, inputs[name], scaler, table.target) for name in ("train", "validation"))
+    return scaler_json, train, validation
 
 
 def xgboost_parameters(tuned: dict[str, float | int], seed: int) -> dict[str, Any]:
@@ -49,17 +131,6 @@ def xgboost_parameters(tuned: dict[str, float | int], seed: int) -> dict[str, An
 def useful_threads(rows: int, cpus: int) -> int:
     """How many of `cpus` threads help to fit `rows` rows: on small data they mostly wait for each other."""
     return max(1, min(cpus, -(-rows // _ROWS_PER_THREAD)))
-
-
-@contextlib.contextmanager
-def openmp_threads(threads: int) -> Iterator[None]:
-    """Allow OpenMP, in this thread, that many threads.
-
-    Ray allows a process as many as the task had CPUs in which OpenMP was loaded, and XGBoost starts no more than that,
-    whatever `nthread` says: a fit on two cores would use one of them after trials that had a core each.
-    """
-    with threadpool_limits(threads, user_api="openmp"):
-        yield
 
 
 def quantile_matrices(train: Matrix, validation: Matrix, threads: int) -> tuple[xgb.DMatrix, xgb.DMatrix]:
@@ -224,68 +295,3 @@ def finished(booster: xgb.Booster, features: tuple[str, ...]) -> tuple[xgb.Boost
     best.feature_names = list(features)
     best.feature_types = None
     return best, history
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model with `rounds` rounds in XGBoost's binary form, for `xgboost.train`; without any, where a fit begins."""
-
-    model: bytes = b""
-    rounds: int = 0
-
-
-@dataclass(frozen=True)
-class FitCheckpoints:
-    """Files below `uri`: a line with the SHA-256 of the rest, then the model. Those of another `fit` are ignored.
-
-    A local folder is made by whoever calls `latest`. A machine that does not have it keeps nothing.
-    """
-
-    uri: str
-    fit: str
-
-    def save(self, booster: xgb.Booster) -> None:
-        """Keep the booster, and of those before only the latest. A failure is a warning: the fit needs none."""
-        if not storage.is_remote(self.uri) and not storage.local_path(self.uri).is_dir():
-            return
-        model, rounds = bytes(booster.save_raw("ubj")), booster.num_boosted_rounds()
-        try:
-            storage.write_bytes(storage.join(self.uri, self._name(rounds)), _digest(model) + b"\n" + model)
-            for old in self._files()[:-_KEPT]:
-                storage.delete(old)
-        except OSError as error:
-            _log.warning("round %d could not be kept below %s: %s", rounds, self.uri, error)
-
-    def latest(self, warn: Callable[[str], None] = _log.warning) -> Checkpoint | None:
-        """The latest checkpoint that is whole; None if there is none. What is damaged is reported to `warn`."""
-        if not storage.is_remote(self.uri):
-            storage.local_path(self.uri).mkdir(parents=True, exist_ok=True)
-        for uri in reversed(self._files()):
-            try:
-                return self._read(uri)
-            except (OSError, ValueError, xgb.core.XGBoostError) as error:
-                reason = str(error).strip().partition("\n")[0]
-                warn(f"the checkpoint {uri} cannot be used ({reason}): the final fit goes on from the one before")
-        return None
-
-    def _read(self, uri: str) -> Checkpoint:
-        digest, _, model = storage.read_bytes(uri).partition(b"\n")
-        if _digest(model) != digest:
-            raise ValueError("it is damaged: its digest is another one")
-        booster = xgb.Booster(model_file=bytearray(model))
-        rounds = booster.num_boosted_rounds()
-        if uri.rpartition("/")[2] != self._name(rounds) or len(history_of(booster).train) != rounds:
-            raise ValueError(f"it holds {counted(rounds, 'round')}, which is not what it should be")
-        return Checkpoint(model, rounds)
-
-    def _files(self) -> list[str]:
-        """Checkpoints of this fit, by their rounds."""
-        found = [(uri, uri.rpartition("/")[2]) for uri in storage.list_files(self.uri)]
-        return [uri for uri, name in found if name.startswith(f"{self.fit[:16]}-") and name.endswith(_SUFFIX)]
-
-    def _name(self, rounds: int) -> str:
-        return f"{self.fit[:16]}-{rounds:06d}{_SUFFIX}"
-
-
-def _digest(model: bytes) -> bytes:
-    return hashlib.sha256(model).hexdigest().encode()

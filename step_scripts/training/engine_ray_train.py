@@ -14,11 +14,10 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError  # 
 
 from step_scripts.model.xgboost_native import xgb
 from step_scripts.runner import storage
-from step_scripts.runner.cluster_resources import no_room, wait_seconds
+from step_scripts.runner.cluster_resources import no_room, reserved, wait_seconds
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.ray_environment import environment_defaults
-from step_scripts.training.boosting import Checkpoint
-from step_scripts.training.engines import WHAT, FitRequest, FitResult, WorkersLost, boost, boost_in_task, error_within
+from step_scripts.training.engines import WHAT, Checkpoint, FitRequest, WorkersLost, boost, error_within, result_of
 
 _MODEL = "model.ubj"
 # The controller takes a worker's reports, and notices its end, once an interval; Ray's own is 2 s. What it does then
@@ -30,13 +29,14 @@ _ROW_SECONDS = 1.2e-7  # a row in a round, on one core
 _SHORTEST_INTERVAL, _LONGEST_INTERVAL = 0.1, 2.0
 
 
-def train_booster(request: FitRequest, start: Checkpoint) -> FitResult:
+def train_booster(request: FitRequest, start: Checkpoint) -> tuple[xgb.Booster, tuple[str, ...]]:
     """Fit on a group of workers, from `start` on; a single worker needs no group and is a plain task.
 
     Raises `WorkersLost` if the group ended for no reason of its own.
     """
     if request.num_workers == 1:
-        return boost_in_task(request, start)
+        with reserved(WHAT, request.cpus_per_worker, None) as options:  # `fit` reports the waiting
+            return result_of(ray.remote(_boost_alone).options(**options, max_retries=0).remote(request, start))
     with environment_defaults(_settings(request)):
         try:
             result = _trainer(request, start).fit()
@@ -50,7 +50,11 @@ def train_booster(request: FitRequest, start: Checkpoint) -> FitResult:
     if result.checkpoint is None or result.metrics is None:
         raise RuntimeError("the workers of Ray Train ended without a checkpoint")
     with result.checkpoint.as_directory() as folder:
-        return FitResult(xgb.Booster(model_file=Path(folder, _MODEL)), tuple(result.metrics["nodes"]))
+        return xgb.Booster(model_file=Path(folder, _MODEL)), tuple(result.metrics["nodes"])
+
+
+def _boost_alone(request: FitRequest, start: Checkpoint) -> tuple[xgb.Booster, tuple[str, ...]]:
+    return boost(request, checkpoint=start), (ray.util.get_node_ip_address(),)
 
 
 def _settings(request: FitRequest) -> dict[str, str]:
@@ -66,7 +70,7 @@ def _settings(request: FitRequest) -> dict[str, str]:
 
 def controller_interval(request: FitRequest) -> float:
     """Seconds between two looks of Ray Train's controller at the workers of this fit."""
-    cores = (request.num_workers or 1) * request.threads
+    cores = request.num_workers * request.threads
     boosting = request.train.rows * request.num_boost_round * _ROW_SECONDS / cores
     cheapest = math.sqrt(_LOOK_SECONDS * boosting / _END_INTERVALS)
     return min(max(cheapest, _SHORTEST_INTERVAL), _LONGEST_INTERVAL)
@@ -81,7 +85,7 @@ def _trainer(request: FitRequest, start: Checkpoint) -> Any:
         _train_loop,
         train_loop_config={"request": request, "start": start},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=request.num_workers or 1,
+            num_workers=request.num_workers,
             resources_per_worker={"CPU": request.cpus_per_worker},
             placement_strategy="SPREAD",
         ),

@@ -8,23 +8,20 @@ from typing import Any
 
 import pandas as pd
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from step_scripts.model.xgboost_native import xgb
 from step_scripts.runner.cluster_resources import no_room, wait_seconds
 from step_scripts.runner.contract import StepError
-from step_scripts.training.boosting import Checkpoint
-from step_scripts.training.engines import WHAT, FitRequest, FitResult, WorkersLost, error_within, result_of
-from step_scripts.training.training_data import TrainingSplit
+from step_scripts.training.boosting import TrainingSplit
+from step_scripts.training.engines import WHAT, Checkpoint, FitRequest, WorkersLost, error_within, result_of
 
 
-def train_booster(request: FitRequest, start: Checkpoint) -> FitResult:
-    """Fit on one actor a worker, from `start` on; raises `WorkersLost` if xgboost_ray fails, whatever the reason.
-
-    What xgboost_ray leaves behind when it fails runs in a placement group, and ends with it.
-    """
-    group = placement_group([{"CPU": request.cpus_per_worker}] * (request.num_workers or 1), strategy="SPREAD")
+def train_booster(request: FitRequest, start: Checkpoint) -> tuple[xgb.Booster, tuple[str, ...]]:
+    """Fit on one actor a worker, from `start` on; raises `WorkersLost` if xgboost_ray fails, whatever the reason."""
+    # What xgboost_ray leaves behind when it fails runs in this group, and ends with it.
+    group = placement_group([{"CPU": request.cpus_per_worker}] * request.num_workers, strategy="SPREAD")
     try:
         if not group.wait(wait_seconds()):
             raise no_room(WHAT)
@@ -36,11 +33,17 @@ def train_booster(request: FitRequest, start: Checkpoint) -> FitResult:
         remove_placement_group(group)
 
 
-def _fit(request: FitRequest, start: Checkpoint) -> FitResult:
+def _fit(request: FitRequest, start: Checkpoint) -> tuple[xgb.Booster, tuple[str, ...]]:
     main, results = adapted_main(), {}
-    train, validation = (
-        _matrix(main, split, request.num_workers or 1) for split in (request.train, request.validation)
-    )
+    train, validation = (_matrix(main, split, request.num_workers) for split in (request.train, request.validation))
+
+    # Workers are ranked as their actors; by addresses of objects, as otherwise, bins would differ from fit to fit.
+    class Worker(main.DistributedCallback):
+        def before_train(self, actor: Any, *args: Any, **kwargs: Any) -> None:
+            main.put_queue(ray.util.get_node_ip_address())
+            context = main._RabitContext  # of the actor's process, which trains once
+            main._RabitContext = lambda _, arguments: context(f"{actor.rank:06d}", arguments)
+
     try:
         booster = main.train(
             request.parameters_from(start),
@@ -49,11 +52,11 @@ def _fit(request: FitRequest, start: Checkpoint) -> FitResult:
             evals=[(train, "train"), (validation, "validation")],
             additional_results=results,
             ray_params=main.RayParams(
-                num_actors=request.num_workers or 1,
+                num_actors=request.num_workers,
                 cpus_per_actor=request.cpus_per_worker,
                 gpus_per_actor=0,
                 checkpoint_frequency=request.num_boost_round + 1,
-                distributed_callbacks=[_ranked_by_actor(main)],
+                distributed_callbacks=[Worker()],
                 verbose=False,
             ),
             verbose_eval=False,
@@ -63,7 +66,7 @@ def _fit(request: FitRequest, start: Checkpoint) -> FitResult:
     except RuntimeError as error:  # does not say whether a worker was lost or has failed
         reason = error.__cause__ and error.__cause__.__cause__
         raise error_within(error, StepError) or WorkersLost(f"xgboost_ray failed: {reason or error}") from error
-    return FitResult(booster, tuple(sorted({node for nodes in results["callback_returns"] for node in nodes})))
+    return booster, tuple(sorted({node for nodes in results["callback_returns"] for node in nodes}))
 
 
 def _matrix(main: Any, split: TrainingSplit, num_workers: int) -> Any:
@@ -95,18 +98,3 @@ def adapted_main() -> Any:
     main._start_rabit_tracker = start_tracker
     main._stop_rabit_tracker = lambda thread: thread.join(2.0)  # seconds; it ends with the workers
     return main
-
-
-def _ranked_by_actor(main: Any) -> Any:
-    """Gives the workers of XGBoost the ranks of their actors, and reports their nodes.
-
-    They would be sorted by the address of an object, and so would their rows' summaries, of which the bins are made.
-    """
-
-    class RankedByActor(main.DistributedCallback):
-        def before_train(self, actor: Any, *args: Any, **kwargs: Any) -> None:
-            main.put_queue(ray.util.get_node_ip_address())
-            context = main._RabitContext  # of the actor's process, which trains once
-            main._RabitContext = lambda _, arguments: context(f"{actor.rank:06d}", arguments)
-
-    return RankedByActor()

@@ -1,19 +1,21 @@
-"""The final fit behind one interface, and the engines that run it."""
+"""The final fit behind one interface: its checkpoints, what each worker does, and the engines that run it."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import importlib
+import itertools
 import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
+from threadpoolctl import threadpool_limits
 
 from step_scripts.model.xgboost_native import xgb
 from step_scripts.runner import storage
@@ -23,29 +25,25 @@ from step_scripts.runner.cluster_resources import (
     cpus_per_worker,
     free_cpus,
     node_cpus,
-    reserved,
     scratch_folder,
     waiting_is_told,
 )
 from step_scripts.runner.contract import Reporter, StepError
 from step_scripts.runner.wording import counted
 from step_scripts.training.boosting import (
-    Checkpoint,
-    FitCheckpoints,
     History,
     SegmentedBoosting,
+    TrainingSplit,
     finished,
-    openmp_threads,
     quantile_matrices,
     segment_rounds,
     segment_seed,
     useful_threads,
 )
-from step_scripts.training.training_data import TrainingSplit
 
 _log = logging.getLogger(__name__)
-# Modules with a function `train_booster(FitRequest, Checkpoint) -> FitResult`, which goes on from the checkpoint and
-# raises `WorkersLost`; imported only when asked for.
+# Modules with a function `train_booster(FitRequest, Checkpoint)`, which goes on from the checkpoint and returns the
+# booster of all rounds and the nodes' addresses, or raises `WorkersLost`. Imported only when asked for.
 ENGINES = {
     "ray_train": "step_scripts.training.engine_ray_train",
     "xgboost_ray": "step_scripts.training.engine_xgboost_ray",
@@ -53,6 +51,8 @@ ENGINES = {
 WHAT = "the final fit"
 _ATTEMPTS = 3
 _NODE_LOSS_SECONDS = 120.0
+_SUFFIX = ".checkpoint"
+_KEPT = 2  # checkpoints, so that there is one before a damaged one
 
 
 class WorkersLost(Exception):
@@ -60,11 +60,69 @@ class WorkersLost(Exception):
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """A model with `rounds` rounds in XGBoost's binary form, for `xgboost.train`; without any, where a fit begins."""
+
+    model: bytes = b""
+    rounds: int = 0
+
+
+_BEGINNING = Checkpoint()
+
+
+@dataclass(frozen=True)
+class FitCheckpoints:
+    """Files below `uri`: a line with the SHA-256 of the rest, then the model. Those of another `fit` are ignored.
+
+    A local folder is made by whoever calls `latest`. A machine that does not have it keeps nothing.
+    """
+
+    uri: str
+    fit: str
+
+    def save(self, booster: xgb.Booster) -> None:
+        """Keep the booster, and of those before only the latest. A failure is a warning: the fit needs none."""
+        if not storage.is_remote(self.uri) and not storage.local_path(self.uri).is_dir():
+            return
+        model, rounds = bytes(booster.save_raw("ubj")), booster.num_boosted_rounds()
+        uri = storage.join(self.uri, f"{self.fit}-{rounds:06d}{_SUFFIX}")
+        try:
+            storage.write_bytes(uri, _digest(model) + b"\n" + model)
+            for old in self._files()[:-_KEPT]:
+                storage.delete(old)
+        except OSError as error:
+            _log.warning("round %d could not be kept below %s: %s", rounds, self.uri, error)
+
+    def latest(self, warn: Callable[[str], None]) -> Checkpoint | None:
+        """The latest checkpoint that is whole; None if there is none. What is damaged is reported to `warn`."""
+        if not storage.is_remote(self.uri):
+            storage.local_path(self.uri).mkdir(parents=True, exist_ok=True)
+        for uri in reversed(self._files()):
+            try:
+                digest, _, model = storage.read_bytes(uri).partition(b"\n")
+                if _digest(model) != digest:
+                    raise ValueError("it is damaged: its digest is another one")
+                return Checkpoint(model, int(uri.rpartition("-")[2].removesuffix(_SUFFIX)))
+            except (OSError, ValueError) as error:
+                warn(f"the checkpoint {uri} cannot be used ({error}): the final fit goes on from the one before")
+        return None
+
+    def _files(self) -> list[str]:
+        """Checkpoints of this fit, by their rounds."""
+        found = [(uri, uri.rpartition("/")[2]) for uri in storage.list_files(self.uri)]
+        return [uri for uri, name in found if name.startswith(f"{self.fit}-") and name.endswith(_SUFFIX)]
+
+
+def _digest(model: bytes) -> bytes:
+    return hashlib.sha256(model).hexdigest().encode()
+
+
+@dataclass(frozen=True)
 class FitRequest:
-    """What to fit. `parameters` go to `xgboost.train`; `num_workers` None: one a node.
+    """What to fit. `parameters` go to `xgboost.train`.
 
     `checkpoint_uri` is where workers keep the model while they fit: a prefix that all nodes reach and that is this
-    fit's alone, or None for a temporary folder.
+    fit's alone, or None for a temporary folder. `fit` fills in the CPUs of each worker.
     """
 
     train: TrainingSplit
@@ -72,7 +130,7 @@ class FitRequest:
     parameters: dict[str, Any]
     num_boost_round: int
     early_stopping_rounds: int
-    num_workers: int | None = None
+    num_workers: int = 1
     cpus_per_worker: int = 1
     checkpoint_uri: str | None = None
 
@@ -93,8 +151,9 @@ class FitRequest:
             "columns": (self.train.scaler.to_json(), self.train.target),
         }
         text = json.dumps(decisive, sort_keys=True, default=str)
-        uri = storage.join(self.checkpoint_uri, "rounds")
-        return FitCheckpoints(uri, hashlib.sha256(text.encode()).hexdigest())
+        return FitCheckpoints(
+            storage.join(self.checkpoint_uri, "rounds"), hashlib.sha256(text.encode()).hexdigest()[:16]
+        )
 
     def segmented(self) -> SegmentedBoosting:
         """What cuts `xgboost.train` into segments, keeps checkpoints and stops early."""
@@ -110,46 +169,36 @@ class FitRequest:
     @property
     def threads(self) -> int:
         """Threads of each worker."""
-        return useful_threads(self.train.rows // (self.num_workers or 1), self.cpus_per_worker)
-
-    @property
-    def features(self) -> tuple[str, ...]:
-        """Names of the features, in the order of the matrices' columns."""
-        return self.train.scaler.features
+        return useful_threads(self.train.rows // self.num_workers, self.cpus_per_worker)
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """A booster, the addresses of the nodes that fitted it, and how it came about. RMSE is in the target's unit.
+    """The booster of the best rounds, the addresses of the nodes that fitted it, and how it came about.
 
-    Engines return all rounds of the booster, `fit` the best ones. `num_workers`: how many it were in the end.
-    `resumed_at`: rounds that an interrupted group of workers had fitted.
+    RMSE is in the target's unit. `num_workers`: how many it were in the end. `resumed_at`: rounds that an interrupted
+    group of workers had fitted.
     """
 
     booster: xgb.Booster
+    history: History
     nodes: tuple[str, ...]
-    num_workers: int = 1
-    resumed_at: int = 0
-    history: History = field(default_factory=History)
-    seconds: float = 0.0
-
-    @property
-    def best_rounds(self) -> int:
-        """Rounds of the booster."""
-        return self.history.best_rounds
+    num_workers: int
+    resumed_at: int
+    seconds: float
 
     @property
     def train_rmse(self) -> float:
         """RMSE of the booster on the training split."""
-        return self.history.train[self.best_rounds - 1]
+        return self.history.train[self.history.best_rounds - 1]
 
     @property
     def validation_rmse(self) -> float:
         """RMSE of the booster on the validation split."""
-        return self.history.validation[self.best_rounds - 1]
+        return self.history.validation[self.history.best_rounds - 1]
 
 
-def fit(engine: str, request: FitRequest, log: Reporter | None = None) -> FitResult:
+def fit(engine: str, request: FitRequest, log: Reporter = _log) -> FitResult:
     """Fit with early stopping on the validation split, on `request.num_workers` workers of the Ray cluster.
 
     Workers that are lost are replaced, at most twice, on the nodes that are left; the fit goes on from its latest
@@ -159,44 +208,39 @@ def fit(engine: str, request: FitRequest, log: Reporter | None = None) -> FitRes
     Raises `StepError` if the cluster has no room for the workers, or the split has fewer rows than there are workers.
     `log` gets a line that says what is waited for.
     """
-    request = run_in_thread(lambda: _with_resources(request, log))
-    start = time.perf_counter()
-    result = run_in_thread(lambda: _fit(engine, request, log))
-    booster, history = finished(result.booster, request.features)
-    return replace(result, booster=booster, history=history, seconds=time.perf_counter() - start)
+    cpus = run_in_thread(lambda: _free_cpus_per_worker(request, log))
+    return run_in_thread(lambda: _fit(engine, replace(request, cpus_per_worker=cpus), log))
 
 
-def _fit(engine: str, request: FitRequest, log: Reporter | None) -> FitResult:
-    train_booster: Callable[[FitRequest, Checkpoint], FitResult] = importlib.import_module(
-        ENGINES[engine]
-    ).train_booster
-    warn = _log.warning if log is None else log.warning
+def _fit(engine: str, request: FitRequest, log: Reporter) -> FitResult:
+    train_booster = importlib.import_module(ENGINES[engine]).train_booster
+    began = time.perf_counter()
     with contextlib.ExitStack() as stack:
         uri = request.checkpoint_uri or stack.enter_context(scratch_folder("fit-"))
         stack.callback(storage.delete, uri)  # at the end, unless the process is killed
         request = replace(request, checkpoint_uri=uri)
-        for attempt in range(1, _ATTEMPTS + 1):
-            start = (request.checkpoints and request.checkpoints.latest(warn)) or Checkpoint()
+        for attempt in itertools.count(1):
+            start = (request.checkpoints and request.checkpoints.latest(log.warning)) or _BEGINNING
             try:
                 with waiting_is_told(WHAT, log):
-                    result = train_booster(request, start)
+                    booster, nodes = train_booster(request, start)
+                break
             except WorkersLost as error:
                 if attempt == _ATTEMPTS:
                     raise
-                warn(f"the workers of the final fit ended: {error}")
+                log.warning(f"the workers of the final fit ended: {error}")
                 await_lost_nodes(_NODE_LOSS_SECONDS)
-                nodes = node_cpus()
-                fewer = min(request.num_workers or 1, sum(nodes))
-                request = replace(request, num_workers=fewer, cpus_per_worker=cpus_per_worker(fewer, nodes))
-            else:
-                return replace(result, num_workers=request.num_workers or 1, resumed_at=start.rounds)
-    raise AssertionError("unreachable")
+                left = node_cpus()
+                fewer = min(request.num_workers, sum(left))
+                request = replace(request, num_workers=fewer, cpus_per_worker=cpus_per_worker(fewer, left))
+    booster, history = finished(booster, request.train.scaler.features)
+    seconds = time.perf_counter() - began
+    return FitResult(booster, history, nodes, request.num_workers, start.rounds, seconds)
 
 
-def _with_resources(request: FitRequest, log: Reporter | None) -> FitRequest:
-    """`request` with the number of workers and their CPUs filled in: those that are free, as soon as that is enough."""
-    nodes = node_cpus()
-    num_workers = request.num_workers or len(nodes)
+def _free_cpus_per_worker(request: FitRequest, log: Reporter) -> int:
+    """CPUs for each worker, of those that are free, as soon as these are enough."""
+    nodes, num_workers = node_cpus(), request.num_workers
     if (rows := min(request.train.rows, request.validation.rows)) < num_workers:
         raise StepError(
             f"num_workers is {num_workers}, but a split has only {counted(rows, 'row')}: ask for fewer workers"
@@ -205,46 +249,35 @@ def _with_resources(request: FitRequest, log: Reporter | None) -> FitRequest:
         raise StepError(
             f"num_workers is {num_workers}, but the Ray cluster has {counted(sum(nodes), 'CPU')}: ask for fewer workers"
         )
-    cpus = cpus_per_worker(num_workers, free_cpus(WHAT, num_workers, log))
-    return replace(request, num_workers=num_workers, cpus_per_worker=cpus)
+    return cpus_per_worker(num_workers, free_cpus(WHAT, num_workers, log))
 
 
-def boost(
-    request: FitRequest, rank: int = 0, num_workers: int = 1, checkpoint: Checkpoint | None = None
-) -> xgb.Booster:
+def boost(request: FitRequest, rank: int = 0, num_workers: int = 1, checkpoint: Checkpoint = _BEGINNING) -> xgb.Booster:
     """The loop of one worker, which reads its own part of both splits. Goes on from `checkpoint`.
 
     Validation rows are divided too: XGBoost adds up the squared errors of all workers, so that the metric is that of
     the whole split, and no row is predicted twice.
     """
-    start = checkpoint or Checkpoint()
     train = request.train.load(rank, num_workers)
     validation = request.validation.load(rank, num_workers)
-    with openmp_threads(request.threads):
+    # Ray allows a process as many OpenMP threads as the task had CPUs in which OpenMP was loaded, and XGBoost starts no
+    # more than that, whatever `nthread` says: a fit on two cores would use one of them after trials that had a core
+    # each.
+    with threadpool_limits(request.threads, user_api="openmp"):
         dtrain, dvalidation = quantile_matrices(train, validation, request.threads)
         del train, validation
         return xgb.train(
-            request.parameters_from(start),
+            request.parameters_from(checkpoint),
             dtrain,
-            num_boost_round=request.num_boost_round - start.rounds,
+            num_boost_round=request.num_boost_round - checkpoint.rounds,
             evals=[(dtrain, "train"), (dvalidation, "validation")],
             verbose_eval=False,
-            xgb_model=bytearray(start.model) or None,
+            xgb_model=bytearray(checkpoint.model) or None,
             callbacks=[request.segmented()],
         )
 
 
-def boost_in_task(request: FitRequest, start: Checkpoint) -> FitResult:
-    """Run `boost` as one Ray task with the CPUs of the largest node."""
-
-    def task() -> FitResult:
-        return FitResult(boost(request, checkpoint=start), (ray.util.get_node_ip_address(),))
-
-    with reserved(WHAT, request.cpus_per_worker, None) as options:  # `fit` reports the waiting
-        return result_of(ray.remote(task).options(**options, max_retries=0).remote())
-
-
-def result_of(reference: ray.ObjectRef) -> FitResult:
+def result_of(reference: ray.ObjectRef) -> Any:
     """What a task returns. Raises its own error if that means something to users or to `fit`."""
     try:
         return ray.get(reference)

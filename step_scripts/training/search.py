@@ -31,9 +31,15 @@ from step_scripts.runner.cluster_resources import (
 from step_scripts.runner.contract import Reporter, StepError
 from step_scripts.runner.ray_environment import environment_set
 from step_scripts.runner.wording import counted, number
-from step_scripts.training.search_algorithm import LivesInDriver, TrialProposals, report_rounds, scheduler
-from step_scripts.training.search_trial import BoostingTrial, TrialSettings
-from step_scripts.training.training_data import TrainingSplit
+from step_scripts.training.boosting import TrainingSplit
+from step_scripts.training.search_trials import (
+    BoostingTrial,
+    LivesInDriver,
+    TrialProposals,
+    TrialSettings,
+    report_rounds,
+    scheduler,
+)
 from step_scripts.training.trials import TrialRecord, TrialStore
 
 # Training rows × rounds, one or two seconds on a core: to stop a shorter trial early spares little, and the search

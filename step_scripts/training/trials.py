@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -13,13 +14,6 @@ from step_scripts.parameters import TuneModelParams
 from step_scripts.runner import storage
 from step_scripts.runner.wording import number
 
-TUNED: dict[str, type[int] | type[float]] = {
-    "max_depth": int,
-    "eta": float,
-    "min_child_weight": float,
-    "subsample": float,
-}
-"""What is tuned, and the type of its values."""
 OBJECTIVE = "validation:rmse"
 TRIAL_MODULE = "step_scripts.tune_trial"
 """What a trial that is a job of its own runs: part of the code of `tune_model` by being named here."""
@@ -57,37 +51,28 @@ class TrialRecord(BaseModel):
         )
 
 
-class _KeptTrial(BaseModel):
-    fingerprint: str
-    record: TrialRecord
-
-
 class TrialStore:
-    """Completed trials as one small JSON file each below `uri`. Those of another search (`fingerprint`) are ignored."""
+    """Completed trials as one small JSON file each, in a folder below `uri` that is the search's alone.
+
+    `fingerprint` tells the search from others.
+    """
 
     def __init__(self, uri: str, fingerprint: str) -> None:
-        self._uri = storage.join(uri, "trials")
-        self._fingerprint = fingerprint
+        self._uri = storage.join(uri, "trials", fingerprint[:32])
 
     def load(self) -> list[TrialRecord]:
         """The kept trials, by their numbers."""
         found: list[TrialRecord] = []
         for uri in storage.list_files(self._uri):
-            if not uri.endswith(".json"):
-                continue
-            try:
-                kept = _KeptTrial.model_validate_json(storage.read_bytes(uri))
-            except ValidationError:  # of another version
-                continue
-            if kept.fingerprint == self._fingerprint:
-                found.append(kept.record)
-        return sorted(found, key=lambda record: record.trial)
+            if uri.endswith(".json"):
+                with contextlib.suppress(ValidationError):  # it is damaged: the trial is run again
+                    found.append(TrialRecord.model_validate_json(storage.read_bytes(uri)))
+        return found
 
     def save(self, record: TrialRecord) -> None:
         """Keep one completed trial, atomically."""
-        kept = _KeptTrial(fingerprint=self._fingerprint, record=record)
-        name = f"{self._fingerprint[:8]}-{record.trial:05d}.json"
-        storage.write_bytes(storage.join(self._uri, name), kept.model_dump_json(indent=2).encode())
+        uri = storage.join(self._uri, f"{record.trial:05d}.json")
+        storage.write_bytes(uri, record.model_dump_json(indent=2).encode())
 
 
 def fingerprint(params: TuneModelParams, origins: Mapping[str, object]) -> str:

@@ -71,13 +71,13 @@ def _check(result: FitResult, request: FitRequest) -> None:
     """What must hold for any fit."""
     history = result.history
     assert len(history.train) == len(history.validation)
-    assert result.best_rounds == int(np.argmin(history.validation)) + 1
-    assert len(history.validation) in (result.best_rounds + PATIENCE, request.num_boost_round)
-    assert result.booster.num_boosted_rounds() == result.best_rounds
+    assert result.history.best_rounds == int(np.argmin(history.validation)) + 1
+    assert len(history.validation) in (result.history.best_rounds + PATIENCE, request.num_boost_round)
+    assert result.booster.num_boosted_rounds() == result.history.best_rounds
     # The reported figures are those of the booster on the whole splits, whoever saw which rows.
     for split, rmse in ((request.train, result.train_rmse), (request.validation, result.validation_rmse)):
         features, target = split.load()
-        predicted = result.booster.predict(xgb.DMatrix(features, feature_names=list(request.features)))
+        predicted = result.booster.predict(xgb.DMatrix(features, feature_names=list(request.train.scaler.features)))
         assert rmse == pytest.approx(float(np.sqrt(np.mean((predicted - target) ** 2))), rel=1e-4)
     assert result.nodes == (ray.util.get_node_ip_address(),)
     assert 0 < history.seconds <= result.seconds
@@ -97,7 +97,7 @@ def test_one_worker_equals_plain_xgboost(
     assert result.num_workers == 1
     np.testing.assert_allclose(result.history.validation, history["validation"], rtol=1e-5)
     np.testing.assert_allclose(result.history.train, history["train"], rtol=1e-5)
-    matrix = xgb.DMatrix(request_.validation.load().features, feature_names=list(request_.features))
+    matrix = xgb.DMatrix(request_.validation.load().features, feature_names=list(request_.train.scaler.features))
     expected = booster.predict(xgb.DMatrix(request_.validation.load().features))
     np.testing.assert_allclose(result.booster.predict(matrix), expected, rtol=1e-4)
     assert capfd.readouterr() == ("", "")
@@ -215,8 +215,8 @@ def test_a_lost_worker_is_replaced_and_the_history_goes_on(
         killer.join()
     assert killed
     assert len(result.history.validation) == rounds
-    assert result.history.validation[result.best_rounds - 1] == min(result.history.validation)
-    assert result.booster.num_boosted_rounds() == result.best_rounds
+    assert result.history.validation[result.history.best_rounds - 1] == min(result.history.validation)
+    assert result.booster.num_boosted_rounds() == result.history.best_rounds
     _wait_for_free_cpus()
 
 

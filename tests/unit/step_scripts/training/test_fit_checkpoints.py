@@ -11,15 +11,8 @@ import xgboost as xgb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_scripts.training.boosting import (
-    Checkpoint,
-    FitCheckpoints,
-    finished,
-    history_of,
-    segment_seed,
-    xgboost_parameters,
-)
-from step_scripts.training.engines import FitRequest, boost
+from step_scripts.training.boosting import finished, history_of, segment_seed, xgboost_parameters
+from step_scripts.training.engines import Checkpoint, FitCheckpoints, FitRequest, boost
 from tests.split_files import sales, splits_of, write_inputs
 
 SEGMENT = 25
@@ -72,7 +65,7 @@ def test_a_fit_that_goes_on_from_any_checkpoint_is_the_whole_fit(
         resumed = boost(request, checkpoint=checkpoint)
         assert history_of(resumed).train == history.train
         assert history_of(resumed).validation == history.validation
-        best, best_of_resumed = (finished(booster, request.features)[0] for booster in (whole, resumed))
+        best, best_of_resumed = (finished(booster, request.train.scaler.features)[0] for booster in (whole, resumed))
         assert best_of_resumed.save_raw() == best.save_raw()
     # One after every segment but the last.
     rounds = len(history.train)
@@ -124,9 +117,9 @@ def test_instead_of_a_damaged_checkpoint_the_one_before_is_used(
 def test_checkpoints_of_another_fit_are_not_taken(request_: FitRequest, tmp_path: Path) -> None:
     request = replace(request_, checkpoint_uri=str(tmp_path))
     assert request.checkpoints is not None
-    request.checkpoints.latest()
+    request.checkpoints.latest(print)
     boost(request)
-    assert request.checkpoints.latest() is not None
+    assert request.checkpoints.latest(print) is not None
     for other in (
         replace(request, parameters=request.parameters | {"eta": 0.21}),
         replace(request, num_boost_round=111),
@@ -134,4 +127,4 @@ def test_checkpoints_of_another_fit_are_not_taken(request_: FitRequest, tmp_path
         replace(request, train=request.validation),
     ):
         assert other.checkpoints is not None
-        assert other.checkpoints.latest() is None
+        assert other.checkpoints.latest(print) is None

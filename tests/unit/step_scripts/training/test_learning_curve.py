@@ -15,7 +15,7 @@ def test_first_best_and_last_round_are_shown(rmse: list[float], points: int) -> 
     best = history.best_rounds
     assert rmse[best - 1] == min(rmse)
     assert best == 1 or min(rmse[: best - 1]) > rmse[best - 1]
-    curve = learning_curve(history, best, points)
+    curve = learning_curve(history, points)
     assert len(curve["round"]) <= points
     assert {1, best, len(rmse)} <= set(curve["round"])
     assert curve["validation"] == [rmse[r - 1] for r in curve["round"]]

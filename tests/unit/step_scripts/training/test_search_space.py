@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from step_scripts.parameters import PRESETS, TuneModelParams
+from step_scripts.parameters import PRESETS, TUNED, TuneModelParams
 from step_scripts.runner.cluster_resources import cpus_per_worker
 from step_scripts.training.boosting import useful_threads
-from step_scripts.training.search_algorithm import TrialProposals, first_trial
-from step_scripts.training.trials import TUNED, TrialRecord, fingerprint
+from step_scripts.training.search_trials import TrialProposals, first_trial
+from step_scripts.training.trials import TrialRecord, fingerprint
 from tests.split_files import TABLE
 
 

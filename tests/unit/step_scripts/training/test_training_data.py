@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step_scripts.runner.contract import StepError
-from step_scripts.training.training_data import TrainingSplit
+from step_scripts.training.boosting import TrainingSplit
 from tests.split_files import TABLE, sales, scaler_of, write_split
 
 

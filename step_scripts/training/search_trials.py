@@ -1,41 +1,49 @@
-"""What the hyperparameter search tries, by Optuna's samplers, and which trials it stops early."""
+"""The trials of the search: what they try, by Optuna's samplers, how one runs, and which are stopped early.
+
+Processes of trials import this module, and do without Optuna, which takes half a second to import.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import optuna
-from optuna.distributions import FloatDistribution, IntDistribution
+import ray
+from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
-from ray.tune.search.optuna import OptunaSearch
 
-from step_scripts.parameters import TuneModelParams
+from step_scripts.model.xgboost_native import xgb
+from step_scripts.parameters import TUNED, TuneModelParams
+from step_scripts.training.boosting import TrialBoosting, quantile_matrices, useful_threads, xgboost_parameters
 from step_scripts.training.trials import TrialRecord
+
+if TYPE_CHECKING:
+    from optuna.distributions import FloatDistribution, IntDistribution
+    from ray.tune.search.optuna import OptunaSearch
 
 _REPORTS_PER_TRIAL = 8
 _ROUNDS_WITHOUT_SCHEDULER = 250
 _REDUCTION_FACTOR = 3
-# Customary values, from which the ranges are clipped.
-_FIRST_TRIAL = {"max_depth": 3, "eta": 0.1, "min_child_weight": 1.0, "subsample": 0.8}
 
 
 def search_space(params: TuneModelParams) -> dict[str, IntDistribution | FloatDistribution]:
-    """Optuna's distributions of the tuned parameters; both ends of a range belong to it. `eta` is logarithmic."""
-    v = params.resolved()
+    """Optuna's distributions of the tuned parameters; both ends of a range belong to it."""
+    from optuna.distributions import FloatDistribution, IntDistribution
+
     return {
-        "max_depth": IntDistribution(v["max_depth_min"], v["max_depth_max"]),
-        "eta": FloatDistribution(v["eta_min"], v["eta_max"], log=True),
-        "min_child_weight": FloatDistribution(v["min_child_weight_min"], v["min_child_weight_max"]),
-        "subsample": FloatDistribution(v["subsample_min"], v["subsample_max"]),
+        name: IntDistribution(*bounds)
+        if TUNED[name].kind is int
+        else FloatDistribution(*bounds, log=TUNED[name].logarithmic)
+        for name, bounds in params.ranges().items()
     }
 
 
 def first_trial(params: TuneModelParams) -> dict[str, float | int]:
     """Parameters of the first trial: customary values, moved into the ranges."""
-    return {name: min(max(_FIRST_TRIAL[name], d.low), d.high) for name, d in search_space(params).items()}
+    return {name: min(max(TUNED[name].customary, low), high) for name, (low, high) in params.ranges().items()}
 
 
 class LivesInDriver:
@@ -136,6 +144,9 @@ class TrialProposals(LivesInDriver, Searcher):
 
 def _algorithm(params: TuneModelParams, seed: int, first: dict[str, float | int] | None = None) -> OptunaSearch:
     """The search algorithm before any trial; it proposes `first` to begin with."""
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
     resolved = params.resolved()
     if resolved["search_algorithm"] == "random":
         sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
@@ -150,6 +161,66 @@ def _algorithm(params: TuneModelParams, seed: int, first: dict[str, float | int]
         sampler=sampler,
         points_to_evaluate=None if first is None else [first],
     )
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """What all trials of a search share. There is a report every `report_rounds`; `cpus` are those of one trial."""
+
+    num_boost_round: int
+    early_stopping_rounds: int
+    report_rounds: int
+    cpus: int
+    seed: int
+
+
+class BoostingTrial(tune.Trainable):
+    """Boosts `report_rounds` rounds a step and reports the best validation RMSE so far.
+
+    The matrices are binned once an actor: the bins do not depend on what is tuned.
+    """
+
+    def setup(  # pyright: ignore[reportIncompatibleMethodOverride]  # `tune.with_parameters` adds the settings
+        self, config: dict[str, Any], *, settings: TrialSettings
+    ) -> None:
+        """Begin the first trial in this actor."""
+        self._settings = settings
+        self._binned: tuple[xgb.DMatrix, xgb.DMatrix] | None = None
+        self.reset_config(config)
+
+    def receive(self, matrices: list[ray.ObjectRef]) -> None:
+        """Take references to the `Matrix` of each split, train first; called before the first step of each trial.
+
+        Not a parameter of the trainable: Ray Tune keeps those, and with them the matrices, until the session ends.
+        """
+        self._matrices = matrices
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Begin another trial in this actor."""
+        self._tuned = new_config
+        self._boosting: TrialBoosting | None = None
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Boost until the next report, early stopping or the last round."""
+        boosting = self._boosting = self._boosting or self._begin()
+        stopped_by = boosting.advance(self._settings.report_rounds)
+        return {
+            "rmse": boosting.best_rmse,
+            "rounds": boosting.rounds,
+            "best_rounds": boosting.best_rounds,
+            "stopped_by": stopped_by or "scheduler",
+            "done": stopped_by is not None,
+        }
+
+    def _begin(self) -> TrialBoosting:
+        settings = self._settings
+        if self._binned is None:
+            train, validation = ray.get(self._matrices)  # mapped, not copied
+            self._threads = useful_threads(len(train.target), settings.cpus)
+            self._binned = quantile_matrices(train, validation, self._threads)
+        parameters = xgboost_parameters(self._tuned, settings.seed) | {"nthread": self._threads}
+        return TrialBoosting(*self._binned, parameters, settings.num_boost_round, settings.early_stopping_rounds)
 
 
 def report_rounds(rounds: int, stops_early: bool) -> int:
