@@ -13,16 +13,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from step_scripts.evaluation.error_sums import Grouping, groupings
-from step_scripts.evaluation.errors_of_rows import (
+from step_scripts.evaluation.report import (
     EvaluationPlan,
     RowErrors,
     errors_of_rows,
+    evaluation_outcome,
     least_squares,
     merge_errors,
     products,
     sample_of,
 )
-from step_scripts.evaluation.report import evaluation_outcome
 from step_scripts.model.artifact import TrainedModel, load_model
 from step_scripts.parameters import EvaluateModelParams, check_slices
 from step_scripts.runner import storage

@@ -1,5 +1,4 @@
 """Errors of predictions: of all rows, of slices, and of baselines that a model has to beat.
 
-Begin with `errors_of_rows`. Imports `model`, `step_scripts.parameters`, `table` and `runner`; step `evaluate_model`
-uses it.
+Begin with `report`. Imports `model`, `step_scripts.parameters`, `table` and `runner`; step `evaluate_model` uses it.
 """

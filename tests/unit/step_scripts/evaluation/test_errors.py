@@ -14,13 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from step_scripts.evaluation.error_sums import ErrorSums, Grouping, groupings, merged, standard_deviations
-from step_scripts.evaluation.errors_of_rows import (
-    EvaluationPlan,
-    errors_of_rows,
-    least_squares,
-    merge_errors,
-    products,
-)
+from step_scripts.evaluation.report import EvaluationPlan, errors_of_rows, least_squares, merge_errors, products
 from step_scripts.parameters import Slice
 from step_scripts.runner.contract import StepError
 from tests.split_files import TABLE, sales, scaler_of
@@ -152,7 +146,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> EvaluationPlan:
 def test_blocks_do_not_show(plan: EvaluationPlan, blocks: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = sales(300, seed=1).with_columns(pl.when(pl.int_range(300) > 4).then("price").alias("price"))
     whole = errors_of_rows(rows, plan)
-    monkeypatch.setattr("step_scripts.evaluation.errors_of_rows._BATCH_ROWS", 29)
+    monkeypatch.setattr("step_scripts.evaluation.report._BATCH_ROWS", 29)
     found = merge_errors([errors_of_rows(rows[n::blocks], plan) for n in range(blocks)])
     assert found.rows_without_target == 5
     assert set(found.sums) == {"model", "mean", "linear"}
