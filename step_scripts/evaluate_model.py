@@ -15,7 +15,6 @@ import numpy as np
 from step_scripts.evaluation.error_sums import Grouping, groupings
 from step_scripts.evaluation.report import (
     EvaluationPlan,
-    RowErrors,
     errors_of_rows,
     evaluation_outcome,
     least_squares,
@@ -67,7 +66,12 @@ def run(context: StepContext, params: EvaluateModelParams) -> StepOutcome:
         sampled=min(1.0, MOST_EXACT_ROWS / max(1, test.rows)),
     )
     with context.phase("evaluate"):
-        errors = _test_errors(context, plan, test)
+        progress = Progress(context.log, "evaluate_model", test.rows)
+        errors = merge_errors(test.reports(errors_of_rows, plan, progress=progress))
+        if not errors.sums["model"].rows:
+            raise StepError(f"no row of the test split has a value of {table.target}; make the splits again")
+        for grouping, groups in zip(slices, errors.groups, strict=True):
+            grouping.require_few(len(groups))
     with context.phase("report"):
         return evaluation_outcome(context, plan, errors, champion_remark)
 
@@ -114,16 +118,6 @@ def _groupings(context: StepContext, params: EvaluateModelParams) -> tuple[Group
         first, *others = _blocks(context, "test", ["record_id", *columns]).reports(sample_of, columns)
         samples = dict(zip(columns, first.merge(*others).values.T, strict=True))
     return groupings(params.slices, params.table, samples)
-
-
-def _test_errors(context: StepContext, plan: EvaluationPlan, test: ParquetBlocks) -> RowErrors:
-    progress = Progress(context.log, "evaluate_model", test.rows)
-    errors = merge_errors(test.reports(errors_of_rows, plan, progress=progress))
-    if not errors.sums["model"].rows:
-        raise StepError(f"no row of the test split has a value of {plan.table.target}; make the splits again")
-    for grouping, groups in zip(plan.slices, errors.groups, strict=True):
-        grouping.require_few(len(groups))
-    return errors
 
 
 STEP = StepDefinition(

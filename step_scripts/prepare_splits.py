@@ -43,20 +43,18 @@ def run(context: StepContext, params: PrepareSplitsParams) -> StepOutcome:
             places=blocks.files,
         )
     scratch_uri = storage.join(context.attempt_uri, "scratch")
-    try:
-        if params.deduplicate:
-            with context.phase("exchange"):
-                events = blocks.select("record_id", "is_deleted", *TIMES)
-                plan = replace(plan, latest=latest_events(events, plan.as_of, scratch_uri, context.log))
-        with context.phase("split"):
-            progress = Progress(context.log, "prepare_splits", blocks.rows)
-            found: dict[int, SplitReport] = {}
-            sketch = TableSketch.empty(len(plan.statistics_columns))
-            for place, report in blocks.each(split_rows, plan, progress=progress):
-                sketch = sketch.merge(report.sketch)  # at once, so that only one is held
-                found[place] = replace(report, sketch=TableSketch.empty(0))
-    finally:
-        storage.delete(scratch_uri)
+    if params.deduplicate:
+        with context.phase("exchange"):
+            events = blocks.select("record_id", "is_deleted", *TIMES)
+            plan = replace(plan, latest=latest_events(events, plan.as_of, scratch_uri, context.log))
+    with context.phase("split"):
+        progress = Progress(context.log, "prepare_splits", blocks.rows)
+        found: dict[int, SplitReport] = {}
+        sketch = TableSketch.empty(len(plan.statistics_columns))
+        for place, report in blocks.each(split_rows, plan, progress=progress):
+            sketch = sketch.merge(report.sketch)  # at once, so that only one is held
+            found[place] = replace(report, sketch=TableSketch.empty(0))
+    storage.delete(scratch_uri)
     return split_outcome(context, params, plan, [found[place] for place in sorted(found)], sketch)
 
 

@@ -17,13 +17,7 @@ from pathlib import Path
 from step_scripts.cluster.job import JobFiles, failure_of, ml_root, write_failure
 from step_scripts.parameters import TUNED, TuneModelParams
 from step_scripts.runner.code_version import CodeCheck
-from step_scripts.training.boosting import (
-    TrialBoosting,
-    quantile_matrices,
-    read_splits,
-    useful_threads,
-    xgboost_parameters,
-)
+from step_scripts.training.boosting import TrialBoosting, quantile_matrices, read_splits, useful_threads
 
 _ROUNDS_BETWEEN_LINES = 100
 _log = logging.getLogger("step_scripts.tune_trial")
@@ -35,14 +29,12 @@ def run_trial(request_folder: str, hyperparameters: dict[str, str]) -> TrialBoos
     code = CodeCheck(request)
     code.require()
     params = TuneModelParams.model_validate(request.params)
-    resolved = params.resolved()
     tuned = {name: parameter.kind(float(hyperparameters[name])) for name, parameter in TUNED.items()}
     _log.info("trial: %s", ", ".join(f"{name} {value:.6g}" for name, value in tuned.items()))
     _, train, validation = read_splits(request.inputs, params.table)
     threads = useful_threads(train.rows, int(os.environ.get("HOUSING_NODE_CPUS") or os.cpu_count() or 1))
     matrices = quantile_matrices(train.load(), validation.load(), threads)
-    parameters = xgboost_parameters(tuned, resolved["seed"]) | {"nthread": threads}
-    boosting = TrialBoosting(*matrices, parameters, resolved["num_boost_round"], resolved["early_stopping_rounds"])
+    boosting = TrialBoosting(matrices, tuned, threads, params.resolved())
     while (stopped_by := boosting.advance(_ROUNDS_BETWEEN_LINES)) is None:
         _log.info("round %d, RMSE %.6g", boosting.rounds, boosting.best_rmse)
     _log.info("ended by %s", stopped_by.replace("_", " "))

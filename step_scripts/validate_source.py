@@ -49,22 +49,20 @@ def run(context: StepContext, params: ValidateSourceParams) -> StepOutcome:
         partitions=partition_count(sum(file.bytes for file in files)),
     )
     keep = params.duplicate_rows == "keep"
-    try:
-        with context.phase("validate"):
-            found = read_files(context, plan, files)
-            check_rows(found)
-            check_unchanged(params.files)
-        reports = [report for file in found for report in file.fragments]
-        with context.phase("find duplicates"):
-            duplicates, duplicate_uris = _find_duplicates(context, reports, plan)
-        check_counts(found, {} if keep else duplicates)
-        dropped = 0 if keep else duplicates.total()
-        with context.phase("list rejected rows"):
-            table, reasons = rejections(found, plan, duplicate_uris, dropped)
-            rejected_uri = storage.join(context.output_uri("rejected"), _REJECTED)
-            storage.write_bytes(rejected_uri, table.write_csv().encode())
-    finally:
-        storage.delete(plan.scratch_uri)
+    with context.phase("validate"):
+        found = read_files(context, plan, files)
+        check_rows(found)
+        check_unchanged(params.files)
+    reports = [report for file in found for report in file.fragments]
+    with context.phase("find duplicates"):
+        duplicates, duplicate_uris = _find_duplicates(context, reports, plan)
+    check_counts(found, {} if keep else duplicates)
+    dropped = 0 if keep else duplicates.total()
+    with context.phase("list rejected rows"):
+        table, reasons = rejections(found, plan, duplicate_uris, dropped)
+        rejected_uri = storage.join(context.output_uri("rejected"), _REJECTED)
+        storage.write_bytes(rejected_uri, table.write_csv().encode())
+    storage.delete(plan.scratch_uri)
     total = sum(r.records for r in reports)
     rejected = sum(r.rejected_rows for r in reports) + dropped
     # A row that takes many lines may be many rows, swallowed by a stray quote.

@@ -142,22 +142,24 @@ def quantile_matrices(train: Matrix, validation: Matrix, threads: int) -> tuple[
 class TrialBoosting:
     """Boosts one trial, some rounds at a time, and keeps the best validation RMSE; the model itself is not wanted.
 
-    In the segments of a fit of as many rounds, so that the final fit repeats the best trial.
+    In the segments of a fit of as many rounds, so that the final fit repeats the best trial. `settings`: the step's,
+    resolved.
     """
 
     def __init__(
         self,
-        train: xgb.DMatrix,
-        validation: xgb.DMatrix,
-        parameters: dict[str, Any],
-        num_boost_round: int,
-        early_stopping_rounds: int,
+        matrices: tuple[xgb.DMatrix, xgb.DMatrix],
+        tuned: dict[str, float | int],
+        threads: int,
+        settings: Mapping[str, Any],
     ) -> None:
-        self._train, self._validation = train, validation
-        self._num_boost_round, self._early_stopping_rounds = num_boost_round, early_stopping_rounds
-        self._interval, self._seed = segment_rounds(num_boost_round), parameters["seed"]
+        self._train, self._validation = matrices
+        self._num_boost_round = settings["num_boost_round"]
+        self._early_stopping_rounds = settings["early_stopping_rounds"]
+        self._interval, self._seed = segment_rounds(self._num_boost_round), settings["seed"]
+        parameters = xgboost_parameters(tuned, self._seed) | {"nthread": threads}
         # Updating the booster in place keeps its predictions; `xgboost.train` would make them again in every step.
-        self._booster = xgb.Booster(parameters, [train, validation])
+        self._booster = xgb.Booster(parameters, matrices)
         self.rounds, self.best_rounds, self.best_rmse = 0, 0, math.inf
 
     def advance(self, rounds: int) -> Literal["early_stopping", "all_rounds"] | None:

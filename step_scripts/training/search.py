@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,7 @@ from step_scripts.runner.contract import Reporter, StepError
 from step_scripts.runner.ray_environment import environment_set
 from step_scripts.runner.wording import counted, number
 from step_scripts.training.boosting import TrainingSplit
-from step_scripts.training.search_trials import (
-    BoostingTrial,
-    LivesInDriver,
-    TrialProposals,
-    TrialSettings,
-    report_rounds,
-    scheduler,
-)
+from step_scripts.training.search_trials import BoostingTrial, LivesInDriver, TrialProposals, report_rounds, scheduler
 from step_scripts.training.trials import TrialRecord, TrialStore
 
 # Training rows × rounds, one or two seconds on a core: to stop a shorter trial early spares little, and the search
@@ -97,25 +90,20 @@ def run_search(
     records = finished
     if remaining:
         matrices = run_in_thread(lambda: [ray.put(split.load()) for split in (train, validation)])
-        monitor = _SearchMonitor(proposals, matrices, finished, num_trials, store, log)
+        monitor = _SearchMonitor(proposals, matrices, list(finished), num_trials, store, log)
         rounds = resolved["num_boost_round"]
-        settings = TrialSettings(
-            num_boost_round=rounds,
-            early_stopping_rounds=resolved["early_stopping_rounds"],
-            report_rounds=report_rounds(rounds, stops_early),
-            cpus=cpus_per_worker(concurrent, nodes),
-            seed=resolved["seed"],
-        )
+        reported = report_rounds(rounds, stops_early)
+        shared = {"settings": resolved, "report_rounds": reported, "cpus": cpus_per_worker(concurrent, nodes)}
         tune_config = tune.TuneConfig(
             metric="rmse",
             mode="min",
             num_samples=remaining,
             max_concurrent_trials=concurrent,
             search_alg=proposals,
-            scheduler=scheduler(resolved["scheduler"] if stops_early else "none", rounds, settings.report_rounds),
+            scheduler=scheduler(resolved["scheduler"] if stops_early else "none", rounds, reported),
             reuse_actors=True,
         )
-        run_in_thread(lambda: _tune(settings, tune_config, monitor), on_interrupt=monitor.interrupt)
+        run_in_thread(lambda: _tune(shared, tune_config, monitor), on_interrupt=monitor.interrupt)
         if monitor.waited_too_long:
             raise no_room("the trials of the search")
         records = sorted(monitor.records, key=lambda record: record.trial)
@@ -129,11 +117,11 @@ def run_search(
     return SearchResult(records, len(finished), proposals.replayed and none_failed and not stops_early)
 
 
-def _tune(settings: TrialSettings, tune_config: tune.TuneConfig, monitor: _SearchMonitor) -> None:
+def _tune(shared: dict[str, Any], tune_config: tune.TuneConfig, monitor: _SearchMonitor) -> None:
+    """Run the trials. `shared`: what `BoostingTrial` is set up with."""
     with _quiet(), scratch_folder("tune-") as folder:
-        trainable = tune.with_parameters(BoostingTrial, settings=settings)
         tuner = tune.Tuner(
-            tune.with_resources(trainable, {"cpu": settings.cpus}),
+            tune.with_resources(tune.with_parameters(BoostingTrial, **shared), {"cpu": shared["cpus"]}),
             tune_config=tune_config,
             run_config=tune.RunConfig(
                 name=f"search-{uuid.uuid4().hex[:12]}",
@@ -165,40 +153,33 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+@dataclass(eq=False)
 class _SearchMonitor(LivesInDriver, tune.Callback, tune.Stopper):
     """Keeps and reports the trials that Ray Tune runs, and ends a search in which no trial can succeed.
 
-    `records` holds the trials that have ended: those of an earlier attempt, which are `finished`, and new ones.
-
-    `matrices` are references to the `Matrix` of each split, which every actor is given.
+    `matrices` are references to the `Matrix` of each split, which every actor is given. `records` holds the trials that
+    have ended: those of an earlier attempt, and new ones. `waited_too_long`: no trial got a CPU for as long as one may
+    wait. `staging_folder`: where Ray Tune keeps files of the search on this machine, in the folder of the Ray session.
     """
 
-    def __init__(
-        self,
-        proposals: TrialProposals,
-        matrices: list[ray.ObjectRef],
-        finished: list[TrialRecord],
-        num_trials: int,
-        store: TrialStore | None,
-        log: Reporter,
-    ) -> None:
-        self.records = list(finished)
-        self.waited_too_long = False
-        """Whether no trial got a CPU for as long as one may wait."""
-        self.staging_folder: Path | None = None
-        """Where Ray Tune keeps files of the search on this machine: in the folder of the Ray session."""
-        self._proposals, self._matrices = proposals, matrices
-        self._num_trials, self._store, self._log = num_trials, store, log
-        self._interrupted = threading.Event()
-        self._started: dict[str, float] = {}
-        self._actors: list[Any] = []
-        self._idle_since: float | None = None
-        self._last_message = time.monotonic()
+    proposals: TrialProposals
+    matrices: list[ray.ObjectRef]
+    records: list[TrialRecord]
+    num_trials: int
+    store: TrialStore | None
+    log: Reporter
+    waited_too_long: bool = False
+    staging_folder: Path | None = None
+    interrupted: threading.Event = field(default_factory=threading.Event)
+    started: dict[str, float] = field(default_factory=dict)
+    actors: list[Any] = field(default_factory=list)
+    idle_since: float | None = None
+    last_message: float = field(default_factory=time.monotonic)
 
     def interrupt(self) -> None:
         """End the search, and the actors of its trials. From another thread than the search's."""
-        self._interrupted.set()
-        for actor in self._actors:
+        self.interrupted.set()
+        for actor in self.actors:
             ray.kill(actor)
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -208,15 +189,15 @@ class _SearchMonitor(LivesInDriver, tune.Callback, tune.Stopper):
     def stop_all(self) -> bool:
         """Whether the search is to be stopped."""
         all_failed = len(self.records) >= _FAILED_TRIALS and all(r.status == "failed" for r in self.records)
-        return all_failed or self.waited_too_long or self._interrupted.is_set()
+        return all_failed or self.waited_too_long or self.interrupted.is_set()
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Give the matrices to the trial's actor."""
-        self._started[trial.trial_id] = time.monotonic()
+        self.started[trial.trial_id] = time.monotonic()
         # There is no public way to an actor of Ray Tune, and no other one to give it what should not be kept for good.
         actor: Any = trial.temporary_state.ray_actor
-        self._actors.append(actor)
-        actor.receive.remote(self._matrices)
+        self.actors.append(actor)
+        actor.receive.remote(self.matrices)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Say so while trials wait and none runs, which is because others use the cluster."""
@@ -224,20 +205,20 @@ class _SearchMonitor(LivesInDriver, tune.Callback, tune.Stopper):
         if trials:
             self.staging_folder = Path(trials[0].local_experiment_path).parent
         if not trials or any(trial.status != Trial.PENDING and not trial.is_finished() for trial in trials):
-            self._idle_since = None
+            self.idle_since = None
             return
-        self._idle_since = self._idle_since or now
-        self.waited_too_long = now - self._idle_since > wait_seconds()
-        if min(now - self._idle_since, now - self._last_message) > _SECONDS_BETWEEN_MESSAGES:
+        self.idle_since = self.idle_since or now
+        self.waited_too_long = now - self.idle_since > wait_seconds()
+        if min(now - self.idle_since, now - self.last_message) > _SECONDS_BETWEEN_MESSAGES:
             self._say(f"the search waits for CPUs of the Ray cluster, at most {wait_seconds():g} s")
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         """Report an unfinished trial if nothing has been reported for a while."""
-        if not result["done"] and time.monotonic() - self._last_message > _SECONDS_BETWEEN_MESSAGES:
-            this, rmse = self._proposals.number_of(trial.trial_id), number(result["rmse"])
-            self._say(f"trial {this} of {self._num_trials}: round {result['rounds']}, RMSE {rmse}")
+        if not result["done"] and time.monotonic() - self.last_message > _SECONDS_BETWEEN_MESSAGES:
+            this, rmse = self.proposals.number_of(trial.trial_id), number(result["rmse"])
+            self._say(f"trial {this} of {self.num_trials}: round {result['rounds']}, RMSE {rmse}")
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Record a trial that ended well, or was stopped by the scheduler."""
@@ -251,25 +232,25 @@ class _SearchMonitor(LivesInDriver, tune.Callback, tune.Stopper):
         )
 
     def _record(self, trial: Trial, **values: Any) -> None:
-        if self._interrupted.is_set():  # its end says nothing
+        if self.interrupted.is_set():  # its end says nothing
             return
         record = TrialRecord(
-            trial=self._proposals.number_of(trial.trial_id),
+            trial=self.proposals.number_of(trial.trial_id),
             parameters=dict(trial.config),
-            seconds=round(time.monotonic() - self._started.get(trial.trial_id, time.monotonic()), 4),
+            seconds=round(time.monotonic() - self.started.get(trial.trial_id, time.monotonic()), 4),
             **values,
         )
-        if self._store is not None and record.status == "completed":
+        if self.store is not None and record.status == "completed":
             try:
-                self._store.save(record)
+                self.store.save(record)
             except OSError as error:
-                self._log.warning(f"trial {record.trial} could not be kept for a resume: {error}")
+                self.log.warning(f"trial {record.trial} could not be kept for a resume: {error}")
         self.records.append(record)
-        self._say(f"{len(self.records)} of {self._num_trials} done, {record.describe()}")
+        self._say(f"{len(self.records)} of {self.num_trials} done, {record.describe()}")
 
     def _say(self, message: str) -> None:
-        self._log.info(message)
-        self._last_message = time.monotonic()
+        self.log.info(message)
+        self.last_message = time.monotonic()
 
 
 def _reason(trial: Trial) -> str:

@@ -6,7 +6,6 @@ Processes of trials import this module, and do without Optuna, which takes half 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,7 +16,7 @@ from ray.tune.search import Searcher
 
 from step_scripts.model.xgboost_native import xgb
 from step_scripts.parameters import TUNED, TuneModelParams
-from step_scripts.training.boosting import TrialBoosting, quantile_matrices, useful_threads, xgboost_parameters
+from step_scripts.training.boosting import TrialBoosting, quantile_matrices, useful_threads
 from step_scripts.training.trials import TrialRecord
 
 if TYPE_CHECKING:
@@ -163,28 +162,17 @@ def _algorithm(params: TuneModelParams, seed: int, first: dict[str, float | int]
     )
 
 
-@dataclass(frozen=True)
-class TrialSettings:
-    """What all trials of a search share. There is a report every `report_rounds`; `cpus` are those of one trial."""
-
-    num_boost_round: int
-    early_stopping_rounds: int
-    report_rounds: int
-    cpus: int
-    seed: int
-
-
 class BoostingTrial(tune.Trainable):
     """Boosts `report_rounds` rounds a step and reports the best validation RMSE so far.
 
     The matrices are binned once an actor: the bins do not depend on what is tuned.
     """
 
-    def setup(  # pyright: ignore[reportIncompatibleMethodOverride]  # `tune.with_parameters` adds the settings
-        self, config: dict[str, Any], *, settings: TrialSettings
+    def setup(  # pyright: ignore[reportIncompatibleMethodOverride]  # `tune.with_parameters` adds the others
+        self, config: dict[str, Any], *, settings: dict[str, Any], report_rounds: int, cpus: int
     ) -> None:
-        """Begin the first trial in this actor."""
-        self._settings = settings
+        """Begin the first trial in this actor, which has `cpus`. `settings` are the resolved ones of the step."""
+        self._settings, self._report_rounds, self._cpus = settings, report_rounds, cpus
         self._binned: tuple[xgb.DMatrix, xgb.DMatrix] | None = None
         self.reset_config(config)
 
@@ -204,7 +192,7 @@ class BoostingTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Boost until the next report, early stopping or the last round."""
         boosting = self._boosting = self._boosting or self._begin()
-        stopped_by = boosting.advance(self._settings.report_rounds)
+        stopped_by = boosting.advance(self._report_rounds)
         return {
             "rmse": boosting.best_rmse,
             "rounds": boosting.rounds,
@@ -214,13 +202,11 @@ class BoostingTrial(tune.Trainable):
         }
 
     def _begin(self) -> TrialBoosting:
-        settings = self._settings
         if self._binned is None:
             train, validation = ray.get(self._matrices)  # mapped, not copied
-            self._threads = useful_threads(len(train.target), settings.cpus)
+            self._threads = useful_threads(len(train.target), self._cpus)
             self._binned = quantile_matrices(train, validation, self._threads)
-        parameters = xgboost_parameters(self._tuned, settings.seed) | {"nthread": self._threads}
-        return TrialBoosting(*self._binned, parameters, settings.num_boost_round, settings.early_stopping_rounds)
+        return TrialBoosting(self._binned, self._tuned, self._threads, self._settings)
 
 
 def report_rounds(rounds: int, stops_early: bool) -> int:
