@@ -25,7 +25,7 @@ from step_scripts.runner.wording import counted, number
 from step_scripts.training.boosting import History, read_splits, xgboost_parameters
 from step_scripts.training.engines import FitRequest, fit
 from step_scripts.training.search import run_search
-from step_scripts.training.trials import TrialRecord, TrialStore, fingerprint
+from step_scripts.training.trials import TrialStore, fingerprint
 
 _CURVE_POINTS = 500
 _SHOWN_POINTS = 100
@@ -42,7 +42,8 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
     with context.phase("tune"):
         search = run_search(params, train, validation, store, context.log)
     trials = search.records
-    best = min(trials, key=_rmse)
+    by_rmse = sorted(trials, key=lambda trial: math.inf if trial.rmse is None else trial.rmse)
+    best = by_rmse[0]
     context.log.info(
         f"best of {counted(len(trials), 'trial')} in {context.seconds['tune']:.1f} s: {best.describe()}; "
         "now the final fit"
@@ -93,7 +94,6 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
         for name, content in report.items():
             write_json(storage.join(uri, name), content)
         files = [file_info(storage.join(uri, name), uri) for name in report]
-    by_rmse = sorted(trials, key=_rmse)
     return StepOutcome(
         outputs={"model": model, "report": Artifact.of(uri, files)},
         metrics={
@@ -120,10 +120,6 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
             "fit_resumed_at_round": fitted.resumed_at,
         },
     )
-
-
-def _rmse(trial: TrialRecord) -> float:
-    return math.inf if trial.rmse is None else trial.rmse
 
 
 def learning_curve(history: History, points: int) -> dict[str, Any]:

@@ -128,7 +128,6 @@ def split_outcome(
         scaler = _scaler(plan, reports, rows["train"])
         distributions = sketch.distributions(plan.statistics_columns)
         statistics = _write_statistics(context, plan, splits["train"], scaler, distributions)
-    wanted = {"train": params.train_size, "validation": params.validation_size, "test": params.test_size}
     return StepOutcome(
         outputs={**splits, "statistics": statistics},
         metrics={
@@ -142,7 +141,7 @@ def split_outcome(
                     "split": split,
                     "rows": rows[split],
                     "fraction": rounded(rows[split] / total),
-                    "configured": wanted[split],
+                    "configured": getattr(params, f"{split}_size"),
                     "files": len(splits[split].files),
                 }
                 for split in SPLITS

@@ -35,9 +35,18 @@ def train_booster(request: FitRequest, start: Checkpoint) -> tuple[xgb.Booster, 
     Raises `WorkersLost` if the group ended for no reason of its own.
     """
     if request.num_workers == 1:
+        # By a lambda, which is sent as it is: its process need not import this module, and with it Ray Train.
+        alone: Any = ray.remote(lambda: (boost(request, checkpoint=start), (ray.util.get_node_ip_address(),)))
         with reserved(WHAT, request.cpus_per_worker, None) as options:  # `fit` reports the waiting
-            return result_of(ray.remote(_boost_alone).options(**options, max_retries=0).remote(request, start))
-    with environment_defaults(_settings(request)):
+            return result_of(alone.options(**options, max_retries=0).remote())
+    settings = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{controller_interval(request):.2f}",
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{wait_seconds():g}",
+        # An actor that tells workers of nodes that are about to be drained; these do not ask.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    }
+    with environment_defaults(settings):
         try:
             result = _trainer(request, start).fit()
         except ray.train.TrainingFailedError as error:
@@ -51,21 +60,6 @@ def train_booster(request: FitRequest, start: Checkpoint) -> tuple[xgb.Booster, 
         raise RuntimeError("the workers of Ray Train ended without a checkpoint")
     with result.checkpoint.as_directory() as folder:
         return xgb.Booster(model_file=Path(folder, _MODEL)), tuple(result.metrics["nodes"])
-
-
-def _boost_alone(request: FitRequest, start: Checkpoint) -> tuple[xgb.Booster, tuple[str, ...]]:
-    return boost(request, checkpoint=start), (ray.util.get_node_ip_address(),)
-
-
-def _settings(request: FitRequest) -> dict[str, str]:
-    """Of Ray Train."""
-    return {
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{controller_interval(request):.2f}",
-        "RAY_TRAIN_METRICS_ENABLED": "0",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{wait_seconds():g}",
-        # An actor that tells workers of nodes that are about to be drained; these do not ask.
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    }
 
 
 def controller_interval(request: FitRequest) -> float:
