@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -158,13 +156,9 @@ class Records:
 
     def text_of(self, rows: np.ndarray) -> bytes:
         """The records of these indices as CSV."""
-        starts, stops = self._bounds[rows].tolist(), self._bounds[rows + 1].tolist()
+        bounds = np.concatenate([[0], record_ends(self.data) + 1])
+        starts, stops = bounds[rows].tolist(), bounds[rows + 1].tolist()
         return b"".join(self.data[start:stop] for start, stop in zip(starts, stops, strict=True))
-
-    @cached_property
-    def _bounds(self) -> np.ndarray:
-        """Where each record begins, and the end."""
-        return np.concatenate([[0], record_ends(self.data) + 1])
 
 
 def split_records(
@@ -173,7 +167,7 @@ def split_records(
     fields: int,
     *,
     max_line_bytes: int,
-    single_line: Mapping[int, str] = MappingProxyType({}),
+    single_line: Mapping[int, str],
     exact: bool = False,
 ) -> Records:
     """The records of a text that begins outside of quotes and ends with a line end, as `with_newlines` returned it.
