@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import io
 import re
-from dataclasses import dataclass
 
 from step_scripts.data.csv_text import count_lines, line_end, long_line_fault, record_end, with_newlines
 from step_scripts.parameters import SourceFile, ValidateSourceParams
@@ -41,17 +40,13 @@ _SIGNATURES = (
 )
 
 
-@dataclass(frozen=True)
-class CsvFile:
+class CsvFile(SourceFile):
     """A source file whose header was read. Rows start at byte `data_start`, after `header_lines` lines.
 
     `positions` holds, for each column of the table, the index of its field; a row has `fields` fields. `head_sum`: of
     the blocks that begin before the rows (`block_sum`).
     """
 
-    uri: str
-    bytes: int
-    modified: float
     data_start: int
     header_lines: int
     fields: int
@@ -94,9 +89,7 @@ def read_header(file: SourceFile, params: ValidateSourceParams) -> CsvFile:
         raise StepError(f"{file.uri} has a header (line {line}) and no rows: export it again with its rows")
     extra = [name.strip() or f"(no name, field {i + 1})" for i, name in enumerate(names) if i not in positions]
     return CsvFile(
-        uri=file.uri,
-        bytes=file.bytes,
-        modified=file.modified,
+        **file.model_dump(),
         data_start=end,
         header_lines=header_lines,
         fields=len(names),

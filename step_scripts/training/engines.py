@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
-import itertools
 import json
 import logging
 import time
@@ -208,25 +207,26 @@ def fit(engine: str, request: FitRequest, log: Reporter = _log) -> FitResult:
     Raises `StepError` if the cluster has no room for the workers, or the split has fewer rows than there are workers.
     `log` gets a line that says what is waited for.
     """
-    cpus = run_in_thread(lambda: _free_cpus_per_worker(request, log))
-    return run_in_thread(lambda: _fit(engine, replace(request, cpus_per_worker=cpus), log))
+    return run_in_thread(lambda: _fit(engine, request, log))
 
 
 def _fit(engine: str, request: FitRequest, log: Reporter) -> FitResult:
+    request = replace(request, cpus_per_worker=_free_cpus_per_worker(request, log))
     train_booster = importlib.import_module(ENGINES[engine]).train_booster
-    began = time.perf_counter()
+    began, attempts = time.perf_counter(), 0
     with contextlib.ExitStack() as stack:
         uri = request.checkpoint_uri or stack.enter_context(scratch_folder("fit-"))
         stack.callback(storage.delete, uri)  # at the end, unless the process is killed
         request = replace(request, checkpoint_uri=uri)
-        for attempt in itertools.count(1):
+        while True:
             start = (request.checkpoints and request.checkpoints.latest(log.warning)) or _BEGINNING
             try:
                 with waiting_is_told(WHAT, log):
                     booster, nodes = train_booster(request, start)
                 break
             except WorkersLost as error:
-                if attempt == _ATTEMPTS:
+                attempts += 1
+                if attempts == _ATTEMPTS:
                     raise
                 log.warning(f"the workers of the final fit ended: {error}")
                 await_lost_nodes(_NODE_LOSS_SECONDS)

@@ -80,15 +80,7 @@ def fingerprint(params: TuneModelParams, origins: Mapping[str, object]) -> str:
 
     `origins`: code, libraries and inputs, see `StepRequest.origins`.
     """
-    ignored = {
-        "num_trials",
-        "max_concurrent_trials",
-        "engine",
-        "num_workers",
-        "preset",
-        "search_algorithm",
-        "scheduler",
-    }
-    content = {name: value for name, value in params.resolved().items() if name not in ignored}
-    text = json.dumps({"params": content, "origins": origins}, sort_keys=True)
+    resolved = params.resolved()
+    trial = {name: resolved[name] for name in ("num_boost_round", "early_stopping_rounds", "seed")}
+    text = json.dumps({"trial": trial, "ranges": params.ranges(), "origins": origins}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
