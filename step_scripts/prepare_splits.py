@@ -34,10 +34,8 @@ def run(context: StepContext, params: PrepareSplitsParams) -> StepOutcome:
             features, [name for name in columns if name not in nullable], optional=(*TIMES[1:], *nullable)
         )
         plan = SplitPlan(
-            table=table,
+            params=params,
             uris={split: context.output_uri(split) for split in SPLITS},
-            limits=(params.train_size, params.train_size + params.validation_size),
-            salt=params.split_salt,
             as_of=_parsed_time(params.as_of),
             files_per_block=2 if blocks.count == 1 and blocks.rows >= _SMALLEST_DIVIDED_BLOCK else 1,
             places=blocks.files,
@@ -55,7 +53,7 @@ def run(context: StepContext, params: PrepareSplitsParams) -> StepOutcome:
             sketch = sketch.merge(report.sketch)  # at once, so that only one is held
             found[place] = replace(report, sketch=TableSketch.empty(0))
     storage.delete(scratch_uri)
-    return split_outcome(context, params, plan, [found[place] for place in sorted(found)], sketch)
+    return split_outcome(context, plan, [found[place] for place in sorted(found)], sketch)
 
 
 def _parsed_time(text: str | None) -> datetime | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from functools import reduce
 from itertools import pairwise
 from typing import Any
@@ -234,5 +234,4 @@ def _plain(value: Any) -> Any:
 def _event_time(table: TableSpec, modified: float) -> pl.Expr:
     if table.event_time_column:
         return pl.col(table.event_time_column).cast(TIMESTAMP).alias("event_time")
-    moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=round(modified * 1e6))
-    return pl.lit(moment, dtype=TIMESTAMP).alias("event_time")
+    return pl.lit(round(modified * 1e6), dtype=pl.Int64).cast(TIMESTAMP).alias("event_time")

@@ -21,7 +21,6 @@ from step_scripts.runner.wording import counted, rounded
 from step_scripts.table.column_types import TIMESTAMP, columns_as, polars_schema
 from step_scripts.table.distributions import MOST_VALUES, Moments, TableSketch, quantile
 from step_scripts.table.hashes import RowSetDigest, distinct_hashes, hashes_of_ids, split_fraction
-from step_scripts.table.spec import TableSpec
 
 SPLITS = ("train", "validation", "test")
 _COUNTS = ("rows_read", "rows_later", "rows_superseded", "rows_deleted")
@@ -35,10 +34,8 @@ class SplitPlan:
     which rows count; without it, each record has one event.
     """
 
-    table: TableSpec
+    params: PrepareSplitsParams
     uris: dict[str, str]
-    limits: tuple[float, float]
-    salt: str
     as_of: datetime | None
     files_per_block: int
     places: dict[str, int]
@@ -47,14 +44,12 @@ class SplitPlan:
     @property
     def statistics_columns(self) -> tuple[str, ...]:
         """Features, then the target."""
-        return (*self.table.features, self.table.target)
+        return (*self.params.table.features, self.params.table.target)
 
 
 @dataclass
 class SplitReport:
-    """What became of a block: files written, statistics of the training rows, and counts of rows, unless `latest`
-    has them.
-    """
+    """What became of a block: files, statistics of the training rows; counts of rows, unless `latest` has them."""
 
     files: dict[str, list[FileInfo]]
     digests: dict[str, RowSetDigest]
@@ -67,7 +62,7 @@ def split_rows(rows: pl.DataFrame, plan: SplitPlan) -> SplitReport:
     """Divide the records of a block among the splits. Files are named by the place of the block's first file."""
     place = plan.places[rows[PATH][0]]
     # Files from before a nullable column was added to the table do not have it.
-    types: dict[str, Any] = {**polars_schema(plan.table), "event_time": TIMESTAMP}
+    types: dict[str, Any] = {**polars_schema(plan.params.table), "event_time": TIMESTAMP}
     frame = rows.with_columns(*columns_as(rows.schema, types), pl.col("is_deleted").fill_null(False))
     if plan.latest is not None:
         return _write(plan, place, plan.latest.of(frame, place))
@@ -80,17 +75,18 @@ def split_rows(rows: pl.DataFrame, plan: SplitPlan) -> SplitReport:
 
 
 def _write(plan: SplitPlan, place: int, live: pl.DataFrame) -> SplitReport:
+    params, names = plan.params, plan.params.table.column_names
     hashes = hashes_of_ids(live["record_id"])
-    fractions = split_fraction(hashes, plan.salt)
+    fractions = split_fraction(hashes, params.split_salt)
     hash_hi, hash_lo = distinct_hashes(live["record_id"], hashes)
-    train, below = (fractions < limit for limit in plan.limits)
-    rows = live.select("record_id", *plan.table.column_names)
+    train, below = (fractions < limit for limit in (params.train_size, params.train_size + params.validation_size))
+    rows = live.select("record_id", *names)
     files: dict[str, list[FileInfo]] = {}
     digests: dict[str, RowSetDigest] = {}
     for split, side in {"train": train, "validation": below & ~train, "test": ~below}.items():
         chosen = rows.filter(pl.Series(side))
         files[split] = _write_files(plan, plan.uris[split], place, chosen)
-        digests[split] = RowSetDigest.of((hash_hi[side], hash_lo[side]), chosen, plan.table.column_names)
+        digests[split] = RowSetDigest.of((hash_hi[side], hash_lo[side]), chosen, names)
     columns = pl.col(plan.statistics_columns).cast(pl.Float64)
     values = rows.filter(pl.Series(train)).select(columns).to_numpy()
     return SplitReport(files, digests, Moments.of(values[:, :-1]), TableSketch.of(values, fractions[train]))
@@ -105,16 +101,12 @@ def _write_files(plan: SplitPlan, uri: str, place: int, rows: pl.DataFrame) -> l
 
 
 def split_outcome(
-    context: StepContext,
-    params: PrepareSplitsParams,
-    plan: SplitPlan,
-    reports: list[SplitReport],
-    sketch: TableSketch,
+    context: StepContext, plan: SplitPlan, reports: list[SplitReport], sketch: TableSketch
 ) -> StepOutcome:
     """Write output `statistics`; what the splits hold. Raises `StepError` if one of them would be empty."""
     counted_rows = [plan.latest.counts] if plan.latest else [report.counts for report in reports]
     counts = {name: sum(found[name] for found in counted_rows) for name in _COUNTS}
-    schema = ",".join(f"{column.name}:{column.dtype}" for column in plan.table.columns)
+    schema = ",".join(f"{column.name}:{column.dtype}" for column in plan.params.table.columns)
     splits: dict[str, Artifact] = {}
     for split in SPLITS:
         digest = reduce(RowSetDigest.merge, (report.digests[split] for report in reports), RowSetDigest())
@@ -123,7 +115,7 @@ def split_outcome(
     rows = {split: splits[split].rows or 0 for split in SPLITS}
     total = sum(rows.values())
     if not all(rows.values()):
-        raise StepError(_emptiness(params, rows, counts), details={**rows, **counts})
+        raise StepError(_emptiness(plan.params, rows, counts), details={**rows, **counts})
     with context.phase("statistics"):
         scaler = _scaler(plan, reports, rows["train"])
         distributions = sketch.distributions(plan.statistics_columns)
@@ -141,7 +133,7 @@ def split_outcome(
                     "split": split,
                     "rows": rows[split],
                     "fraction": rounded(rows[split] / total),
-                    "configured": getattr(params, f"{split}_size"),
+                    "configured": getattr(plan.params, f"{split}_size"),
                     "files": len(splits[split].files),
                 }
                 for split in SPLITS
@@ -172,7 +164,7 @@ def _emptiness(params: PrepareSplitsParams, rows: dict[str, int], counts: dict[s
 
 def _scaler(plan: SplitPlan, reports: list[SplitReport], rows: int) -> dict[str, Any]:
     """Mean and population standard deviation of each feature in the training split."""
-    features = plan.table.features
+    features = plan.params.table.features
     moments = reduce(Moments.merge, (report.moments for report in reports))
     # A column without any value, or with one value only, is left as it is.
     mean = np.nan_to_num(moments.mean)
@@ -188,7 +180,7 @@ def _write_statistics(
     context: StepContext, plan: SplitPlan, train: Artifact, scaler: dict[str, Any], distributions: dict[str, Any]
 ) -> Artifact:
     uri = context.output_uri("statistics")
-    described = {"rows": scaler["rows"], "target": plan.table.target, "distributions": distributions}
+    described = {"rows": scaler["rows"], "target": plan.params.table.target, "distributions": distributions}
     write_json(storage.join(uri, "scaler.json"), scaler)
     write_json(storage.join(uri, "statistics.json"), described)
     files = [file_info(storage.join(uri, name), uri) for name in ("scaler.json", "statistics.json")]

@@ -154,10 +154,7 @@ class TableSpec(BaseModel):
 
     def column(self, name: str) -> ColumnSpec:
         """The column called `name`. Raises `KeyError` if there is none."""
-        for column in self.columns:
-            if column.name == name:
-                return column
-        raise KeyError(name)
+        return {column.name: column for column in self.columns}[name]
 
     def requires(self, column: ColumnSpec) -> bool:
         """Whether each row must have a value: keys and event times always, whatever the schema says."""

@@ -50,11 +50,10 @@ class TrainingSplit:
     @classmethod
     def of(cls, name: str, artifact: Artifact, scaler: Scaler, target: str) -> TrainingSplit:
         """The split in `artifact`. Raises `StepError` if it holds no rows."""
-        files = [f for f in artifact.files if f.path.endswith(".parquet")]
         # Absolute: workers of Ray Train have a working directory of their own.
-        places = (storage.join(artifact.uri, f.path) for f in files)
+        places = artifact.file_uris(".parquet")
         uris = tuple(uri if storage.is_remote(uri) else str(storage.local_path(uri).absolute()) for uri in places)
-        rows = tuple(f.rows or 0 for f in files)
+        rows = tuple(f.rows or 0 for f in artifact.files if f.path.endswith(".parquet"))
         if sum(rows) == 0:
             raise StepError(f"the {name} split at {artifact.uri} holds no rows: raise its fraction, or bring more data")
         return cls(name, uris, rows, scaler, target)
