@@ -122,7 +122,7 @@ def _parse_rows(records: Records, file: CsvFile, params: ValidateSourceParams) -
                 has_header=False,
                 schema={name: types.get(name, pl.String()) for name in every},
                 separator=params.delimiter,
-                quote_char='"' if records.quoted else None,
+                quote_char='"' if b'"' in data else None,
                 ignore_errors=True,
                 raise_if_empty=False,
             )

@@ -149,7 +149,6 @@ class Records:
     """
 
     data: bytes
-    quoted: bool
     lines: np.ndarray
     spans: np.ndarray
     malformed_rows: tuple[MalformedRow, ...] = ()
@@ -185,7 +184,7 @@ def split_records(
         ends = ends[~inside[ends]]
     damages = list(_long_records(all_ends, ends, max_line_bytes))
     if not (quoted or damages or exact) and count_byte(data, ord(delimiter)) == len(ends) * (fields - 1):
-        return Records(data, False, np.arange(1, len(ends) + 1, dtype=np.uint32), np.ones(len(ends), np.uint32))
+        return Records(data, np.arange(1, len(ends) + 1, dtype=np.uint32), np.ones(len(ends), np.uint32))
     separators = np.flatnonzero((text == NEWLINE) | (text == ord(delimiter)))
     if inside is not None:
         separators = separators[~inside[separators]]
@@ -212,7 +211,7 @@ def split_records(
             for i in np.flatnonzero(~good & ~blank)
         )
         data = text[np.repeat(good, np.diff(starts, append=len(data)))].tobytes()
-    return Records(data, quoted, lines[good].astype(np.uint32), spans[good].astype(np.uint32), malformed_rows)
+    return Records(data, lines[good].astype(np.uint32), spans[good].astype(np.uint32), malformed_rows)
 
 
 # What may be damaged in a text: the first record of each kind, by its number, and what is wrong with it.
