@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,14 +109,10 @@ def standard_deviations(actual: np.ndarray, predicted: np.ndarray, rows: int) ->
     }
 
 
-@dataclass(frozen=True)
-class Grouping:
+class Grouping(Slice):
     """How the values of a column are grouped: at `edges`, each the upper end of a group, or in bins of `width`."""
 
-    name: str
-    column: str
     edges: tuple[float, ...] = ()
-    width: float | None = None
     whole_numbers: bool = False
 
     def sums(self, values: np.ndarray, actual: np.ndarray, predicted: np.ndarray) -> dict[int, ErrorSums]:
@@ -175,5 +170,5 @@ def groupings(slices: Sequence[Slice], table: TableSpec, banded: Mapping[str, np
             edges = tuple(np.unique(np.quantile(values, inner)).tolist()) if len(values) else ()
             # An edge at the maximum would leave nothing above it.
             edges = tuple(edge for edge in edges if edge < values.max())
-        made.append(Grouping(item.name, item.column, edges, item.width, whole))
+        made.append(Grouping(**item.model_dump(), edges=edges, whole_numbers=whole))
     return tuple(made)

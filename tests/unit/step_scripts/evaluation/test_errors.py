@@ -88,7 +88,7 @@ def test_groups_of_blocks_are_those_of_all_rows(cuts: list[int], width: float, h
     random = np.random.default_rng(len(cuts))
     values, actual, predicted = np.round(random.normal(0, 9, 60), 1), random.normal(9, 1, 60), random.normal(9, 1, 60)
     values[:: 7 if holes else 60] = np.nan
-    grouping = Grouping("g", "x", width=width)
+    grouping = Grouping(name="g", column="x", width=width)
     blocks = [slice(a, b) for a, b in pairwise([0, *sorted(cuts), 60])]
     found = reduce(merged, [grouping.sums(values[b], actual[b], predicted[b]) for b in blocks])
     assert sum(sums.rows for sums in found.values()) == 60
@@ -122,8 +122,8 @@ def test_labels_of_groups() -> None:
 def test_too_many_groups_are_refused() -> None:
     values = np.arange(201.0)
     with pytest.raises(StepError, match=r"slice 'g': column x with width 1 makes more than 200 groups"):
-        Grouping("g", "x", width=1).sums(values, values, values)
-    assert len(Grouping("g", "x", width=1).sums(values[1:], values[1:], values[1:])) == 200
+        Grouping(name="g", column="x", width=1).sums(values, values, values)
+    assert len(Grouping(name="g", column="x", width=1).sums(values[1:], values[1:], values[1:])) == 200
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> EvaluationPlan:
         models={"model": model.uri},
         linear=least_squares(sums, TABLE.features, means),
         target_mean=train["price"].to_numpy().mean(),
-        slices=(Grouping("rooms", "rooms", width=2.0, whole_numbers=True),),
+        slices=(Grouping(name="rooms", column="rooms", width=2.0, whole_numbers=True),),
         plotted_rows=40,
         sampled=0.5,
     )
