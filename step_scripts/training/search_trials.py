@@ -1,6 +1,7 @@
 """The trials of the search: what they try, by Optuna's samplers, how one runs, and which are stopped early.
 
-Processes of trials import this module, and do without Optuna, which takes half a second to import.
+Processes of trials import this module, and do without Optuna, which takes half a second to import; drivers have it from
+`search`.
 """
 
 from __future__ import annotations
