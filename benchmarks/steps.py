@@ -13,7 +13,8 @@ import numpy as np
 import polars as pl
 
 from housing_assets.sample_data import write_sample
-from step_scripts.runner.contract import Artifact, StepParams, StepRequest, StepResult, file_info, write_json
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact, StepParams, StepRequest, StepResult, file_info
 
 # At the beginning Ray starts more workers than it needs at once.
 _SECONDS_TO_SETTLE = 1.0
@@ -98,7 +99,7 @@ def write_splits(folder: Path, rows: int) -> dict[str, Artifact]:
     }
     statistics = folder / "statistics"
     for name, content in (("scaler.json", scaler), ("statistics.json", {"rows": train.height})):
-        write_json(str(statistics / name), content)
+        storage.write_json(str(statistics / name), content)
     infos = [file_info(str(statistics / name), str(statistics)) for name in ("scaler.json", "statistics.json")]
     inputs["statistics"] = Artifact.of(str(statistics), infos)
     (folder / "inputs.json").write_text("{" + ",".join(f'"{k}":{v.model_dump_json()}' for k, v in inputs.items()) + "}")

@@ -19,7 +19,7 @@ from step_scripts.model.artifact import save_model
 from step_scripts.model.xgboost_native import xgb
 from step_scripts.parameters import TuneModelParams
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, StepContext, StepDefinition, StepOutcome, file_info, write_json
+from step_scripts.runner.contract import Artifact, StepContext, StepDefinition, StepOutcome, file_info
 from step_scripts.runner.wording import counted, number
 from step_scripts.training.boosting import History, xgboost_parameters
 from step_scripts.training.engines import FitRequest, fit
@@ -91,7 +91,7 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
         }
         uri = context.output_uri("report")
         for name, content in report.items():
-            write_json(storage.join(uri, name), content)
+            storage.write_json(storage.join(uri, name), content)
         files = [file_info(storage.join(uri, name), uri) for name in report]
     by_rmse = sorted(trials, key=_rmse)
     return StepOutcome(

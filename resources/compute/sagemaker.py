@@ -15,7 +15,7 @@ from resources.aws.code_package import BOOTSTRAP, code_package
 from resources.aws.image import XGBOOST_IMAGE_VERSION, job_image
 from resources.aws.request_validation import check_request
 from resources.compute.base import ComputeBackend, as_metadata, failure_of
-from resources.inventory import NotOwned, OwnedItem, files_below, remove_tree
+from resources.inventory import NotOwned, OwnedItem, files_below
 from resources.sagemaker.job_files import JobInputs, JobPolling
 from resources.sagemaker.job_inventory import jobs_in_progress, remove_job
 from resources.sagemaker.job_kinds import PROCESSING, TRAINING, TUNING, JobKind, digest_of, request_digest
@@ -201,7 +201,7 @@ class SageMakerCompute(ComputeBackend):
         elif item.location.startswith(f"{self.job_root}/"):
             if not self._job_file.fullmatch(f"{item.location.removeprefix(f'{self.job_root}/')}/"):
                 raise NotOwned(f"{item.location} holds no files of jobs of this deployment")
-            remove_tree(item.location)
+            storage.delete(item.location)
         else:
             super().remove(item)
 

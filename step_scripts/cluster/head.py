@@ -27,7 +27,6 @@ from step_scripts.cluster.job import (
 from step_scripts.cluster.node import Node, Stopped
 from step_scripts.cluster.status import ClusterStatusClient, HeadUnavailable, JobOutcome
 from step_scripts.runner import storage
-from step_scripts.runner.contract import write_json
 from step_scripts.runner.execution import find_result
 from step_scripts.runner.ray_session import is_open
 
@@ -70,8 +69,8 @@ class Head(Node):
             self._remove_attempt()
             return STOPPED if stopped else FAILED
         if self.hosts.kind == "training":
-            model = str(self.hosts.root / "model" / "manifest.json")
-            write_json(model, {"manifest_uri": self._request.manifest_uri, "request_digest": self._request.digest})
+            model = {"manifest_uri": self._request.manifest_uri, "request_digest": self._request.digest}
+            storage.write_json(str(self.hosts.root / "model" / "manifest.json"), model)
         return SUCCEEDED
 
     def _form_and_run(self) -> dict[str, Any] | None:

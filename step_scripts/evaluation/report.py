@@ -10,7 +10,7 @@ import numpy as np
 from step_scripts.evaluation.error_sums import ErrorSums, standard_deviations
 from step_scripts.evaluation.errors_of_rows import EvaluationPlan, RowErrors
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, StepContext, StepOutcome, file_info, write_json
+from step_scripts.runner.contract import Artifact, StepContext, StepOutcome, file_info
 from step_scripts.runner.wording import rounded
 
 _PERCENTS = (1, 5, 25, 50, 75, 95, 99)
@@ -64,8 +64,8 @@ def evaluation_outcome(
         "test_digest": context.inputs["test"].digest,
     }
     uri = context.output_uri("report")
-    write_json(storage.join(uri, "evaluation.json"), report)
-    write_json(storage.join(uri, "predictions.json"), predictions)
+    storage.write_json(storage.join(uri, "evaluation.json"), report)
+    storage.write_json(storage.join(uri, "predictions.json"), predictions)
     files = [file_info(storage.join(uri, name), uri) for name in ("evaluation.json", "predictions.json")]
     rivals = {"baseline_mean_rmse": "mean", "baseline_linear_rmse": "linear", "champion_rmse": "champion"}
     return StepOutcome(

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from step_scripts.runner import ray_data
-from step_scripts.runner.contract import Artifact, FileInfo, StepError, operators_noted
+from step_scripts.runner.contract import Artifact, FileInfo, StepError, noted_operators
 from step_scripts.runner.ray_data import Progress, each_call, parquet_blocks
 from step_scripts.runner.ray_environment import worker_environment
 from step_scripts.runner.ray_session import RaySession
@@ -143,9 +143,10 @@ def test_what_operators_took_is_noted(ray_session: RaySession, tmp_path: Path) -
     def work(rows: pl.DataFrame) -> int:
         return rows.height
 
-    with operators_noted() as found:
-        parquet_blocks(table(tmp_path, [100, 50]), ["n"]).reports(work)
-        list(each_call(lambda n: n, [(n,) for n in range(3)]))
+    noted_operators.set(found := [])
+    parquet_blocks(table(tmp_path, [100, 50]), ["n"]).reports(work)
+    list(each_call(lambda n: n, [(n,) for n in range(3)]))
+    noted_operators.set(None)
     assert [(operator["operator"], operator["tasks"]) for operator in found] == [
         ("ReadParquet->work", 1),
         ("<lambda>", 3),
