@@ -35,14 +35,14 @@ from resources.waiting import wait_until
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepRequest, StepResult
 from step_scripts.runner.processes import end_processes, how_ended
-from step_scripts.runner.ray_session import RaySettings
-from step_scripts.runner.session_folder import (
+from step_scripts.runner.ray_environment import (
     FOLDER_VARIABLE,
     SessionFolder,
     make_folder,
     processes_of,
     remove_abandoned,
 )
+from step_scripts.runner.ray_session import RaySettings
 
 _POLL_SECONDS = 0.2
 _TERMINATION_SECONDS = 4.0

@@ -14,8 +14,8 @@ import ray._private.state  # the public API has the free CPUs of all nodes toget
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from step_scripts.runner.background import repeated
 from step_scripts.runner.contract import Reporter, StepError
+from step_scripts.runner.processes import repeated
 from step_scripts.runner.ray_session import is_open, private_folder_of_session
 from step_scripts.runner.wording import counted
 

@@ -15,19 +15,21 @@ from typing import Any
 import psutil
 from pydantic import BaseModel
 
-from step_scripts.runner.background import run_in_thread
 from step_scripts.runner.code_version import NodeReport, report_of_node
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.loaded_code import JOURNAL
-from step_scripts.runner.processes import how_ended
+from step_scripts.runner.processes import how_ended, run_in_thread
 from step_scripts.runner.ray_environment import (
+    FOLDER_VARIABLE,
+    SessionFolder,
     available_cpus,
     environment_set,
+    make_folder,
+    remove_abandoned,
     require_token,
     session_environment,
     use_token_if_present,
 )
-from step_scripts.runner.session_folder import FOLDER_VARIABLE, SessionFolder, make_folder, remove_abandoned
 
 CONNECT_SECONDS = "HOUSING_RAY_CONNECT_SECONDS"
 _DEFAULT_CONNECT_SECONDS = 60.0
