@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
-import signal
-import socket
 import subprocess
 import sys
 from typing import Any
@@ -28,6 +27,7 @@ from step_scripts.cluster.node import Node, Stopped
 from step_scripts.cluster.status import ClusterStatusClient, HeadUnavailable, JobOutcome
 from step_scripts.runner import storage
 from step_scripts.runner.execution import find_result
+from step_scripts.runner.processes import how_ended
 from step_scripts.runner.ray_session import is_open
 
 _log = logging.getLogger(__name__)
@@ -40,9 +40,8 @@ class Head(Node):
         super().__post_init__()
         self._request = self.files.request()
         self._attempt = os.environ.get("HOUSING_ATTEMPT") or "attempt"
-        self._answers = b""
-        self._channel, theirs = socket.socketpair()
-        self._channel.setblocking(False)
+        self._answer: dict[str, Any] | None = None
+        self._channel, theirs = multiprocessing.Pipe()
         # Started first: it imports what it needs while the cluster forms.
         command = [sys.executable, "-m", "step_scripts.runner.worker", str(theirs.fileno())]
         with theirs:
@@ -169,22 +168,19 @@ class Head(Node):
         return f"host {names} was lost during the run" if len(self._lost) == 1 else f"hosts {names} were lost"
 
     def _receive(self) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionError):
-            while data := self._channel.recv(1 << 16):
-                self._answers += data
+        with contextlib.suppress(EOFError, OSError):  # that it has ended is noticed elsewhere
+            if self._answer is None and self._channel.poll():
+                self._answer = json.loads(self._channel.recv_bytes())
 
     def _step_failure(self) -> dict[str, Any] | None:
         """How the step has failed, once its process has ended; None if it succeeded."""
         self._receive()
-        if self._answers.endswith(b"\n"):
-            return json.loads(self._answers).get("error")
-        code = self._driver.poll()
-        if code is not None and code < 0:
-            hint = "; perhaps the host ran out of memory" if code == -signal.SIGKILL else ""
-            message = f"the step's process was killed by {signal.Signals(-code).name}{hint}"
-        else:
-            message = f"the step's process ended with status {code} before the step had ended"
-        return {"kind": "crash", "message": message}
+        if self._answer is not None:
+            return self._answer.get("error")
+        return {
+            "kind": "crash",
+            "message": f"before the step had ended, its process {how_ended(self._driver.returncode)}",
+        }
 
     def _stop_step(self) -> dict[str, Any] | None:
         """After SIGTERM: let the step save its work. Returns None if it succeeded at the last moment."""
@@ -230,7 +226,5 @@ class Head(Node):
             self._driver.wait()
 
     def _tell_driver(self, message: dict[str, Any]) -> None:
-        with contextlib.suppress(ConnectionError):  # that it has ended is noticed elsewhere
-            self._channel.setblocking(True)
-            self._channel.sendall(json.dumps(message).encode() + b"\n")
-            self._channel.setblocking(False)
+        with contextlib.suppress(OSError):
+            self._channel.send_bytes(json.dumps(message).encode())

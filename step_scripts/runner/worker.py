@@ -1,7 +1,7 @@
 """The process that runs steps, as the driver of a Ray session: one after the other on a laptop, one in a job.
 
 Forked by `step_scripts.runner.keeper`, or started by the head of a job (`step_scripts.cluster.head`). They end what
-this process leaves behind. The control descriptor is one end of a socket pair that carries JSON lines:
+this process leaves behind. The control descriptor is one end of a `multiprocessing.Pipe` that carries JSON:
 
 - `{"request": …, "attempt": …, "pipes": {…}}` runs a step. The answer is `{"result": …}` or `{"error": …}`. With the
   `"address"` of a cluster it runs there, after `"note"` was logged, and the process ends with the step.
@@ -24,13 +24,13 @@ import os
 import queue
 import select
 import signal
-import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -87,7 +87,7 @@ class _Driver:
     """Runs steps in a thread, so that the main thread is free for signals and for the control descriptor."""
 
     def __init__(self, descriptor: int) -> None:
-        self._channel = socket.socket(fileno=descriptor)
+        self._channel = Connection(descriptor)
         self._requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._reporter: Reporter = PrintReporter()
         self._stopping = False
@@ -100,7 +100,7 @@ class _Driver:
 
     def listen(self) -> None:
         """Take requests until the other end closes. Ends the process on SIGTERM, and when Ray's processes end."""
-        signals, data = StopSignal(), b""
+        signals = StopSignal()
         threading.Thread(target=self._work, name="step", daemon=True).start()
         while True:
             readable = signals.wait(None, self._channel.fileno(), select.POLLIN)
@@ -109,14 +109,11 @@ class _Driver:
             if (reason := self._session.loss()) is not None:
                 self._lost(reason)
             if readable:
-                received = b""
-                with contextlib.suppress(ConnectionError):
-                    received = self._channel.recv(1 << 16)
-                if not received:
+                try:
+                    message = self._channel.recv_bytes()
+                except (EOFError, OSError):
                     break
-                *lines, data = (data + received).split(b"\n")
-                for line in lines:
-                    self._take(json.loads(line))
+                self._take(json.loads(message))
         stopper = threading.Thread(target=self._session.stop, daemon=True)
         stopper.start()
         stopper.join(_SHUTDOWN_SECONDS)
@@ -209,7 +206,7 @@ class _Driver:
 
     def _send(self, answer: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
-            self._channel.sendall(json.dumps(answer, default=str).encode() + b"\n")
+            self._channel.send_bytes(json.dumps(answer, default=str).encode())
 
     def _lost(self, reason: str) -> NoReturn:
         error = {"kind": "crash", "message": reason, "traceback": "see the run's output"}
