@@ -23,8 +23,7 @@ from step_scripts.cluster.job import (
     resolve,
     write_failure,
 )
-from step_scripts.cluster.node import Node, Stopped
-from step_scripts.cluster.status import ClusterStatusClient, HeadUnavailable, JobOutcome
+from step_scripts.cluster.node import ClusterStatusClient, HeadUnavailable, Node, Stopped
 from step_scripts.runner import storage
 from step_scripts.runner.execution import find_result
 from step_scripts.runner.processes import how_ended
@@ -63,7 +62,7 @@ class Head(Node):
             self._end_driver(0)
         if failure is not None and not stopped:
             write_failure(self.hosts.failure_file, failure)
-        self._publish(JobOutcome(failure))
+        self._publish(failure)
         if failure is not None:
             self._remove_attempt()
             return STOPPED if stopped else FAILED
@@ -190,13 +189,13 @@ class Head(Node):
             return None
         return {"kind": "crash", "message": "the job was stopped, or its machine was taken away (SIGTERM)"}
 
-    def _publish(self, outcome: JobOutcome) -> None:
+    def _publish(self, failure: dict[str, Any] | None) -> None:
         """Publish the outcome; wait until the hosts that are alive have acknowledged it."""
         if self._status is None:
             return
         deadline = Deadline(self.limits.shutdown_ack_timeout)
         try:
-            self._status.publish(outcome)
+            self._status.publish({"failure": failure})
             for pause in pauses(0.5):
                 alive = {name for name, address in self._status.nodes().items() if address is not None}
                 waiting = sorted(alive - self._status.acknowledged() - {self.hosts.current} - self._lost.keys())
