@@ -11,14 +11,11 @@ from typing import Any, Self
 import dagster as dg
 from pydantic import Field, create_model, model_validator
 
-from resources.aws.code_package import BOOTSTRAP, code_package
-from resources.aws.image import XGBOOST_IMAGE_VERSION, job_image
+from resources.aws.code_package import BOOTSTRAP, XGBOOST_IMAGE_VERSION, code_package, job_image
 from resources.aws.request_validation import check_request
 from resources.compute.base import ComputeBackend, as_metadata, failure_of
 from resources.inventory import NotOwned, OwnedItem, files_below
 from resources.sagemaker.job_files import JobInputs, JobPolling
-from resources.sagemaker.job_inventory import jobs_in_progress, remove_job
-from resources.sagemaker.job_kinds import PROCESSING, TRAINING, TUNING, JobKind, digest_of, request_digest
 from resources.sagemaker.job_reports import JobFailure
 from resources.sagemaker.job_requests import (
     PROCESSING_INPUT,
@@ -27,6 +24,16 @@ from resources.sagemaker.job_requests import (
     JobConfig,
     processing_request,
     training_request,
+)
+from resources.sagemaker.jobs import (
+    PROCESSING,
+    TRAINING,
+    TUNING,
+    JobKind,
+    digest_of,
+    jobs_in_progress,
+    remove_job,
+    request_digest,
 )
 from resources.sagemaker.pipes_client import PipesSageMakerClient
 from resources.sagemaker.tuning_jobs import NativeTuning, NativeTuningConfig

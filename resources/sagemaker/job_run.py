@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 
 import dagster as dg
 
-from resources.aws.calls import error_code, error_message, is_missing, is_transient
+from resources.aws.calls import error_code, is_transient
 from resources.aws.ownership import RUN_TAG, WORK_TAG, asset_names, owned, root_tags, run_tags, tags_of
 from resources.aws.request_validation import check_request
 from resources.sagemaker.job_files import (
@@ -25,7 +24,8 @@ from resources.sagemaker.job_files import (
     JobPrefix,
     JobSettings,
 )
-from resources.sagemaker.job_kinds import (
+from resources.sagemaker.job_reports import start_failure, status_lines
+from resources.sagemaker.jobs import (
     TERMINAL,
     TUNING,
     Job,
@@ -33,14 +33,13 @@ from resources.sagemaker.job_kinds import (
     attempts_of,
     job_name,
     request_digest,
+    stop_job,
     work_digest,
     work_of,
 )
-from resources.sagemaker.job_reports import start_failure, status_lines
 from resources.waiting import wait_until
 
 Context = dg.OpExecutionContext | dg.AssetExecutionContext
-_APPEARANCE_SECONDS = 2.0
 
 
 class JobRun:
@@ -245,34 +244,3 @@ class JobRun:
                 prefix.delete(name)
         except (ClientError, BotoCoreError) as error:
             self._context.log.warning(f"{prefix.uri} could not be cleaned up: {error}")
-
-
-def stop_job(kind: JobKind, client: Any, name: str, log: dg.DagsterLogManager | logging.Logger, seconds: float) -> None:
-    """Stop the job and wait until it is `Stopping` or has ended, for at most `seconds`.
-
-    Never raises an AWS error: this runs while another error is on its way. A job that does not exist is waited for a
-    moment, because an interrupted create request may still take effect.
-    """
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    log.warning(f"Stopping {kind.noun} {name}")
-    which = {kind.member("Name"): name}
-    start = time.monotonic()
-
-    def stopping() -> bool:
-        try:
-            job = kind.job(kind.method(client, "describe")(**which))
-            if job.status in (*TERMINAL, "Stopping"):
-                log.warning(f"{job} is {job.status}")
-                return True
-            kind.method(client, "stop")(**which)
-        except (ClientError, BotoCoreError) as error:
-            if is_missing(error):
-                return time.monotonic() - start > _APPEARANCE_SECONDS
-            log.error(f"{kind.noun} {name}: {error_message(error)}; trying again to stop it")
-        return False
-
-    try:
-        wait_until(stopping, timeout=seconds, interval=0.25, what=f"the end of {name}")
-    except TimeoutError:
-        log.error(f"{kind.noun} {name} could not be stopped; stop it by hand: it costs money until then")

@@ -12,10 +12,9 @@ from dagster._core.definitions.resource_annotation import TreatAsResourceParam  
 
 from resources.pipes_session import pipes_session
 from resources.sagemaker.job_files import SHORT_RETRY_SECONDS, JobInputs, JobSettings
-from resources.sagemaker.job_kinds import PROCESSING, TRAINING, Job
-from resources.sagemaker.job_logs import JobLogs
-from resources.sagemaker.job_reports import job_failure, job_metadata
+from resources.sagemaker.job_reports import JobLogs, job_failure, job_metadata
 from resources.sagemaker.job_run import Context, JobRun
+from resources.sagemaker.jobs import PROCESSING, TRAINING, Job
 from resources.waiting import wait_until
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from resources.aws.code_package import archive, code_package
 from resources.aws.ownership import sanitised, tag_list
-from resources.sagemaker.job_kinds import (
+from resources.sagemaker.jobs import (
     PROCESSING,
     TRAINING,
     attempts_of,
