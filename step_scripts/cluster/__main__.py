@@ -35,6 +35,7 @@ from pathlib import Path
 from step_scripts.cluster.job import (
     FAILED,
     STOPPED,
+    SUCCEEDED,
     ClusterLimits,
     JobFiles,
     JobHosts,
@@ -71,10 +72,13 @@ def main() -> int:
         from step_scripts.cluster.head import Head
         from step_scripts.cluster.node import Worker
 
-        status = (Head if hosts.is_head else Worker)(hosts, files, limits, stop, children, folder).run()
+        failure = (Head if hosts.is_head else Worker)(hosts, files, limits, stop, children, folder).run()
+        if failure is not None:
+            write_failure(hosts.failure_file, failure)
+        status = SUCCEEDED if failure is None else FAILED
     except Exception as error:  # noqa: BLE001  # the process's boundary: becomes the job's failure
         if stop.stop_requested:
-            _log.warning("stopped: %s: %s", type(error).__name__, error)
+            _log.warning("stopped: %r", error)
             status = STOPPED
         else:
             status = _fail(hosts, root, error)

@@ -12,16 +12,12 @@ import sys
 from typing import Any
 
 from step_scripts.cluster.job import (
-    FAILED,
-    STOPPED,
-    SUCCEEDED,
     ClusterError,
     Deadline,
     failure_of,
     own_address,
     pauses,
     resolve,
-    write_failure,
 )
 from step_scripts.cluster.node import ClusterStatusClient, HeadUnavailable, Node, Stopped
 from step_scripts.runner import storage
@@ -49,8 +45,8 @@ class Head(Node):
         self._addresses: dict[str, str] = {}
         self._lost: dict[str, str] = {}
 
-    def run(self) -> int:
-        """Run the step on the cluster, and tell the other hosts how it ended."""
+    def run(self) -> dict[str, Any] | None:
+        """Run the step on the cluster, tell the other hosts how it ended. Returns its failure; raises `Stopped`."""
         stopped = False
         try:
             failure = self._form_and_run()
@@ -60,16 +56,15 @@ class Head(Node):
             failure = failure_of(error)
             _log.error("failed: %s", failure["message"], exc_info=error if "traceback" in failure else None)
             self._end_driver(0)
-        if failure is not None and not stopped:
-            write_failure(self.hosts.failure_file, failure)
         self._publish(failure)
         if failure is not None:
             self._remove_attempt()
-            return STOPPED if stopped else FAILED
-        if self.hosts.kind == "training":
+            if stopped:
+                raise Stopped
+        elif self.hosts.kind == "training":
             model = {"manifest_uri": self._request.manifest_uri, "request_digest": self._request.digest}
             storage.write_json(str(self.hosts.root / "model" / "manifest.json"), model)
-        return SUCCEEDED
+        return failure
 
     def _form_and_run(self) -> dict[str, Any] | None:
         """Form the cluster, and run the step on it. Returns the step's failure; raises `ClusterError`, `Stopped`."""

@@ -18,9 +18,6 @@ from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
 from ray.exceptions import AuthenticationError, RayError
 
 from step_scripts.cluster.job import (
-    FAILED,
-    STOPPED,
-    SUCCEEDED,
     ClusterError,
     ClusterLimits,
     Deadline,
@@ -29,7 +26,6 @@ from step_scripts.cluster.job import (
     own_address,
     pauses,
     resolve,
-    write_failure,
 )
 from step_scripts.runner.processes import Children, StopSignal
 from step_scripts.runner.ray_session import is_open
@@ -202,27 +198,20 @@ class Node:
 class Worker(Node):
     """Joins the head's cluster, and leaves when it has read how the step ended."""
 
-    def run(self) -> int:
-        """Join, wait for the outcome, acknowledge it."""
+    def run(self) -> dict[str, Any] | None:
+        """Join, wait for the outcome, acknowledge it. Returns the step's failure; raises `ClusterError`, `Stopped`."""
         joining = Deadline(self.limits.join_seconds)
-        try:
-            head = self.find_address(self.hosts.head, lambda: resolve(self.hosts.head))
-            address = self.find_address(self.hosts.current, lambda: own_address(self.hosts))
-            self._status = ClusterStatusClient(head, self.port)
-            joined = self._join(address, joining)
-        except Stopped:
-            return STOPPED
+        head = self.find_address(self.hosts.head, lambda: resolve(self.hosts.head))
+        address = self.find_address(self.hosts.current, lambda: own_address(self.hosts))
+        self._status = ClusterStatusClient(head, self.port)
+        joined = self._join(address, joining)
         outcome = joined if isinstance(joined, dict) else self._watch(joined)
-        if outcome is None:
-            return STOPPED
         self._acknowledge()
-        if (failure := outcome["failure"]) is None:
-            return SUCCEEDED
-        _log.error("the head reports: %s", failure["message"])
-        if self.stop.stop_requested:
-            return STOPPED
-        write_failure(self.hosts.failure_file, failure)
-        return FAILED
+        if (failure := outcome["failure"]) is not None:
+            _log.error("the head reports: %s", failure["message"])
+            if self.stop.stop_requested:
+                raise Stopped
+        return failure
 
     def _join(self, address: str, deadline: Deadline) -> subprocess.Popen[bytes] | dict[str, Any]:
         """Start Ray here and join the head's cluster. Returns the outcome if the step ended first."""
@@ -260,8 +249,8 @@ class Worker(Node):
             _log.info("joined as %s", address)
         return found
 
-    def _watch(self, node: subprocess.Popen[bytes]) -> dict[str, Any] | None:
-        """Wait for the outcome. None: SIGTERM came, and the head has gone or taken too long to end."""
+    def _watch(self, node: subprocess.Popen[bytes]) -> dict[str, Any]:
+        """Wait for the outcome. Raises `Stopped` if SIGTERM came, and the head has gone or taken too long to end."""
         lost_at: dict[type[HeadUnavailable], Deadline] = {}
         leave_at: Deadline | None = None
         for pause in pauses(self.limits.poll_seconds):
@@ -274,7 +263,7 @@ class Worker(Node):
                 lost_at.clear()
             except HeadUnavailable as error:
                 if leave_at is not None and isinstance(error, HeadUnreachable):
-                    return None
+                    raise Stopped from error
                 if type(error) not in lost_at:
                     unreachable, limits = isinstance(error, HeadUnreachable), self.limits
                     seconds = limits.unreachable_seconds if unreachable else limits.head_unresponsive_timeout
@@ -283,7 +272,7 @@ class Worker(Node):
                 if (lost := lost_at[type(error)]).passed:
                     raise ClusterError(f"lost the head {self.hosts.head}: {error}, for {lost.seconds:g} s") from error
             if leave_at is not None and leave_at.passed:
-                return None
+                raise Stopped
             if node.poll() is not None and leave_at is None:
                 if lost_at:
                     where = f"{self._status.address}:{self.port}"
