@@ -17,6 +17,7 @@ from pathlib import Path
 from step_scripts.cluster.job import JobFiles, failure_of, ml_root, write_failure
 from step_scripts.parameters import TuneModelParams
 from step_scripts.runner.code_version import CodeCheck
+from step_scripts.runner.ray_session import RaySession, RaySettings
 from step_scripts.training.boosting import TrialBoosting, quantile_matrices, useful_threads, xgboost_parameters
 from step_scripts.training.training_data import read_splits
 from step_scripts.training.trials import TUNED
@@ -28,7 +29,7 @@ _log = logging.getLogger("step_scripts.tune_trial")
 def run_trial(request_folder: str, hyperparameters: dict[str, str]) -> TrialBoosting:
     """Boost one trial to its end, and print how it goes. Raises `StepError` if the code is not what was asked for."""
     request = JobFiles(request_folder).request()
-    code = CodeCheck(request)
+    code = CodeCheck(request, RaySession(RaySettings()))
     code.require()
     params = TuneModelParams.model_validate(request.params)
     resolved = params.resolved()

@@ -184,15 +184,10 @@ class CodeCheck:
     code is a copy that was made for this session, or for the job.
     """
 
-    def __init__(self, request: StepRequest, session: RaySession | None = None) -> None:
-        self._request = request
-        self._session = session
+    def __init__(self, request: StepRequest, session: RaySession) -> None:
+        self._request, self._session = request, session
         self._known = set(loaded_here())
-        self._start = journal.stat().st_size if (journal := self._journal) is not None and journal.exists() else 0
-
-    @property
-    def _journal(self) -> Path | None:
-        return self._session.journal if self._session is not None else None
+        self._start = journal.stat().st_size if (journal := session.journal) is not None and journal.exists() else 0
 
     def require(self) -> None:
         """Raise `StepError` if a module was loaded that is not the one asked for, or a library has another version.
@@ -200,11 +195,11 @@ class CodeCheck:
         Modules count from the start of the processes on: they serve one request after the other.
         """
         loaded = loaded_here()
-        for module, digest in read_journal(self._journal):
+        for module, digest in read_journal(self._session.journal):
             loaded.setdefault(module, set()).add(digest)
         _require_same(self._request, loaded)
         _require_libraries(self._request, library_versions(), "")
-        for node, report in (self._session.node_reports() if self._session is not None else {}).items():
+        for node, report in self._session.node_reports().items():
             _require_same(self._request, {module: {digest} for module, digest in report.sources.items()})
             _require_libraries(self._request, report.libraries, f" on Ray node {node}")
 
@@ -213,5 +208,5 @@ class CodeCheck:
         if not self._request.sources:
             return []
         since = set(loaded_here()) - self._known
-        since.update(module for module, _ in read_journal(self._journal, self._start))
+        since.update(module for module, _ in read_journal(self._session.journal, self._start))
         return sorted(since - self._request.sources.keys())

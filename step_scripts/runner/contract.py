@@ -249,7 +249,6 @@ class StepDefinition:
     params: type[StepParams]
     run: Callable[[StepContext, Any], StepOutcome]
     inputs: tuple[str, ...] = ()
-    optional_inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     uses_ray: bool = True
 

@@ -120,12 +120,11 @@ def upload(file: Path, uri: str) -> None:
         raise
 
 
-@contextmanager
-def open_input(uri: str) -> Iterator[IO[bytes]]:
+def open_input(uri: str) -> AbstractContextManager[IO[bytes]]:
     """A seekable binary file open for reading. Raises `FileNotFoundError`."""
     filesystem_, path = filesystem(uri)
-    with filesystem_.open_input_file(path) as file:
-        yield file  # pyright: ignore[reportReturnType]  # Arrow's NativeFile implements the file protocol
+    # Arrow's NativeFile implements the file protocol.
+    return filesystem_.open_input_file(path)  # pyright: ignore[reportReturnType]
 
 
 def open_plain(uri: str) -> AbstractContextManager[IO[bytes]]:

@@ -110,20 +110,17 @@ class _Driver:
                 self._lost(reason)
             if readable:
                 try:
-                    message = self._channel.recv_bytes()
+                    message = json.loads(self._channel.recv_bytes())
                 except (EOFError, OSError):
                     break
-                self._take(json.loads(message))
+                if "warning" in message:
+                    self._reporter.warning(message["warning"])
+                else:
+                    self._requests.put({**message, "received": time.monotonic()})
         stopper = threading.Thread(target=self._session.stop, daemon=True)
         stopper.start()
         stopper.join(_SHUTDOWN_SECONDS)
         _exit(0)  # Ray's own processes follow it
-
-    def _take(self, message: dict[str, Any]) -> None:
-        if "warning" in message:
-            self._reporter.warning(message["warning"])
-        else:
-            self._requests.put({**message, "received": time.monotonic()})
 
     def _work(self) -> None:
         try:
