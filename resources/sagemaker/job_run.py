@@ -15,6 +15,7 @@ import dagster as dg
 from resources.aws.calls import error_code, is_transient
 from resources.aws.ownership import RUN_TAG, WORK_TAG, asset_names, owned, root_tags, run_tags, tags_of
 from resources.aws.request_validation import check_request
+from resources.sagemaker import jobs
 from resources.sagemaker.job_files import (
     BOOTSTRAP,
     LEASE,
@@ -25,18 +26,7 @@ from resources.sagemaker.job_files import (
     JobSettings,
 )
 from resources.sagemaker.job_reports import start_failure, status_lines
-from resources.sagemaker.jobs import (
-    TERMINAL,
-    TUNING,
-    Job,
-    JobKind,
-    attempts_of,
-    job_name,
-    request_digest,
-    stop_job,
-    work_digest,
-    work_of,
-)
+from resources.sagemaker.jobs import TERMINAL, TUNING, Job, JobKind
 from resources.waiting import wait_until
 
 Context = dg.OpExecutionContext | dg.AssetExecutionContext
@@ -62,14 +52,14 @@ class JobRun:
         self._context, self._params, self._inputs = context, params, inputs
         partition = context.partition_key if context.has_partition_key else None
         assets = asset_names(context) or [str(context.op_handle)]
-        self._work = work_digest(assets, partition, inputs.digest or request_digest(params))
+        self._work = jobs.work_digest(assets, partition, inputs.digest or jobs.request_digest(params))
         root_run = context.run.root_run_id or context.run_id
         # Names of tuning jobs have at most 32 characters.
         prefix, shown = ("tune", []) if kind is TUNING else (settings.name_prefix, assets)
-        self.name = first_name = job_name(prefix, shown, self._work, root_run)
+        self.name = first_name = jobs.job_name(prefix, shown, self._work, root_run)
         check_request(kind.create_operation, self._request({}))
         self._client = settings.client("sagemaker")
-        self.job = self._attempt(first_name, completed_after) or self._orphan(work_of(first_name))
+        self.job = self._attempt(first_name, completed_after) or self._orphan(jobs.work_of(first_name))
         self._exists, self._ended = self.job is not None, False
 
     @property
@@ -162,7 +152,7 @@ class JobRun:
         A completed job counts if it was started by this run (a retry of the step) or ended after `completed_after`, and
         closed its Pipes session in order. Tuning jobs have none.
         """
-        for name in attempts_of(first_name):
+        for name in jobs.attempts_of(first_name):
             self.name = name
             if (job := self.kind.describe(self._client, name)) is None:
                 return None
@@ -230,7 +220,7 @@ class JobRun:
             self._context.log.warning(f"Detached from {self.kind.noun} {self.name}; it goes on running")
         else:
             client = self.settings.client("sagemaker", SHORT_RETRY_SECONDS)
-            stop_job(self.kind, client, self.name, self._context.log, self.settings.polling.stop)
+            jobs.stop_job(self.kind, client, self.name, self._context.log, self.settings.polling.stop)
 
     def _clean_up(self) -> None:
         """Remove secrets and lease, unless the job was left running."""

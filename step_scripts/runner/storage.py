@@ -109,15 +109,11 @@ def write_json(uri: str, value: object) -> None:
 
 
 def upload(file: Path, uri: str) -> None:
-    """Copy a local file to `uri` on S3, in pieces. If that fails, there is nothing at `uri`."""
+    """Copy a local file to `uri` on S3, in pieces. If that fails, nothing is changed at `uri`."""
     if not is_remote(uri):
         raise ValueError(f"{uri} is a local path: write the file there")
-    try:
-        with file.open("rb") as source, open_output(uri) as stream:
-            shutil.copyfileobj(source, stream, 8 << 20)
-    except BaseException:
-        delete(uri)  # Arrow stores the part that was written
-        raise
+    bucket, key = s3_objects.split_uri(uri)
+    s3_objects.service_client("s3").upload_file(str(file), bucket, key)
 
 
 def open_input(uri: str) -> AbstractContextManager[IO[bytes]]:
@@ -154,8 +150,7 @@ def exists(uri: str) -> bool:
 
 def list_files(uri: str) -> list[str]:
     """URIs of all files below `uri`, sorted; empty if there is nothing."""
-    scheme = uri.partition("://")[0] + "://" if is_remote(uri) else ""
-    return sorted(scheme + info.path for info in _listed(uri) if info.is_file)
+    return [join(uri, path) for path, _, _ in list_details(uri)]
 
 
 def list_folders(uri: str) -> list[str]:

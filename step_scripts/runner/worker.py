@@ -34,18 +34,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dagster_pipes import (
-    PipesContext,
-    PipesContextLoader,
-    PipesDefaultContextLoader,
-    PipesDefaultMessageWriter,
-    PipesMappingParamsLoader,
-    PipesMessageWriter,
-    PipesParams,
-    PipesS3ContextLoader,
-    PipesS3MessageWriter,
-    PipesS3MessageWriterChannel,
-)
+import dagster_pipes
 
 from step_scripts.runner.contract import Reporter, StepRequest
 from step_scripts.runner.execution import PrintReporter, failure_of, run_step
@@ -69,10 +58,10 @@ _LATER_IMPORTS = (
 )
 
 
-class _Messages(PipesS3MessageWriter):
+class _Messages(dagster_pipes.PipesS3MessageWriter):
     """Numbers its chunks after those that an earlier attempt of the same job has left, instead of replacing them."""
 
-    def make_channel(self, params: PipesParams) -> PipesS3MessageWriterChannel:
+    def make_channel(self, params: dagster_pipes.PipesParams) -> dagster_pipes.PipesS3MessageWriterChannel:
         channel = super().make_channel(params)
         numbers = [0]
         pages = self._client.get_paginator("list_objects_v2")
@@ -182,19 +171,19 @@ class _Driver:
         return failure
 
     @contextmanager
-    def _reporting(self, bootstrap: dict[str, str] | None) -> Iterator[PipesContext | None]:
+    def _reporting(self, bootstrap: dict[str, str] | None) -> Iterator[dagster_pipes.PipesContext | None]:
         """Dagster's Pipes session, if there is one: its log is where messages go."""
         if bootstrap is None:
             yield None
             return
-        params = PipesMappingParamsLoader(bootstrap)
-        loader: PipesContextLoader = PipesDefaultContextLoader()
-        writer: PipesMessageWriter[Any] = PipesDefaultMessageWriter()
+        params = dagster_pipes.PipesMappingParamsLoader(bootstrap)
+        loader: dagster_pipes.PipesContextLoader = dagster_pipes.PipesDefaultContextLoader()
+        writer: dagster_pipes.PipesMessageWriter[Any] = dagster_pipes.PipesDefaultMessageWriter()
         if "bucket" in params.load_context_params():
-            loader = PipesS3ContextLoader(service_client("s3"))
+            loader = dagster_pipes.PipesS3ContextLoader(service_client("s3"))
         if "bucket" in params.load_messages_params():
             writer = _Messages(service_client("s3"), interval=_MESSAGES_SECONDS)  # its thread ends at the first error
-        with PipesContext(params_loader=params, context_loader=loader, message_writer=writer) as pipes:
+        with dagster_pipes.PipesContext(params_loader=params, context_loader=loader, message_writer=writer) as pipes:
             self._reporter = pipes.log
             try:
                 yield pipes
