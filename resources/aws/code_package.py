@@ -19,6 +19,7 @@ from pathlib import Path
 import dagster as dg
 
 from step_scripts.runner import storage
+from step_scripts.runner.code_version import file_of, step_sources
 
 XGBOOST_IMAGE_VERSION = "3.2-0"  # XGBoost 3.2.0, which the project pins; Python 3.12; no Ray
 ARCHIVE, REQUIREMENTS, BOOTSTRAP = "source.tar.gz", "requirements.txt", "bootstrap.sh"
@@ -60,10 +61,10 @@ class CodePackage:
         return f"{uri}/"
 
 
-def code_package(packages: Iterable[str], modules: Iterable[str] = ()) -> CodePackage:
-    """The sources of whole packages and of single modules, with pinned requirements and the start script.
+def code_package(packages: Iterable[str], steps: Iterable[str] = ()) -> CodePackage:
+    """The sources of whole packages and of all that these steps load, with pinned requirements and the start script.
 
-    Raises `ModuleNotFoundError` for a name that is not there.
+    Raises `FileNotFoundError` for a step that is not there.
     """
     sources: dict[str, Path] = {}
     for package in packages:
@@ -71,14 +72,10 @@ def code_package(packages: Iterable[str], modules: Iterable[str] = ()) -> CodePa
         for path in folder.rglob("*"):
             if path.suffix in _SUFFIXES and "__pycache__" not in path.parts:
                 sources[f"{package.replace('.', '/')}/{path.relative_to(folder).as_posix()}"] = path
-    for module in modules:
-        package, _, name = module.rpartition(".")
-        if not (_folder(package) / f"{name}.py").is_file():
-            raise ModuleNotFoundError(f"there is no module {module}", name=module)
-        # Without `__init__.py` another package of the same name, anywhere on the path, would win.
-        for path in (_folder(package) / f"{name}.py", _folder(package) / "__init__.py"):
-            if path.is_file():
-                sources[f"{package.replace('.', '/')}/{path.name}"] = path
+    for module in {module for step in steps for module in step_sources(step)}:
+        if (path := file_of(module)) is not None:
+            parent = module if path.name == "__init__.py" else module.rpartition(".")[0]
+            sources["/".join([*parent.split("."), path.name]).lstrip("/")] = path
     files = {
         ARCHIVE: archive({name: path.read_bytes() for name, path in sources.items()}),
         REQUIREMENTS: requirements().encode(),

@@ -98,7 +98,7 @@ def report_of_node() -> NodeReport:
 
 def _sources(*roots: str) -> dict[str, str]:
     pending = [name if "." in name else f"{PACKAGE}.{name}" for name in roots]
-    if absent := [name for name in pending if _file_of(name) is None]:
+    if absent := [name for name in pending if file_of(name) is None]:
         raise FileNotFoundError(f"there is no module {absent[0]}")
     sources: dict[str, str] = {}
     seen = {""}
@@ -107,14 +107,14 @@ def _sources(*roots: str) -> dict[str, str]:
             continue
         seen.add(module)
         pending.append(module.rpartition(".")[0])  # the package that it is in is loaded before it
-        if (path := _file_of(module)) is not None:
+        if (path := file_of(module)) is not None:
             sources[module], mentioned = _read(module, path)
             pending += mentioned
     return sources
 
 
 @cache
-def _file_of(module: str) -> Path | None:
+def file_of(module: str) -> Path | None:
     """The source file of one of the project's modules; None for what is none. `find_spec` would import its parents."""
     top, *rest = module.split(".")
     for place in own_places(top):
@@ -143,13 +143,13 @@ def _mentioned(source: str, package: str) -> Iterator[str]:
         yield origin
         yield from (f"{origin}.{name}" for name in names)  # what is imported from a package may be a module of it
     for called, dotted in _QUOTED.findall(source):
-        if called or _file_of(dotted) is not None:  # "data.csv" is no module of a folder `data`
+        if called or file_of(dotted) is not None:  # "data.csv" is no module of a folder `data`
             yield called or dotted
 
 
 def require_unchanged(request: StepRequest) -> None:
     """Raise `StepError` if a file of the request's code has changed since. For before the step starts."""
-    files = {module: path for module in request.sources if (path := _file_of(module)) is not None}
+    files = {module: path for module in request.sources if (path := file_of(module)) is not None}
     _require_same(request, {m: {digest_of(path.read_bytes())} if path.exists() else {} for m, path in files.items()})
 
 
