@@ -171,27 +171,21 @@ class LocalRay(ComputeBackend):
         settings = RaySettings(
             address=self.address, num_cpus=self.num_cpus, object_store_memory=self.object_store_memory
         )
-        # `_sessions` finds abandoned processes by these variables.
-        owner = {"HOUSING_ARTIFACTS": self.artifact_root, "HOUSING_RUN_ID": run_id}
         environment = os.environ | {
+            # `_sessions` finds abandoned processes by these two.
+            "HOUSING_ARTIFACTS": self.artifact_root,
+            "HOUSING_RUN_ID": run_id,
             "HOUSING_RAY_SETTINGS": settings.model_dump_json(),
             FOLDER_VARIABLE: str(folder.path),
             "TMPDIR": str(folder.path),
             "RAY_USAGE_STATS_ENABLED": "0",
-            **owner,
         }
         environment.pop("RAY_ADDRESS", None)
         if environment.get("PYTHONOPTIMIZE", "") not in ("", "0", "1"):
             environment["PYTHONOPTIMIZE"] = "1"  # Ray cannot start without docstrings
         time_to_end = 0.0 if self.address is None else _TERMINATION_SECONDS - 1.0
-        keeper = [
-            sys.executable,
-            "-m",
-            "step_scripts.runner.keeper",
-            str(theirs.fileno()),
-            str(folder.lock),
-            str(time_to_end),
-        ]
+        arguments = map(str, (theirs.fileno(), folder.lock, time_to_end))
+        keeper = [sys.executable, "-m", "step_scripts.runner.keeper", *arguments]
         try:
             with theirs:
                 process = subprocess.Popen(

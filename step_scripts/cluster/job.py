@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from step_scripts.runner import execution, storage
-from step_scripts.runner.contract import StepRequest
+from step_scripts.runner.contract import StepParams, StepRequest
 
 SUCCEEDED, FAILED, STOPPED = 0, 1, 128 + signal.SIGTERM
 """Exit statuses."""
@@ -158,14 +158,12 @@ class JobFiles:
             return None
 
 
-class ClusterLimits(BaseModel):
+class ClusterLimits(StepParams):
     """How long hosts wait for what, in seconds. Each field is read from a variable `HOUSING_CLUSTER_<FIELD>`.
 
     After SIGTERM the platform waits for 120 seconds. `checkpoint_seconds`, `shutdown_ack_timeout` and twice
     `stop_seconds` should leave about 30 of them for the removal of the attempt's files.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     names_seconds: float = Field(default=300.0, gt=0, description="Until the names of this host and the head resolve.")
     start_seconds: float = Field(default=180.0, gt=0, description="From Ray's start on the head until it answers.")

@@ -169,10 +169,8 @@ class StepRequest(StepParams):
         return storage.join(self.checkpoint_uri, "shared")
 
 
-class StepResult(BaseModel):
+class StepResult(StepParams):
     """The manifest: what a finished step made. `seconds` holds the duration of each phase."""
-
-    model_config = ConfigDict(extra="forbid")
 
     step: str
     request_digest: str
