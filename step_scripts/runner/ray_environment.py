@@ -141,10 +141,10 @@ def _cpu_quotas(root: Path) -> Iterator[float]:
 
 @dataclass
 class SessionFolder:
-    """A folder made by this process. `lock` is an open descriptor: a process that inherits it holds the lock too."""
+    """A folder. `lock` is an open descriptor, -1 if the folder is another process's: who inherits it holds the lock."""
 
     path: Path
-    lock: int
+    lock: int = -1
 
     def remove(self) -> None:
         """Remove the folder, and release its lock."""

@@ -39,7 +39,7 @@ import dagster_pipes
 from step_scripts.runner.contract import Reporter, StepRequest
 from step_scripts.runner.execution import PrintReporter, failure_of, run_step
 from step_scripts.runner.processes import StopSignal, interrupt
-from step_scripts.runner.ray_environment import use_token_if_present
+from step_scripts.runner.ray_environment import SessionFolder, use_token_if_present
 from step_scripts.runner.ray_session import RayNotStarted, RaySession, RaySettings
 from step_scripts.runner.s3_objects import service_client
 
@@ -85,7 +85,7 @@ class _Driver:
             use_token_if_present()  # before anything imports Ray
         self._session = RaySession(settings)
         if folder := os.environ.get("HOUSING_RAY_FOLDER"):
-            self._session.temporary_folder = Path(folder)
+            self._session.folder = SessionFolder(Path(folder))
 
     def listen(self) -> None:
         """Take requests until the other end closes. Ends the process on SIGTERM, and when Ray's processes end."""
