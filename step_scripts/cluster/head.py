@@ -9,11 +9,11 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 
 from step_scripts.cluster.job import (
     ClusterError,
-    Deadline,
     failure_of,
     own_address,
     pauses,
@@ -98,13 +98,13 @@ class Head(Node):
             self._addresses = now
             return True if wanted <= now.keys() else None
 
-        if self.poll(lambda: poll({self.hosts.current}), Deadline(self.limits.start_seconds)) is None:
+        if self.poll(lambda: poll({self.hosts.current}), self.limits.start_seconds) is None:
             raise ClusterError(
                 f"Ray on the head {self.hosts.current} did not answer within {self.limits.start_seconds:g} s "
                 f"(HOUSING_CLUSTER_START_SECONDS): {problem}; {self.ray_output()}"
             )
         self._status = status
-        if self.poll(lambda: poll(set(self.hosts.names)), Deadline(self.limits.join_seconds)) is None:
+        if self.poll(lambda: poll(set(self.hosts.names)), self.limits.join_seconds) is None:
             missing = [name for name in self.hosts.names if name not in self._addresses]
             unknown = [name for name in missing if resolve(name) is None]
             raise ClusterError(
@@ -115,8 +115,8 @@ class Head(Node):
 
     def _follow(self, status: ClusterStatusClient, ray: subprocess.Popen[bytes]) -> dict[str, Any] | None:
         """Wait for the step's end. Returns its failure."""
-        unavailable: Deadline | None = None
-        lost_host: Deadline | None = None
+        silent_since: float | None = None
+        lost_since: float | None = None
         for pause in pauses(self.limits.poll_seconds):
             self._receive()
             if self._driver.poll() is not None:
@@ -125,16 +125,16 @@ class Head(Node):
                 raise ClusterError(f"Ray on the head {self.hosts.current} ended: {self.ray_output()}")
             try:
                 self._find_lost_hosts(status)
-                unavailable = None
+                silent_since = None
             except HeadUnavailable as error:
-                unavailable = unavailable or Deadline(self.limits.head_unresponsive_timeout)
-                if unavailable.passed:
+                silent_since = silent_since or time.monotonic()
+                if time.monotonic() - silent_since >= self.limits.head_unresponsive_timeout:
                     raise ClusterError(f"Ray on the head does not answer: {error}") from error
-            if self._lost and lost_host is None:
-                lost_host = Deadline(self.limits.lost_host_seconds)
-            if lost_host is not None and lost_host.passed:
+            if self._lost and lost_since is None:
+                lost_since = time.monotonic()
+            if lost_since is not None and time.monotonic() - lost_since >= self.limits.lost_host_seconds:
                 raise ClusterError(
-                    f"{self._lost_hosts()}, and the step has not ended within {lost_host.seconds:g} s since "
+                    f"{self._lost_hosts()}, and the step has not ended within {self.limits.lost_host_seconds:g} s since "
                     "(HOUSING_CLUSTER_LOST_HOST_SECONDS)"
                 )
             self.pause(pause)
@@ -171,10 +171,8 @@ class Head(Node):
         self._receive()
         if self._answer is not None:
             return self._answer.get("error")
-        return {
-            "kind": "crash",
-            "message": f"before the step had ended, its process {how_ended(self._driver.returncode)}",
-        }
+        message = f"before the step had ended, its process {how_ended(self._driver.returncode)}"
+        return {"kind": "crash", "message": message}
 
     def _stop_step(self) -> dict[str, Any] | None:
         """After SIGTERM: let the step save its work. Returns None if it succeeded at the last moment."""
@@ -188,7 +186,7 @@ class Head(Node):
         """Publish the outcome; wait until the hosts that are alive have acknowledged it."""
         if self._status is None:
             return
-        deadline = Deadline(self.limits.shutdown_ack_timeout)
+        deadline = time.monotonic() + self.limits.shutdown_ack_timeout
         try:
             self._status.publish({"failure": failure})
             for pause in pauses(0.5):
@@ -196,10 +194,10 @@ class Head(Node):
                 waiting = sorted(alive - self._status.acknowledged() - {self.hosts.current} - self._lost.keys())
                 if not waiting:
                     return
-                if deadline.passed:
+                if (left := deadline - time.monotonic()) <= 0:
                     _log.warning("%s may not know how the step has ended", ", ".join(waiting))
                     return
-                self.stop.wait(min(pause, deadline.left))
+                self.stop.wait(min(pause, left))
         except HeadUnavailable as error:
             _log.warning("the other hosts could not be told how the step has ended: %s", error)
 

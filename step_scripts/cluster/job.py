@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,24 +198,6 @@ class ClusterLimits(StepParams):
                 raise ValueError(f"{_LIMIT_PREFIX}{former} is now {_LIMIT_PREFIX}{name}: rename it")
         names = {name: _LIMIT_PREFIX + name.upper() for name in cls.model_fields}
         return cls.model_validate({name: environment[v] for name, v in names.items() if v in environment})
-
-
-class Deadline:
-    """A point in time on the monotonic clock."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._end = time.monotonic() + seconds
-
-    @property
-    def passed(self) -> bool:
-        """Whether it is over."""
-        return time.monotonic() >= self._end
-
-    @property
-    def left(self) -> float:
-        """Seconds left; 0 if it is over."""
-        return max(0.0, self._end - time.monotonic())
 
 
 def pauses(longest: float, shortest: float = 0.1, growth: float = 1.5) -> Iterator[float]:

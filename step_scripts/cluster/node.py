@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from ray.exceptions import AuthenticationError, RayError
 from step_scripts.cluster.job import (
     ClusterError,
     ClusterLimits,
-    Deadline,
     JobFiles,
     JobHosts,
     own_address,
@@ -148,20 +148,21 @@ class Node:
             raise Stopped
 
     def poll(
-        self, poll: Callable[[], Found | None], deadline: Deadline, often: Callable[[], bool] = lambda: False
+        self, poll: Callable[[], Found | None], seconds: float, often: Callable[[], bool] = lambda: False
     ) -> Found | None:
-        """Poll until the result is not None; None if the deadline passes first. With short pauses while `often()`."""
+        """Poll until the result is not None; None after so many seconds. With short pauses while `often()`."""
+        deadline = time.monotonic() + seconds
         for pause in pauses(self.limits.poll_seconds):
             if (found := poll()) is not None:
                 return found
-            if deadline.passed:
+            if (left := deadline - time.monotonic()) <= 0:
                 return None
-            self.pause(min(_SHORT_PAUSE if often() else pause, deadline.left))
+            self.pause(min(_SHORT_PAUSE if often() else pause, left))
         raise AssertionError("unreachable")
 
     def find_address(self, name: str, lookup: Callable[[], str | None]) -> str:
         """The address of a host, once it is known. Raises `ClusterError`."""
-        address = self.poll(lookup, Deadline(self.limits.names_seconds))
+        address = self.poll(lookup, self.limits.names_seconds)
         if address is None:
             raise ClusterError(
                 f"the name of host {name} did not resolve within {self.limits.names_seconds:g} s "
@@ -200,11 +201,11 @@ class Worker(Node):
 
     def run(self) -> dict[str, Any] | None:
         """Join, wait for the outcome, acknowledge it. Returns the step's failure; raises `ClusterError`, `Stopped`."""
-        joining = Deadline(self.limits.join_seconds)
+        deadline = time.monotonic() + self.limits.join_seconds
         head = self.find_address(self.hosts.head, lambda: resolve(self.hosts.head))
         address = self.find_address(self.hosts.current, lambda: own_address(self.hosts))
         self._status = ClusterStatusClient(head, self.port)
-        joined = self._join(address, joining)
+        joined = self._join(address, deadline - time.monotonic())
         outcome = joined if isinstance(joined, dict) else self._watch(joined)
         self._acknowledge()
         if (failure := outcome["failure"]) is not None:
@@ -213,7 +214,7 @@ class Worker(Node):
                 raise Stopped
         return failure
 
-    def _join(self, address: str, deadline: Deadline) -> subprocess.Popen[bytes] | dict[str, Any]:
+    def _join(self, address: str, seconds: float) -> subprocess.Popen[bytes] | dict[str, Any]:
         """Start Ray here and join the head's cluster. Returns the outcome if the step ended first."""
         name = self.hosts.current
         node: subprocess.Popen[bytes] | None = None
@@ -239,7 +240,7 @@ class Worker(Node):
                 node = self.start_ray(address, "--address", f"{self._status.address}:{self.port}")
             return node if joined else None
 
-        found = self.poll(poll, deadline, often=lambda: node is not None)
+        found = self.poll(poll, seconds, often=lambda: node is not None)
         if found is None:
             raise ClusterError(
                 f"host {name} could not join the head {self.hosts.head} within {self.limits.join_seconds:g} s "
@@ -251,30 +252,30 @@ class Worker(Node):
 
     def _watch(self, node: subprocess.Popen[bytes]) -> dict[str, Any]:
         """Wait for the outcome. Raises `Stopped` if SIGTERM came, and the head has gone or taken too long to end."""
-        lost_at: dict[type[HeadUnavailable], Deadline] = {}
-        leave_at: Deadline | None = None
+        silent_since: dict[type[HeadUnavailable], float] = {}
+        leave_at: float | None = None
         for pause in pauses(self.limits.poll_seconds):
             if self.stop.stop_requested and leave_at is None:
                 # The step may need this host while it saves its work.
-                leave_at = Deadline(self.limits.checkpoint_seconds + self.limits.shutdown_ack_timeout)
+                leave_at = time.monotonic() + self.limits.checkpoint_seconds + self.limits.shutdown_ack_timeout
             try:
                 if (outcome := self._status.outcome()) is not None:
                     return outcome
-                lost_at.clear()
+                silent_since.clear()
             except HeadUnavailable as error:
-                if leave_at is not None and isinstance(error, HeadUnreachable):
+                unreachable, limits = isinstance(error, HeadUnreachable), self.limits
+                if leave_at is not None and unreachable:
                     raise Stopped from error
-                if type(error) not in lost_at:
-                    unreachable, limits = isinstance(error, HeadUnreachable), self.limits
-                    seconds = limits.unreachable_seconds if unreachable else limits.head_unresponsive_timeout
-                    lost_at[type(error)] = Deadline(seconds)
+                if type(error) not in silent_since:
+                    silent_since[type(error)] = time.monotonic()
                     _log.warning("%s", error)
-                if (lost := lost_at[type(error)]).passed:
-                    raise ClusterError(f"lost the head {self.hosts.head}: {error}, for {lost.seconds:g} s") from error
-            if leave_at is not None and leave_at.passed:
+                seconds = limits.unreachable_seconds if unreachable else limits.head_unresponsive_timeout
+                if time.monotonic() - silent_since[type(error)] >= seconds:
+                    raise ClusterError(f"lost the head {self.hosts.head}: {error}, for {seconds:g} s") from error
+            if leave_at is not None and time.monotonic() >= leave_at:
                 raise Stopped
             if node.poll() is not None and leave_at is None:
-                if lost_at:
+                if silent_since:
                     where = f"{self._status.address}:{self.port}"
                     raise ClusterError(f"lost the head {self.hosts.head}: Ray on this host ended without it ({where})")
                 raise ClusterError(f"Ray on host {self.hosts.current} ended: {self.ray_output()}")
