@@ -134,8 +134,8 @@ class Head(Node):
                 lost_since = time.monotonic()
             if lost_since is not None and time.monotonic() - lost_since >= self.limits.lost_host_seconds:
                 raise ClusterError(
-                    f"{self._lost_hosts()}, and the step has not ended within {self.limits.lost_host_seconds:g} s since "
-                    "(HOUSING_CLUSTER_LOST_HOST_SECONDS)"
+                    f"{self._lost_hosts()}, and the step has not ended within {self.limits.lost_host_seconds:g} s "
+                    "since (HOUSING_CLUSTER_LOST_HOST_SECONDS)"
                 )
             self.pause(pause)
         failure = self._step_failure()
