@@ -72,7 +72,7 @@ def free_cpus(what: str, needed: int, log: Reporter | None) -> list[int]:
 
 
 @contextlib.contextmanager
-def reserved(what: str, cpus: int, log: Reporter | None) -> Iterator[dict[str, Any]]:
+def reserved(what: str, cpus: int) -> Iterator[dict[str, Any]]:
     """Options for a task that gets that many CPUs of one node. They are reserved when the block begins.
 
     Raises `StepError` if they are not free within `wait_seconds`. In a private session no one else could use them.
@@ -80,16 +80,13 @@ def reserved(what: str, cpus: int, log: Reporter | None) -> Iterator[dict[str, A
     if private_folder_of_session() is not None:
         yield {"num_cpus": cpus}
         return
-    group = None
+    group = placement_group([{"CPU": cpus}])
     try:
-        with waiting_is_told(what, log):  # begins before the group is created, or would not count it
-            group = placement_group([{"CPU": cpus}])
-            if not group.wait(wait_seconds()):
-                raise no_room(what)
+        if not group.wait(wait_seconds()):
+            raise no_room(what)
         yield {"num_cpus": cpus, "scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
     finally:
-        if group is not None:
-            remove_placement_group(group)
+        remove_placement_group(group)
 
 
 def no_room(what: str) -> StepError:

@@ -240,7 +240,7 @@ def boost_in_task(request: FitRequest, start: Checkpoint) -> FitResult:
     def task() -> FitResult:
         return FitResult(boost(request, checkpoint=start), (ray.util.get_node_ip_address(),))
 
-    with reserved(WHAT, request.cpus_per_worker, None) as options:  # `fit` reports the waiting
+    with reserved(WHAT, request.cpus_per_worker) as options:  # `fit` reports the waiting
         return result_of(ray.remote(task).options(**options, max_retries=0).remote())
 
 
