@@ -44,7 +44,7 @@ def wait_seconds() -> float:
     return float(os.environ.get(WAIT_VARIABLE) or _DEFAULT_WAIT_SECONDS)
 
 
-def free_cpus(what: str, needed: int, log: Reporter | None) -> list[int]:
+def free_cpus(what: str, needed: int, log: Reporter) -> list[int]:
     """Free CPUs of each node, most first, as soon as `needed` of them are free for `what`.
 
     In a private session these are all: what is in use is ours and about to end. Raises `StepError` if too few are free
@@ -66,8 +66,7 @@ def free_cpus(what: str, needed: int, log: Reporter | None) -> list[int]:
             )
         if waited >= next_message and sum(free) < needed:
             next_message = waited + _MESSAGE_SECONDS
-            if log is not None:
-                log.info(f"{state} are free; waiting for {waited:.0f} of at most {limit:g} s")
+            log.info(f"{state} are free; waiting for {waited:.0f} of at most {limit:g} s")
         time.sleep(0.2)
 
 
@@ -98,13 +97,13 @@ def no_room(what: str) -> StepError:
 
 
 @contextlib.contextmanager
-def waiting_is_told(what: str, log: Reporter | None) -> Iterator[None]:
+def waiting_is_told(what: str, log: Reporter) -> Iterator[None]:
     """Log now and then, during the block, that a placement group created in it waits for CPUs."""
     known = set(placement_group_table())
 
     def look() -> None:
         asked = [group for name, group in placement_group_table().items() if name not in known]
-        if log is not None and any(group["state"] == "PENDING" for group in asked):
+        if any(group["state"] == "PENDING" for group in asked):
             log.info(f"{what} waits for CPUs of the Ray cluster: {sum(_unused())} of {sum(node_cpus())} are free")
 
     with repeated(look, _MESSAGE_SECONDS, "tell-waiting"):

@@ -149,7 +149,7 @@ class FitResult:
         return self.history.validation[self.best_rounds - 1]
 
 
-def fit(engine: str, request: FitRequest, log: Reporter | None = None) -> FitResult:
+def fit(engine: str, request: FitRequest, log: Reporter = _log) -> FitResult:
     """Fit with early stopping on the validation split, on `request.num_workers` workers of the Ray cluster.
 
     Workers that are lost are replaced, at most twice, on the nodes that are left; the fit goes on from its latest
@@ -166,24 +166,23 @@ def fit(engine: str, request: FitRequest, log: Reporter | None = None) -> FitRes
     return replace(result, booster=booster, history=history, seconds=time.perf_counter() - start)
 
 
-def _fit(engine: str, request: FitRequest, log: Reporter | None) -> FitResult:
+def _fit(engine: str, request: FitRequest, log: Reporter) -> FitResult:
     train_booster: Callable[[FitRequest, Checkpoint], FitResult] = importlib.import_module(
         ENGINES[engine]
     ).train_booster
-    warn = _log.warning if log is None else log.warning
     with contextlib.ExitStack() as stack:
         uri = request.checkpoint_uri or stack.enter_context(scratch_folder("fit-"))
         stack.callback(storage.delete, uri)  # at the end, unless the process is killed
         request = replace(request, checkpoint_uri=uri)
         for attempt in range(1, _ATTEMPTS + 1):
-            start = (request.checkpoints and request.checkpoints.latest(warn)) or Checkpoint()
+            start = (request.checkpoints and request.checkpoints.latest(log.warning)) or Checkpoint()
             try:
                 with waiting_is_told(WHAT, log):
                     result = train_booster(request, start)
             except WorkersLost as error:
                 if attempt == _ATTEMPTS:
                     raise
-                warn(f"the workers of the final fit ended: {error}")
+                log.warning(f"the workers of the final fit ended: {error}")
                 await_lost_nodes(_NODE_LOSS_SECONDS)
                 nodes = node_cpus()
                 fewer = min(request.num_workers or 1, sum(nodes))
@@ -193,7 +192,7 @@ def _fit(engine: str, request: FitRequest, log: Reporter | None) -> FitResult:
     raise AssertionError("unreachable")
 
 
-def _with_resources(request: FitRequest, log: Reporter | None) -> FitRequest:
+def _with_resources(request: FitRequest, log: Reporter) -> FitRequest:
     """`request` with the number of workers and their CPUs filled in: those that are free, as soon as that is enough."""
     nodes = node_cpus()
     num_workers = request.num_workers or len(nodes)
