@@ -65,13 +65,13 @@ def files_below(root: str, pattern: re.Pattern[str], name: str) -> list[OwnedIte
     return [
         item
         for folder, files in sorted(found.items())
-        for item in files_item(storage.join(root, folder) if folder else root, f"{name} {folder}".rstrip(), files)
+        for item in files_item(storage.join(root, folder), f"{name} {folder}", files)
     ]
 
 
 def files_at(uri: str, name: str) -> list[OwnedItem]:
     """Everything below `uri` as one item; none if there is nothing."""
-    return files_below(uri, re.compile("().+", re.DOTALL), name)
+    return files_item(uri, name, [(size, modified) for _, size, modified in storage.list_details(uri)])
 
 
 def remove_step_results(root: str, uri: str) -> None:
