@@ -36,6 +36,7 @@ from typing import Any, NoReturn
 
 import dagster_pipes
 
+from step_scripts.runner import storage
 from step_scripts.runner.contract import Reporter, StepRequest
 from step_scripts.runner.execution import PrintReporter, failure_of, run_step
 from step_scripts.runner.processes import StopSignal, interrupt
@@ -63,12 +64,9 @@ class _Messages(dagster_pipes.PipesS3MessageWriter):
 
     def make_channel(self, params: dagster_pipes.PipesParams) -> dagster_pipes.PipesS3MessageWriterChannel:
         channel = super().make_channel(params)
-        numbers = [0]
-        pages = self._client.get_paginator("list_objects_v2")
-        for page in pages.paginate(Bucket=params["bucket"], Prefix=params.get("key_prefix") or ""):
-            names = (item["Key"].rpartition("/")[2].partition(".")[0] for item in page.get("Contents", []))
-            numbers += [int(name) for name in names if name.isdigit()]
-        channel._counter = max(numbers) + 1  # the writer has no option for its first number
+        written = storage.list_details(storage.join(f"s3://{params['bucket']}", params["key_prefix"]))
+        numbers = [int(name) for path, _, _ in written if (name := path.partition(".")[0]).isdigit()]
+        channel._counter = max(numbers, default=0) + 1  # the writer has no option for its first number
         return channel
 
 
