@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,21 +14,15 @@ import numpy as np
 import polars as pl
 
 from housing_assets.sample_data import write_sample
-from step_scripts.runner.contract import Artifact, StepParams, StepRequest, StepResult, file_info, write_json
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact, StepParams, StepRequest, StepResult, file_info
 
 # At the beginning Ray starts more workers than it needs at once.
 _SECONDS_TO_SETTLE = 1.0
 SPLITS = {"train": 0.6, "validation": 0.2, "test": 0.2}
 TARGET = "PRICE"
-
-
-class Silent:
-    """Takes a step's messages and says nothing."""
-
-    def info(self, message: str) -> None:
-        """Say nothing."""
-
-    warning = info
+SILENT = logging.Logger("silent", logging.CRITICAL)
+"""Takes a step's messages and says nothing."""
 
 
 @contextmanager
@@ -72,7 +67,7 @@ def run_step(
         output_root=str(folder),
         code_version="benchmark",
     )
-    return run(request, Silent(), session)
+    return run(request, SILENT, session)
 
 
 def write_splits(folder: Path, rows: int) -> dict[str, Artifact]:
@@ -98,7 +93,7 @@ def write_splits(folder: Path, rows: int) -> dict[str, Artifact]:
     }
     statistics = folder / "statistics"
     for name, content in (("scaler.json", scaler), ("statistics.json", {"rows": train.height})):
-        write_json(str(statistics / name), content)
+        storage.write_json(str(statistics / name), content)
     infos = [file_info(str(statistics / name), str(statistics)) for name in ("scaler.json", "statistics.json")]
     inputs["statistics"] = Artifact.of(str(statistics), infos)
     (folder / "inputs.json").write_text("{" + ",".join(f'"{k}":{v.model_dump_json()}' for k, v in inputs.items()) + "}")

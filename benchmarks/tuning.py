@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import Side, compare, parser, stopwatch
-from benchmarks.steps import Silent, read_inputs, scaled_split, warm_ray, write_splits
+from benchmarks.steps import SILENT, read_inputs, scaled_split, warm_ray, write_splits
 
 _THREADS = 2
 # The ranges of preset `default`.
@@ -37,7 +37,7 @@ def on_ray(folder: str, trials: int, rounds: int) -> dict[str, Any]:
     figures: dict[str, float] = {}
     with warm_ray(), stopwatch(figures):
         _, train, validation = read_splits(read_inputs(folder), HOUSING_TABLE)
-        records = run_search(params, train, validation, None, Silent()).records
+        records = run_search(params, train, validation, None, SILENT).records
     done = [r for r in records if r.rmse is not None]
     return {"figures": figures, "result": _result([float(r.rmse or 0) for r in done], sum(r.rounds for r in done))}
 

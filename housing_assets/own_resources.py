@@ -17,7 +17,7 @@ from pydantic import Field
 
 from housing_assets.code_location import asset_keys
 from housing_assets.config_fields import check_run_config
-from resources.inventory import OwnedItem, remove_empty, remove_file
+from resources.inventory import OwnedItem, remove_empty
 from resources.references.files import asset_folder, reference_files
 from resources.references.io_manager import ReferenceIOManager
 from step_scripts.runner import storage
@@ -76,7 +76,7 @@ class SourceLocation(dg.ConfigurableResource):
 
     def remove(self, item: OwnedItem) -> None:
         """Remove a generated file; with it the folder, if that leaves it empty."""
-        remove_file(item.location)
+        storage.delete(item.location)
         remove_empty(self.sample_folder)
 
 
@@ -109,7 +109,7 @@ class CheckedReferenceIOManager(ReferenceIOManager):
         """Remove the reference files of an asset."""
         key = dg.AssetKey(item.location.removeprefix(self.root.rstrip("/") + "/").split("/"))
         for uri in reference_files(self.root, [key])[key]:
-            remove_file(uri)
+            storage.delete(uri)
         remove_empty(item.location, self.root)
 
 

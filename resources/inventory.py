@@ -6,28 +6,20 @@ import re
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
+from step_scripts.runner.local_files import discarded_folders
 from step_scripts.runner.wording import counted, megabytes
 
+# In the order of removal: what serves or writes goes before what it needs.
 ItemKind = Literal[
     "endpoint", "endpoint_config", "model", "model_package", "model_package_group", "job", "feature_group", "files"
 ]
-# The order of removal: what serves or writes goes before what it needs.
-KINDS: tuple[ItemKind, ...] = (
-    "endpoint",
-    "endpoint_config",
-    "model",
-    "model_package",
-    "model_package_group",
-    "job",
-    "feature_group",
-    "files",
-)
+KINDS: tuple[ItemKind, ...] = get_args(ItemKind)
 # What steps write below the folder of their results. Other things there are not ours.
 RESULT_FILE = re.compile(r"(?P<step>[\w.]+)/(?P<digest>[0-9a-f]{16})/.+")
 
@@ -73,13 +65,13 @@ def files_below(root: str, pattern: re.Pattern[str], name: str) -> list[OwnedIte
     return [
         item
         for folder, files in sorted(found.items())
-        for item in files_item(storage.join(root, folder) if folder else root, f"{name} {folder}".rstrip(), files)
+        for item in files_item(storage.join(root, folder), f"{name} {folder}", files)
     ]
 
 
 def files_at(uri: str, name: str) -> list[OwnedItem]:
     """Everything below `uri` as one item; none if there is nothing."""
-    return files_below(uri, re.compile("().+", re.DOTALL), name)
+    return files_item(uri, name, [(size, modified) for _, size, modified in storage.list_details(uri)])
 
 
 def remove_step_results(root: str, uri: str) -> None:
@@ -88,7 +80,7 @@ def remove_step_results(root: str, uri: str) -> None:
     files = (f"{step}/{path}" for path, _, _ in storage.list_details(uri))
     digests = {found["digest"] for file in files if (found := RESULT_FILE.fullmatch(file))}
     for digest in sorted(digests):
-        remove_tree(storage.join(uri, digest))
+        storage.delete(storage.join(uri, digest))
     remove_empty(uri, root)
 
 
@@ -96,31 +88,17 @@ def discarded_items(folder: str, kind: ItemKind) -> list[OwnedItem]:
     """What is left, directly in a local folder, of things of this kind whose removal has failed."""
     return [
         OwnedItem(kind=kind, name=path.name, location=str(path), detail="its removal is incomplete", discarded=True)
-        for path in storage.discarded_folders(storage.local_path(folder).absolute())
+        for path in discarded_folders(storage.local_path(folder).absolute())
     ]
 
 
 def remove_discarded(folder: str, item: OwnedItem) -> None:
     """Remove what `discarded_items(folder, …)` listed; nothing happens if it is gone. Raises `NotOwned`."""
     parent = storage.local_path(folder).absolute()
-    if item.location in map(str, storage.discarded_folders(parent)):
+    if item.location in map(str, discarded_folders(parent)):
         shutil.rmtree(item.location)
     elif Path(item.location).parent != parent:
         raise NotOwned(f"{item.location} is nothing that was removed from {folder}")
-
-
-def remove_tree(uri: str) -> None:
-    """Remove everything below `uri`, on S3 with folder markers. Nothing happens if there is nothing."""
-    if storage.is_remote(uri):
-        from step_scripts.runner.s3_objects import delete_prefix
-
-        delete_prefix(uri)
-        return
-    path = storage.local_path(uri)
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def expected_errors() -> tuple[type[Exception], ...]:
@@ -130,17 +108,6 @@ def expected_errors() -> tuple[type[Exception], ...]:
     except ImportError:  # the local deployment needs no boto3
         return (OSError, RuntimeError, ValueError, LookupError, StepError)
     return (OSError, RuntimeError, ValueError, LookupError, StepError, BotoCoreError, ClientError)
-
-
-def remove_file(uri: str) -> None:
-    """Remove one file. Nothing happens if there is none."""
-    if storage.is_remote(uri):
-        from step_scripts.runner.s3_objects import delete_objects
-
-        folder, _, name = uri.rpartition("/")
-        delete_objects(folder, [name])
-        return
-    storage.local_path(uri).unlink(missing_ok=True)
 
 
 def remove_empty(*uris: str) -> None:

@@ -124,6 +124,5 @@ STEP = StepDefinition(
     params=EvaluateModelParams,
     run=run,
     inputs=("model", "train", "test"),
-    optional_inputs=("statistics", "champion"),
     outputs=("report",),
 )

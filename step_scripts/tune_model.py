@@ -20,7 +20,7 @@ from step_scripts.model.xgboost_native import xgb
 from step_scripts.parameters import TuneModelParams
 from step_scripts.runner import storage
 from step_scripts.runner.cluster_resources import node_cpus
-from step_scripts.runner.contract import Artifact, StepContext, StepDefinition, StepOutcome, file_info, write_json
+from step_scripts.runner.contract import Artifact, StepContext, StepDefinition, StepOutcome, file_info
 from step_scripts.runner.wording import counted, number
 from step_scripts.training.boosting import History, read_splits, xgboost_parameters
 from step_scripts.training.engines import FitRequest, fit
@@ -92,7 +92,7 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
         }
         uri = context.output_uri("report")
         for name, content in report.items():
-            write_json(storage.join(uri, name), content)
+            storage.write_json(storage.join(uri, name), content)
         files = [file_info(storage.join(uri, name), uri) for name in report]
     return StepOutcome(
         outputs={"model": model, "report": Artifact.of(uri, files)},

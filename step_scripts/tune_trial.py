@@ -17,6 +17,7 @@ from pathlib import Path
 from step_scripts.cluster.job import JobFiles, failure_of, ml_root, write_failure
 from step_scripts.parameters import TUNED, TuneModelParams
 from step_scripts.runner.code_version import CodeCheck
+from step_scripts.runner.ray_session import RaySession, RaySettings
 from step_scripts.training.boosting import TrialBoosting, quantile_matrices, read_splits, useful_threads
 
 _ROUNDS_BETWEEN_LINES = 100
@@ -26,7 +27,7 @@ _log = logging.getLogger("step_scripts.tune_trial")
 def run_trial(request_folder: str, hyperparameters: dict[str, str]) -> TrialBoosting:
     """Boost one trial to its end, and print how it goes. Raises `StepError` if the code is not what was asked for."""
     request = JobFiles(request_folder).request()
-    code = CodeCheck(request)
+    code = CodeCheck(request, RaySession(RaySettings()))
     code.require()
     params = TuneModelParams.model_validate(request.params)
     tuned = {name: parameter.kind(float(hyperparameters[name])) for name, parameter in TUNED.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,18 +21,16 @@ HEADER = ",".join(HOUSING_TABLE.column_names)
 MODIFIED = 1_700_000_000.25
 
 
-class CollectingReporter:
+class CollectingReporter(logging.Logger):
     """Keeps the messages."""
 
     def __init__(self) -> None:
+        super().__init__("collecting", logging.INFO)
         self.messages: list[str] = []
         self.warnings: list[str] = []
 
-    def info(self, message: str) -> None:
-        self.messages.append(message)
-
-    def warning(self, message: str) -> None:
-        self.warnings.append(message)
+    def handle(self, record: logging.LogRecord) -> None:
+        (self.warnings if record.levelno >= logging.WARNING else self.messages).append(record.getMessage())
 
 
 def sale(number: int) -> str:

@@ -8,7 +8,8 @@ import numpy as np
 import polars as pl
 
 from step_scripts.model.artifact import Scaler
-from step_scripts.runner.contract import Artifact, file_info, write_json
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact, file_info
 from step_scripts.table.spec import ColumnSpec, TableSpec
 from step_scripts.training.boosting import TrainingSplit
 
@@ -66,8 +67,8 @@ def scaler_of(frame: pl.DataFrame) -> Scaler:
 def write_inputs(folder: Path, train: pl.DataFrame, validation: pl.DataFrame, files: int = 1) -> dict[str, Artifact]:
     """Inputs of step `tune_model`."""
     statistics = folder / "statistics"
-    write_json(str(statistics / "scaler.json"), {**scaler_of(train).to_json(), "rows": train.height})
-    write_json(str(statistics / "statistics.json"), {"rows": train.height})
+    storage.write_json(str(statistics / "scaler.json"), {**scaler_of(train).to_json(), "rows": train.height})
+    storage.write_json(str(statistics / "statistics.json"), {"rows": train.height})
     infos = [file_info(str(statistics / name), str(statistics)) for name in ("scaler.json", "statistics.json")]
     return {
         "train": write_split(folder / "train", train, files),

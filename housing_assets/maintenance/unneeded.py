@@ -17,7 +17,7 @@ from housing_assets.maintenance.inventory import Removable
 from housing_assets.runs.executor import FINISHED
 from resources.endpoints.base import EndpointHost
 from resources.endpoints.captured_files import CapturedFile
-from resources.inventory import RESULT_FILE, OwnedItem, remove_file
+from resources.inventory import RESULT_FILE, OwnedItem
 from resources.model_registry.base import ModelVersion, champion_of
 from resources.references.evidence import EvidenceStore
 from resources.references.files import (
@@ -102,7 +102,7 @@ def find_references(
 def replaced_references(references: References) -> list[Removable]:
     """Those that no reader can come upon any more."""
     return [
-        Removable("reference", uri, uri, "replaced since", functools.partial(remove_file, uri))
+        Removable("reference", uri, uri, "replaced since", functools.partial(storage.delete, uri))
         for uri in references.surplus
     ]
 

@@ -1,10 +1,11 @@
-"""The project's code as jobs get it: a source archive, pinned requirements, a start script.
+"""What jobs get: an image, and the project's code as a source archive, pinned requirements and a start script.
 
 The archive depends on the sources alone (no times, no owners), so its digest names it on S3, and it is uploaded once.
 """
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import importlib.metadata
@@ -15,8 +16,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from step_scripts.runner import storage
+import dagster as dg
 
+from step_scripts.runner import storage
+from step_scripts.runner.code_version import file_of, step_sources
+
+XGBOOST_IMAGE_VERSION = "3.2-0"  # XGBoost 3.2.0, which the project pins; Python 3.12; no Ray
 ARCHIVE, REQUIREMENTS, BOOTSTRAP = "source.tar.gz", "requirements.txt", "bootstrap.sh"
 # What steps import. The versions are those of the Dagster process, so that both sides of a job agree.
 REQUIRED = {
@@ -56,10 +61,10 @@ class CodePackage:
         return f"{uri}/"
 
 
-def code_package(packages: Iterable[str], modules: Iterable[str] = ()) -> CodePackage:
-    """The sources of whole packages and of single modules, with pinned requirements and the start script.
+def code_package(packages: Iterable[str], steps: Iterable[str] = ()) -> CodePackage:
+    """The sources of whole packages and of all that these steps load, with pinned requirements and the start script.
 
-    Raises `ModuleNotFoundError` for a name that is not there.
+    Raises `FileNotFoundError` for a step that is not there.
     """
     sources: dict[str, Path] = {}
     for package in packages:
@@ -67,14 +72,10 @@ def code_package(packages: Iterable[str], modules: Iterable[str] = ()) -> CodePa
         for path in folder.rglob("*"):
             if path.suffix in _SUFFIXES and "__pycache__" not in path.parts:
                 sources[f"{package.replace('.', '/')}/{path.relative_to(folder).as_posix()}"] = path
-    for module in modules:
-        package, _, name = module.rpartition(".")
-        if not (_folder(package) / f"{name}.py").is_file():
-            raise ModuleNotFoundError(f"there is no module {module}", name=module)
-        # Without `__init__.py` another package of the same name, anywhere on the path, would win.
-        for path in (_folder(package) / f"{name}.py", _folder(package) / "__init__.py"):
-            if path.is_file():
-                sources[f"{package.replace('.', '/')}/{path.name}"] = path
+    for module in {module for step in steps for module in step_sources(step)}:
+        if (path := file_of(module)) is not None:
+            parent = module if path.name == "__init__.py" else module.rpartition(".")[0]
+            sources["/".join([*parent.split("."), path.name]).lstrip("/")] = path
     files = {
         ARCHIVE: archive({name: path.read_bytes() for name, path in sources.items()}),
         REQUIREMENTS: requirements().encode(),
@@ -103,6 +104,31 @@ def archive(files: dict[str, bytes]) -> bytes:
 def requirements() -> str:
     """One `name[extras]==version` a line, with the versions installed here."""
     return "".join(f"{name}{extra}=={importlib.metadata.version(name)}\n" for name, extra in REQUIRED.items())
+
+
+@functools.cache
+def job_image(configured: str | None, region: str) -> str:
+    """URI of the image: the configured one, or AWS's XGBoost image of the region.
+
+    Raises `dagster.Failure` if it cannot be known, with what to do.
+    """
+    if configured:
+        return configured
+    try:
+        from sagemaker.core import image_uris  # pyright: ignore[reportMissingImports]  # optional
+    except ImportError as error:
+        raise dg.Failure(
+            "no image is configured, and the package that knows AWS's images is not there: "
+            "pip install 'housing-assets[sagemaker]', or configure a custom image, built from the Dockerfile",
+            allow_retries=False,
+        ) from error
+    try:
+        return image_uris.retrieve("xgboost", region, version=XGBOOST_IMAGE_VERSION, image_scope="training")
+    except ValueError as error:
+        raise dg.Failure(
+            f"there is no XGBoost image {XGBOOST_IMAGE_VERSION} for {region}: {error}. Configure a custom image",
+            allow_retries=False,
+        ) from error
 
 
 def _folder(package: str) -> Path:

@@ -6,7 +6,7 @@ Everything that the project creates carries the first, and nothing without it is
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from resources.aws.calls import is_missing, pages
@@ -112,10 +112,11 @@ def run_tags(context: dg.OpExecutionContext | dg.AssetExecutionContext) -> dict[
     }
     if assets := asset_names(context):
         tags["dagster/asset"] = " ".join(assets)
+        specs = [spec for spec in context.assets_def.specs if spec.key in context.selected_asset_keys]
+        if owners := {owner for spec in specs for owner in spec.owners}:
+            tags["dagster/owner"] = " ".join(sorted(owners))
     if context.has_partition_key:
         tags["dagster/partition"] = context.partition_key
-    if owners := _owners(context):
-        tags["dagster/owner"] = " ".join(owners)
     for key, value in run.dagster_execution_info.items():
         if key not in ("dagster/run-id", "dagster/job", "dagster/partition"):
             tags.setdefault(key, value)
@@ -127,10 +128,3 @@ def asset_names(context: dg.OpExecutionContext | dg.AssetExecutionContext) -> li
     if not context.has_assets_def:
         return []
     return sorted(key.to_user_string() for key in context.selected_asset_keys)
-
-
-def _owners(context: dg.OpExecutionContext | dg.AssetExecutionContext) -> Sequence[str]:
-    if not context.has_assets_def:
-        return []
-    selected = context.selected_asset_keys
-    return sorted({o for spec in context.assets_def.specs if spec.key in selected for o in spec.owners})

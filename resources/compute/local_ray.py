@@ -2,7 +2,7 @@
 
 The Ray driver is a process of its own (`step_scripts.runner.worker`). It runs all steps of a run in one Ray session. If
 it crashes, the run's process survives; a termination does not wait for Ray, because the run's main thread only waits
-for a socket. The run starts a small process, the keeper (`step_scripts.runner.keeper`), which starts the driver and
+for a pipe. The run starts a small process, the keeper (`step_scripts.runner.keeper`), which starts the driver and
 ends all of Ray's processes when the driver or the run has ended, for whatever reason.
 """
 
@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
-import selectors
 import shutil
-import socket
 import subprocess
 import sys
 import uuid
@@ -21,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,14 @@ from resources.waiting import wait_until
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepRequest, StepResult
 from step_scripts.runner.processes import end_processes, how_ended
-from step_scripts.runner.ray_session import RaySettings
-from step_scripts.runner.session_folder import (
+from step_scripts.runner.ray_environment import (
     FOLDER_VARIABLE,
     SessionFolder,
     make_folder,
     processes_of,
     remove_abandoned,
 )
+from step_scripts.runner.ray_session import RaySettings
 
 _POLL_SECONDS = 0.2
 _TERMINATION_SECONDS = 4.0
@@ -50,12 +50,11 @@ _TERMINATION_SECONDS = 4.0
 
 @dataclass
 class _Worker:
-    """A keeper and its child, the driver: the keeper's process, this end of the socket, the session's folder."""
+    """A keeper and its child, the driver: the keeper's process, this end of the pipe, the session's folder."""
 
     process: subprocess.Popen[bytes]
-    channel: socket.socket
+    channel: Connection
     folder: SessionFolder
-    received: bytes = b""
 
     def is_visible(self) -> bool:
         """Whether others can see that the keeper is there, or that it has ended."""
@@ -66,24 +65,15 @@ class _Worker:
     def send(self, message: dict[str, Any]) -> None:
         """Send `message`. If the process has ended, `reply` finds out."""
         with contextlib.suppress(ConnectionError):
-            self.channel.sendall(json.dumps(message).encode() + b"\n")
+            self.channel.send_bytes(json.dumps(message).encode())
 
     def reply(self) -> dict[str, Any] | None:
         """The next reply; `None` if the process has ended. The main thread can be interrupted while it waits."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.channel, selectors.EVENT_READ)
-            while True:
-                line, newline, rest = self.received.partition(b"\n")
-                if newline:
-                    self.received = rest
-                    return json.loads(line)
-                if selector.select(_POLL_SECONDS):
-                    data = b""
-                    with contextlib.suppress(ConnectionError):  # it has ended without reading all that was sent
-                        data = self.channel.recv(1 << 16)
-                    if not data:
-                        return None
-                    self.received += data
+        with contextlib.suppress(EOFError, OSError):  # `OSError`: it has ended without reading all that was sent
+            while not self.channel.poll(_POLL_SECONDS):
+                pass
+            return json.loads(self.channel.recv_bytes())
+        return None
 
     def stop(self) -> None:
         """End the process and all that it started, and remove its folder. Takes at most about 5 seconds.
@@ -175,33 +165,27 @@ class LocalRay(ComputeBackend):
             worker.stop()
 
     def _start(self, run_id: str) -> _Worker:
-        ours, theirs = socket.socketpair()
+        ours, theirs = multiprocessing.Pipe()
         # Short, because Ray puts sockets below it: a socket's path is limited to 107 bytes.
         folder = make_folder("housing-", parent="/tmp" if Path("/tmp").is_dir() else None)
         settings = RaySettings(
             address=self.address, num_cpus=self.num_cpus, object_store_memory=self.object_store_memory
         )
-        # `_sessions` finds abandoned processes by these variables.
-        owner = {"HOUSING_ARTIFACTS": self.artifact_root, "HOUSING_RUN_ID": run_id}
         environment = os.environ | {
+            # `_sessions` finds abandoned processes by these two.
+            "HOUSING_ARTIFACTS": self.artifact_root,
+            "HOUSING_RUN_ID": run_id,
             "HOUSING_RAY_SETTINGS": settings.model_dump_json(),
             FOLDER_VARIABLE: str(folder.path),
             "TMPDIR": str(folder.path),
             "RAY_USAGE_STATS_ENABLED": "0",
-            **owner,
         }
         environment.pop("RAY_ADDRESS", None)
         if environment.get("PYTHONOPTIMIZE", "") not in ("", "0", "1"):
             environment["PYTHONOPTIMIZE"] = "1"  # Ray cannot start without docstrings
         time_to_end = 0.0 if self.address is None else _TERMINATION_SECONDS - 1.0
-        keeper = [
-            sys.executable,
-            "-m",
-            "step_scripts.runner.keeper",
-            str(theirs.fileno()),
-            str(folder.lock),
-            str(time_to_end),
-        ]
+        arguments = map(str, (theirs.fileno(), folder.lock, time_to_end))
+        keeper = [sys.executable, "-m", "step_scripts.runner.keeper", *arguments]
         try:
             with theirs:
                 process = subprocess.Popen(

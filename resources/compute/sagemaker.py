@@ -11,14 +11,12 @@ from typing import Any, Self
 import dagster as dg
 from pydantic import Field, create_model, model_validator
 
-from resources.aws.code_package import BOOTSTRAP, code_package
-from resources.aws.image import XGBOOST_IMAGE_VERSION, job_image
+from resources.aws.code_package import BOOTSTRAP, XGBOOST_IMAGE_VERSION, code_package, job_image
 from resources.aws.request_validation import check_request
 from resources.compute.base import ComputeBackend, as_metadata, failure_of
-from resources.inventory import NotOwned, OwnedItem, files_below, remove_tree
+from resources.inventory import NotOwned, OwnedItem, files_below
+from resources.sagemaker import jobs
 from resources.sagemaker.job_files import JobInputs, JobPolling
-from resources.sagemaker.job_inventory import jobs_in_progress, remove_job
-from resources.sagemaker.job_kinds import PROCESSING, TRAINING, TUNING, JobKind, digest_of, request_digest
 from resources.sagemaker.job_reports import JobFailure
 from resources.sagemaker.job_requests import (
     PROCESSING_INPUT,
@@ -28,6 +26,7 @@ from resources.sagemaker.job_requests import (
     processing_request,
     training_request,
 )
+from resources.sagemaker.jobs import PROCESSING, TRAINING, TUNING, JobKind
 from resources.sagemaker.pipes_client import PipesSageMakerClient
 from resources.sagemaker.tuning_jobs import NativeTuning, NativeTuningConfig
 from step_scripts.cluster.job import failure_from
@@ -192,16 +191,16 @@ class SageMakerCompute(ComputeBackend):
     def inventory(self) -> Sequence[OwnedItem]:
         """See `ComputeBackend.inventory`. Jobs in progress; files of jobs, code and checkpoints below `job_root`."""
         files = files_below(self.job_root, self._job_file, "files of job")
-        return [*jobs_in_progress(self.client.settings), *super().inventory(), *files]
+        return [*jobs.jobs_in_progress(self.client.settings), *super().inventory(), *files]
 
     def remove(self, item: OwnedItem) -> None:
         """See `ComputeBackend.remove`. A job is stopped, and its end waited for."""
         if item.kind == "job":
-            remove_job(self.client.settings, item)
+            jobs.remove_job(self.client.settings, item)
         elif item.location.startswith(f"{self.job_root}/"):
             if not self._job_file.fullmatch(f"{item.location.removeprefix(f'{self.job_root}/')}/"):
                 raise NotOwned(f"{item.location} holds no files of jobs of this deployment")
-            remove_tree(item.location)
+            storage.delete(item.location)
         else:
             super().remove(item)
 
@@ -228,7 +227,7 @@ class SageMakerCompute(ComputeBackend):
             secrets={"ray_token": secrets.token_hex(32).encode()},
             uri_variable="HOUSING_JOB_URI",
             name_variable="HOUSING_ATTEMPT",
-            digest=digest_of([request.digest, request.output_uri, request_digest(params)]),
+            digest=jobs.digest_of([request.digest, request.output_uri, jobs.request_digest(params)]),
         )
         metadata: dict[str, Any] = {}
         tuning = self._native_tuning(image, code_uri)

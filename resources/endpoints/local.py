@@ -40,9 +40,8 @@ from resources.endpoints.server_process import (
 )
 from resources.inventory import NotOwned, OwnedItem, discarded_items, remove_discarded
 from resources.model_registry.base import NAME, ModelVersion, check_name
-from step_scripts.runner import storage
 from step_scripts.runner.contract import DamagedArtifactError
-from step_scripts.runner.local_files import private_folder
+from step_scripts.runner.local_files import discard_folder, private_folder
 from step_scripts.runner.locking import file_lock
 from step_scripts.serving.deployment import CAPTURE_FOLDER, DEPLOYMENT_FILE, CaptureCounts
 
@@ -126,7 +125,7 @@ class LocalEndpointHost(EndpointHost):
         """See `EndpointHost.delete`."""
         with self._locked(name, f"deleting endpoint {name}"):
             end_server(self.folder(name), self.stop_timeout_seconds)
-            storage.discard_folder(self.folder(name))
+            discard_folder(self.folder(name))
 
     def stop(self, name: str) -> bool:
         """End the serving process, keep the endpoint: its next deployment uses the same port. False if none ran."""

@@ -196,9 +196,7 @@ class SageMakerEndpointHost(EndpointRequests):
 
     def _capture_folders(self) -> Sequence[str]:
         """What is captured to another `uri` is its owner's business."""
-        from step_scripts.runner.s3_objects import list_folders
-
-        return [f"{self._captured}/{name}" for name in list_folders(self._captured)]
+        return [f"{self._captured}/{name}" for name in storage.list_folders(self._captured)]
 
     def _client(self, service: str, retry_seconds: float | None = None) -> Any:
         return aws_client(service, self.region_name, retry_seconds=retry_seconds or self.retry_timeout_seconds)

@@ -30,6 +30,7 @@ from resources.model_registry.base import (
     verified,
 )
 from step_scripts.runner import storage
+from step_scripts.runner.local_files import discard_folder, discarded_folders
 from step_scripts.runner.locking import file_lock
 
 
@@ -69,7 +70,7 @@ class LocalModelRegistry(ModelRegistry):
         with self._locked(group, f"deleting {group}/{version}"):
             if version not in self._find(group):
                 raise self._not_found(group, version)
-            storage.discard_folder(self._version_folder(group, version))
+            discard_folder(self._version_folder(group, version))
 
     def inventory(self) -> Sequence[OwnedItem]:
         """See `ModelRegistry.inventory`."""
@@ -98,7 +99,7 @@ class LocalModelRegistry(ModelRegistry):
                 self.delete(group, int(number))
         elif folder.is_dir():
             with self._locked(item.name, f"removing group {item.name}"):
-                if self._find(item.name) or storage.discarded_folders(folder / "versions"):
+                if self._find(item.name) or discarded_folders(folder / "versions"):
                     raise RegistryDamaged(f"group {item.name} has versions: remove them first")
                 self._remove_unfinished(folder)
                 for name in ("last_version", "lock"):

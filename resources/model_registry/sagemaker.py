@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from resources.aws.calls import aws_client, if_found, pages
 from resources.aws.ownership import belongs_to, root_tags, tags_of
 from resources.aws.request_validation import check_request
-from resources.inventory import NotOwned, OwnedItem, files_at, remove_file, remove_tree
+from resources.inventory import NotOwned, OwnedItem, files_at
 from resources.model_registry import package_files as files
 from resources.model_registry.base import (
     ApprovalStatus,
@@ -147,14 +147,12 @@ class SageMakerModelRegistry(ModelRegistry):
         described = self._describe(group, version)
         if_found(self._client.delete_model_package, ModelPackageName=described["ModelPackageArn"])
         if self._is_here(group, described):
-            remove_tree(files.folder_of(described))
+            storage.delete(files.folder_of(described))
 
     def inventory(self) -> Sequence[OwnedItem]:
         """See `ModelRegistry.inventory`. Groups of others are left out, but not the versions that were put there."""
-        from step_scripts.runner.s3_objects import list_folders
-
         root, items = self.root.rstrip("/"), []
-        folders = set(list_folders(root))
+        folders = set(storage.list_folders(root))
         for found in [*pages(self._client, "list_model_package_groups", "ModelPackageGroupSummaryList")]:
             name, arn = found["ModelPackageGroupName"], found["ModelPackageGroupArn"]
             ours = belongs_to(tags_of(self._client, arn), root)
@@ -166,7 +164,7 @@ class SageMakerModelRegistry(ModelRegistry):
         for folder in sorted(folders):
             if folder == _CODE:
                 items += files_at(f"{root}/{folder}", "serving code")
-            elif any(_MODEL.fullmatch(name) for name in list_folders(f"{root}/{folder}")):
+            elif any(_MODEL.fullmatch(name) for name in storage.list_folders(f"{root}/{folder}")):
                 items += files_at(f"{root}/{folder}", f"models of {folder}")
         return items
 
@@ -177,7 +175,7 @@ class SageMakerModelRegistry(ModelRegistry):
         elif item.kind == "model_package_group":
             self._remove_group(item)
         elif item.location == storage.join(self.root, _CODE):
-            remove_tree(item.location)
+            storage.delete(item.location)
         elif item.location.startswith(self.root.rstrip("/") + "/"):
             self._remove_files(item.location)
         else:
@@ -204,13 +202,11 @@ class SageMakerModelRegistry(ModelRegistry):
         self._client.delete_model_package_group(ModelPackageGroupName=name)
 
     def _remove_files(self, uri: str) -> None:
-        from step_scripts.runner.s3_objects import list_folders
-
         if self._versions(uri.removeprefix(self.root.rstrip("/") + "/")):
             raise RegistryDamaged(f"{uri} holds the files of registered versions: remove them first")
-        for folder in list_folders(uri):
+        for folder in storage.list_folders(uri):
             if _MODEL.fullmatch(folder):
-                remove_tree(storage.join(uri, folder))
+                storage.delete(storage.join(uri, folder))
 
     def _versions(self, group: str) -> list[OwnedItem]:
         """The versions that this deployment has registered."""
@@ -278,7 +274,7 @@ class SageMakerModelRegistry(ModelRegistry):
             described = create_package(self._client, request, token, self.settle_seconds)
             if described is not None:
                 if described["CustomerMetadataProperties"].get(files.FACTS) != facts_uri:
-                    remove_file(facts_uri)
+                    storage.delete(facts_uri)
                 return self.get(new.group, described["ModelPackageVersion"])
             # The token was used: by a process that registers the same, or for a version deleted since.
             with contextlib.suppress(TimeoutError):
@@ -288,6 +284,6 @@ class SageMakerModelRegistry(ModelRegistry):
                     interval=0.2,
                     what=f"the version of another process in {new.group}",
                 )
-                remove_file(facts_uri)
+                storage.delete(facts_uri)
                 return existing
             token = uuid.uuid4().hex

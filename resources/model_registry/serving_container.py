@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from resources.aws.code_package import archive
-from resources.aws.image import job_image
+from resources.aws.code_package import archive, job_image
 from step_scripts.runner import storage
 
 PROGRAM = "inference.py"

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from resources.inventory import NotOwned, OwnedItem, files_below, remove_empty, remove_file
+from resources.inventory import NotOwned, OwnedItem, files_below, remove_empty
 from step_scripts.runner import storage
 from step_scripts.runner.wording import counted, number
 
@@ -95,7 +95,7 @@ class EvidenceStore(dg.ConfigurableResource):
         storage.write_bytes(storage.join(folder, name), kept.model_dump_json(indent=2).encode())
         same = sorted(n for n in self._names(folder) if n.startswith(evidence.judged.digest))
         for older in same[:-1]:
-            remove_file(storage.join(folder, older))
+            storage.delete(storage.join(folder, older))
         return storage.join(folder, name)
 
     def latest(self, judged: Judged, check: str, *, of_subject: bool = False) -> Evidence | None:
@@ -153,7 +153,7 @@ class EvidenceStore(dg.ConfigurableResource):
 
     def remove_file(self, uri: str) -> None:
         """Remove one file that `stored` listed, and with it the folders that this leaves empty."""
-        remove_file(uri)
+        storage.delete(uri)
         folder = uri
         while (folder := folder.rpartition("/")[0]).startswith(self.root.rstrip("/")):
             remove_empty(folder)

@@ -17,7 +17,7 @@ from typing import Any
 
 from resources.aws.calls import aws_client, error_code, if_found
 from resources.waiting import wait_until
-from step_scripts.runner.s3_objects import delete_prefix, split_uri
+from step_scripts.runner.s3_objects import split_uri
 
 CONTEXT = "context.json"
 BOOTSTRAP = "pipes.json"
@@ -73,10 +73,6 @@ class JobPrefix:
     def delete(self, name: str) -> None:
         """Remove an object; nothing happens if there is none."""
         self.client.delete_object(Bucket=self.bucket, Key=self.path(name))
-
-    def clear_messages(self) -> None:
-        """Remove the messages of an earlier use of the same prefix."""
-        delete_prefix(self.uri + MESSAGES)
 
     def messages(self, chunk: int) -> list[dict[str, Any]] | None:
         """The Pipes messages of a chunk, counted from 1; `None` if it has not been written."""

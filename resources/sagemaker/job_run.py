@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,9 +12,10 @@ from typing import Any
 
 import dagster as dg
 
-from resources.aws.calls import error_code, error_message, is_missing, is_transient
+from resources.aws.calls import error_code, is_transient
 from resources.aws.ownership import RUN_TAG, WORK_TAG, asset_names, owned, root_tags, run_tags, tags_of
 from resources.aws.request_validation import check_request
+from resources.sagemaker import jobs
 from resources.sagemaker.job_files import (
     BOOTSTRAP,
     LEASE,
@@ -25,22 +25,11 @@ from resources.sagemaker.job_files import (
     JobPrefix,
     JobSettings,
 )
-from resources.sagemaker.job_kinds import (
-    TERMINAL,
-    TUNING,
-    Job,
-    JobKind,
-    attempts_of,
-    job_name,
-    request_digest,
-    work_digest,
-    work_of,
-)
 from resources.sagemaker.job_reports import start_failure, status_lines
+from resources.sagemaker.jobs import TERMINAL, TUNING, Job, JobKind
 from resources.waiting import wait_until
 
 Context = dg.OpExecutionContext | dg.AssetExecutionContext
-_APPEARANCE_SECONDS = 2.0
 
 
 class JobRun:
@@ -63,14 +52,14 @@ class JobRun:
         self._context, self._params, self._inputs = context, params, inputs
         partition = context.partition_key if context.has_partition_key else None
         assets = asset_names(context) or [str(context.op_handle)]
-        self._work = work_digest(assets, partition, inputs.digest or request_digest(params))
+        self._work = jobs.work_digest(assets, partition, inputs.digest or jobs.request_digest(params))
         root_run = context.run.root_run_id or context.run_id
         # Names of tuning jobs have at most 32 characters.
         prefix, shown = ("tune", []) if kind is TUNING else (settings.name_prefix, assets)
-        self.name = first_name = job_name(prefix, shown, self._work, root_run)
+        self.name = first_name = jobs.job_name(prefix, shown, self._work, root_run)
         check_request(kind.create_operation, self._request({}))
         self._client = settings.client("sagemaker")
-        self.job = self._attempt(first_name, completed_after) or self._orphan(work_of(first_name))
+        self.job = self._attempt(first_name, completed_after) or self._orphan(jobs.work_of(first_name))
         self._exists, self._ended = self.job is not None, False
 
     @property
@@ -163,7 +152,7 @@ class JobRun:
         A completed job counts if it was started by this run (a retry of the step) or ended after `completed_after`, and
         closed its Pipes session in order. Tuning jobs have none.
         """
-        for name in attempts_of(first_name):
+        for name in jobs.attempts_of(first_name):
             self.name = name
             if (job := self.kind.describe(self._client, name)) is None:
                 return None
@@ -231,7 +220,7 @@ class JobRun:
             self._context.log.warning(f"Detached from {self.kind.noun} {self.name}; it goes on running")
         else:
             client = self.settings.client("sagemaker", SHORT_RETRY_SECONDS)
-            stop_job(self.kind, client, self.name, self._context.log, self.settings.polling.stop)
+            jobs.stop_job(self.kind, client, self.name, self._context.log, self.settings.polling.stop)
 
     def _clean_up(self) -> None:
         """Remove secrets and lease, unless the job was left running."""
@@ -245,34 +234,3 @@ class JobRun:
                 prefix.delete(name)
         except (ClientError, BotoCoreError) as error:
             self._context.log.warning(f"{prefix.uri} could not be cleaned up: {error}")
-
-
-def stop_job(kind: JobKind, client: Any, name: str, log: dg.DagsterLogManager | logging.Logger, seconds: float) -> None:
-    """Stop the job and wait until it is `Stopping` or has ended, for at most `seconds`.
-
-    Never raises an AWS error: this runs while another error is on its way. A job that does not exist is waited for a
-    moment, because an interrupted create request may still take effect.
-    """
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    log.warning(f"Stopping {kind.noun} {name}")
-    which = {kind.member("Name"): name}
-    start = time.monotonic()
-
-    def stopping() -> bool:
-        try:
-            job = kind.job(kind.method(client, "describe")(**which))
-            if job.status in (*TERMINAL, "Stopping"):
-                log.warning(f"{job} is {job.status}")
-                return True
-            kind.method(client, "stop")(**which)
-        except (ClientError, BotoCoreError) as error:
-            if is_missing(error):
-                return time.monotonic() - start > _APPEARANCE_SECONDS
-            log.error(f"{kind.noun} {name}: {error_message(error)}; trying again to stop it")
-        return False
-
-    try:
-        wait_until(stopping, timeout=seconds, interval=0.25, what=f"the end of {name}")
-    except TimeoutError:
-        log.error(f"{kind.noun} {name} could not be stopped; stop it by hand: it costs money until then")

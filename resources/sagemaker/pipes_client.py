@@ -11,12 +11,12 @@ import dagster as dg
 from dagster._core.definitions.resource_annotation import TreatAsResourceParam  # has no public name
 
 from resources.pipes_session import pipes_session
-from resources.sagemaker.job_files import SHORT_RETRY_SECONDS, JobInputs, JobSettings
-from resources.sagemaker.job_kinds import PROCESSING, TRAINING, Job
-from resources.sagemaker.job_logs import JobLogs
-from resources.sagemaker.job_reports import job_failure, job_metadata
+from resources.sagemaker.job_files import MESSAGES, SHORT_RETRY_SECONDS, JobInputs, JobSettings
+from resources.sagemaker.job_reports import JobLogs, job_failure, job_metadata
 from resources.sagemaker.job_run import Context, JobRun
+from resources.sagemaker.jobs import PROCESSING, TRAINING, Job
 from resources.waiting import wait_until
+from step_scripts.runner import storage
 
 if TYPE_CHECKING:
     from resources.sagemaker.pipes_io import JobMessageReader
@@ -75,7 +75,7 @@ class PipesSageMakerClient(dg.PipesClient, TreatAsResourceParam):
             )
         run = JobRun(self.settings, kinds[0], context, params, inputs or JobInputs(), completed_after)
         if run.job is None:
-            run.prefix.clear_messages()
+            storage.delete(run.prefix.uri + MESSAGES)  # of an earlier use of the same prefix
         injector = JobContextInjector(run.prefix, write=run.job is None)
         reader = JobMessageReader(self.settings.prefix(run.name, SHORT_RETRY_SECONDS))
         client = self.settings.client("logs", SHORT_RETRY_SECONDS)

@@ -15,10 +15,10 @@ from pydantic import Field
 
 from resources.aws.calls import pages
 from resources.sagemaker.job_files import JobInputs, JobSettings
-from resources.sagemaker.job_kinds import TRAINING, TUNING, Job, digest_of, request_digest
 from resources.sagemaker.job_reports import JobFailure
 from resources.sagemaker.job_requests import JobConfig, training_request
 from resources.sagemaker.job_run import Context, JobRun
+from resources.sagemaker.jobs import TRAINING, TUNING, Job, digest_of, request_digest
 from step_scripts.parameters import TUNED, TuneModelParams, TuneModelSettings
 from step_scripts.runner.contract import StepRequest
 from step_scripts.runner.wording import counted

@@ -114,18 +114,10 @@ def _leads_to_match(parts: Sequence[str], segments: Sequence[re.Pattern[str]]) -
 
 
 def _objects(folder: str, segments: Sequence[re.Pattern[str]]) -> Iterator[_Entry]:
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    from step_scripts.runner.s3_objects import list_objects
-
-    try:
-        for item in list_objects(folder, deep=len(segments) > 1):
-            parts, uri = tuple(item.path.split("/")), f"{folder}/{item.path}"
-            if not any(part.startswith((".", "_")) for part in parts):
-                state = FileState(item.bytes, item.modified.timestamp(), item.etag.strip('"'))
-                yield _Entry(uri, parts, uri, state=state)
-    except (BotoCoreError, ClientError) as error:
-        raise OSError(str(error)) from error
+    for path, state in storage.object_states(folder, deep=len(segments) > 1):
+        parts, uri = tuple(path.split("/")), f"{folder}/{path}"
+        if not any(part.startswith((".", "_")) for part in parts):
+            yield _Entry(uri, parts, uri, state=state)
 
 
 def _walk(folder: str, segments: Sequence[re.Pattern[str]], found: Found) -> Iterator[_Entry]:

@@ -32,17 +32,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from step_scripts.cluster.job import (
-    FAILED,
-    STOPPED,
-    ClusterLimits,
-    JobFiles,
-    JobHosts,
-    failure_of,
-    ml_root,
-    read_hosts,
-    write_failure,
-)
+from step_scripts.cluster import job
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.processes import Children, StopSignal
 from step_scripts.runner.ray_environment import require_token, worker_environment
@@ -55,27 +45,30 @@ def main() -> int:
     """Do this host's part of the job. Returns the exit status."""
     stop = StopSignal()
     started = time.monotonic()
-    root = ml_root()
-    hosts: JobHosts | None = None
+    root = job.ml_root()
+    hosts: job.JobHosts | None = None
     folder: Path | None = None
     children = Children(stop)
-    limits = ClusterLimits()
+    limits = job.ClusterLimits()
     try:
-        hosts = read_hosts(root, os.environ.get("HOUSING_CLUSTER_HEAD_GROUP"))
+        hosts = job.read_hosts(root, os.environ.get("HOUSING_CLUSTER_HEAD_GROUP"))
         _start_log(hosts, started)
-        files = JobFiles(os.environ["HOUSING_JOB_URI"])
-        limits = ClusterLimits.from_environment(os.environ)
+        files = job.JobFiles(os.environ["HOUSING_JOB_URI"])
+        limits = job.ClusterLimits.from_environment(os.environ)
         folder = _own_folder()
         _prepare_environment(hosts, files, folder)
         # Imported only now: Ray reads its environment when it is imported.
         from step_scripts.cluster.head import Head
         from step_scripts.cluster.node import Worker
 
-        status = (Head if hosts.is_head else Worker)(hosts, files, limits, stop, children, folder).run()
+        failure = (Head if hosts.is_head else Worker)(hosts, files, limits, stop, children, folder).run()
+        if failure is not None:
+            job.write_failure(hosts.failure_file, failure)
+        status = job.SUCCEEDED if failure is None else job.FAILED
     except Exception as error:  # noqa: BLE001  # the process's boundary: becomes the job's failure
         if stop.stop_requested:
-            _log.warning("stopped: %s: %s", type(error).__name__, error)
-            status = STOPPED
+            _log.warning("stopped: %r", error)
+            status = job.STOPPED
         else:
             status = _fail(hosts, root, error)
     finally:
@@ -87,7 +80,7 @@ def main() -> int:
     return status
 
 
-def _start_log(hosts: JobHosts, started: float) -> None:
+def _start_log(hosts: job.JobHosts, started: float) -> None:
     """Log to standard output, each line with the host's name and the seconds since its start."""
 
     def stamp(record: logging.LogRecord) -> bool:
@@ -111,7 +104,7 @@ def _own_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="ray-", dir=usual if len(usual) <= _LONGEST_FOLDER else "/tmp"))
 
 
-def _prepare_environment(hosts: JobHosts, files: JobFiles, folder: Path) -> None:
+def _prepare_environment(hosts: job.JobHosts, files: job.JobFiles, folder: Path) -> None:
     """Token as a file; settings of Ray that its processes inherit."""
     token = files.token()
     if token is None and len(hosts.names) > 1:
@@ -129,16 +122,16 @@ def _prepare_environment(hosts: JobHosts, files: JobFiles, folder: Path) -> None
     }
 
 
-def _fail(hosts: JobHosts | None, root: Path, error: Exception) -> int:
-    failure = failure_of(error)
+def _fail(hosts: job.JobHosts | None, root: Path, error: Exception) -> int:
+    failure = job.failure_of(error)
     name = hosts.current if hosts else "this host"
     _log.error("failed: %s", failure["message"], exc_info=error if "traceback" in failure else None)
     if failure["kind"] == "crash":
         failure["message"] = f"{name}: {failure['message']}"
     places = [hosts.failure_file] if hosts else [root / "output" / "failure", root / "output" / "message"]
     for place in places:
-        write_failure(place, failure)
-    return FAILED
+        job.write_failure(place, failure)
+    return job.FAILED
 
 
 if __name__ == "__main__":

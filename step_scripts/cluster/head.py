@@ -5,30 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
-import signal
-import socket
 import subprocess
 import sys
+import time
 from typing import Any
 
 from step_scripts.cluster.job import (
-    FAILED,
-    STOPPED,
-    SUCCEEDED,
     ClusterError,
-    Deadline,
     failure_of,
     own_address,
     pauses,
     resolve,
-    write_failure,
 )
-from step_scripts.cluster.node import Node, Stopped
-from step_scripts.cluster.status import ClusterStatusClient, HeadUnavailable, JobOutcome
+from step_scripts.cluster.node import ClusterStatusClient, HeadUnavailable, Node, Stopped
 from step_scripts.runner import storage
-from step_scripts.runner.contract import write_json
 from step_scripts.runner.execution import find_result
+from step_scripts.runner.processes import how_ended
 from step_scripts.runner.ray_session import is_open
 
 _log = logging.getLogger(__name__)
@@ -41,9 +35,8 @@ class Head(Node):
         super().__post_init__()
         self._request = self.files.request()
         self._attempt = os.environ.get("HOUSING_ATTEMPT") or "attempt"
-        self._answers = b""
-        self._channel, theirs = socket.socketpair()
-        self._channel.setblocking(False)
+        self._answer: dict[str, Any] | None = None
+        self._channel, theirs = multiprocessing.Pipe()
         # Started first: it imports what it needs while the cluster forms.
         command = [sys.executable, "-m", "step_scripts.runner.worker", str(theirs.fileno())]
         with theirs:
@@ -52,8 +45,8 @@ class Head(Node):
         self._addresses: dict[str, str] = {}
         self._lost: dict[str, str] = {}
 
-    def run(self) -> int:
-        """Run the step on the cluster, and tell the other hosts how it ended."""
+    def run(self) -> dict[str, Any] | None:
+        """Run the step on the cluster, tell the other hosts how it ended. Returns its failure; raises `Stopped`."""
         stopped = False
         try:
             failure = self._form_and_run()
@@ -63,16 +56,15 @@ class Head(Node):
             failure = failure_of(error)
             _log.error("failed: %s", failure["message"], exc_info=error if "traceback" in failure else None)
             self._end_driver(0)
-        if failure is not None and not stopped:
-            write_failure(self.hosts.failure_file, failure)
-        self._publish(JobOutcome(failure))
+        self._publish(failure)
         if failure is not None:
             self._remove_attempt()
-            return STOPPED if stopped else FAILED
-        if self.hosts.kind == "training":
-            model = str(self.hosts.root / "model" / "manifest.json")
-            write_json(model, {"manifest_uri": self._request.manifest_uri, "request_digest": self._request.digest})
-        return SUCCEEDED
+            if stopped:
+                raise Stopped
+        elif self.hosts.kind == "training":
+            model = {"manifest_uri": self._request.manifest_uri, "request_digest": self._request.digest}
+            storage.write_json(str(self.hosts.root / "model" / "manifest.json"), model)
+        return failure
 
     def _form_and_run(self) -> dict[str, Any] | None:
         """Form the cluster, and run the step on it. Returns the step's failure; raises `ClusterError`, `Stopped`."""
@@ -106,13 +98,13 @@ class Head(Node):
             self._addresses = now
             return True if wanted <= now.keys() else None
 
-        if self.poll(lambda: poll({self.hosts.current}), Deadline(self.limits.start_seconds)) is None:
+        if self.poll(lambda: poll({self.hosts.current}), self.limits.start_seconds) is None:
             raise ClusterError(
                 f"Ray on the head {self.hosts.current} did not answer within {self.limits.start_seconds:g} s "
                 f"(HOUSING_CLUSTER_START_SECONDS): {problem}; {self.ray_output()}"
             )
         self._status = status
-        if self.poll(lambda: poll(set(self.hosts.names)), Deadline(self.limits.join_seconds)) is None:
+        if self.poll(lambda: poll(set(self.hosts.names)), self.limits.join_seconds) is None:
             missing = [name for name in self.hosts.names if name not in self._addresses]
             unknown = [name for name in missing if resolve(name) is None]
             raise ClusterError(
@@ -123,8 +115,8 @@ class Head(Node):
 
     def _follow(self, status: ClusterStatusClient, ray: subprocess.Popen[bytes]) -> dict[str, Any] | None:
         """Wait for the step's end. Returns its failure."""
-        unavailable: Deadline | None = None
-        lost_host: Deadline | None = None
+        silent_since: float | None = None
+        lost_since: float | None = None
         for pause in pauses(self.limits.poll_seconds):
             self._receive()
             if self._driver.poll() is not None:
@@ -133,17 +125,17 @@ class Head(Node):
                 raise ClusterError(f"Ray on the head {self.hosts.current} ended: {self.ray_output()}")
             try:
                 self._find_lost_hosts(status)
-                unavailable = None
+                silent_since = None
             except HeadUnavailable as error:
-                unavailable = unavailable or Deadline(self.limits.head_unresponsive_timeout)
-                if unavailable.passed:
+                silent_since = silent_since or time.monotonic()
+                if time.monotonic() - silent_since >= self.limits.head_unresponsive_timeout:
                     raise ClusterError(f"Ray on the head does not answer: {error}") from error
-            if self._lost and lost_host is None:
-                lost_host = Deadline(self.limits.lost_host_seconds)
-            if lost_host is not None and lost_host.passed:
+            if self._lost and lost_since is None:
+                lost_since = time.monotonic()
+            if lost_since is not None and time.monotonic() - lost_since >= self.limits.lost_host_seconds:
                 raise ClusterError(
-                    f"{self._lost_hosts()}, and the step has not ended within {lost_host.seconds:g} s since "
-                    "(HOUSING_CLUSTER_LOST_HOST_SECONDS)"
+                    f"{self._lost_hosts()}, and the step has not ended within {self.limits.lost_host_seconds:g} s "
+                    "since (HOUSING_CLUSTER_LOST_HOST_SECONDS)"
                 )
             self.pause(pause)
         failure = self._step_failure()
@@ -170,21 +162,16 @@ class Head(Node):
         return f"host {names} was lost during the run" if len(self._lost) == 1 else f"hosts {names} were lost"
 
     def _receive(self) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionError):
-            while data := self._channel.recv(1 << 16):
-                self._answers += data
+        with contextlib.suppress(EOFError, OSError):  # that it has ended is noticed elsewhere
+            if self._answer is None and self._channel.poll():
+                self._answer = json.loads(self._channel.recv_bytes())
 
     def _step_failure(self) -> dict[str, Any] | None:
         """How the step has failed, once its process has ended; None if it succeeded."""
         self._receive()
-        if self._answers.endswith(b"\n"):
-            return json.loads(self._answers).get("error")
-        code = self._driver.poll()
-        if code is not None and code < 0:
-            hint = "; perhaps the host ran out of memory" if code == -signal.SIGKILL else ""
-            message = f"the step's process was killed by {signal.Signals(-code).name}{hint}"
-        else:
-            message = f"the step's process ended with status {code} before the step had ended"
+        if self._answer is not None:
+            return self._answer.get("error")
+        message = f"before the step had ended, its process {how_ended(self._driver.returncode)}"
         return {"kind": "crash", "message": message}
 
     def _stop_step(self) -> dict[str, Any] | None:
@@ -195,22 +182,22 @@ class Head(Node):
             return None
         return {"kind": "crash", "message": "the job was stopped, or its machine was taken away (SIGTERM)"}
 
-    def _publish(self, outcome: JobOutcome) -> None:
+    def _publish(self, failure: dict[str, Any] | None) -> None:
         """Publish the outcome; wait until the hosts that are alive have acknowledged it."""
         if self._status is None:
             return
-        deadline = Deadline(self.limits.shutdown_ack_timeout)
+        deadline = time.monotonic() + self.limits.shutdown_ack_timeout
         try:
-            self._status.publish(outcome)
+            self._status.publish({"failure": failure})
             for pause in pauses(0.5):
                 alive = {name for name, address in self._status.nodes().items() if address is not None}
                 waiting = sorted(alive - self._status.acknowledged() - {self.hosts.current} - self._lost.keys())
                 if not waiting:
                     return
-                if deadline.passed:
+                if (left := deadline - time.monotonic()) <= 0:
                     _log.warning("%s may not know how the step has ended", ", ".join(waiting))
                     return
-                self.stop.wait(min(pause, deadline.left))
+                self.stop.wait(min(pause, left))
         except HeadUnavailable as error:
             _log.warning("the other hosts could not be told how the step has ended: %s", error)
 
@@ -231,7 +218,5 @@ class Head(Node):
             self._driver.wait()
 
     def _tell_driver(self, message: dict[str, Any]) -> None:
-        with contextlib.suppress(ConnectionError):  # that it has ended is noticed elsewhere
-            self._channel.setblocking(True)
-            self._channel.sendall(json.dumps(message).encode() + b"\n")
-            self._channel.setblocking(False)
+        with contextlib.suppress(OSError):
+            self._channel.send_bytes(json.dumps(message).encode())

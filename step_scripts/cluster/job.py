@@ -13,17 +13,16 @@ import os
 import re
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from step_scripts.runner import execution, storage
-from step_scripts.runner.contract import StepRequest
+from step_scripts.runner.contract import StepParams, StepRequest
 
 SUCCEEDED, FAILED, STOPPED = 0, 1, 128 + signal.SIGTERM
 """Exit statuses."""
@@ -158,14 +157,12 @@ class JobFiles:
             return None
 
 
-class ClusterLimits(BaseModel):
+class ClusterLimits(StepParams):
     """How long hosts wait for what, in seconds. Each field is read from a variable `HOUSING_CLUSTER_<FIELD>`.
 
     After SIGTERM the platform waits for 120 seconds. `checkpoint_seconds`, `shutdown_ack_timeout` and twice
     `stop_seconds` should leave about 30 of them for the removal of the attempt's files.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     names_seconds: float = Field(default=300.0, gt=0, description="Until the names of this host and the head resolve.")
     start_seconds: float = Field(default=180.0, gt=0, description="From Ray's start on the head until it answers.")
@@ -201,24 +198,6 @@ class ClusterLimits(BaseModel):
                 raise ValueError(f"{_LIMIT_PREFIX}{former} is now {_LIMIT_PREFIX}{name}: rename it")
         names = {name: _LIMIT_PREFIX + name.upper() for name in cls.model_fields}
         return cls.model_validate({name: environment[v] for name, v in names.items() if v in environment})
-
-
-class Deadline:
-    """A point in time on the monotonic clock."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._end = time.monotonic() + seconds
-
-    @property
-    def passed(self) -> bool:
-        """Whether it is over."""
-        return time.monotonic() >= self._end
-
-    @property
-    def left(self) -> float:
-        """Seconds left; 0 if it is over."""
-        return max(0.0, self._end - time.monotonic())
 
 
 def pauses(longest: float, shortest: float = 0.1, growth: float = 1.5) -> Iterator[float]:

@@ -1,50 +1,128 @@
-"""A host's part in the cluster of its job: what head and workers share, and the worker's part."""
+"""A host's part in the cluster of its job: what head and workers share and tell each other, and the worker's part."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+# Ray's public API reaches the control store only from a driver, which Ray kills when the head is lost; a host has to
+# live on to report that loss.
+from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # a compiled module
+from ray.exceptions import AuthenticationError, RayError
 
 from step_scripts.cluster.job import (
-    FAILED,
-    STOPPED,
-    SUCCEEDED,
     ClusterError,
     ClusterLimits,
-    Deadline,
     JobFiles,
     JobHosts,
     own_address,
     pauses,
     resolve,
-    write_failure,
-)
-from step_scripts.cluster.status import (
-    ClusterStatusClient,
-    HeadUnavailable,
-    HeadUnreachable,
-    HeadUnresponsive,
-    JobOutcome,
-    TokenRefused,
 )
 from step_scripts.runner.processes import Children, StopSignal
+from step_scripts.runner.ray_session import is_open
 
 _TAIL_LINES = 20
 _NOISE = ("[state-dump]", "scripts.py:")  # what Ray prints after the lines that matter
 _SHORT_PAUSE = 0.2
+_ANSWER_SECONDS = 2.0
 _STARTED = b"Ray runtime started"
+_NAMESPACE = b"housing_cluster"
+_OUTCOME = b"outcome"
+_ACKNOWLEDGED = b"acknowledged/"
+_ALIVE = 0  # GcsNodeInfo.ALIVE
 _log = logging.getLogger(__name__)
 Found = TypeVar("Found")
 
 
 class Stopped(Exception):
     """SIGTERM has come."""
+
+
+class HeadUnavailable(Exception):
+    """The head cannot be asked at the moment."""
+
+
+class HeadUnreachable(HeadUnavailable):
+    """Nothing accepts connections at the head's address."""
+
+
+class HeadUnresponsive(HeadUnavailable):
+    """The head accepts connections, and does not answer in time."""
+
+
+class TokenRefused(Exception):
+    """The head does not know this host's token. Trying again does not help."""
+
+
+class ClusterStatusClient:
+    """The status of a job's cluster in Ray's control store (GCS) on the head: its members, and how the step ended.
+
+    The head publishes the outcome there, `{"failure": …}` with None if the step succeeded; the workers read it and
+    acknowledge it. A call takes about 2 seconds at most. Every method raises `HeadUnavailable` or `TokenRefused` if the
+    head does not answer.
+    """
+
+    def __init__(self, address: str, port: int) -> None:
+        self.address, self.port = address, port
+        self._client: Any = None
+        self.node_ports: dict[str, int] = {}
+
+    def nodes(self) -> dict[str, str | None]:
+        """Address of each host that has ever joined, by name; None for a host that is gone.
+
+        Sets `node_ports` to the ports of Ray on the hosts that are alive.
+        """
+        found: dict[str, str | None] = {}
+        for node in self._call("get_all_node_info").values():
+            if node.state == _ALIVE:
+                found[node.node_name] = node.node_manager_address
+                self.node_ports[node.node_name] = node.node_manager_port
+            else:
+                found.setdefault(node.node_name, None)
+        return found
+
+    def publish(self, outcome: dict[str, Any]) -> None:
+        """Tell all hosts how the step has ended."""
+        value = json.dumps(outcome).encode()
+        self._call("internal_kv_put", _OUTCOME, value, True, _NAMESPACE)
+
+    def outcome(self) -> dict[str, Any] | None:
+        """How the step ended; None while it runs."""
+        value = self._call("internal_kv_get", _OUTCOME, _NAMESPACE)
+        return None if value is None else json.loads(value)
+
+    def acknowledge(self, host: str) -> None:
+        """Tell the head that `host` has read the outcome."""
+        self._call("internal_kv_put", _ACKNOWLEDGED + host.encode(), b"1", True, _NAMESPACE)
+
+    def acknowledged(self) -> set[str]:
+        """The hosts that have read the outcome."""
+        keys = self._call("internal_kv_keys", _ACKNOWLEDGED, _NAMESPACE)
+        return {key.removeprefix(_ACKNOWLEDGED).decode() for key in keys}
+
+    def _call(self, method: str, *arguments: object) -> Any:
+        # Ray's client waits long for a head that is gone, and finally ends the whole process.
+        if not is_open(self.address, self.port, _ANSWER_SECONDS):
+            self._client = None
+            raise HeadUnreachable(f"nothing answers at {self.address}:{self.port}")
+        try:
+            if self._client is None:
+                self._client = GcsClient(address=f"{self.address}:{self.port}")
+            return getattr(self._client, method)(*arguments, timeout=_ANSWER_SECONDS)
+        except AuthenticationError as error:
+            raise TokenRefused(str(error)) from error
+        except (RayError, TimeoutError, OSError) as error:
+            self._client = None
+            raise HeadUnresponsive(f"{type(error).__name__}: {error}") from error
 
 
 @dataclass
@@ -62,10 +140,6 @@ class Node:
         self.port = int(os.environ.get("HOUSING_RAY_PORT", "6379"))
         self._ray_log = self.folder / "ray_start.log"
 
-    def run(self) -> int:
-        """Do the part; returns the exit status. Raises the error that keeps it from being done."""
-        raise NotImplementedError
-
     def pause(self, seconds: float) -> None:
         """Wait; raises `Stopped` on SIGTERM."""
         self.stop.wait(seconds)
@@ -74,20 +148,21 @@ class Node:
             raise Stopped
 
     def poll(
-        self, poll: Callable[[], Found | None], deadline: Deadline, often: Callable[[], bool] = lambda: False
+        self, poll: Callable[[], Found | None], seconds: float, often: Callable[[], bool] = lambda: False
     ) -> Found | None:
-        """Poll until the result is not None; None if the deadline passes first. With short pauses while `often()`."""
+        """Poll until the result is not None; None after so many seconds. With short pauses while `often()`."""
+        deadline = time.monotonic() + seconds
         for pause in pauses(self.limits.poll_seconds):
             if (found := poll()) is not None:
                 return found
-            if deadline.passed:
+            if (left := deadline - time.monotonic()) <= 0:
                 return None
-            self.pause(min(_SHORT_PAUSE if often() else pause, deadline.left))
+            self.pause(min(_SHORT_PAUSE if often() else pause, left))
         raise AssertionError("unreachable")
 
     def find_address(self, name: str, lookup: Callable[[], str | None]) -> str:
         """The address of a host, once it is known. Raises `ClusterError`."""
-        address = self.poll(lookup, Deadline(self.limits.names_seconds))
+        address = self.poll(lookup, self.limits.names_seconds)
         if address is None:
             raise ClusterError(
                 f"the name of host {name} did not resolve within {self.limits.names_seconds:g} s "
@@ -99,9 +174,8 @@ class Node:
         """Start Ray on this host. The process lives as long as Ray's own processes, and ends them when it ends."""
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
         command += ["--node-ip-address", address, "--node-name", self.hosts.current]
-        # A folder in ours, because Ray opens it to all users.
-        command += ["--temp-dir", str(self.folder / "r")]
         command += ["--disable-usage-stats", "--include-log-monitor=false"]
+        command += ["--temp-dir", str(self.folder / "r")]  # a folder in ours, because Ray opens it to all users
         if cpus := os.environ.get("HOUSING_NODE_CPUS"):
             command += ["--num-cpus", cpus]
         if size := os.environ.get("HOUSING_OBJECT_STORE_BYTES"):
@@ -125,35 +199,28 @@ class Node:
 class Worker(Node):
     """Joins the head's cluster, and leaves when it has read how the step ended."""
 
-    def run(self) -> int:
-        """Join, wait for the outcome, acknowledge it."""
-        joining = Deadline(self.limits.join_seconds)
-        try:
-            head = self.find_address(self.hosts.head, lambda: resolve(self.hosts.head))
-            address = self.find_address(self.hosts.current, lambda: own_address(self.hosts))
-            self._status = ClusterStatusClient(head, self.port)
-            joined = self._join(address, joining)
-        except Stopped:
-            return STOPPED
-        outcome = joined if isinstance(joined, JobOutcome) else self._watch(joined)
-        if outcome is None:
-            return STOPPED
+    def run(self) -> dict[str, Any] | None:
+        """Join, wait for the outcome, acknowledge it. Returns the step's failure; raises `ClusterError`, `Stopped`."""
+        deadline = time.monotonic() + self.limits.join_seconds
+        head = self.find_address(self.hosts.head, lambda: resolve(self.hosts.head))
+        address = self.find_address(self.hosts.current, lambda: own_address(self.hosts))
+        self._status = ClusterStatusClient(head, self.port)
+        joined = self._join(address, deadline - time.monotonic())
+        outcome = joined if isinstance(joined, dict) else self._watch(joined)
         self._acknowledge()
-        if outcome.failure is None:
-            return SUCCEEDED
-        _log.error("the head reports: %s", outcome.failure["message"])
-        if self.stop.stop_requested:
-            return STOPPED
-        write_failure(self.hosts.failure_file, outcome.failure)
-        return FAILED
+        if (failure := outcome["failure"]) is not None:
+            _log.error("the head reports: %s", failure["message"])
+            if self.stop.stop_requested:
+                raise Stopped
+        return failure
 
-    def _join(self, address: str, deadline: Deadline) -> subprocess.Popen[bytes] | JobOutcome:
+    def _join(self, address: str, seconds: float) -> subprocess.Popen[bytes] | dict[str, Any]:
         """Start Ray here and join the head's cluster. Returns the outcome if the step ended first."""
         name = self.hosts.current
         node: subprocess.Popen[bytes] | None = None
         state = "nothing accepted connections at its address"
 
-        def poll() -> subprocess.Popen[bytes] | JobOutcome | None:
+        def poll() -> subprocess.Popen[bytes] | dict[str, Any] | None:
             nonlocal node, state
             try:
                 if (outcome := self._status.outcome()) is not None:
@@ -173,7 +240,7 @@ class Worker(Node):
                 node = self.start_ray(address, "--address", f"{self._status.address}:{self.port}")
             return node if joined else None
 
-        found = self.poll(poll, deadline, often=lambda: node is not None)
+        found = self.poll(poll, seconds, often=lambda: node is not None)
         if found is None:
             raise ClusterError(
                 f"host {name} could not join the head {self.hosts.head} within {self.limits.join_seconds:g} s "
@@ -183,35 +250,32 @@ class Worker(Node):
             _log.info("joined as %s", address)
         return found
 
-    def _watch(self, node: subprocess.Popen[bytes]) -> JobOutcome | None:
-        """Wait for the outcome. None: SIGTERM came, and the head has gone or taken too long to end."""
-        timeouts = {
-            HeadUnreachable: self.limits.unreachable_seconds,
-            HeadUnresponsive: self.limits.head_unresponsive_timeout,
-        }
-        lost_at: dict[type[HeadUnavailable], Deadline] = {}
-        leave_at: Deadline | None = None
+    def _watch(self, node: subprocess.Popen[bytes]) -> dict[str, Any]:
+        """Wait for the outcome. Raises `Stopped` if SIGTERM came, and the head has gone or taken too long to end."""
+        silent_since: dict[type[HeadUnavailable], float] = {}
+        leave_at: float | None = None
         for pause in pauses(self.limits.poll_seconds):
             if self.stop.stop_requested and leave_at is None:
                 # The step may need this host while it saves its work.
-                leave_at = Deadline(self.limits.checkpoint_seconds + self.limits.shutdown_ack_timeout)
+                leave_at = time.monotonic() + self.limits.checkpoint_seconds + self.limits.shutdown_ack_timeout
             try:
                 if (outcome := self._status.outcome()) is not None:
                     return outcome
-                lost_at.clear()
+                silent_since.clear()
             except HeadUnavailable as error:
-                if leave_at is not None and isinstance(error, HeadUnreachable):
-                    return None
-                if type(error) not in lost_at:
-                    lost_at[type(error)] = Deadline(timeouts[type(error)])
+                unreachable, limits = isinstance(error, HeadUnreachable), self.limits
+                if leave_at is not None and unreachable:
+                    raise Stopped from error
+                if type(error) not in silent_since:
+                    silent_since[type(error)] = time.monotonic()
                     _log.warning("%s", error)
-                if (lost := lost_at[type(error)]).passed:
-                    reason = f"{error}, for {lost.seconds:g} s"
-                    raise ClusterError(f"lost the head {self.hosts.head}: {reason}") from error
-            if leave_at is not None and leave_at.passed:
-                return None
+                seconds = limits.unreachable_seconds if unreachable else limits.head_unresponsive_timeout
+                if time.monotonic() - silent_since[type(error)] >= seconds:
+                    raise ClusterError(f"lost the head {self.hosts.head}: {error}, for {seconds:g} s") from error
+            if leave_at is not None and time.monotonic() >= leave_at:
+                raise Stopped
             if node.poll() is not None and leave_at is None:
-                if lost_at:
+                if silent_since:
                     where = f"{self._status.address}:{self.port}"
                     raise ClusterError(f"lost the head {self.hosts.head}: Ray on this host ended without it ({where})")
                 raise ClusterError(f"Ray on host {self.hosts.current} ended: {self.ray_output()}")

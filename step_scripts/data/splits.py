@@ -15,7 +15,7 @@ from step_scripts.data.parquet_files import write_parquet
 from step_scripts.data.partitions import LatestEvents
 from step_scripts.parameters import PrepareSplitsParams
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, FileInfo, StepContext, StepError, StepOutcome, file_info, write_json
+from step_scripts.runner.contract import Artifact, FileInfo, StepContext, StepError, StepOutcome, file_info
 from step_scripts.runner.ray_data import PATH
 from step_scripts.runner.wording import counted, rounded
 from step_scripts.table.column_types import TIMESTAMP, columns_as, polars_schema
@@ -181,8 +181,8 @@ def _write_statistics(
 ) -> Artifact:
     uri = context.output_uri("statistics")
     described = {"rows": scaler["rows"], "target": plan.params.table.target, "distributions": distributions}
-    write_json(storage.join(uri, "scaler.json"), scaler)
-    write_json(storage.join(uri, "statistics.json"), described)
+    storage.write_json(storage.join(uri, "scaler.json"), scaler)
+    storage.write_json(storage.join(uri, "statistics.json"), described)
     files = [file_info(storage.join(uri, name), uri) for name in ("scaler.json", "statistics.json")]
     # They follow from the training rows alone. The last binary digit of a mean also depends on how rows were divided
     # into files; it must not make the same data look changed.

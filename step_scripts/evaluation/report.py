@@ -17,7 +17,7 @@ import polars as pl
 from step_scripts.evaluation.error_sums import ErrorSums, Grouping, merged, standard_deviations
 from step_scripts.model.artifact import TrainedModel, load_model
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, StepContext, StepOutcome, file_info, write_json
+from step_scripts.runner.contract import Artifact, StepContext, StepOutcome, file_info
 from step_scripts.runner.wording import rounded
 from step_scripts.table.distributions import Moments, Sample
 from step_scripts.table.hashes import hashes_of_ids, split_fraction
@@ -219,8 +219,8 @@ def evaluation_outcome(
         "test_digest": context.inputs["test"].digest,
     }
     uri = context.output_uri("report")
-    write_json(storage.join(uri, "evaluation.json"), report)
-    write_json(storage.join(uri, "predictions.json"), predictions)
+    storage.write_json(storage.join(uri, "evaluation.json"), report)
+    storage.write_json(storage.join(uri, "predictions.json"), predictions)
     files = [file_info(storage.join(uri, name), uri) for name in ("evaluation.json", "predictions.json")]
     rivals = {"baseline_mean_rmse": "mean", "baseline_linear_rmse": "linear", "champion_rmse": "champion"}
     return StepOutcome(

@@ -33,9 +33,9 @@ from step_scripts.feature_store.events import event_types, file_types
 from step_scripts.feature_store.group import COMMAND, LOCK_SECONDS, ORPHAN_AGE, Attempt, Group, GroupInfo
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.local_files import private_folder
+from step_scripts.runner.local_files import discard_folder, private_folder
 from step_scripts.runner.locking import try_lock
-from step_scripts.runner.s3_objects import delete_objects, delete_prefix, list_objects
+from step_scripts.runner.s3_objects import delete_objects
 
 _POLL_SECONDS = 0.05
 _OWN_NAME = re.compile(r"/[A-Z0-9]{6}-[0-9a-f]{64}\.parquet$")
@@ -111,7 +111,7 @@ class LocalGroup(Group):
 
     def remove(self) -> None:
         """Delete the group. The caller holds the lock; it is gone at once, however long the removal takes."""
-        storage.discard_folder(self.path)
+        discard_folder(self.path)
 
     def catalog(self) -> Catalog:
         """The catalog in the group's folder."""
@@ -205,12 +205,13 @@ class GlueGroup(Group):
         try:
             yield uri
         finally:
-            delete_prefix(uri)
+            storage.delete(uri)
 
     def delete_orphan_files(self) -> int:
         """See `Group.delete_orphan_files`. Only files older than `ORPHAN_AGE`, and none of SageMaker's and Athena's."""
         oldest = datetime.now(UTC) - ORPHAN_AGE
-        delete_objects(self._staging, [o.path for o in list_objects(self._staging) if o.modified < oldest])
+        staged = storage.list_details(self._staging)
+        delete_objects(self._staging, [path for path, _, modified in staged if modified < oldest.timestamp()])
         orphans = [path_in(uri, self.data_uri) for uri, _ in self.orphan_files(oldest) if _OWN_NAME.search(uri)]
         delete_objects(self.data_uri, orphans)
         return len(orphans)
@@ -223,10 +224,10 @@ class GlueGroup(Group):
         """
         data_uri = self.data_uri
         storage.write_bytes(storage.join(self.uri, _REMOVAL), b"{}")
-        delete_objects(self.uri, ["group.json"])
-        delete_prefix(data_uri)
-        delete_objects(self.uri, [o.path for o in list_objects(self.uri) if o.path != _REMOVAL])
-        delete_prefix(self.uri)
+        storage.delete(storage.join(self.uri, "group.json"))
+        storage.delete(data_uri)
+        delete_objects(self.uri, [path for path, _, _ in storage.list_details(self.uri) if path != _REMOVAL])
+        storage.delete(self.uri)
 
     def removal_is_incomplete(self) -> bool:
         """Whether the group was to be deleted, and something of it is left."""
@@ -260,5 +261,5 @@ class GlueGroup(Group):
             )
 
     def _delete_files_of(self, token: str) -> None:
-        paths = (o.path for o in list_objects(self.data_uri))
+        paths = (path for path, _, _ in storage.list_details(self.data_uri))
         delete_objects(self.data_uri, [p for p in paths if p.rpartition("/")[2].startswith(f"{token}-")])

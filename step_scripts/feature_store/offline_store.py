@@ -25,7 +25,6 @@ from step_scripts.feature_store.group_places import GlueGroup, LocalGroup
 from step_scripts.feature_store.iceberg_table import retry_on_commit_conflict
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, StepError
-from step_scripts.runner.s3_objects import list_folders
 from step_scripts.table.column_types import TIMESTAMP, columns_as
 from step_scripts.table.hashes import subtract_sums
 from step_scripts.table.spec import TableSpec
@@ -73,16 +72,12 @@ class OfflineStore:
 
     def groups(self) -> list[str]:
         """Names of all groups."""
-        if storage.is_remote(self.root):
-            names = list_folders(self.root)
-        else:
-            root = storage.local_path(self.root)
-            names = [p.name for p in root.iterdir()] if root.is_dir() else []
-        return sorted(name for name in names if GROUP_NAME.fullmatch(name) and self.folder(name).is_there())
+        names = storage.list_folders(self.root)
+        return [name for name in names if GROUP_NAME.fullmatch(name) and self.folder(name).is_there()]
 
     def unfinished_removals(self) -> dict[str, str]:
         """What is left on S3 of groups whose removal has failed: places by name."""
-        folders = [self.folder(name) for name in list_folders(self.root) if GROUP_NAME.fullmatch(name)]
+        folders = [self.folder(name) for name in storage.list_folders(self.root) if GROUP_NAME.fullmatch(name)]
         return {f.name: f.uri for f in folders if isinstance(f, GlueGroup) and f.removal_is_incomplete()}
 
     def folder(self, group: str) -> Group:

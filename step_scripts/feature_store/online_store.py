@@ -29,8 +29,8 @@ from step_scripts.feature_store.online_client import (
     encoded_time,
 )
 from step_scripts.runner import storage
-from step_scripts.runner.background import repeated
 from step_scripts.runner.contract import Reporter, StepError
+from step_scripts.runner.processes import repeated
 from step_scripts.runner.s3_objects import service_client
 from step_scripts.runner.wording import counted
 from step_scripts.table.spec import TableSpec

@@ -16,7 +16,7 @@ import polars as pl
 
 from step_scripts.model.xgboost_native import xgb
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, file_info, write_json
+from step_scripts.runner.contract import Artifact, file_info
 from step_scripts.runner.wording import counted
 from step_scripts.table.spec import TableSpec
 
@@ -83,7 +83,7 @@ def save_model(
     storage.write_bytes(storage.join(uri, "model.ubj"), bytes(booster.save_raw("ubj")))
     described = (scaler, table.model_dump(mode="json"), statistics, parameters, metrics, versions)
     for name, value in zip(_DESCRIPTIONS, described, strict=True):
-        write_json(storage.join(uri, f"{name}.json"), value)
+        storage.write_json(storage.join(uri, f"{name}.json"), value)
     return Artifact.of(uri, [file_info(storage.join(uri, name), uri) for name in FILES])
 
 

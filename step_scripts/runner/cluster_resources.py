@@ -14,8 +14,8 @@ import ray._private.state  # the public API has the free CPUs of all nodes toget
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from step_scripts.runner.background import repeated
 from step_scripts.runner.contract import Reporter, StepError
+from step_scripts.runner.processes import repeated
 from step_scripts.runner.ray_session import is_open, private_folder_of_session
 from step_scripts.runner.wording import counted
 
@@ -44,7 +44,7 @@ def wait_seconds() -> float:
     return float(os.environ.get(WAIT_VARIABLE) or _DEFAULT_WAIT_SECONDS)
 
 
-def free_cpus(what: str, needed: int, log: Reporter | None) -> list[int]:
+def free_cpus(what: str, needed: int, log: Reporter) -> list[int]:
     """Free CPUs of each node, most first, as soon as `needed` of them are free for `what`.
 
     In a private session these are all: what is in use is ours and about to end. Raises `StepError` if too few are free
@@ -66,13 +66,12 @@ def free_cpus(what: str, needed: int, log: Reporter | None) -> list[int]:
             )
         if waited >= next_message and sum(free) < needed:
             next_message = waited + _MESSAGE_SECONDS
-            if log is not None:
-                log.info(f"{state} are free; waiting for {waited:.0f} of at most {limit:g} s")
+            log.info(f"{state} are free; waiting for {waited:.0f} of at most {limit:g} s")
         time.sleep(0.2)
 
 
 @contextlib.contextmanager
-def reserved(what: str, cpus: int, log: Reporter | None) -> Iterator[dict[str, Any]]:
+def reserved(what: str, cpus: int) -> Iterator[dict[str, Any]]:
     """Options for a task that gets that many CPUs of one node. They are reserved when the block begins.
 
     Raises `StepError` if they are not free within `wait_seconds`. In a private session no one else could use them.
@@ -80,16 +79,13 @@ def reserved(what: str, cpus: int, log: Reporter | None) -> Iterator[dict[str, A
     if private_folder_of_session() is not None:
         yield {"num_cpus": cpus}
         return
-    group = None
+    group = placement_group([{"CPU": cpus}])
     try:
-        with waiting_is_told(what, log):  # begins before the group is created, or would not count it
-            group = placement_group([{"CPU": cpus}])
-            if not group.wait(wait_seconds()):
-                raise no_room(what)
+        if not group.wait(wait_seconds()):
+            raise no_room(what)
         yield {"num_cpus": cpus, "scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
     finally:
-        if group is not None:
-            remove_placement_group(group)
+        remove_placement_group(group)
 
 
 def no_room(what: str) -> StepError:
@@ -101,13 +97,13 @@ def no_room(what: str) -> StepError:
 
 
 @contextlib.contextmanager
-def waiting_is_told(what: str, log: Reporter | None) -> Iterator[None]:
+def waiting_is_told(what: str, log: Reporter) -> Iterator[None]:
     """Log now and then, during the block, that a placement group created in it waits for CPUs."""
     known = set(placement_group_table())
 
     def look() -> None:
         asked = [group for name, group in placement_group_table().items() if name not in known]
-        if log is not None and any(group["state"] == "PENDING" for group in asked):
+        if any(group["state"] == "PENDING" for group in asked):
             log.info(f"{what} waits for CPUs of the Ray cluster: {sum(_unused())} of {sum(node_cpus())} are free")
 
     with repeated(look, _MESSAGE_SECONDS, "tell-waiting"):

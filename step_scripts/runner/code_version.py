@@ -98,7 +98,7 @@ def report_of_node() -> NodeReport:
 
 def _sources(*roots: str) -> dict[str, str]:
     pending = [name if "." in name else f"{PACKAGE}.{name}" for name in roots]
-    if absent := [name for name in pending if _file_of(name) is None]:
+    if absent := [name for name in pending if file_of(name) is None]:
         raise FileNotFoundError(f"there is no module {absent[0]}")
     sources: dict[str, str] = {}
     seen = {""}
@@ -107,14 +107,14 @@ def _sources(*roots: str) -> dict[str, str]:
             continue
         seen.add(module)
         pending.append(module.rpartition(".")[0])  # the package that it is in is loaded before it
-        if (path := _file_of(module)) is not None:
+        if (path := file_of(module)) is not None:
             sources[module], mentioned = _read(module, path)
             pending += mentioned
     return sources
 
 
 @cache
-def _file_of(module: str) -> Path | None:
+def file_of(module: str) -> Path | None:
     """The source file of one of the project's modules; None for what is none. `find_spec` would import its parents."""
     top, *rest = module.split(".")
     for place in own_places(top):
@@ -143,13 +143,13 @@ def _mentioned(source: str, package: str) -> Iterator[str]:
         yield origin
         yield from (f"{origin}.{name}" for name in names)  # what is imported from a package may be a module of it
     for called, dotted in _QUOTED.findall(source):
-        if called or _file_of(dotted) is not None:  # "data.csv" is no module of a folder `data`
+        if called or file_of(dotted) is not None:  # "data.csv" is no module of a folder `data`
             yield called or dotted
 
 
 def require_unchanged(request: StepRequest) -> None:
     """Raise `StepError` if a file of the request's code has changed since. For before the step starts."""
-    files = {module: path for module in request.sources if (path := _file_of(module)) is not None}
+    files = {module: path for module in request.sources if (path := file_of(module)) is not None}
     _require_same(request, {m: {digest_of(path.read_bytes())} if path.exists() else {} for m, path in files.items()})
 
 
@@ -184,15 +184,10 @@ class CodeCheck:
     code is a copy that was made for this session, or for the job.
     """
 
-    def __init__(self, request: StepRequest, session: RaySession | None = None) -> None:
-        self._request = request
-        self._session = session
+    def __init__(self, request: StepRequest, session: RaySession) -> None:
+        self._request, self._session = request, session
         self._known = set(loaded_here())
-        self._start = journal.stat().st_size if (journal := self._journal) is not None and journal.exists() else 0
-
-    @property
-    def _journal(self) -> Path | None:
-        return self._session.journal if self._session is not None else None
+        self._start = journal.stat().st_size if (journal := session.journal) is not None and journal.exists() else 0
 
     def require(self) -> None:
         """Raise `StepError` if a module was loaded that is not the one asked for, or a library has another version.
@@ -200,11 +195,11 @@ class CodeCheck:
         Modules count from the start of the processes on: they serve one request after the other.
         """
         loaded = loaded_here()
-        for module, digest in read_journal(self._journal):
+        for module, digest in read_journal(self._session.journal):
             loaded.setdefault(module, set()).add(digest)
         _require_same(self._request, loaded)
         _require_libraries(self._request, library_versions(), "")
-        for node, report in (self._session.node_reports() if self._session is not None else {}).items():
+        for node, report in self._session.node_reports().items():
             _require_same(self._request, {module: {digest} for module, digest in report.sources.items()})
             _require_libraries(self._request, report.libraries, f" on Ray node {node}")
 
@@ -213,5 +208,5 @@ class CodeCheck:
         if not self._request.sources:
             return []
         since = set(loaded_here()) - self._known
-        since.update(module for module, _ in read_journal(self._journal, self._start))
+        since.update(module for module, _ in read_journal(self._session.journal, self._start))
         return sorted(since - self._request.sources.keys())

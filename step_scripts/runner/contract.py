@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -18,17 +19,19 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from step_scripts.runner import storage
 
-MANIFEST = "manifest.json"
+Reporter = logging.Logger
+"""Where a step's messages go: progress, facts worth reading, warnings."""
 _SMALL_FILE, _QUICKLY_READ = 1 << 20, 1 << 30
 _READERS = 8
 _PARQUET = b"PAR1"
-_operators: ContextVar[list[dict[str, Any]] | None] = ContextVar("operators", default=None)
+noted_operators: ContextVar[list[dict[str, Any]] | None] = ContextVar("operators", default=None)
+"""Where Ray Data's passes add what their operators took (`StepResult.operators`)."""
 
 
 class StepError(Exception):
@@ -50,10 +53,17 @@ class DamagedArtifactError(ValueError):
     """A file of an artifact is missing or does not have the content that was recorded."""
 
 
-class FileInfo(BaseModel):
-    """One file of an artifact: path relative to the artifact's URI, number of rows (tables only), size, SHA-256."""
+class StepParams(BaseModel):
+    """Base of parameter models, and of what describes data. Unknown names are errors, values do not change.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Validators are built when they are first needed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+
+class FileInfo(StepParams):
+    """One file of an artifact: path relative to the artifact's URI, number of rows (tables only), size, SHA-256."""
 
     path: str
     rows: int | None = None
@@ -61,10 +71,8 @@ class FileInfo(BaseModel):
     sha256: str
 
 
-class Artifact(BaseModel):
+class Artifact(StepParams):
     """A committed, immutable set of files. `digest` depends on the content alone, not on where or when it was made."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     uri: str
     digest: str
@@ -99,16 +107,8 @@ class Artifact(BaseModel):
         return storage.join(self.uri, path)
 
 
-class StepParams(BaseModel):
-    """Base of all parameter models. Unknown names are errors. Validators are built when they are first needed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
-
-
-class StepRequest(BaseModel):
+class StepRequest(StepParams):
     """What to run: a step, its parameters, its inputs, and where the outputs go."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     step: str
     params: dict[str, Any]
@@ -155,7 +155,7 @@ class StepRequest(BaseModel):
     @property
     def manifest_uri(self) -> str:
         """Where the manifest of this request is once the step has finished."""
-        return storage.join(self.output_uri, MANIFEST)
+        return storage.join(self.output_uri, "manifest.json")
 
     def kept_uri(self, name: str) -> str:
         """Where a file is kept that a failed attempt leaves for people to read (`StepError.keep`)."""
@@ -169,10 +169,8 @@ class StepRequest(BaseModel):
         return storage.join(self.checkpoint_uri, "shared")
 
 
-class StepResult(BaseModel):
+class StepResult(StepParams):
     """The manifest: what a finished step made. `seconds` holds the duration of each phase."""
-
-    model_config = ConfigDict(extra="forbid")
 
     step: str
     request_digest: str
@@ -206,18 +204,6 @@ class StepOutcome:
     outputs: dict[str, Artifact]
     metrics: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
-
-
-class Reporter(Protocol):
-    """Where a step's messages go: a logger, for example."""
-
-    def info(self, message: str, /) -> None:
-        """Report progress, or a fact worth reading."""
-        ...
-
-    def warning(self, message: str, /) -> None:
-        """Report something that needs attention."""
-        ...
 
 
 class StepContext:
@@ -261,7 +247,6 @@ class StepDefinition:
     params: type[StepParams]
     run: Callable[[StepContext, Any], StepOutcome]
     inputs: tuple[str, ...] = ()
-    optional_inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     uses_ray: bool = True
 
@@ -303,36 +288,3 @@ def check_files(artifact: Artifact, contents: Literal["small", "local", "all"] =
 
     with ThreadPoolExecutor(_READERS) as pool:
         list(pool.map(check, artifact.files))
-
-
-def write_json(uri: str, value: object) -> None:
-    """Write `value` as indented JSON, atomically."""
-    storage.write_bytes(uri, json.dumps(value, indent=2, sort_keys=True, default=str).encode())
-
-
-@contextmanager
-def operators_noted() -> Iterator[list[dict[str, Any]]]:
-    """The list to which `note_operators` adds within the block."""
-    found: list[dict[str, Any]] = []
-    token = _operators.set(found)
-    try:
-        yield found
-    finally:
-        _operators.reset(token)
-
-
-def note_operators(function: str, summary: Any) -> None:
-    """Add what each operator of Ray Data took; `summary` is what `Dataset.get_stats_summary` returns."""
-    if (found := _operators.get()) is None:
-        return
-    for operator in summary.operators_stats:
-        wall, cpu, rows = operator.wall_time, operator.cpu_time, operator.task_rows
-        found.append(
-            {
-                "operator": operator.operator_name.replace("MapBatches(_report)", function),
-                "tasks": rows.count if rows else 0,
-                "seconds": round(operator.time_total_s or 0.0, 4),
-                "task_seconds": round(wall.sum, 4) if wall else 0.0,
-                "cpu_seconds": round(cpu.sum, 4) if cpu else 0.0,
-            }
-        )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import resource
 import shutil
 import sys
@@ -34,7 +35,7 @@ from step_scripts.runner.contract import (
     StepRequest,
     StepResult,
     check_files,
-    operators_noted,
+    noted_operators,
 )
 from step_scripts.runner.local_files import explain_full_disk
 from step_scripts.runner.ray_session import RaySession, RaySettings
@@ -105,8 +106,8 @@ def run_step(
             if session.settings.address:
                 code.require()  # of its nodes
             context.seconds["start Ray"] += waited
-        with operators_noted() as operators:
-            outcome = step.run(context, params)
+        noted_operators.set(operators := [])
+        outcome = step.run(context, params)
         code.require()
         if absent := [name for name in step.outputs if name not in outcome.outputs]:
             raise RuntimeError(f"step {request.step} returned without its outputs {absent}")
@@ -219,16 +220,16 @@ def _keep(request: StepRequest, error: StepError) -> None:
         error.details[name] = kept
 
 
-class PrintReporter:
-    """Prints messages on standard error."""
+class PrintReporter(logging.Logger):
+    """Prints messages on standard error; warnings are marked."""
 
-    def info(self, message: str) -> None:
-        """Print `message`."""
-        print(message, file=sys.stderr, flush=True)
+    def __init__(self) -> None:
+        super().__init__("step", logging.INFO)
 
-    def warning(self, message: str) -> None:
-        """Print `message`, marked as a warning."""
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+    def handle(self, record: logging.LogRecord) -> None:
+        """See `logging.Logger`."""
+        mark = "warning: " if record.levelno >= logging.WARNING else ""
+        print(f"{mark}{record.getMessage()}", file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str]) -> int:

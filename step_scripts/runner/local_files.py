@@ -1,4 +1,4 @@
-"""Local files: folders and files that only their user may read, and messages for a full disk."""
+"""Local files: folders and files that only their user may read, removal of folders, messages for a full disk."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import errno
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+_DISCARDED = re.compile(r"\..+\.[0-9a-f]{32}\.deleted")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Libraries in other languages pass on the reason as text only; NumPy only counts the items that it could not write.
 _FULL_TEXTS = re.compile(
@@ -38,6 +40,25 @@ def write_private(path: Path, data: bytes) -> None:
     """Write a new file of mode 0600. Raises `FileExistsError`."""
     with open_private(path, "xb") as file:
         file.write(data)
+
+
+def discard_folder(folder: Path) -> None:
+    """Remove a folder. It is renamed first, so that it is gone from its place at once.
+
+    Raises `OSError` if something in it cannot be removed; `discarded_folders` then lists what is left. Does nothing if
+    there is no such folder.
+    """
+    doomed = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.deleted")
+    try:
+        folder.rename(doomed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(doomed)
+
+
+def discarded_folders(parent: Path) -> list[Path]:
+    """What is left, directly in `parent`, of folders whose removal was interrupted or has failed."""
+    return sorted(p for p in parent.iterdir() if _DISCARDED.fullmatch(p.name)) if parent.is_dir() else []
 
 
 @contextmanager

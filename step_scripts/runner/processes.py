@@ -1,4 +1,4 @@
-"""Signals and processes: who notices SIGTERM, who saves its work then, and who ends what has been started.
+"""Signals, processes, threads: who notices SIGTERM, who saves its work then, and who ends what has been started.
 
 A step that can save unfinished work registers a function with `on_interruption`. The driver calls it in its main
 thread, while the step's own thread still runs, when the job is stopped or its machine is taken away. It has
@@ -11,22 +11,27 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import psutil
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+Result = TypeVar("Result")
 _LONGEST_END_SECONDS = 10.0
+_POLL_SECONDS = 0.2
+_INTERRUPTED_SECONDS = 4.0
 _functions: list[Callable[[], None]] = []
 
 
@@ -191,3 +196,55 @@ def end_with_parent(parent: int) -> None:
 def _prctl(option: int, value: int) -> None:
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def run_in_thread(
+    function: Callable[[], Result], on_interrupt: Callable[[], None] | None = None, timeout: float | None = None
+) -> Result:
+    """The result of `function`, which runs in a second thread; its exception is raised here.
+
+    A signal reaches Python only when the main thread is not inside Ray, and in the main thread Ray Tune and Ray Train
+    install signal handlers that they leave behind. On an interrupt `on_interrupt` is called, and the thread has a few
+    seconds to end; without it, the thread is left to end with the process. Raises `TimeoutError` after `timeout`
+    seconds.
+    """
+    from concurrent.futures import Future, wait
+
+    outcome: Future[Result] = Future()
+
+    def call() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:  # noqa: BLE001  # raised again, in the thread that waits
+            outcome.set_exception(error)
+
+    threading.Thread(target=call, name="ray-driver", daemon=True).start()
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    try:
+        while not wait([outcome], _POLL_SECONDS).done:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no answer within {timeout:g} s")
+    except BaseException:
+        if on_interrupt is not None:
+            on_interrupt()
+            wait([outcome], _INTERRUPTED_SECONDS)
+        raise
+    return outcome.result()
+
+
+@contextmanager
+def repeated(function: Callable[[], object], seconds: float, name: str) -> Iterator[None]:
+    """Call `function` every so many seconds, in a thread of that name, until the block ends."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(seconds):
+            function()
+
+    thread = threading.Thread(target=repeat, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -25,7 +25,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
 
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, Reporter, StepError, note_operators
+from step_scripts.runner.contract import Artifact, Reporter, StepError, noted_operators
 from step_scripts.runner.wording import counted
 
 _RETRIES = 3  # of a task whose process has ended; Ray Data's default is for ever
@@ -195,7 +195,23 @@ def reports(
         ) from error
     finally:
         _end_tasks(passing)
-        note_operators(_named(function, args), passing.get_stats_summary())
+        _note_operators(_named(function, args), passing)
+
+
+def _note_operators(function: str, dataset: Dataset) -> None:
+    if (found := noted_operators.get()) is None:
+        return
+    for operator in dataset.get_stats_summary().operators_stats:
+        wall, cpu, rows = operator.wall_time, operator.cpu_time, operator.task_rows
+        found.append(
+            {
+                "operator": operator.operator_name.replace("MapBatches(_report)", function),
+                "tasks": rows.count if rows else 0,
+                "seconds": round(operator.time_total_s or 0.0, 4),
+                "task_seconds": round(wall.sum, 4) if wall else 0.0,
+                "cpu_seconds": round(cpu.sum, 4) if cpu else 0.0,
+            }
+        )
 
 
 def _named(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
@@ -243,8 +259,7 @@ def _of_rows(block: pa.Table, function: Callable[..., Any], args: tuple[Any, ...
 class _Reporting:
     """`_report` in an actor."""
 
-    def __call__(self, block: pa.Table, function: Callable[..., Any], args: tuple[Any, ...]) -> pa.Table:
-        return _report(block, function, args)
+    __call__ = staticmethod(_report)
 
 
 def _end_tasks(dataset: Dataset) -> None:

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 from pydantic import BaseModel
 
-from step_scripts.runner.background import run_in_thread
 from step_scripts.runner.code_version import NodeReport, report_of_node
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.loaded_code import JOURNAL
-from step_scripts.runner.processes import how_ended
+from step_scripts.runner.processes import how_ended, run_in_thread
 from step_scripts.runner.ray_environment import (
+    FOLDER_VARIABLE,
+    SessionFolder,
     available_cpus,
     environment_set,
+    make_folder,
+    remove_abandoned,
     require_token,
     session_environment,
     use_token_if_present,
 )
-from step_scripts.runner.session_folder import FOLDER_VARIABLE, SessionFolder, make_folder, remove_abandoned
 
 CONNECT_SECONDS = "HOUSING_RAY_CONNECT_SECONDS"
 _DEFAULT_CONNECT_SECONDS = 60.0
@@ -64,15 +65,14 @@ class RaySession:
     """Starts Ray on first use. `stop` ends what was started here and removes its temporary folder."""
 
     settings: RaySettings
-    temporary_folder: Path | None = field(default=None)
+    folder: SessionFolder | None = None
     is_started: bool = False
-    _own_folder: SessionFolder | None = None
     _reports: dict[str, NodeReport] | None = None
 
     @property
     def journal(self) -> Path | None:
         """The file to which the workers of a private session add what they load (`step_scripts.runner.loaded_code`)."""
-        return self.temporary_folder / "loaded-code" if self.temporary_folder is not None else None
+        return self.folder.path / "loaded-code" if self.folder is not None else None
 
     def ensure(self) -> None:
         """Start or join Ray, once.
@@ -92,12 +92,11 @@ class RaySession:
         self.is_started = True
 
     def _start_private(self, **options: Any) -> None:
-        if self.temporary_folder is None:
+        if self.folder is None:
             remove_abandoned()
             # Short: Ray puts sockets below it, and a socket's path is limited to 107 bytes.
-            self._own_folder = make_folder("ray-")
-            self.temporary_folder = self._own_folder.path
-        folder = self.temporary_folder
+            self.folder = make_folder("ray-")
+        folder = self.folder.path
         require_token(folder)
         cpus = self.settings.num_cpus or available_cpus()
         import ray
@@ -124,14 +123,11 @@ class RaySession:
 
             ray.shutdown()
             self.is_started = False
-        if self.temporary_folder is not None:
+        if self.folder is not None:
             with contextlib.suppress(ValueError):
-                _private_folders.remove(self.temporary_folder)
-            shutil.rmtree(self.temporary_folder, ignore_errors=True)
-            self.temporary_folder = None
-        if self._own_folder is not None:
-            self._own_folder.release()
-            self._own_folder = None
+                _private_folders.remove(self.folder.path)
+            self.folder.remove()
+            self.folder = None
 
     def loss(self) -> str | None:
         """Which process has ended, and how, without which a private session cannot work; None if none has.
@@ -146,7 +142,7 @@ class RaySession:
         return None
 
     def _end_of_log(self, name: str) -> str:
-        for log in sorted((self.temporary_folder or Path()).glob(f"r/session_2*/logs/{name}.err")):
+        for log in sorted(self.folder.path.glob(f"r/session_2*/logs/{name}.err")) if self.folder is not None else []:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             if lines:
                 return ". The end of its log:\n" + "\n".join(lines[-_LAST_LINES:])

@@ -5,25 +5,13 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from contextlib import contextmanager
 from typing import Any
 
-from step_scripts.runner.contract import StepError
 from step_scripts.runner.wording import counted
 
 _ATTEMPTS = 10  # of one request, with exponential backoff: about a minute of throttling
 _DELETED_AT_ONCE = 1000
-
-
-@dataclass(frozen=True)
-class S3Object:
-    """An object, by its path below the prefix that was listed."""
-
-    path: str
-    bytes: int
-    modified: datetime
-    etag: str
 
 
 def split_uri(uri: str) -> tuple[str, str]:
@@ -64,37 +52,36 @@ def _client(
     return session.client(service, config=config)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
-def list_objects(uri: str, *, deep: bool = True) -> Iterator[S3Object]:
-    """All objects below a prefix, without folder markers; without those in folders below it unless `deep`."""
-    for prefix, page in _listed(uri, **({} if deep else {"Delimiter": "/"})):
-        for item in page.get("Contents", []):
-            if not item["Key"].endswith("/"):
-                yield S3Object(item["Key"].removeprefix(prefix), item["Size"], item["LastModified"], item["ETag"])
-
-
-def list_folders(uri: str) -> list[str]:
-    """Names of the folders directly below a prefix."""
-    pages = _listed(uri, Delimiter="/")
-    return [i["Prefix"].removeprefix(at).rstrip("/") for at, page in pages for i in page.get("CommonPrefixes", [])]
-
-
-def _listed(uri: str, **options: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The key that the prefix stands for, and each page of what is below it."""
+def listed(uri: str, **options: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The key that a prefix stands for, and each page of what is below it."""
     bucket, key = split_uri(uri.rstrip("/"))
     prefix = f"{key}/" if key else ""
     pages = service_client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, **options)
     return ((prefix, page) for page in pages)
 
 
+@contextmanager
+def os_errors(uri: str) -> Iterator[None]:
+    """Turns the errors of boto3 in the block into `OSError`, `FileNotFoundError` if there is no object at `uri`."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except (BotoCoreError, ClientError) as error:
+        if isinstance(error, ClientError) and error.response["Error"]["Code"] == "404":
+            raise FileNotFoundError(f"{uri} does not exist") from error
+        raise OSError(str(error)) from error
+
+
 def delete_objects(uri: str, paths: Sequence[str]) -> None:
-    """Delete objects given by their paths below a prefix. Those that are not there do not matter."""
+    """Delete objects given by their paths below a prefix; missing ones are ignored. Raises `OSError`."""
     bucket, key = split_uri(uri)
     for start in range(0, len(paths), _DELETED_AT_ONCE):
         chosen = [{"Key": f"{key.rstrip('/')}/{path}"} for path in paths[start : start + _DELETED_AT_ONCE]]
         answer = service_client("s3").delete_objects(Bucket=bucket, Delete={"Objects": chosen, "Quiet": True})
         if errors := answer.get("Errors"):
             first = errors[0]
-            raise StepError(
+            raise OSError(
                 f"{counted(len(errors), 'object')} below {uri} could not be deleted, the first is {first.get('Key')}: "
                 f"{first.get('Code')} {first.get('Message')}. Allow s3:DeleteObject for this prefix"
             )
@@ -104,5 +91,5 @@ def delete_prefix(uri: str) -> None:
     """Delete everything below a prefix, folder markers included. Raises `ValueError` for a whole bucket."""
     if not split_uri(uri)[1].strip("/"):
         raise ValueError(f"{uri} is a bucket")
-    for prefix, page in _listed(uri):
+    for prefix, page in listed(uri):
         delete_objects(uri, [item["Key"].removeprefix(prefix) for item in page.get("Contents", [])])

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
-import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
+from step_scripts.runner import s3_objects
 from step_scripts.runner.local_files import file_named, private_folder
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 
 _INODE = " inode "
-_DISCARDED = re.compile(r"\..+\.[0-9a-f]{32}\.deleted")
 # What Arrow takes credentials from, other than files and services that renew them.
 _CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
 
@@ -57,8 +57,7 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     if scheme not in ("s3", "s3a"):
         raise ValueError(f"{uri}: only local paths and s3:// URIs are supported")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    return _s3(endpoint, region, tuple(os.environ.get(name) for name in _CREDENTIALS)), path
+    return _s3(endpoint, s3_objects.region(), tuple(os.environ.get(name) for name in _CREDENTIALS)), path
 
 
 @functools.lru_cache(maxsize=8)
@@ -104,24 +103,24 @@ def write_bytes(uri: str, data: bytes) -> None:
         raise
 
 
+def write_json(uri: str, value: object) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_bytes(uri, json.dumps(value, indent=2, sort_keys=True, default=str).encode())
+
+
 def upload(file: Path, uri: str) -> None:
-    """Copy a local file to `uri` on S3, in pieces. If that fails, there is nothing at `uri`."""
+    """Copy a local file to `uri` on S3, in pieces. If that fails, nothing is changed at `uri`."""
     if not is_remote(uri):
         raise ValueError(f"{uri} is a local path: write the file there")
-    try:
-        with file.open("rb") as source, open_output(uri) as stream:
-            shutil.copyfileobj(source, stream, 8 << 20)
-    except BaseException:
-        delete(uri)  # Arrow stores the part that was written
-        raise
+    bucket, key = s3_objects.split_uri(uri)
+    s3_objects.service_client("s3").upload_file(str(file), bucket, key)
 
 
-@contextmanager
-def open_input(uri: str) -> Iterator[IO[bytes]]:
+def open_input(uri: str) -> AbstractContextManager[IO[bytes]]:
     """A seekable binary file open for reading. Raises `FileNotFoundError`."""
     filesystem_, path = filesystem(uri)
-    with filesystem_.open_input_file(path) as file:
-        yield file  # pyright: ignore[reportReturnType]  # Arrow's NativeFile implements the file protocol
+    # Arrow's NativeFile implements the file protocol.
+    return filesystem_.open_input_file(path)  # pyright: ignore[reportReturnType]
 
 
 def open_plain(uri: str) -> AbstractContextManager[IO[bytes]]:
@@ -151,12 +150,12 @@ def exists(uri: str) -> bool:
 
 def list_files(uri: str) -> list[str]:
     """URIs of all files below `uri`, sorted; empty if there is nothing."""
-    return sorted(_scheme(uri) + info.path for info in _listed(uri) if info.is_file)
+    return [join(uri, path) for path, _, _ in list_details(uri)]
 
 
 def list_folders(uri: str) -> list[str]:
-    """URIs of the folders directly below `uri`, sorted; empty if there is nothing."""
-    return sorted(_scheme(uri) + info.path for info in _listed(uri, recursive=False) if not info.is_file)
+    """Names of the folders directly below `uri`, sorted; empty if there is nothing."""
+    return sorted(info.base_name for info in _listed(uri, recursive=False) if not info.is_file)
 
 
 def list_details(uri: str) -> list[tuple[str, int, float]]:
@@ -174,10 +173,6 @@ def _listed(uri: str, *, recursive: bool = True) -> list[fs.FileInfo]:
 
     filesystem_, path = filesystem(uri)
     return filesystem_.get_file_info(fs.FileSelector(path, recursive=recursive, allow_not_found=True))
-
-
-def _scheme(uri: str) -> str:
-    return uri.partition("://")[0] + "://" if is_remote(uri) else ""
 
 
 def sizes(uri: str, paths: Sequence[str]) -> dict[str, int]:
@@ -220,34 +215,25 @@ def _sync(path: Path) -> None:
 
 
 def delete(uri: str) -> None:
-    """Remove the file, or everything below the prefix. Does nothing if there is nothing."""
-    from pyarrow import fs
+    """Remove the file, or everything below the prefix, on S3 with folder markers. Does nothing if there is nothing.
 
-    filesystem_, path = filesystem(uri)
-    kind = filesystem_.get_file_info(path).type
-    if kind == fs.FileType.Directory:
-        filesystem_.delete_dir(path)
-    elif kind == fs.FileType.File:
-        filesystem_.delete_file(path)
-
-
-def discard_folder(folder: Path) -> None:
-    """Remove a local folder. It is renamed first, so that it is gone from its place at once.
-
-    Raises `OSError` if something in it cannot be removed; `discarded_folders` then lists what is left. Does nothing if
-    there is no such folder.
+    Raises `OSError`; `ValueError` for a whole bucket.
     """
-    doomed = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.deleted")
-    try:
-        folder.rename(doomed)
-    except FileNotFoundError:
+    if is_remote(uri):
+        with s3_objects.os_errors(uri):
+            try:
+                file_state(uri)
+            except FileNotFoundError:
+                s3_objects.delete_prefix(uri)
+            else:
+                folder, _, name = uri.rpartition("/")
+                s3_objects.delete_objects(folder, [name])
         return
-    shutil.rmtree(doomed)
-
-
-def discarded_folders(parent: Path) -> list[Path]:
-    """What is left, directly in `parent`, of folders whose removal was interrupted or has failed."""
-    return sorted(p for p in parent.iterdir() if _DISCARDED.fullmatch(p.name)) if parent.is_dir() else []
+    path = local_path(uri)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -268,19 +254,26 @@ def file_state(uri: str) -> FileState:
     """The state of the file at `uri` now. Raises `FileNotFoundError`, or `OSError` if it cannot be asked for."""
     if not is_remote(uri):
         return local_state(local_path(uri).stat())
-    from botocore.exceptions import BotoCoreError, ClientError
+    bucket, key = s3_objects.split_uri(uri)
+    with s3_objects.os_errors(uri):
+        found = s3_objects.service_client("s3").head_object(Bucket=bucket, Key=key)
+    return _object_state(found["ContentLength"], found)
 
-    from step_scripts.runner.s3_objects import service_client, split_uri
 
-    bucket, key = split_uri(uri)
-    try:
-        found = service_client("s3").head_object(Bucket=bucket, Key=key)
-    except (ClientError, BotoCoreError) as error:
-        response = getattr(error, "response", {})
-        if response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404:
-            raise FileNotFoundError(f"{uri} does not exist") from error
-        raise OSError(str(error)) from error
-    return FileState(found["ContentLength"], found["LastModified"].timestamp(), found["ETag"].strip('"'))
+def object_states(uri: str, *, deep: bool = True) -> Iterator[tuple[str, FileState]]:
+    """Path below a prefix on S3 and state of each object there, without folder markers. Raises `OSError`.
+
+    Unless `deep`, without the objects in folders below the prefix.
+    """
+    with s3_objects.os_errors(uri):
+        for prefix, page in s3_objects.listed(uri, **({} if deep else {"Delimiter": "/"})):
+            for item in page.get("Contents", []):
+                if not item["Key"].endswith("/"):
+                    yield item["Key"].removeprefix(prefix), _object_state(item["Size"], item)
+
+
+def _object_state(size: int, found: Mapping[str, Any]) -> FileState:
+    return FileState(size, found["LastModified"].timestamp(), found["ETag"].strip('"'))
 
 
 def local_state(found: os.stat_result) -> FileState:

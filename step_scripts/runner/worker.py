@@ -1,7 +1,7 @@
 """The process that runs steps, as the driver of a Ray session: one after the other on a laptop, one in a job.
 
 Forked by `step_scripts.runner.keeper`, or started by the head of a job (`step_scripts.cluster.head`). They end what
-this process leaves behind. The control descriptor is one end of a socket pair that carries JSON lines:
+this process leaves behind. The control descriptor is one end of a `multiprocessing.Pipe` that carries JSON:
 
 - `{"request": …, "attempt": …, "pipes": {…}}` runs a step. The answer is `{"result": …}` or `{"error": …}`. With the
   `"address"` of a cluster it runs there, after `"note"` was logged, and the process ends with the step.
@@ -24,33 +24,23 @@ import os
 import queue
 import select
 import signal
-import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dagster_pipes import (
-    PipesContext,
-    PipesContextLoader,
-    PipesDefaultContextLoader,
-    PipesDefaultMessageWriter,
-    PipesMappingParamsLoader,
-    PipesMessageWriter,
-    PipesParams,
-    PipesS3ContextLoader,
-    PipesS3MessageWriter,
-    PipesS3MessageWriterChannel,
-)
+import dagster_pipes
 
+from step_scripts.runner import storage
 from step_scripts.runner.contract import Reporter, StepRequest
 from step_scripts.runner.execution import PrintReporter, failure_of, run_step
 from step_scripts.runner.processes import StopSignal, interrupt
-from step_scripts.runner.ray_environment import use_token_if_present
+from step_scripts.runner.ray_environment import SessionFolder, use_token_if_present
 from step_scripts.runner.ray_session import RayNotStarted, RaySession, RaySettings
 from step_scripts.runner.s3_objects import service_client
 
@@ -69,17 +59,14 @@ _LATER_IMPORTS = (
 )
 
 
-class _Messages(PipesS3MessageWriter):
+class _Messages(dagster_pipes.PipesS3MessageWriter):
     """Numbers its chunks after those that an earlier attempt of the same job has left, instead of replacing them."""
 
-    def make_channel(self, params: PipesParams) -> PipesS3MessageWriterChannel:
+    def make_channel(self, params: dagster_pipes.PipesParams) -> dagster_pipes.PipesS3MessageWriterChannel:
         channel = super().make_channel(params)
-        numbers = [0]
-        pages = self._client.get_paginator("list_objects_v2")
-        for page in pages.paginate(Bucket=params["bucket"], Prefix=params.get("key_prefix") or ""):
-            names = (item["Key"].rpartition("/")[2].partition(".")[0] for item in page.get("Contents", []))
-            numbers += [int(name) for name in names if name.isdigit()]
-        channel._counter = max(numbers) + 1  # the writer has no option for its first number
+        written = storage.list_details(storage.join(f"s3://{params['bucket']}", params["key_prefix"]))
+        numbers = [int(name) for path, _, _ in written if (name := path.partition(".")[0]).isdigit()]
+        channel._counter = max(numbers, default=0) + 1  # the writer has no option for its first number
         return channel
 
 
@@ -87,7 +74,7 @@ class _Driver:
     """Runs steps in a thread, so that the main thread is free for signals and for the control descriptor."""
 
     def __init__(self, descriptor: int) -> None:
-        self._channel = socket.socket(fileno=descriptor)
+        self._channel = Connection(descriptor)
         self._requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._reporter: Reporter = PrintReporter()
         self._stopping = False
@@ -96,11 +83,11 @@ class _Driver:
             use_token_if_present()  # before anything imports Ray
         self._session = RaySession(settings)
         if folder := os.environ.get("HOUSING_RAY_FOLDER"):
-            self._session.temporary_folder = Path(folder)
+            self._session.folder = SessionFolder(Path(folder))
 
     def listen(self) -> None:
         """Take requests until the other end closes. Ends the process on SIGTERM, and when Ray's processes end."""
-        signals, data = StopSignal(), b""
+        signals = StopSignal()
         threading.Thread(target=self._work, name="step", daemon=True).start()
         while True:
             readable = signals.wait(None, self._channel.fileno(), select.POLLIN)
@@ -109,24 +96,18 @@ class _Driver:
             if (reason := self._session.loss()) is not None:
                 self._lost(reason)
             if readable:
-                received = b""
-                with contextlib.suppress(ConnectionError):
-                    received = self._channel.recv(1 << 16)
-                if not received:
+                try:
+                    message = json.loads(self._channel.recv_bytes())
+                except (EOFError, OSError):
                     break
-                *lines, data = (data + received).split(b"\n")
-                for line in lines:
-                    self._take(json.loads(line))
+                if "warning" in message:
+                    self._reporter.warning(message["warning"])
+                else:
+                    self._requests.put({**message, "received": time.monotonic()})
         stopper = threading.Thread(target=self._session.stop, daemon=True)
         stopper.start()
         stopper.join(_SHUTDOWN_SECONDS)
         _exit(0)  # Ray's own processes follow it
-
-    def _take(self, message: dict[str, Any]) -> None:
-        if "warning" in message:
-            self._reporter.warning(message["warning"])
-        else:
-            self._requests.put({**message, "received": time.monotonic()})
 
     def _work(self) -> None:
         try:
@@ -188,19 +169,19 @@ class _Driver:
         return failure
 
     @contextmanager
-    def _reporting(self, bootstrap: dict[str, str] | None) -> Iterator[PipesContext | None]:
+    def _reporting(self, bootstrap: dict[str, str] | None) -> Iterator[dagster_pipes.PipesContext | None]:
         """Dagster's Pipes session, if there is one: its log is where messages go."""
         if bootstrap is None:
             yield None
             return
-        params = PipesMappingParamsLoader(bootstrap)
-        loader: PipesContextLoader = PipesDefaultContextLoader()
-        writer: PipesMessageWriter[Any] = PipesDefaultMessageWriter()
+        params = dagster_pipes.PipesMappingParamsLoader(bootstrap)
+        loader: dagster_pipes.PipesContextLoader = dagster_pipes.PipesDefaultContextLoader()
+        writer: dagster_pipes.PipesMessageWriter[Any] = dagster_pipes.PipesDefaultMessageWriter()
         if "bucket" in params.load_context_params():
-            loader = PipesS3ContextLoader(service_client("s3"))
+            loader = dagster_pipes.PipesS3ContextLoader(service_client("s3"))
         if "bucket" in params.load_messages_params():
             writer = _Messages(service_client("s3"), interval=_MESSAGES_SECONDS)  # its thread ends at the first error
-        with PipesContext(params_loader=params, context_loader=loader, message_writer=writer) as pipes:
+        with dagster_pipes.PipesContext(params_loader=params, context_loader=loader, message_writer=writer) as pipes:
             self._reporter = pipes.log
             try:
                 yield pipes
@@ -209,7 +190,7 @@ class _Driver:
 
     def _send(self, answer: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
-            self._channel.sendall(json.dumps(answer, default=str).encode() + b"\n")
+            self._channel.send_bytes(json.dumps(answer, default=str).encode())
 
     def _lost(self, reason: str) -> NoReturn:
         error = {"kind": "crash", "message": reason, "traceback": "see the run's output"}

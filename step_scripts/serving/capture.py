@@ -267,7 +267,7 @@ def _lines(uri: str, since: datetime) -> Iterator[bytes]:
     if not storage.exists(uri):
         return
     day, last = datetime.now(UTC).date(), since.astimezone(UTC).date()
-    variants = storage.list_folders(uri)
+    variants = [storage.join(uri, name) for name in storage.list_folders(uri)]
     while day >= last:
         folders = [storage.join(variant, f"{day:%Y/%m/%d}") for variant in variants]
         files = [file for folder in folders for file in storage.list_files(folder) if file.endswith(".jsonl")]

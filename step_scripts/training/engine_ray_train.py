@@ -37,7 +37,7 @@ def train_booster(request: FitRequest, start: Checkpoint) -> tuple[xgb.Booster, 
     if request.num_workers == 1:
         # By a lambda, which is sent as it is: its process need not import this module, and with it Ray Train.
         alone: Any = ray.remote(lambda: (boost(request, checkpoint=start), (ray.util.get_node_ip_address(),)))
-        with reserved(WHAT, request.cpus_per_worker, None) as options:  # `fit` reports the waiting
+        with reserved(WHAT, request.cpus_per_worker) as options:  # `fit` reports the waiting
             return result_of(alone.options(**options, max_retries=0).remote())
     settings = {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{controller_interval(request):.2f}",

@@ -18,7 +18,6 @@ from threadpoolctl import threadpool_limits
 
 from step_scripts.model.xgboost_native import xgb
 from step_scripts.runner import storage
-from step_scripts.runner.background import run_in_thread
 from step_scripts.runner.cluster_resources import (
     await_lost_nodes,
     cpus_per_worker,
@@ -28,6 +27,7 @@ from step_scripts.runner.cluster_resources import (
     waiting_is_told,
 )
 from step_scripts.runner.contract import Reporter, StepError
+from step_scripts.runner.processes import run_in_thread
 from step_scripts.runner.wording import counted
 from step_scripts.training.boosting import (
     History,

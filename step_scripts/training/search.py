@@ -20,7 +20,6 @@ from ray.exceptions import RayTaskError
 from ray.tune.experiment import Trial
 
 from step_scripts.parameters import TuneModelParams
-from step_scripts.runner.background import run_in_thread
 from step_scripts.runner.cluster_resources import (
     cpus_per_worker,
     free_cpus,
@@ -30,6 +29,7 @@ from step_scripts.runner.cluster_resources import (
     wait_seconds,
 )
 from step_scripts.runner.contract import Reporter, StepError
+from step_scripts.runner.processes import run_in_thread
 from step_scripts.runner.ray_environment import environment_set
 from step_scripts.runner.wording import counted, number
 from step_scripts.training.boosting import TrainingSplit

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from resources.compute.local_ray import LocalRay, _Worker
-from step_scripts.runner.session_folder import remove_abandoned
+from step_scripts.runner.ray_environment import remove_abandoned
 from tests.probe_step import ProbeParams
 
 PROBE = "tests.probe_step"

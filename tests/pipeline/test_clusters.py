@@ -37,7 +37,7 @@ except StepError as error:
     sys.exit()
 import ray
 from step_scripts.runner import cluster_resources
-from step_scripts.runner.cluster_resources import free_cpus, reserved
+from step_scripts.runner.cluster_resources import free_cpus, reserved, waiting_is_told
 cluster_resources._MESSAGE_SECONDS = 2.0
 class Log:
     texts = []
@@ -53,14 +53,14 @@ except StepError as error:
     two = str(error)
 texts, Log.texts = Log.texts, []
 try:
-    with reserved("the final fit", 2, Log()):
+    with waiting_is_told("the final fit", Log()), reserved("the final fit", 2):
         place = None
 except StepError as error:
     place = str(error)
 ray.kill(other)
 after = free_cpus("the final fit", 2, Log())
 waiting = Log.texts
-with reserved("the final fit", 2, Log()) as options:
+with reserved("the final fit", 2) as options:
     done = ray.get(ray.remote(lambda: 7).options(**options).remote())
     left = sum(cluster_resources._unused())
 print(json.dumps([one, two, texts, after, place, waiting, done, left, free_cpus("the final fit", 2, Log())]))

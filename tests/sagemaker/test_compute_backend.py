@@ -13,8 +13,7 @@ import dagster as dg
 import pytest
 from pydantic import ValidationError
 
-from resources.aws.code_package import requirements
-from resources.aws.image import job_image
+from resources.aws.code_package import job_image, requirements
 from resources.aws.request_validation import InvalidJobRequest
 from resources.compute.sagemaker import SageMakerCompute, StepJob
 from resources.sagemaker.job_requests import JobConfig

@@ -94,7 +94,7 @@ def test_killed_driver(aws: Aws) -> None:
     with RayJob(aws, 1, action="kill_driver") as job:
         job.start()
         assert job.statuses() == {"algo-1": 1}
-        assert (job.failure("algo-1") or "").startswith("the step's process was killed by SIGKILL")
+        assert (job.failure("algo-1") or "").startswith("before the step had ended, its process was ended by SIGKILL")
         assert job.outputs() == []
 
 

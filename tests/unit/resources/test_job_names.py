@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from resources.aws.code_package import archive, code_package
 from resources.aws.ownership import sanitised, tag_list
-from resources.sagemaker.job_kinds import (
+from resources.sagemaker.jobs import (
     PROCESSING,
     TRAINING,
     attempts_of,
@@ -123,5 +123,5 @@ def test_the_code_package_holds_packages_modules_pins_and_start_script() -> None
     pins = package.files["requirements.txt"].decode().splitlines()
     assert all(re.fullmatch(r"[a-z0-9-]+(\[[a-z,]+\])?==[0-9][\w.+]*", pin) for pin in pins)
     assert package.files["bootstrap.sh"].startswith(b"#!/bin/bash")
-    with pytest.raises(ModuleNotFoundError, match="no_such_step"):
+    with pytest.raises(FileNotFoundError, match="no_such_step"):
         code_package([], ["step_scripts.no_such_step"])

@@ -14,7 +14,8 @@ from housing_assets.checks.comparisons import stability_result
 from housing_assets.definitions import defs
 from resources.model_registry.local import LocalModelRegistry
 from resources.references.types import SplitRef
-from step_scripts.runner.contract import Artifact, file_info, write_json
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact, file_info
 from tests.registry_contract import register
 
 MODULES: tuple[ModuleType, ...] = (ingestion, model, serving, splits)
@@ -83,7 +84,7 @@ def statistics(folder: Path, column: str) -> Artifact:
     """Statistics of a table with one column."""
     uri = str(folder / "statistics.json")
     distribution = {"count": 4, "missing": 0, "minimum": 0.0, "maximum": 1.0, "edges": [0.5], "counts": [2, 2]}
-    write_json(uri, {"distributions": {column: distribution}})
+    storage.write_json(uri, {"distributions": {column: distribution}})
     return Artifact.of(str(folder), [file_info(uri, str(folder))])
 
 

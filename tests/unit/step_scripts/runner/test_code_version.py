@@ -37,7 +37,7 @@ from tests.source_steps import CollectingReporter, source_file
 
 def forget() -> None:
     """As in a new process."""
-    for function in (code_version._file_of, code_version._read, step_sources, own_places):
+    for function in (code_version.file_of, code_version._read, step_sources, own_places):
         function.cache_clear()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from step_scripts.runner.session_folder import make_folder, processes_of
+from step_scripts.runner.ray_environment import make_folder, processes_of
 from tests import ROOT
 
 # A driver whose processes leave its session and its family, and do not listen to SIGTERM: more than Ray's do.

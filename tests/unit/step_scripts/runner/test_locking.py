@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from step_scripts.runner.locking import NoLocks, file_lock
-from step_scripts.runner.session_folder import make_folder, remove_abandoned
+from step_scripts.runner.ray_environment import make_folder, remove_abandoned
 
 
 @pytest.fixture

@@ -79,8 +79,8 @@ def test_captured_requests_are_private(tmp_path: Path) -> None:
 def test_ray_is_for_this_user_and_for_who_has_the_token(ray_session: RaySession) -> None:
     import ray
 
-    folder = ray_session.temporary_folder
-    assert folder is not None
+    assert ray_session.folder is not None
+    folder = ray_session.folder.path
     assert (mode(folder), mode(folder / "ray_token")) == (0o700, 0o600)
     sessions = [Path(place) for place in (folder / "r").glob("session_2*")]
     assert sessions  # whatever Ray opens to all lies below a folder that it has not made

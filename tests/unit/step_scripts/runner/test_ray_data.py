@@ -12,10 +12,11 @@ import polars as pl
 import pytest
 
 from step_scripts.runner import ray_data
-from step_scripts.runner.contract import Artifact, FileInfo, StepError, operators_noted
+from step_scripts.runner.contract import Artifact, FileInfo, StepError, noted_operators
 from step_scripts.runner.ray_data import Progress, each_call, parquet_blocks
 from step_scripts.runner.ray_environment import worker_environment
 from step_scripts.runner.ray_session import RaySession
+from tests.source_steps import CollectingReporter
 
 
 def table(folder: Path, sizes: list[int], *, row_group_size: int = 100, counted: bool = True) -> Artifact:
@@ -143,9 +144,10 @@ def test_what_operators_took_is_noted(ray_session: RaySession, tmp_path: Path) -
     def work(rows: pl.DataFrame) -> int:
         return rows.height
 
-    with operators_noted() as found:
-        parquet_blocks(table(tmp_path, [100, 50]), ["n"]).reports(work)
-        list(each_call(lambda n: n, [(n,) for n in range(3)]))
+    noted_operators.set(found := [])
+    parquet_blocks(table(tmp_path, [100, 50]), ["n"]).reports(work)
+    list(each_call(lambda n: n, [(n,) for n in range(3)]))
+    noted_operators.set(None)
     assert [(operator["operator"], operator["tasks"]) for operator in found] == [
         ("ReadParquet->work", 1),
         ("<lambda>", 3),
@@ -187,16 +189,7 @@ def test_an_input_error_of_a_task_ends_the_others(ray_session: RaySession, tmp_p
 
 
 def test_progress_is_reported_at_the_end_and_not_for_every_piece() -> None:
-    class Log:
-        def __init__(self) -> None:
-            self.messages: list[str] = []
-
-        def info(self, message: str) -> None:
-            self.messages.append(message)
-
-        warning = info
-
-    log = Log()
+    log = CollectingReporter()
     progress = Progress(log, "reading", 50_000)
     for _ in range(50):
         progress.add(1000)

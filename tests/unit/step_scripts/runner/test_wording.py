@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resources.compute.base import as_metadata
-from resources.sagemaker.job_kinds import PROCESSING, TRAINING
+from resources.sagemaker.jobs import PROCESSING, TRAINING
 from step_scripts.data.source_pass import Reason, rejection_message
 from step_scripts.parameters import ValidateSourceParams
 from step_scripts.runner.wording import are, counted, megabytes, number, percent, rounded

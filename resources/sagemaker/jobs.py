@@ -1,38 +1,57 @@
-"""The kinds of jobs as the API spells them, a job as SageMaker describes it, and the names of jobs."""
+"""Jobs as SageMaker knows them: how the API spells their kinds, their names, how they are found and stopped."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from resources.aws.calls import if_found
+import dagster as dg
+
+from resources.aws.calls import error_message, if_found, is_missing
+from resources.aws.ownership import RUN_TAG, belongs_to, created_here, tags_of
+from resources.inventory import NotOwned, OwnedItem
+from resources.sagemaker.job_files import LEASE, JobSettings
+from resources.waiting import wait_until
 
 TERMINAL = ("Completed", "Failed", "Stopped")
 _CONSOLES = {"aws-cn": "console.amazonaws.cn", "aws-us-gov": "console.amazonaws-us-gov.com"}
 _NAME_LENGTH = 63
 _SUFFIX = 5  # room for `-9999`
 _DIGEST = 10
+_APPEARANCE_SECONDS = 2.0
+_LEASE_SECONDS = 120.0  # several intervals of renewal
+_STOP_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
 class JobKind:
-    """One kind of job: `noun` for people, and how the API spells it. `log_group`: that of all jobs of the kind."""
+    """One kind of job: `noun` for people, and how console and API spell it; `started`, `ended`: members with times."""
 
     noun: str
     operation: str
-    method_name: str
     console_path: str
     started: str
     ended: str
-    log_group: str
+
+    @property
+    def method_name(self) -> str:
+        """As in the names of the client's methods: `training_job`."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", self.operation).lower()
+
+    @property
+    def log_group(self) -> str:
+        """That of all jobs of the kind; of tuning jobs, that of their training jobs."""
+        return "/aws/sagemaker/ProcessingJobs" if self.operation == "ProcessingJob" else "/aws/sagemaker/TrainingJobs"
 
     def member(self, what: str) -> str:
         """Name of a member of requests and answers: `TrainingJobName` for `Name`, `ProcessingJobArn` for `Arn`."""
@@ -156,30 +175,83 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-TRAINING = JobKind(
-    noun="training job",
-    operation="TrainingJob",
-    method_name="training_job",
-    console_path="jobs",
-    started="TrainingStartTime",
-    ended="TrainingEndTime",
-    log_group="/aws/sagemaker/TrainingJobs",
-)
-PROCESSING = JobKind(
-    noun="processing job",
-    operation="ProcessingJob",
-    method_name="processing_job",
-    console_path="processing-jobs",
-    started="ProcessingStartTime",
-    ended="ProcessingEndTime",
-    log_group="/aws/sagemaker/ProcessingJobs",
-)
+TRAINING = JobKind("training job", "TrainingJob", "jobs", "TrainingStartTime", "TrainingEndTime")
+PROCESSING = JobKind("processing job", "ProcessingJob", "processing-jobs", "ProcessingStartTime", "ProcessingEndTime")
 TUNING = JobKind(
-    noun="tuning job",
-    operation="HyperParameterTuningJob",
-    method_name="hyper_parameter_tuning_job",
-    console_path="hyper-tuning-jobs",
-    started="CreationTime",
-    ended="HyperParameterTuningEndTime",
-    log_group=TRAINING.log_group,
+    "tuning job", "HyperParameterTuningJob", "hyper-tuning-jobs", "CreationTime", "HyperParameterTuningEndTime"
 )
+
+
+def stop_job(kind: JobKind, client: Any, name: str, log: dg.DagsterLogManager | logging.Logger, seconds: float) -> None:
+    """Stop the job and wait until it is `Stopping` or has ended, for at most `seconds`.
+
+    Never raises an AWS error: this runs while another error is on its way. A job that does not exist is waited for a
+    moment, because an interrupted create request may still take effect.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    log.warning(f"Stopping {kind.noun} {name}")
+    which = {kind.member("Name"): name}
+    start = time.monotonic()
+
+    def stopping() -> bool:
+        try:
+            job = kind.job(kind.method(client, "describe")(**which))
+            if job.status in (*TERMINAL, "Stopping"):
+                log.warning(f"{job} is {job.status}")
+                return True
+            kind.method(client, "stop")(**which)
+        except (ClientError, BotoCoreError) as error:
+            if is_missing(error):
+                return time.monotonic() - start > _APPEARANCE_SECONDS
+            log.error(f"{kind.noun} {name}: {error_message(error)}; trying again to stop it")
+        return False
+
+    try:
+        wait_until(stopping, timeout=seconds, interval=0.25, what=f"the end of {name}")
+    except TimeoutError:
+        log.error(f"{kind.noun} {name} could not be stopped; stop it by hand: it costs money until then")
+
+
+def jobs_in_progress(settings: JobSettings) -> Iterator[OwnedItem]:
+    """Those with the tag of the settings' `job_root`. Tuning jobs first, because their training jobs end with them."""
+    client = settings.client("sagemaker")
+    for kind in (TUNING, TRAINING, PROCESSING):
+        name, arn = kind.member("Name"), kind.member("Arn")
+        listing = (f"list_{kind.method_name}s", kind.member("Summaries"), arn)
+        for found, tags in created_here(client, *listing, settings.job_root, StatusEquals="InProgress"):
+            holder = _lease_holder(settings, found[name])
+            yield OwnedItem(
+                kind="job",
+                name=found[name],
+                location=found[arn],
+                created_at=found["CreationTime"],
+                run_id=tags.get(RUN_TAG),
+                temporary=holder is None,
+                detail=f"{kind.noun} in progress, lease held by {holder or 'nobody'}",
+            )
+
+
+def remove_job(settings: JobSettings, item: OwnedItem) -> None:
+    """Stop the job and wait for its end. Raises `NotOwned`; `TimeoutError` if it does not end."""
+    client = settings.client("sagemaker")
+    kind = next(k for k in (TUNING, TRAINING, PROCESSING) if f":{k.method_name.replace('_', '-')}/" in item.location)
+    if not belongs_to(tags_of(client, item.location), settings.job_root):
+        raise NotOwned(f"{kind.noun} {item.name} was not started by this deployment; it is left alone")
+    stop_job(kind, client, item.name, dg.get_dagster_logger(), 60.0)
+
+    def ended() -> bool:
+        job = kind.describe(client, item.name)
+        return job is None or job.status in TERMINAL
+
+    wait_until(ended, timeout=_STOP_SECONDS, interval=1.0, what=f"the end of {kind.noun} {item.name}")
+
+
+def _lease_holder(settings: JobSettings, name: str) -> str | None:
+    """The run that has renewed its lease on the job in the last two minutes."""
+    found = settings.prefix(name).get(LEASE)
+    if found is None:
+        return None
+    claim = json.loads(found[0])
+    age = datetime.now(UTC) - datetime.fromisoformat(claim["renewed_at"])
+    return f"run {claim['run_id']}" if age.total_seconds() < _LEASE_SECONDS else None
