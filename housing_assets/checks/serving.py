@@ -6,7 +6,7 @@ notification when they fail, not one at every evaluation. A failed health check 
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dagster as dg
 
@@ -27,6 +27,7 @@ from housing_assets.checks.comparisons import (
 from housing_assets.config import EndpointConfig
 from housing_assets.settings import Settings
 from resources.endpoints.base import EndpointHost, EndpointNotFound, EndpointStatus, InvocationFailed
+from resources.endpoints.captured_files import CapturedRows
 from resources.model_registry.base import ModelRegistry, ModelVersionNotFound, RegistryDamaged
 from resources.references.evidence import Judged
 from resources.references.types import SplitRef
@@ -34,9 +35,6 @@ from resources.services.notifier import Notifier
 from resources.services.optional import attempt
 from step_scripts.runner.wording import counted
 from step_scripts.table.spec import TableSpec
-
-if TYPE_CHECKING:
-    from step_scripts.serving.capture import CapturedRows
 
 HEALTH_CHECK, DRIFT_CHECK = "endpoint_health", "prediction_drift"
 REMEDIES = {
@@ -272,7 +270,7 @@ def drift(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry)
     return stability_result(found, version.reference, facts)
 
 
-def _indices(known: dict[str, Any], rows: "CapturedRows", table: TableSpec) -> dict[str, float]:
+def _indices(known: dict[str, Any], rows: CapturedRows, table: TableSpec) -> dict[str, float]:
     """Population stability index of each feature; of the predictions, against the target."""
     from step_scripts.table.distributions import distribution_of
 

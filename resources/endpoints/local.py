@@ -27,10 +27,10 @@ from resources.endpoints.base import (
     SmokeTestFailed,
     require_approved,
 )
+from resources.endpoints.captured_files import CapturedFile, captured_below
 from resources.endpoints.local_rollout import LocalRollout, read_deployment
 from resources.endpoints.server_process import (
     ServerUnreachable,
-    end_process,
     end_server,
     find_server,
     invoke_server,
@@ -44,6 +44,7 @@ from step_scripts.runner import storage
 from step_scripts.runner.contract import DamagedArtifactError
 from step_scripts.runner.local_files import private_folder
 from step_scripts.runner.locking import file_lock
+from step_scripts.runner.processes import end_processes
 from step_scripts.serving.deployment import CAPTURE_FOLDER, DEPLOYMENT_FILE, CaptureCounts
 
 _FAILURES = (ServerUnreachable, SmokeTestFailed, InvocationFailed, DamagedArtifactError, TimeoutError)
@@ -158,7 +159,7 @@ class LocalEndpointHost(EndpointHost):
             self.delete(item.name)
         for name, process in orphan_servers(Path(self._captured)):
             if name == item.name:
-                end_process(process)
+                end_processes([process], 10.0)
 
     def _item(self, name: str) -> OwnedItem | None:
         location = str(self.folder(name))
@@ -188,9 +189,9 @@ class LocalEndpointHost(EndpointHost):
     def _captured(self) -> str:
         return str(Path(self.root).absolute())
 
-    def _capture_folders(self) -> Sequence[str]:
-        """The serving process bounds the size of their files itself, but not their age."""
-        return [str(self.folder(name) / CAPTURE_FOLDER) for name in self._names()]
+    def captured_files(self) -> Sequence[CapturedFile]:
+        """See `EndpointHost.captured_files`. The serving process bounds their size itself, but not their age."""
+        return captured_below(self._captured, f"/{CAPTURE_FOLDER}")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -144,7 +144,7 @@ class LocalRollout:
         """
         record.write(self.folder / DEPLOYMENT_FILE)
         if running is not None and record.port == running.port:
-            reload_server(running, self.folder)
+            reload_server(running)
             return wait_until_serving(self.folder, self.host.swap_timeout_seconds, changing=running)
         if end_server(self.folder, self.host.stop_timeout_seconds):
             self.log.info(f"The server of endpoint {self.name} is started again, on port {record.port}.")

@@ -27,6 +27,7 @@ from resources.endpoints.base import (
     SmokeTestFailed,
     require_approved,
 )
+from resources.endpoints.captured_files import CapturedFile, captured_below
 from resources.endpoints.endpoint_parts import BROKEN, MEMBERS, EndpointParts
 from resources.endpoints.endpoint_requests import (
     DEPLOYED_TAG,
@@ -194,11 +195,9 @@ class SageMakerEndpointHost(EndpointRequests):
         """With those of others and of candidates, which `describe` leaves out."""
         return self._parts().names()
 
-    def _capture_folders(self) -> Sequence[str]:
-        """What is captured to another `uri` is its owner's business."""
-        from step_scripts.runner.s3_objects import list_folders
-
-        return [f"{self._captured}/{name}" for name in list_folders(self._captured)]
+    def captured_files(self) -> Sequence[CapturedFile]:
+        """See `EndpointHost.captured_files`. What is captured to another `uri` is its owner's business."""
+        return captured_below(self._captured)
 
     def _client(self, service: str, retry_seconds: float | None = None) -> Any:
         return aws_client(service, self.region_name, retry_seconds=retry_seconds or self.retry_timeout_seconds)

@@ -5,7 +5,7 @@ Accepted: `text/csv` (features in the schema's order, or with a header line in a
 an object. Other columns of the table (target, keys, event time) may be there and are ignored. Names that differ only in
 case or in their Unicode form are the same name.
 
-All of them become rows of cells, which `FeatureParser` turns into numbers and checks. A body is read a piece at a time,
+All of them become rows of cells, which `_FoundRows` turns into numbers and checks. A body is read a piece at a time,
 until a hundred problems have been found: a refused one costs no more than one that is answered. Long pieces of CSV are
 read by Polars; only the lines that it cannot read, or whose values are not allowed, are looked at one by one. Lines of
 CSV end with LF, CR LF or CR; a line end in quotes is allowed in columns that are no features.
@@ -25,33 +25,28 @@ import numpy as np
 import polars as pl
 
 from step_scripts.runner.wording import counted
-from step_scripts.serving.media import (
-    CSV,
-    JSON,
-    MAX_REPORTED_PROBLEMS,
-    FoundRows,
-    RequestError,
-    decode_text,
-    row_problem,
-    shown,
-)
+from step_scripts.serving.deployment import CSV, JSON
 from step_scripts.serving.request_rows import (
     NOT_A_NUMBER,
     NOT_FINITE,
     SOME_ROWS,
     CsvRecords,
     Layout,
+    RequestError,
     Row,
     csv_row,
     csv_rows,
+    decode_text,
     json_line_pieces,
     json_number,
     json_pieces,
+    shown,
     text_number,
 )
 from step_scripts.table.column_types import read_csv
 from step_scripts.table.spec import ColumnSpec, TableSpec
 
+MAX_REPORTED_PROBLEMS = 100
 _BATCH = 4096  # characters from which on Polars is faster than the CSV reader
 _PIECE = 1 << 18  # characters of CSV that are given to Polars at once
 _ROW, _ROW_PER_COLUMN = 1 << 16, 64  # characters that a row may have, at least
@@ -63,9 +58,7 @@ class FeatureParser:
 
     def __init__(self, table: TableSpec) -> None:
         self.features = table.features
-        self._columns = [table.column(name) for name in table.features]
-        self._booleans = [column.dtype == "bool" for column in self._columns]
-        self._rules = _Rules(self._columns)
+        self._rules = _Rules([table.column(name) for name in table.features])
         folded = [_folded(name) for name in table.column_names]
         self._names = {
             fold: name for fold, name in zip(folded, table.column_names, strict=True) if folded.count(fold) == 1
@@ -80,11 +73,11 @@ class FeatureParser:
         return self._csv(text) if media == CSV else self._json(text, media)
 
     def _json(self, text: str, media: str) -> np.ndarray:
-        found = FoundRows(self.features)
+        found = _FoundRows(self._rules, json_number)
         pieces, begins = (json_pieces, "[{") if media == JSON else (json_line_pieces, "\n")
         for rows, position in pieces(text, self._row_characters):
             for start in range(0, len(rows), SOME_ROWS):
-                self._examine([self._json_row(row) for row in rows[start : start + SOME_ROWS]], json_number, found)
+                found.add([self._json_row(row) for row in rows[start : start + SOME_ROWS]])
                 if found.enough:
                     rest = sum(text.count(character, position) for character in begins)
                     return found.result(rest + max(0, len(rows) - start - SOME_ROWS))
@@ -107,7 +100,7 @@ class FeatureParser:
         text = text.rstrip("\r\n")
         if "\r" in text:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
-        records, found = CsvRecords(text, self._row_characters), FoundRows(self.features)
+        records, found = CsvRecords(text, self._row_characters), _FoundRows(self._rules, text_number)
         # More names than the table has columns are unknown or double in any case.
         names = tuple(name.strip() for name in records.read()[: len(self._names) + 1])
         header = any(self._column(name) for name in names)
@@ -123,29 +116,40 @@ class FeatureParser:
                 continue
             end = records.position + len(lines)
             while not records.ended and not found.enough:
-                self._examine(csv_rows(records, layout), text_number, found)
+                found.add(csv_rows(records, layout))
                 if records.position >= end:
                     break
         return found.result(records.rest())
 
-    def _batch(self, lines: str, layout: Layout, found: FoundRows) -> bool:
+    def _batch(self, lines: str, layout: Layout, found: _FoundRows) -> bool:
         """Add many lines, read by Polars. False, and nothing is added, if that is not how they can be read."""
         # Polars refuses all if the first line is too long, and says nothing of an empty last line.
         data = b"0" + b",0" * (layout.width - 1) + b"\n" + lines.removesuffix("\n").encode() + b"\n"
-        quote = '"' if b'"' in data else None
-        if quote and len(layout.places) < layout.width:
-            return False  # what is wrong with the quotes of a column that is no feature would not be seen
         characters = np.frombuffer(data, np.uint8)
         starts = np.append(0, np.flatnonzero(characters == _LINE_END) + 1)
-        suspect = np.add.reduceat(characters == _COMMA, starts[:-1], dtype=np.int64) != layout.width - 1
-        suspect |= np.diff(starts) == 1  # an empty line
-        if quote and (np.add.reduceat(characters == _QUOTE, starts[:-1], dtype=np.int64) & 1).any():
-            return False  # a record goes on in the next line
+
+        def in_each_line(character: int) -> np.ndarray:
+            return np.add.reduceat(characters == character, starts[:-1], dtype=np.int64)
+
+        quote = '"' if b'"' in data else None
+        # What is wrong with the quotes of a column that is no feature would not be seen, nor a record of two lines.
+        if quote and (len(layout.places) < layout.width or (in_each_line(_QUOTE) & 1).any()):
+            return False
+        suspect = (in_each_line(_COMMA) != layout.width - 1) | (np.diff(starts) == 1)  # an empty line
         if np.count_nonzero(suspect) > SOME_ROWS:
             return False
-        values = self._read(data, layout, quote)
-        if values is None or len(values) != len(suspect):
+        try:
+            cells = read_csv(
+                data, has_header=False, schema=dict.fromkeys(map(str, range(layout.width)), pl.String),
+                quote_char=quote, truncate_ragged_lines=True, raise_if_empty=False,
+            ).select(map(str, layout.places))  # fmt: skip
+        except pl.exceptions.PolarsError:
             return False
+        if len(cells) != len(suspect):
+            return False
+        values = cells.cast(pl.Float64, strict=False).to_numpy(writable=True)
+        if (missing := np.isnan(values)).any():
+            values[missing & cells.select(pl.all().is_not_null()).to_numpy()] = NOT_A_NUMBER
         values, suspect, starts = values[1:], suspect[1:], starts[1:]
         suspect |= ~self._rules.allow(values).all(axis=1)
         positions = np.flatnonzero(suspect)
@@ -155,73 +159,8 @@ class FeatureParser:
             records = [next(csv.reader([data[starts[n] : starts[n + 1]].decode()], strict=True)) for n in positions]
         except csv.Error:
             return False
-        self._examine([csv_row(record, layout) for record in records], text_number, found, positions, values)
+        found.add([csv_row(record, layout) for record in records], positions, values)
         return True
-
-    def _read(self, data: bytes, layout: Layout, quote: str | None) -> np.ndarray | None:
-        """The features as Polars reads them, not a number where there may be something wrong; None where it fails."""
-        schema: dict[str, Any] = dict.fromkeys(map(str, range(layout.width)), pl.String)
-        schema |= {str(place): pl.Float64 for place in layout.places}
-        # With errors ignored, what is no number is null, too. Where a column may be empty they are told apart.
-        for ignore_errors in (False, True) if self._rules.some_nullable else (True,):
-            try:
-                frame = read_csv(
-                    data, has_header=False, schema=schema, quote_char=quote, ignore_errors=ignore_errors,
-                    truncate_ragged_lines=True, raise_if_empty=False,
-                )  # fmt: skip
-            except pl.exceptions.PolarsError:
-                continue
-            frame = frame.select(map(str, layout.places))
-            values = frame.to_numpy(writable=True)
-            missing = np.isnan(values)
-            if ignore_errors or np.count_nonzero(missing) != sum(frame.null_count().row(0)):
-                values[missing] = NOT_A_NUMBER
-            return values
-        return None
-
-    def _examine(
-        self,
-        rows: Sequence[Row],
-        number: Callable[[Any, bool], float],
-        found: FoundRows,
-        positions: np.ndarray | None = None,
-        among: np.ndarray | None = None,
-    ) -> None:
-        """Add rows to what is found.
-
-        `among`: the values of more rows, all of them allowed but for those at `positions`, which these rows are.
-        """
-        kept = [index for index, row in enumerate(rows) if not isinstance(row, str)]
-        values = self._numbers([rows[index] for index in kept], number)
-        allowed = self._rules.allow(values)
-        if len(kept) == len(rows) and allowed.all():
-            if among is not None:
-                among[positions] = values
-            found.add(values if among is None else among)
-            return
-        wrong = np.argwhere(~allowed)
-        where = np.arange(len(rows)) if positions is None else positions
-        malformed = [(index, row) for index, row in enumerate(rows) if isinstance(row, str)]
-        problems = [
-            row_problem(where[index], None, None, reason) for index, reason in malformed[:MAX_REPORTED_PROBLEMS]
-        ]
-        for row, place in wrong[:MAX_REPORTED_PROBLEMS]:
-            reason, cell = self._reason(float(values[row, place]), self._columns[place]), rows[kept[row]][place]
-            problems.append(row_problem(where[kept[row]], self.features[place], shown(cell), reason))
-        problems.sort(key=lambda problem: problem["row"])
-        bad_rows = len(malformed) + len(np.unique(wrong[:, 0]))
-        found.add_problems(problems, len(malformed) + len(wrong), bad_rows, len(rows if among is None else among))
-
-    def _numbers(self, rows: Sequence[Sequence[Any]], number: Callable[[Any, bool], float]) -> np.ndarray:
-        if {*map(type, itertools.chain.from_iterable(rows))} <= {int, float}:
-            try:
-                values = np.array(rows, np.float64).reshape(len(rows), len(self.features))
-            except OverflowError:  # an integer beyond the range of floats
-                values = np.array(math.nan)
-            if np.isfinite(values).all():
-                return values
-        numbers = [list(map(number, row, self._booleans)) for row in rows]
-        return np.array(numbers, np.float64).reshape(len(rows), len(self.features))
 
     def _column(self, name: str) -> str | None:
         return self._names.get(name) or self._names.get(_folded(name))
@@ -245,9 +184,28 @@ class FeatureParser:
             raise RequestError(400, f"{'; '.join(reasons)}; the features are {', '.join(self.features)}")
         return tuple(found[name] for name in self.features)
 
-    @staticmethod
-    def _reason(value: float, column: ColumnSpec) -> str:
-        boolean = column.dtype == "bool"
+
+class _Rules:
+    """What the features allow, for all rows at once."""
+
+    def __init__(self, columns: Sequence[ColumnSpec]) -> None:
+        self.columns = columns
+        self.booleans = [column.dtype == "bool" for column in columns]
+        self._limits = [column.limits for column in columns]
+        self._fractional = np.array([column.dtype not in ("int64", "bool") for column in columns], np.bool_)
+        self._nullable = np.array([column.nullable for column in columns], np.bool_)
+
+    def allow(self, values: np.ndarray) -> np.ndarray:
+        """Which values are allowed; NaN is a null."""
+        allowed = np.isfinite(values)
+        allowed &= (values == np.floor(values)) | self._fractional
+        for place, limits in enumerate(self._limits):
+            allowed[:, place] &= limits.permit(values[:, place])
+        return allowed | (np.isnan(values) & self._nullable)
+
+    def reason(self, value: float, place: int) -> str:
+        """Why a value is not allowed."""
+        column, boolean = self.columns[place], self.booleans[place]
         allowed = column.constraint() or ("0 or 1" if boolean else "")
         if math.isnan(value):
             reason = "missing"
@@ -262,24 +220,74 @@ class FeatureParser:
         return f"{reason}; allowed: {allowed}" if allowed else reason
 
 
-class _Rules:
-    """What the columns allow, for all rows at once."""
+class _FoundRows:
+    """Rows of a request so far, in pieces, or what is wrong with them. `number` turns a cell into a number."""
 
-    def __init__(self, columns: Sequence[ColumnSpec]) -> None:
-        self._limits = [column.limits for column in columns]
-        self._fractional = np.array([column.dtype not in ("int64", "bool") for column in columns], np.bool_)
-        self._nullable = np.array([column.nullable for column in columns], np.bool_)
-        self.some_nullable = bool(self._nullable.any())
+    def __init__(self, rules: _Rules, number: Callable[[Any, bool], float]) -> None:
+        self._rules, self._number = rules, number
+        self._values: list[np.ndarray] = [np.empty((0, len(rules.columns)))]
+        self._rows = self._bad_rows = self._total = 0
+        self._problems: list[dict[str, Any]] = []
 
-    def allow(self, values: np.ndarray) -> np.ndarray:
-        """Which values are allowed; NaN is a null."""
-        allowed = np.isfinite(values)
-        allowed &= (values == np.floor(values)) | self._fractional
-        for place, limits in enumerate(self._limits):
-            allowed[:, place] &= limits.permit(values[:, place])
-        if self.some_nullable:
-            allowed |= np.isnan(values) & self._nullable
-        return allowed
+    @property
+    def enough(self) -> bool:
+        """Whether there are as many problems as are reported: what is wrong beside them changes nothing."""
+        return self._total >= MAX_REPORTED_PROBLEMS
+
+    def add(
+        self, rows: Sequence[Row], positions: Sequence[int] | np.ndarray | None = None, among: np.ndarray | None = None
+    ) -> None:
+        """Add rows. `among`: the values of more rows, all allowed but those at `positions`, which these rows are."""
+        kept = [index for index, row in enumerate(rows) if not isinstance(row, str)]
+        values = self._numbers([rows[index] for index in kept])
+        allowed = self._rules.allow(values)
+        before, added = self._rows, len(rows if among is None else among)
+        self._rows += added
+        if len(kept) == len(rows) and allowed.all():
+            if among is not None:
+                among[positions] = values
+            if not self._problems:
+                self._values.append(values if among is None else among)
+            return
+        self._values.clear()
+        wrong = np.argwhere(~allowed)
+        malformed = [(index, None, None, row) for index, row in enumerate(rows) if isinstance(row, str)]
+        problems: list[tuple[int, str | None, Any, str]] = [*malformed[:MAX_REPORTED_PROBLEMS]]
+        for row, place in wrong[:MAX_REPORTED_PROBLEMS]:
+            cell, reason = rows[kept[row]][place], self._rules.reason(float(values[row, place]), place)
+            problems.append((kept[row], self._rules.columns[place].name, shown(cell), reason))
+        where = range(len(rows)) if positions is None else positions
+        self._problems += [
+            {"row": before + 1 + int(where[index]), "column": column, "value": value, "reason": reason}
+            for index, column, value, reason in sorted(problems, key=lambda problem: problem[0])
+        ]
+        self._total += len(malformed) + len(wrong)
+        self._bad_rows += len(malformed) + len(np.unique(wrong[:, 0]))
+
+    def _numbers(self, rows: Sequence[Sequence[Any]]) -> np.ndarray:
+        shape = (len(rows), len(self._rules.columns))
+        if {*map(type, itertools.chain.from_iterable(rows))} <= {int, float}:
+            try:
+                values = np.array(rows, np.float64).reshape(shape)
+            except OverflowError:  # an integer beyond the range of floats
+                values = np.array(math.nan)
+            if np.isfinite(values).all():
+                return values
+        numbers = [list(map(self._number, row, self._rules.booleans)) for row in rows]
+        return np.array(numbers, np.float64).reshape(shape)
+
+    def result(self, more: int = 0) -> np.ndarray:
+        """The features. Raises `RequestError` 400 where there are problems; `more`: rows not looked at, about."""
+        if not self._rows:
+            raise RequestError(400, "the request has no rows")
+        if not self._problems:
+            return np.concatenate(self._values)
+        reported = self._problems[:MAX_REPORTED_PROBLEMS]
+        where = f"row {reported[0]['row']}" + (f", {reported[0]['column']}" if reported[0]["column"] else "")
+        bad = f"at least {self._bad_rows} of about" if more else f"{self._bad_rows} of"
+        rows = counted(self._rows + more, "row")
+        summary = f"{bad} {rows} cannot be used; first: {where}: {reported[0]['reason']}"
+        raise RequestError(400, summary, reported, self._total)
 
 
 def _folded(name: str) -> str:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from step_scripts.runner.wording import counted
-from step_scripts.serving.media import RequestError
 
+_MAX_SHOWN = 100  # characters of a wrong value
 SOME_ROWS = 1000  # that are looked at one by one, before it is asked whether there are problems enough
 # What stands for a cell that holds no number; one that is empty is NaN. Neither is within the bounds of a column.
 NOT_FINITE, NOT_A_NUMBER = math.inf, -math.inf
@@ -24,10 +24,30 @@ NOT_FINITE, NOT_A_NUMBER = math.inf, -math.inf
 Row = Sequence[Any] | str
 
 _DECODER = json.JSONDecoder(object_pairs_hook=tuple)
-_BEGINNING = re.compile(r'[ \t\n\r]*(\{[ \t\n\r]*"instances"[ \t\n\r]*:[ \t\n\r]*)?\[[ \t\n\r]*')
+_BEGINNING = re.compile(r'[ \t\n\r]*(\{[ \t\n\r]*"instances"[ \t\n\r]*:[ \t\n\r]*)?\[[ \t\n\r]*(\][ \t\n\r]*)?')
 _BEHIND_ROW = re.compile(r"[ \t\n\r]*([,\]])[ \t\n\r]*")
-_END_OF_LIST = re.compile(r"\][ \t\n\r]*")
 _END_OF_OBJECT = re.compile(r"\}[ \t\n\r]*")
+
+
+class RequestError(Exception):
+    """A request that cannot be answered: HTTP status, reason, and for bad rows a table of what is wrong.
+
+    `rows` holds at most 100 entries `{"row", "column", "value", "reason"}`, `problems` how many there are or, in a
+    large body, were found until it was read no further. Rows count from 1, without a header line.
+    """
+
+    def __init__(self, status: int, reason: str, rows: Sequence[dict[str, Any]] = (), problems: int = 0) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.rows = rows
+        self.problems = problems
+
+    def body(self) -> dict[str, Any]:
+        """The response's JSON. AWS clients read `message`."""
+        value: dict[str, Any] = {"error": str(self), "message": str(self)}
+        if self.problems:
+            value |= {"problems": self.problems, "rows": self.rows}
+        return value
 
 
 class CsvRecords:
@@ -125,26 +145,25 @@ def text_number(field: str, boolean: bool) -> float:
         return math.nan
     if boolean and field.lower() in ("true", "false"):
         return float(field.lower() == "true")
-    if "_" in field or not field.isascii():  # Python's float reads 1_000 and other scripts' digits
-        return NOT_A_NUMBER
-    try:
-        number = float(field)
-    except ValueError:
-        return NOT_A_NUMBER
-    return number if math.isfinite(number) else NOT_FINITE
+    # Python's float reads 1_000 and other scripts' digits.
+    return NOT_A_NUMBER if "_" in field or not field.isascii() else _finite(field)
 
 
 def json_number(value: Any, boolean: bool) -> float:
     """The same for a value of JSON."""
     if value is None:
         return math.nan
-    if type(value) in (int, float) or (type(value) is bool and boolean):
-        try:
-            number = float(value)
-        except OverflowError:
-            return NOT_FINITE
-        return number if math.isfinite(number) else NOT_FINITE
-    return NOT_A_NUMBER
+    return _finite(value) if type(value) in (int, float) or (type(value) is bool and boolean) else NOT_A_NUMBER
+
+
+def _finite(value: str | float) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        return NOT_A_NUMBER
+    except OverflowError:
+        return NOT_FINITE
+    return number if math.isfinite(number) else NOT_FINITE
 
 
 def json_pieces(text: str, size: int) -> Iterator[tuple[list[Any], int]]:
@@ -156,9 +175,7 @@ def json_pieces(text: str, size: int) -> Iterator[tuple[list[Any], int]]:
         raise RequestError(
             400, f'the body is neither a list nor an object that begins with "instances", and larger than {size} bytes'
         )
-    position, ended = beginning.end(), False
-    if (end := _END_OF_LIST.match(text, position)) is not None:
-        position, ended = end.end(), True
+    position, ended = beginning.end(), beginning[2] is not None
     while not ended:
         rows, used, ended = _elements(text[position : position + size], text, position)
         position += used
@@ -257,3 +274,24 @@ def _rows(value: Any) -> list[Any]:
     if value and not any(isinstance(row, list | tuple) for row in value):
         return [value]
     return value
+
+
+def decode_text(body: bytes) -> str:
+    """The body as text. Raises `RequestError` 400 if it is not UTF-8 or blank."""
+    try:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RequestError(400, f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
+    if not text.strip():
+        raise RequestError(400, "the body is empty")
+    return text
+
+
+def shown(value: Any) -> Any:
+    """`value` as it is reported: short, and valid JSON."""
+    if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, int) and abs(value) < 10**18:
+        return value
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"

@@ -232,22 +232,22 @@ def test_names_are_checked(host: LocalEndpointHost, name: str) -> None:
 
 
 def test_smoke_test_rules() -> None:
-    test = SmokeTest(body="h\n1\n2\n", expected=(1e6, 2.0))
+    test = SmokeTest(rows=("1", "2"), expected=(1e6, 2.0))
     asked: list[str] = []
 
     def invoke(body: bytes) -> bytes:
         asked.append(body.decode())
-        return {b"h\n1\n2\n": b"1000000.5\n2.0\n", b"h\n1": b"1000000\n", b"h\n2": b"2.0000005\n"}[body]
+        return {b"1\n2": b"1000000.5\n2.0\n", b"1": b"1000000\n", b"2": b"2.0000005\n"}[body]
 
     result = test.run(invoke)
-    assert asked == ["h\n1\n2\n", "h\n1", "h\n2"]
+    assert asked == ["1\n2", "1", "2"]
     assert result.largest_difference == 0.5
     with pytest.raises(SmokeTestFailed, match=r"2 of 2 predictions differ .* 0\.0 instead of 1000000\.0 for 1"):
         test.run(lambda _: b"0.0\nnan\n")
     with pytest.raises(SmokeTestFailed, match="1 prediction for 2 rows"):
         test.run(lambda _: b"1.0\n")
-    with pytest.raises(ValueError, match="2 expected predictions for 4 lines"):
-        SmokeTest(body="1\n2\n3\n4", expected=(1, 2))
+    with pytest.raises(ValueError, match="2 expected predictions for 4 rows"):
+        SmokeTest(rows=("1", "2", "3", "4"), expected=(1, 2))
 
 
 def _servers(host: LocalEndpointHost) -> list[int]:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from housing_assets.schema import HOUSING_TABLE
 from step_scripts.serving import feature_parser
-from step_scripts.serving.feature_parser import FeatureParser
-from step_scripts.serving.media import CSV, JSON, JSON_LINES, MAX_REPORTED_PROBLEMS, RequestError
+from step_scripts.serving.deployment import CSV, JSON, JSON_LINES
+from step_scripts.serving.feature_parser import MAX_REPORTED_PROBLEMS, FeatureParser
+from step_scripts.serving.request_rows import RequestError
 from step_scripts.table.column_types import read_csv
 from step_scripts.table.spec import ColumnSpec, TableSpec
 
