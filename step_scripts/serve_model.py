@@ -190,22 +190,17 @@ def _log_to(handler: logging.Handler) -> None:
 
 
 def serve_deployment(path: Path, until_input_closes: bool) -> None:
-    """Serve what the file describes; its folder is the state folder. Raises `StartError`."""
+    """Serve what the file describes; its folder is the state folder. Raises `StartError`, `NoLocks`."""
     try:
         record = DeploymentRecord.read(path)
     except (OSError, ValueError) as error:
         raise StartError(f"{path} cannot be read: {error}") from error
     os.umask(0o077)  # whatever this process writes is for its user alone
     with (path.parent / LOCK_FILE).open("a") as lock:
-        try:
-            free = try_lock(lock.fileno(), path.parent / LOCK_FILE)
-        except NoLocks as error:
-            raise StartError(str(error)) from error
-        if not free:
+        if not try_lock(lock.fileno(), path.parent / LOCK_FILE):
             raise StartError(f"another process serves {path.parent}")
-        _log_to(
-            logging.handlers.RotatingFileHandler(path.parent / LOG_FILE, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES)
-        )
+        log = path.parent / LOG_FILE
+        _log_to(logging.handlers.RotatingFileHandler(log, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES))
         _run(ModelServer(record, path.parent), until_input_closes)
 
 
@@ -237,7 +232,7 @@ def main(arguments: list[str]) -> int:
         address = {"host": host, "port": options.port, "port_is_required": True}
         record = container_record(options.model_dir, options.endpoint_name).model_copy(update=address)
         _run(ModelServer(record, None), options.until_input_closes)
-    except (StartError, DamagedArtifactError) as error:
+    except (StartError, NoLocks, DamagedArtifactError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0

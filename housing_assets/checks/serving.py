@@ -80,29 +80,23 @@ def serves_offline_predictions(
     """
 
     def judge(status: EndpointStatus | None) -> dg.AssetCheckResult:
-        return _served(status or endpoint, test_split, endpoint_host, model_registry)
+        served = status or endpoint
+        test = smoke_test_from(model_registry.get(*_parts(served.version)).artifact, test_split.rows, ROWS)
+        answers = ask(endpoint_host, served.name, test)
+        rows = len(answers.served)
+        return dg.AssetCheckResult(
+            passed=answers.difference <= test.tolerance,
+            description=f"largest relative difference {answers.difference:.1e} over {counted(rows, 'row')}",
+            metadata={
+                "model_version": served.version,
+                "rows": rows,
+                "largest_relative_difference": answers.difference,
+                "threshold": test.tolerance,
+                **answers.latency,
+            },
+        )
 
     return unless_redeployed(endpoint.name, endpoint_host, judge)
-
-
-def _served(
-    endpoint: EndpointStatus, test_split: SplitRef, endpoint_host: EndpointHost, model_registry: ModelRegistry
-) -> dg.AssetCheckResult:
-    group, _, number = endpoint.version.rpartition("/")
-    test = smoke_test_from(model_registry.get(group, int(number)).artifact, test_split.rows, ROWS)
-    answers = ask(endpoint_host, endpoint.name, test)
-    rows = len(answers.served)
-    return dg.AssetCheckResult(
-        passed=answers.difference <= test.tolerance,
-        description=f"largest relative difference {answers.difference:.1e} over {counted(rows, 'row')}",
-        metadata={
-            "model_version": endpoint.version,
-            "rows": rows,
-            "largest_relative_difference": answers.difference,
-            "threshold": test.tolerance,
-            **answers.latency,
-        },
-    )
 
 
 @blocking_check(asset="endpoint", name=HEALTH_CHECK, judged=_looked_at)
@@ -117,11 +111,7 @@ def endpoint_health(
     A warning if another version has been approved since and waits to be deployed.
     """
     name = endpoint_name(context.instance, endpoint_host)
-
-    def judge(status: EndpointStatus | None) -> dg.AssetCheckResult:
-        return health(name, status, endpoint_host, model_registry)
-
-    result = unless_redeployed(name, endpoint_host, judge)
+    result = unless_redeployed(name, endpoint_host, lambda status: health(name, status, endpoint_host, model_registry))
     return _notified(result, HEALTH_CHECK, context, notifier)
 
 
@@ -243,11 +233,7 @@ def drift(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry)
     since = max(status.deployed_at, datetime.now(UTC) - timedelta(days=_SETTINGS.drift_days))
     read: list[CapturedRows | None] = []
     if problem := attempt(lambda: read.append(endpoint_host.captured(name, table, since, _MOST_ROWS))):
-        return dg.AssetCheckResult(
-            passed=False,
-            severity=dg.AssetCheckSeverity.WARN,
-            description=f"captured requests cannot be read: {problem}",
-        )
+        return _ill(f"captured requests cannot be read: {problem}", {}, dg.AssetCheckSeverity.WARN)
     rows = read[0]
     if rows is None:
         return dg.AssetCheckResult(passed=True, description="requests are not captured (HOUSING_DATA_CAPTURE=on)")

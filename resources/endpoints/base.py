@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from resources.endpoints.captured_files import CapturedFile, CapturedRows, read_captured, remove_captured
 from resources.inventory import OwnedItem
-from resources.model_registry.base import ModelVersion
+from resources.model_registry.base import ModelVersion, check_name
 from step_scripts.runner.wording import counted
 from step_scripts.serving.deployment import CaptureCounts
 from step_scripts.table.spec import TableSpec
@@ -179,30 +179,31 @@ class EndpointStatus(BaseModel):
     )
 
 
-def require_approved(version: ModelVersion) -> None:
-    """Raises `VersionNotApproved` with how to approve."""
-    if version.status == "Approved":
-        return
-    last = version.status_history[-1]
-    raise VersionNotApproved(
-        f"model version {version.reference} is {version.status} ({last.who}: {last.why}), only approved versions are "
-        f"deployed. Approve it in the model registry: set_status({version.group!r}, {version.version}, 'Approved', "
-        "who=..., why=...)."
-    )
-
-
 class EndpointHost(dg.ConfigurableResource, ABC):
     """Serves models over HTTP. Assets depend on this type; the deployment picks the implementation."""
 
     default_name: str = Field(default="housing", description="Endpoint of a deployment that names no other.")
     root: str = Field(description="Below it the host keeps its files.")
 
-    @abstractmethod
     def deploy(self, name: str, version: ModelVersion, smoke_test: SmokeTest, log: logging.Logger) -> EndpointStatus:
         """Serve `version` as `name`, without dropping requests if another version is being served.
 
-        Raises `VersionNotApproved`, or `EndpointDeploymentFailed`, in which case what was served before still is.
+        A version that is served already, in the same way, is only tested. Raises `VersionNotApproved`, or
+        `EndpointDeploymentFailed`, in which case what was served before still is.
         """
+        check_name(name, "an endpoint")
+        if version.status == "Approved":
+            return self._deploy(name, version, smoke_test, log)
+        last = version.status_history[-1]
+        raise VersionNotApproved(
+            f"model version {version.reference} is {version.status} ({last.who}: {last.why}), only approved versions "
+            f"are deployed. Approve it in the model registry: set_status({version.group!r}, {version.version}, "
+            "'Approved', who=..., why=...)."
+        )
+
+    @abstractmethod
+    def _deploy(self, name: str, version: ModelVersion, smoke_test: SmokeTest, log: logging.Logger) -> EndpointStatus:
+        """See `deploy`. The version is approved."""
 
     @abstractmethod
     def describe(self, name: str) -> EndpointStatus | None:

@@ -7,7 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -32,19 +32,11 @@ _CONSISTENCY_SECONDS = 30.0  # SageMaker may not find for a moment what has just
 class FoundEndpoint:
     """An endpoint as DescribeEndpoint has it, its tags, and those of the configuration that it serves with."""
 
+    status: str
+    config: str
     description: Mapping[str, Any]
     tags: Mapping[str, str]
-    config_tags: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def status(self) -> str:
-        """SageMaker's status."""
-        return self.description["EndpointStatus"]
-
-    @property
-    def config(self) -> str:
-        """Name of the configuration."""
-        return self.description["EndpointConfigName"]
+    config_tags: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -69,18 +61,14 @@ class EndpointParts:
         described = self.describe("endpoint", name)
         if described is None:
             return None
-        tags = tags_of(self.client, described["EndpointArn"])
-        config_tags = self.tags("endpoint_config", described["EndpointConfigName"]) if is_ours(tags) else {}
-        return FoundEndpoint(described, tags, config_tags)
+        tags, config = tags_of(self.client, described["EndpointArn"]), described["EndpointConfigName"]
+        config_tags = self.tags("endpoint_config", config) if is_ours(tags) else {}
+        return FoundEndpoint(described["EndpointStatus"], config, described, tags, config_tags)
 
     def find_ours(self, name: str) -> FoundEndpoint | None:
         """The endpoint, if this project created it and it is no candidate."""
         found = self.find(name)
         return found if found and is_ours(found.tags) and found.tags.get(ROLE_TAG) != CANDIDATE else None
-
-    def names(self) -> list[str]:
-        """Names of all endpoints, whoever created them."""
-        return sorted(item["EndpointName"] for item in pages(self.client, "list_endpoints", "Endpoints"))
 
     def create(self, kind: ItemKind, request: Mapping[str, Any]) -> str:
         """Create it; what has that name and was created by this project is used as it is. Returns the name."""
@@ -173,7 +161,8 @@ class EndpointParts:
         configs, needed = [], set[str]()
         for name, tags in self.made_for(endpoint, "endpoint_config"):
             if name in keep_configs or (tags.get(ROLE_TAG) == CANDIDATE and not candidates):
-                needed |= self._models_of(name)
+                described = self.describe("endpoint_config", name) or {}
+                needed |= {v["ModelName"] for v in described.get("ProductionVariants", []) if "ModelName" in v}
             else:
                 configs.append(name)
                 self.delete("endpoint_config", name)
@@ -199,10 +188,6 @@ class EndpointParts:
             tags = tags_of(self.client, item[f"{member}Arn"])
             if is_ours(tags) and tags.get(ENDPOINT_TAG) == endpoint:
                 yield item[f"{member}Name"], tags
-
-    def _models_of(self, config: str) -> set[str]:
-        found = self.describe("endpoint_config", config) or {}
-        return {variant["ModelName"] for variant in found.get("ProductionVariants", []) if "ModelName" in variant}
 
     def items(self, kind: ItemKind, root: str) -> Iterator[OwnedItem]:
         """Everything of the kind that carries the tag of `root`, candidates too."""

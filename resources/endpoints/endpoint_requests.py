@@ -19,7 +19,7 @@ from resources.aws.ownership import owned, root_tags
 from resources.aws.request_validation import check_request
 from resources.endpoints.base import EndpointHost
 from resources.model_registry.base import ModelVersion
-from resources.model_registry.serving_container import DIGEST_VARIABLE, VERSION_VARIABLE
+from resources.model_registry.package_files import DIGEST_VARIABLE, VERSION_VARIABLE
 
 _VARIANT = "AllTraffic"
 _CAPTURED = "captured"  # folder of captured requests below the host's root

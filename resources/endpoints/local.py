@@ -25,7 +25,6 @@ from resources.endpoints.base import (
     InvocationFailed,
     SmokeTest,
     SmokeTestFailed,
-    require_approved,
 )
 from resources.endpoints.captured_files import CapturedFile, captured_below
 from resources.endpoints.local_rollout import LocalRollout, read_deployment
@@ -73,9 +72,7 @@ class LocalEndpointHost(EndpointHost):
     stop_timeout_seconds: float = Field(default=30.0, gt=0, description="After that a server is ended by force.")
     lock_timeout_seconds: float = Field(default=180.0, gt=0, description="How long to wait for another deployment.")
 
-    def deploy(self, name: str, version: ModelVersion, smoke_test: SmokeTest, log: logging.Logger) -> EndpointStatus:
-        """See `EndpointHost.deploy`. A version that is served already is only tested."""
-        require_approved(version)
+    def _deploy(self, name: str, version: ModelVersion, smoke_test: SmokeTest, log: logging.Logger) -> EndpointStatus:
         folder = self.folder(name)
         with self._locked(name, f"deploying to endpoint {name}"):
             made = not folder.exists()

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import PrivateAttr
 
-from resources.aws.calls import aws_client, error_code, error_message
+from resources.aws.calls import aws_client, error_code, error_message, pages
 from resources.aws.ownership import is_ours
 from resources.endpoints.base import (
     EndpointDeploymentFailed,
@@ -25,7 +25,6 @@ from resources.endpoints.base import (
     InvocationFailed,
     SmokeTest,
     SmokeTestFailed,
-    require_approved,
 )
 from resources.endpoints.captured_files import CapturedFile, captured_below
 from resources.endpoints.endpoint_parts import BROKEN, MEMBERS, EndpointParts
@@ -38,7 +37,7 @@ from resources.endpoints.endpoint_requests import (
 )
 from resources.endpoints.sagemaker_rollout import SageMakerRollout
 from resources.inventory import NotOwned, OwnedItem, files_item
-from resources.model_registry.base import ModelVersion, check_name
+from resources.model_registry.base import ModelVersion
 from resources.model_registry.model_packages import find_package
 from step_scripts.runner import storage
 from step_scripts.serving.deployment import MAX_BODY_BYTES
@@ -55,12 +54,9 @@ class SageMakerEndpointHost(EndpointRequests):
 
     _known: dict[str, float] = PrivateAttr(default_factory=dict)
 
-    def deploy(self, name: str, version: ModelVersion, smoke_test: SmokeTest, log: logging.Logger) -> EndpointStatus:
-        """See `EndpointHost.deploy`. A version that is served already, in the same way, is only tested."""
+    def _deploy(self, name: str, version: ModelVersion, smoke_test: SmokeTest, log: logging.Logger) -> EndpointStatus:
         from botocore.exceptions import BotoCoreError, ClientError
 
-        require_approved(version)
-        check_name(name, "an endpoint")
         since = datetime.now(UTC)
         parts = self._parts()
         current = parts.find(name)
@@ -193,7 +189,7 @@ class SageMakerEndpointHost(EndpointRequests):
 
     def _names(self) -> Sequence[str]:
         """With those of others and of candidates, which `describe` leaves out."""
-        return self._parts().names()
+        return sorted(item["EndpointName"] for item in pages(self._client("sagemaker"), "list_endpoints", "Endpoints"))
 
     def captured_files(self) -> Sequence[CapturedFile]:
         """See `EndpointHost.captured_files`. What is captured to another `uri` is its owner's business."""

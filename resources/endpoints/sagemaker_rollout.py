@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from resources.aws.ownership import is_ours
-from resources.aws.request_validation import check_request
 from resources.endpoints.base import (
     PROBE_ID,
     EndpointDeploymentFailed,
@@ -81,14 +80,10 @@ class SageMakerRollout:
                 self._smoke_test_on_candidate(model)
             return self._change(current, config)
         except Exception:
-            self._clean_up(keep)
+            found = self.parts.find(self.name)
+            if found is None or found.status not in MOVING:  # else SageMaker may still be using what was created
+                self.parts.delete_parts(self.name, keep | ({found.config} if found else set()))
             raise
-
-    def _clean_up(self, keep: set[str]) -> None:
-        """Remove what a failed deployment created; nothing while SageMaker may still be using it."""
-        found = self.parts.find(self.name)
-        if found is None or found.status not in MOVING:
-            self.parts.delete_parts(self.name, keep | ({found.config} if found else set()))
 
     def _config(self, model: str, role: str) -> str:
         return self.parts.create("endpoint_config", self.host.config_request(self.name, self.version, model, role))
@@ -98,8 +93,7 @@ class SageMakerRollout:
         self.log.info(f"Creating endpoint {name} for {self.version.reference}.")
         own = {ENDPOINT_TAG: name, ROLE_TAG: SERVING, CONFIG_TAG: config, DEPLOYED_TAG: datetime.now(UTC).isoformat()}
         request = {"EndpointName": name, "EndpointConfigName": config, "Tags": self.host.owned(own)}
-        check_request("CreateEndpoint", request)
-        self.parts.with_new_parts(self.parts.client.create_endpoint, **request)
+        self.parts.create("endpoint", request)
         try:
             self._in_service(name, config, self.host.start_timeout_seconds)
             result = self._smoke(name)

@@ -7,8 +7,8 @@ case or in their Unicode form are the same name.
 
 All of them become rows of cells, which `_FoundRows` turns into numbers and checks. A body is read a piece at a time,
 until a hundred problems have been found: a refused one costs no more than one that is answered. Long pieces of CSV are
-read by Polars; only the lines that it cannot read, or whose values are not allowed, are looked at one by one. Lines of
-CSV end with LF, CR LF or CR; a line end in quotes is allowed in columns that are no features.
+read by Polars, only the cells that it cannot read one by one. Lines of CSV end with LF, CR LF or CR; a line end in
+quotes is allowed in columns that are no features.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from step_scripts.serving.request_rows import (
     Layout,
     RequestError,
     Row,
-    csv_row,
     csv_rows,
     decode_text,
     json_line_pieces,
@@ -43,14 +42,12 @@ from step_scripts.serving.request_rows import (
     shown,
     text_number,
 )
-from step_scripts.table.column_types import read_csv
 from step_scripts.table.spec import ColumnSpec, TableSpec
 
 MAX_REPORTED_PROBLEMS = 100
 _BATCH = 4096  # characters from which on Polars is faster than the CSV reader
 _PIECE = 1 << 18  # characters of CSV that are given to Polars at once
 _ROW, _ROW_PER_COLUMN = 1 << 16, 64  # characters that a row may have, at least
-_COMMA, _LINE_END, _QUOTE = b',\n"'
 
 
 class FeatureParser:
@@ -77,7 +74,7 @@ class FeatureParser:
         pieces, begins = (json_pieces, "[{") if media == JSON else (json_line_pieces, "\n")
         for rows, position in pieces(text, self._row_characters):
             for start in range(0, len(rows), SOME_ROWS):
-                found.add([self._json_row(row) for row in rows[start : start + SOME_ROWS]])
+                found.add_rows([self._json_row(row) for row in rows[start : start + SOME_ROWS]])
                 if found.enough:
                     rest = sum(text.count(character, position) for character in begins)
                     return found.result(rest + max(0, len(rows) - start - SOME_ROWS))
@@ -116,50 +113,38 @@ class FeatureParser:
                 continue
             end = records.position + len(lines)
             while not records.ended and not found.enough:
-                found.add(csv_rows(records, layout))
+                found.add_rows(csv_rows(records, layout))
                 if records.position >= end:
                     break
         return found.result(records.rest())
 
-    def _batch(self, lines: str, layout: Layout, found: _FoundRows) -> bool:
-        """Add many lines, read by Polars. False, and nothing is added, if that is not how they can be read."""
-        # Polars refuses all if the first line is too long, and says nothing of an empty last line.
-        data = b"0" + b",0" * (layout.width - 1) + b"\n" + lines.removesuffix("\n").encode() + b"\n"
-        characters = np.frombuffer(data, np.uint8)
-        starts = np.append(0, np.flatnonzero(characters == _LINE_END) + 1)
-
-        def in_each_line(character: int) -> np.ndarray:
-            return np.add.reduceat(characters == character, starts[:-1], dtype=np.int64)
-
-        quote = '"' if b'"' in data else None
-        # What is wrong with the quotes of a column that is no feature would not be seen, nor a record of two lines.
-        if quote and (len(layout.places) < layout.width or (in_each_line(_QUOTE) & 1).any()):
-            return False
-        suspect = (in_each_line(_COMMA) != layout.width - 1) | (np.diff(starts) == 1)  # an empty line
-        if np.count_nonzero(suspect) > SOME_ROWS:
-            return False
-        try:
-            cells = read_csv(
-                data, has_header=False, schema=dict.fromkeys(map(str, range(layout.width)), pl.String),
-                quote_char=quote, truncate_ragged_lines=True, raise_if_empty=False,
-            ).select(map(str, layout.places))  # fmt: skip
-        except pl.exceptions.PolarsError:
-            return False
-        if len(cells) != len(suspect):
-            return False
+    def _batch(self, text: str, layout: Layout, found: _FoundRows) -> bool:
+        """Add many lines at once. False, and nothing is added, if not each of them is a record of CSV by itself."""
+        lines, count = text.removesuffix("\n").split("\n"), len(self.features)
+        if '"' in text:
+            try:
+                records = list(csv.reader(lines, strict=True))
+            except csv.Error:
+                return False
+            if len(records) != len(lines):
+                return False
+            widths = np.array([len(record) for record in records])
+            fields = [field for record in records if len(record) == layout.width for field in record]
+            cells = pl.Series(fields, dtype=pl.String)
+        else:
+            series = pl.Series(lines, dtype=pl.String)
+            split = series.str.split(",")
+            widths = (split.list.len() * (series != "")).to_numpy()
+            cells = split.filter(widths == layout.width).explode()
+        rows = np.flatnonzero(widths == layout.width)
+        cells = cells.gather((np.arange(len(rows))[:, np.newaxis] * layout.width + layout.places).ravel())
         values = cells.cast(pl.Float64, strict=False).to_numpy(writable=True)
-        if (missing := np.isnan(values)).any():
-            values[missing & cells.select(pl.all().is_not_null()).to_numpy()] = NOT_A_NUMBER
-        values, suspect, starts = values[1:], suspect[1:], starts[1:]
-        suspect |= ~self._rules.allow(values).all(axis=1)
-        positions = np.flatnonzero(suspect)
-        if len(positions) > SOME_ROWS:
-            return False
-        try:
-            records = [next(csv.reader([data[starts[n] : starts[n + 1]].decode()], strict=True)) for n in positions]
-        except csv.Error:
-            return False
-        found.add([csv_row(record, layout) for record in records], positions, values)
+        odd = np.flatnonzero(~np.isfinite(values))
+        for place, cell in zip(odd.tolist(), cells.gather(odd), strict=True):
+            values[place] = text_number(cell, self._rules.booleans[place % count])
+        others = np.flatnonzero(widths != layout.width)[:MAX_REPORTED_PROBLEMS]
+        malformed = [(int(row), layout.wrong_width(int(widths[row]))) for row in others]
+        found.add(len(lines), values.reshape(len(rows), count), rows, malformed, lambda row, c: cells[row * count + c])
         return True
 
     def _column(self, name: str) -> str | None:
@@ -234,35 +219,39 @@ class _FoundRows:
         """Whether there are as many problems as are reported: what is wrong beside them changes nothing."""
         return self._total >= MAX_REPORTED_PROBLEMS
 
-    def add(
-        self, rows: Sequence[Row], positions: Sequence[int] | np.ndarray | None = None, among: np.ndarray | None = None
-    ) -> None:
-        """Add rows. `among`: the values of more rows, all allowed but those at `positions`, which these rows are."""
+    def add_rows(self, rows: Sequence[Row]) -> None:
+        """Add some rows."""
         kept = [index for index, row in enumerate(rows) if not isinstance(row, str)]
-        values = self._numbers([rows[index] for index in kept])
+        malformed = [(index, row) for index, row in enumerate(rows) if isinstance(row, str)]
+        self.add(len(rows), self._numbers([rows[i] for i in kept]), kept, malformed, lambda r, c: rows[kept[r]][c])
+
+    def add(
+        self,
+        count: int,
+        values: np.ndarray,
+        where: Sequence[int] | np.ndarray,
+        malformed: Sequence[tuple[int, str]],
+        cell: Callable[[int, int], Any],
+    ) -> None:
+        """Add `count` rows: numbers and cells of those at `where`, and why the first of the others are no rows."""
         allowed = self._rules.allow(values)
-        before, added = self._rows, len(rows if among is None else among)
-        self._rows += added
-        if len(kept) == len(rows) and allowed.all():
-            if among is not None:
-                among[positions] = values
+        before, self._rows = self._rows, self._rows + count
+        if len(values) == count and allowed.all():
             if not self._problems:
-                self._values.append(values if among is None else among)
+                self._values.append(values)
             return
         self._values.clear()
         wrong = np.argwhere(~allowed)
-        malformed = [(index, None, None, row) for index, row in enumerate(rows) if isinstance(row, str)]
-        problems: list[tuple[int, str | None, Any, str]] = [*malformed[:MAX_REPORTED_PROBLEMS]]
+        problems: list[tuple[int, str | None, Any, str]] = [(row, None, None, reason) for row, reason in malformed]
         for row, place in wrong[:MAX_REPORTED_PROBLEMS]:
-            cell, reason = rows[kept[row]][place], self._rules.reason(float(values[row, place]), place)
-            problems.append((kept[row], self._rules.columns[place].name, shown(cell), reason))
-        where = range(len(rows)) if positions is None else positions
+            column, reason = self._rules.columns[place].name, self._rules.reason(float(values[row, place]), place)
+            problems.append((int(where[row]), column, shown(cell(int(row), int(place))), reason))
         self._problems += [
-            {"row": before + 1 + int(where[index]), "column": column, "value": value, "reason": reason}
-            for index, column, value, reason in sorted(problems, key=lambda problem: problem[0])
+            {"row": before + 1 + row, "column": column, "value": value, "reason": reason}
+            for row, column, value, reason in sorted(problems, key=lambda problem: problem[0])
         ]
-        self._total += len(malformed) + len(wrong)
-        self._bad_rows += len(malformed) + len(np.unique(wrong[:, 0]))
+        self._total += count - len(values) + len(wrong)
+        self._bad_rows += count - len(values) + len(np.unique(wrong[:, 0]))
 
     def _numbers(self, rows: Sequence[Sequence[Any]]) -> np.ndarray:
         shape = (len(rows), len(self._rules.columns))

@@ -115,6 +115,10 @@ class Layout:
     places: tuple[int, ...]
     hint: str
 
+    def wrong_width(self, fields: int) -> str:
+        """Why a record of so many fields is no row."""
+        return f"{counted(fields, 'field')}, expected {self.width}{self.hint}"
+
 
 def csv_rows(records: CsvRecords, layout: Layout) -> list[Row]:
     """Some of the next records. Raises `RequestError` where a line end in quotes makes several lines one bad row."""
@@ -127,15 +131,9 @@ def csv_rows(records: CsvRecords, layout: Layout) -> list[Row]:
         ):
             what = f"the record of lines {first} to {records.line - 1} has a line end within quotes"
             raise RequestError(400, f"{what}; is one of them out of place?")
-        rows.append(csv_row(record, layout))
+        fits = len(record) == layout.width
+        rows.append([record[place] for place in layout.places] if fits else layout.wrong_width(len(record)))
     return rows
-
-
-def csv_row(record: Sequence[str], layout: Layout) -> Row:
-    """The cells of the features in a record, or the reason why it is no row."""
-    if len(record) != layout.width:
-        return f"{counted(len(record), 'field')}, expected {layout.width}{layout.hint}"
-    return [record[place] for place in layout.places]
 
 
 def text_number(field: str, boolean: bool) -> float:
@@ -177,8 +175,27 @@ def json_pieces(text: str, size: int) -> Iterator[tuple[list[Any], int]]:
         )
     position, ended = beginning.end(), beginning[2] is not None
     while not ended:
-        rows, used, ended = _elements(text[position : position + size], text, position)
-        position += used
+        window, last = text[position : position + size], position + size >= len(text)
+        rows, at = [], 0
+        while not ended:
+            try:
+                value, end = _DECODER.raw_decode(window, at)
+            except json.JSONDecodeError as error:
+                if last:
+                    raise _not_json(error.msg, text, position + error.pos) from None
+                break  # it counts only if it comes again when the window begins here
+            except (RecursionError, ValueError) as error:
+                raise _refusal(error, "the body") from error
+            behind = _BEHIND_ROW.match(window, end)
+            if behind is None and last:
+                raise _not_json("Expecting ',' delimiter", text, position + end)
+            if behind is None or (behind.end() == len(window) and not last):
+                break  # the window may end in the middle of a number or of white space
+            rows.append(value)
+            at, ended = behind.end(), behind[1] == "]"
+        if not rows:
+            raise RequestError(400, f"the row at character {position} has more than {size} characters, or is not JSON")
+        position += at
         yield rows, len(text) if ended else position
     if beginning[1] is not None:
         if text.startswith(",", position):
@@ -203,39 +220,6 @@ def json_line_pieces(text: str, size: int) -> Iterator[tuple[list[Any], int]]:
         rows = [_json(line, f"line {n}") for n, line in enumerate(lines, number) if line.strip()]
         position, number = end, number + len(lines) - 1
         yield rows, position
-
-
-def _elements(window: str, text: str, position: int) -> tuple[list[Any], int, bool]:
-    """The elements of a list that lie in `window`, where the next one begins, and whether the list has ended.
-
-    An error in a window that is not the last one counts only if it comes again when the window begins there.
-    """
-    last = position + len(window) == len(text)
-    rows: list[Any] = []
-    at = 0
-    while True:
-        try:
-            value, end = _DECODER.raw_decode(window, at)
-        except json.JSONDecodeError as error:
-            if last:
-                raise _not_json(error.msg, text, position + error.pos) from None
-            break
-        except (RecursionError, ValueError) as error:
-            raise _refusal(error, "the body") from error
-        behind = _BEHIND_ROW.match(window, end)
-        if behind is None and last:
-            raise _not_json("Expecting ',' delimiter", text, position + end)
-        if behind is None or (behind.end() == len(window) and not last):
-            break  # the window may end in the middle of a number or of white space
-        rows.append(value)
-        at = behind.end()
-        if behind[1] == "]":
-            return rows, at, True
-    if not rows:
-        raise RequestError(
-            400, f"the row at character {position} has more than {len(window)} characters, or is not JSON"
-        )
-    return rows, at, False
 
 
 def _json(text: str, where: str) -> Any:
