@@ -92,8 +92,6 @@ def read_captured(uri: str, table: TableSpec, since: datetime, limit: int, witho
 
 def _lines(uri: str, since: datetime) -> Iterator[bytes]:
     """Lines of all files of the days from `since` on, the latest first."""
-    if not storage.exists(uri):
-        return
     day, last = datetime.now(UTC).date(), since.astimezone(UTC).date()
     variants = storage.list_folders(uri)
     while day >= last:

@@ -266,10 +266,5 @@ class EndpointRequests(EndpointHost, ABC):
         return self.update_timeout_seconds + self.traffic.seconds
 
     @property
-    def deployment_config(self) -> dict[str, Any] | None:
-        """The `DeploymentConfig` of updates; serverless endpoints have none."""
-        return None if self.serverless else self.traffic.request()
-
-    @property
     def _captured(self) -> str:
         return f"{self.root.rstrip('/')}/{_CAPTURED}"

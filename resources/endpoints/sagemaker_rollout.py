@@ -142,7 +142,7 @@ class SageMakerRollout:
         """Have SageMaker change over, test, and go back if the test fails."""
         name, served = self.name, current.config_tags.get(VERSION_TAG, "")
         self.log.info(f"Changing endpoint {name} from {served} to {self.version.reference}.")
-        self.parts.update(name, config, self.host.deployment_config)
+        self.parts.update(name, config, None if self.host.serverless else self.host.traffic.request())
         found = self._in_service(name, config, self.host.update_seconds)
         try:
             result = self._smoke(name)

@@ -255,9 +255,7 @@ def _rows(value: Any) -> list[Any]:
         return value
     if not isinstance(value, list):
         raise RequestError(400, "the body is neither an object nor a list")
-    if value and not any(isinstance(row, list | tuple) for row in value):
-        return [value]
-    return value
+    return [value] if value and not any(isinstance(row, list | tuple) for row in value) else value
 
 
 def decode_text(body: bytes) -> str:

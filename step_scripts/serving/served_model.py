@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from step_scripts.model.artifact import FILES, load_model
+from step_scripts.model.artifact import FILES, Scaler, load_model
 from step_scripts.model.xgboost_native import xgb
 from step_scripts.runner.contract import Artifact, DamagedArtifactError, check_files, file_info
 from step_scripts.serving.deployment import CSV, JSON, JSON_LINES, MAX_BODY_BYTES, AnsweredRequest, DeploymentRecord
@@ -26,6 +26,11 @@ _MEDIA = {CSV: CSV, JSON: JSON, JSON_LINES: JSON_LINES, "application/x-jsonlines
 _MEDIA |= {"application/jsonl": JSON_LINES, "application/x-ndjson": JSON_LINES, "application/ndjson": JSON_LINES}
 _WILDCARDS = {"*/*": "", "text/*": CSV, "application/*": ""}
 _CHARSETS = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
+_FORMS = {  # of answers: before the first prediction, between two, after the last
+    CSV: ("", "\n", "\n"),
+    JSON: ('{"predictions": [', ", ", "]}"),
+    JSON_LINES: ('{"prediction": ', '}\n{"prediction": ', "}\n"),
+}
 _ENCODED = 4096  # predictions
 _GZIP = 16 + zlib.MAX_WBITS
 
@@ -36,14 +41,13 @@ class ServedModel:
 
     record: DeploymentRecord
     parser: FeatureParser
-    mean: np.ndarray
-    scale: np.ndarray
+    scaler: Scaler
     small: xgb.Booster
     large: xgb.Booster
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """Predictions, float32, of raw features (float64, shape (rows, features))."""
-        scaled = ((features - self.mean) / self.scale).astype(np.float32, order="C")
+        scaled = ((features - self.scaler.mean) / self.scaler.scale).astype(np.float32, order="C")
         booster = self.small if len(scaled) < _ROWS_ON_ONE_THREAD else self.large
         return booster.inplace_predict(scaled, validate_features=False)
 
@@ -96,16 +100,9 @@ def load_served_model(record: DeploymentRecord) -> ServedModel:
     except (xgb.core.XGBoostError, ValueError, KeyError, FileNotFoundError) as error:
         summary = str(error).partition("\n")[0]
         raise DamagedArtifactError(f"{artifact.uri} is no model artifact: {type(error).__name__}: {summary}") from error
-    model = ServedModel(
-        record=record,
-        parser=FeatureParser(small.table),
-        mean=small.scaler.mean,
-        scale=small.scaler.scale,
-        small=small.booster,
-        large=large.booster,
-    )
+    model = ServedModel(record, FeatureParser(small.table), small.scaler, small.booster, large.booster)
     for rows in (1, _ROWS_ON_ONE_THREAD):  # the first prediction of a booster prepares its trees
-        model.predict(np.tile(model.mean, (rows, 1)))
+        model.predict(np.tile(small.scaler.mean, (rows, 1)))
     return model
 
 
@@ -127,6 +124,8 @@ def response_media(accept: str, default: str) -> str:
 
     Raises `RequestError` 406 if it names none that can be sent.
     """
+    if not accept.strip():
+        return default
     best, best_weight = "", 0.0
     for entry in accept.split(","):
         name, parameters = _media_type(entry)
@@ -137,8 +136,6 @@ def response_media(accept: str, default: str) -> str:
         media = _WILDCARDS[name] or default if name in _WILDCARDS else _MEDIA.get(name, "")
         if media and weight > best_weight:
             best, best_weight = media, weight
-    if not accept.strip():
-        return default
     if not best:
         raise RequestError(406, f"{accept!r} cannot be sent; accepted are {CSV}, {JSON} and {JSON_LINES}")
     return best
@@ -153,15 +150,11 @@ def _media_type(text: str) -> tuple[str, dict[str, str]]:
 
 def encode(predictions: np.ndarray, media: str) -> bytes:
     """Predictions as a body: one a line (CSV), `{"predictions": [...]}` (JSON), `{"prediction": x}` lines."""
-    between = "\n" if media == CSV else ", " if media == JSON else '}\n{"prediction": '
+    before, between, after = _FORMS[media]
     # In parts, between which other threads have their turn: one call for all would hold them up.
     parts = (predictions[at : at + _ENCODED].tolist() for at in range(0, len(predictions), _ENCODED))
     values = between.join(between.join(map(repr, part)) for part in parts)
-    if media == CSV:
-        return f"{values}\n".encode()
-    if media == JSON:
-        return f'{{"predictions": [{values}]}}'.encode()
-    return f'{{"prediction": {values}}}\n'.encode()
+    return f"{before}{values}{after}".encode()
 
 
 def unpacked(body: bytes, encoding: str) -> bytes:
@@ -169,9 +162,10 @@ def unpacked(body: bytes, encoding: str) -> bytes:
 
     Raises `RequestError` 415 for another one than gzip, 400 if it is not what it says, 413 if it is too large then.
     """
-    if encoding.strip().lower() in ("", "identity"):
+    name = encoding.strip().lower()
+    if name in ("", "identity"):
         return body
-    if encoding.strip().lower() not in ("gzip", "x-gzip"):
+    if name not in ("gzip", "x-gzip"):
         raise RequestError(415, f"content encoding {encoding[:100]!r} is not supported; send gzip, or none")
     stream = zlib.decompressobj(wbits=_GZIP)
     try:
