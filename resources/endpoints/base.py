@@ -58,12 +58,13 @@ class SmokeTestResult(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     rows: int
-    largest_difference: float
+    largest_difference: float = Field(description="Relative to the expected prediction.")
     latency: dict[str, float] = {}
 
     def of(self, version: str) -> str:
         """The figures as a line for a log."""
-        figures = f"largest difference {self.largest_difference:g}, {self.latency['median_milliseconds']:g} ms a row"
+        median = self.latency["median_milliseconds"]
+        figures = f"largest relative difference {self.largest_difference:g}, {median:g} ms a row"
         return f"Smoke test of {version}: {counted(self.rows, 'row')}, {figures}."
 
 
@@ -77,9 +78,10 @@ class Answers:
     milliseconds: Sequence[float]
 
     @property
-    def difference(self) -> float:
-        """The largest, relative to the expected prediction, or to 1 where that is smaller."""
-        return max(abs(s - e) / max(abs(e), 1.0) for s, e in zip(self.served, self.expected, strict=True))
+    def differences(self) -> list[float]:
+        """Relative to the expected predictions, or to 1 where those are smaller; infinite where none was served."""
+        pairs = zip(self.served, self.expected, strict=True)
+        return [abs(s - e) / max(abs(e), 1.0) if math.isfinite(s) else math.inf for s, e in pairs]
 
     @property
     def latency(self) -> dict[str, float]:
@@ -137,18 +139,14 @@ class SmokeTest(BaseModel):
         if len(served) != len(expected):
             predictions = counted(len(served), "prediction")
             raise SmokeTestFailed(f"smoke test: {predictions} for {counted(len(expected), 'row')}")
-        wrong = [
-            (row, is_, should)
-            for row, is_, should in zip(answers.rows, served, expected, strict=True)
-            if not math.isfinite(is_) or abs(is_ - should) > self.tolerance * max(1.0, abs(should))
-        ]
-        if wrong:
-            row, is_, should = wrong[0]
+        differences = answers.differences
+        if wrong := [row for row, difference in enumerate(differences) if difference > self.tolerance]:
+            first = wrong[0]
             raise SmokeTestFailed(
                 f"smoke test: {len(wrong)} of {counted(len(expected), 'prediction')} differ from the offline ones; "
-                f"the first: {is_!r} instead of {should!r} for {row}"
+                f"the first: {served[first]!r} instead of {expected[first]!r} for {answers.rows[first]}"
             )
-        return max(abs(is_ - should) for is_, should in zip(served, expected, strict=True))
+        return max(differences)
 
 
 class EndpointStatus(BaseModel):

@@ -16,7 +16,7 @@ from resources.aws.calls import already_exists, error_code, error_message, if_fo
 from resources.aws.ownership import belongs_to, created_here, is_ours, tags_of
 from resources.aws.request_validation import check_request
 from resources.endpoints.base import EndpointDeploymentFailed
-from resources.endpoints.endpoint_requests import CANDIDATE, ENDPOINT_TAG, ROLE_TAG, VERSION_TAG, name_prefix
+from resources.endpoints.endpoint_requests import CANDIDATE, Tag, name_prefix
 from resources.inventory import ItemKind, NotOwned, OwnedItem
 from resources.waiting import wait_until
 
@@ -68,7 +68,7 @@ class EndpointParts:
     def find_ours(self, name: str) -> FoundEndpoint | None:
         """The endpoint, if this project created it and it is no candidate."""
         found = self.find(name)
-        return found if found and is_ours(found.tags) and found.tags.get(ROLE_TAG) != CANDIDATE else None
+        return found if found and is_ours(found.tags) and found.tags.get(Tag.ROLE) != CANDIDATE else None
 
     def create(self, kind: ItemKind, request: Mapping[str, Any]) -> str:
         """Create it; what has that name and was created by this project is used as it is. Returns the name."""
@@ -160,7 +160,7 @@ class EndpointParts:
         """
         configs, needed = [], set[str]()
         for name, tags in self.made_for(endpoint, "endpoint_config"):
-            if name in keep_configs or (tags.get(ROLE_TAG) == CANDIDATE and not candidates):
+            if name in keep_configs or (tags.get(Tag.ROLE) == CANDIDATE and not candidates):
                 described = self.describe("endpoint_config", name) or {}
                 needed |= {v["ModelName"] for v in described.get("ProductionVariants", []) if "ModelName" in v}
             else:
@@ -174,7 +174,7 @@ class EndpointParts:
     def delete_candidates(self, endpoint: str, seconds: float, log: logging.Logger, *, older_than: float) -> None:
         """Remove candidates of the endpoint that interrupted deployments left, if they are `older_than` seconds."""
         for name, tags in self.made_for(endpoint, "endpoint"):
-            found = self.find(name) if tags.get(ROLE_TAG) == CANDIDATE else None
+            found = self.find(name) if tags.get(Tag.ROLE) == CANDIDATE else None
             if found is not None and time.time() - found.description["CreationTime"].timestamp() >= older_than:
                 log.info(f"Removing endpoint {name}, which an earlier deployment left.")
                 self.delete_endpoint(name, seconds, log)
@@ -186,7 +186,7 @@ class EndpointParts:
         # All are listed before anything is removed, which would shift the pages. Others' names may begin like these.
         for item in [*pages(self.client, f"list_{kind}s", f"{member}s", NameContains=name_prefix(endpoint))]:
             tags = tags_of(self.client, item[f"{member}Arn"])
-            if is_ours(tags) and tags.get(ENDPOINT_TAG) == endpoint:
+            if is_ours(tags) and tags.get(Tag.ENDPOINT) == endpoint:
                 yield item[f"{member}Name"], tags
 
     def items(self, kind: ItemKind, root: str) -> Iterator[OwnedItem]:
@@ -198,8 +198,8 @@ class EndpointParts:
 
         listed = created_here(self.client, f"list_{kind}s", f"{member}s", f"{member}Arn", root, may_be_ours)
         for found, tags in listed:
-            endpoint, version = tags.get(ENDPOINT_TAG), tags.get(VERSION_TAG, "")
-            temporary = is_endpoint and tags.get(ROLE_TAG) == CANDIDATE
+            endpoint, version = tags.get(Tag.ENDPOINT), tags.get(Tag.VERSION, "")
+            temporary = is_endpoint and tags.get(Tag.ROLE) == CANDIDATE
             what = f"candidate for {endpoint}" if temporary else "serves"
             yield OwnedItem(
                 kind=kind,

@@ -28,13 +28,7 @@ from resources.endpoints.base import (
 )
 from resources.endpoints.captured_files import CapturedFile, captured_below
 from resources.endpoints.endpoint_parts import BROKEN, MEMBERS, EndpointParts
-from resources.endpoints.endpoint_requests import (
-    DEPLOYED_TAG,
-    DIGEST_TAG,
-    PREVIOUS_VERSION_TAG,
-    VERSION_TAG,
-    EndpointRequests,
-)
+from resources.endpoints.endpoint_requests import EndpointRequests, Tag
 from resources.endpoints.sagemaker_rollout import SageMakerRollout
 from resources.inventory import NotOwned, OwnedItem, files_item
 from resources.model_registry.base import ModelVersion
@@ -80,16 +74,16 @@ class SageMakerEndpointHost(EndpointRequests):
         found = self._parts().find_ours(name)
         if found is None:
             return None
-        deployed, capture = found.tags.get(DEPLOYED_TAG), found.description.get("DataCaptureConfig", {})
+        deployed, capture = found.tags.get(Tag.DEPLOYED), found.description.get("DataCaptureConfig", {})
         return EndpointStatus(
             name=name,
             state="OutOfService" if found.status in (*BROKEN, "Creating", "Deleting") else "InService",
             url=f"{self._client('sagemaker-runtime').meta.endpoint_url}/endpoints/{name}/invocations",
-            version=found.config_tags.get(VERSION_TAG, ""),
-            model_digest=found.config_tags.get(DIGEST_TAG, ""),
+            version=found.config_tags.get(Tag.VERSION, ""),
+            model_digest=found.config_tags.get(Tag.DIGEST, ""),
             started_at=found.description["CreationTime"],
             deployed_at=datetime.fromisoformat(deployed) if deployed else found.description["LastModifiedTime"],
-            previous_version=found.tags.get(PREVIOUS_VERSION_TAG) or None,
+            previous_version=found.tags.get(Tag.PREVIOUS_VERSION) or None,
             capture_uri=storage.join(capture["DestinationS3Uri"], name) if capture.get("EnableCapture") else None,
         )
 

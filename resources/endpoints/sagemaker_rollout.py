@@ -18,18 +18,7 @@ from resources.endpoints.base import (
     SmokeTestResult,
 )
 from resources.endpoints.endpoint_parts import BROKEN, MOVING, EndpointParts, FoundEndpoint
-from resources.endpoints.endpoint_requests import (
-    CANDIDATE,
-    CONFIG_TAG,
-    DEPLOYED_TAG,
-    ENDPOINT_TAG,
-    PREVIOUS_CONFIG_TAG,
-    PREVIOUS_VERSION_TAG,
-    ROLE_TAG,
-    SERVING,
-    VERSION_TAG,
-    part_name,
-)
+from resources.endpoints.endpoint_requests import CANDIDATE, SERVING, Tag, part_name
 from resources.model_registry.base import ModelVersion
 
 if TYPE_CHECKING:
@@ -63,7 +52,7 @@ class SageMakerRollout:
             self.parts.delete_endpoint(self.name, self.host.update_seconds, self.log)
             current = None
         self.parts.delete_candidates(self.name, start_seconds, self.log, older_than=start_seconds)
-        keep = {current.config, current.tags.get(PREVIOUS_CONFIG_TAG, "")} if current else set[str]()
+        keep = {current.config, current.tags.get(Tag.PREVIOUS_CONFIG, "")} if current else set[str]()
         try:
             model = self.parts.create("model", self.host.model_request(self.name, self.version, container))
             config = self._config(model, SERVING)
@@ -72,7 +61,7 @@ class SageMakerRollout:
             if current.config == config:
                 self.log.info(f"Endpoint {self.name} serves {self.version.reference} already.")
                 result = self._smoke(self.name)
-                before = current.tags.get(CONFIG_TAG, config)
+                before = current.tags.get(Tag.CONFIG, config)
                 if before != config:  # the run that changed the endpoint did not live to see it
                     self._record(current, config, before)
                 return result
@@ -91,7 +80,7 @@ class SageMakerRollout:
     def _create(self, config: str) -> SmokeTestResult:
         name = self.name
         self.log.info(f"Creating endpoint {name} for {self.version.reference}.")
-        own = {ENDPOINT_TAG: name, ROLE_TAG: SERVING, CONFIG_TAG: config, DEPLOYED_TAG: datetime.now(UTC).isoformat()}
+        own = {Tag.ENDPOINT: name, Tag.ROLE: SERVING, Tag.CONFIG: config, Tag.DEPLOYED: datetime.now(UTC).isoformat()}
         request = {"EndpointName": name, "EndpointConfigName": config, "Tags": self.host.owned(own)}
         self.parts.create("endpoint", request)
         try:
@@ -140,7 +129,7 @@ class SageMakerRollout:
 
     def _change(self, current: FoundEndpoint, config: str) -> SmokeTestResult:
         """Have SageMaker change over, test, and go back if the test fails."""
-        name, served = self.name, current.config_tags.get(VERSION_TAG, "")
+        name, served = self.name, current.config_tags.get(Tag.VERSION, "")
         self.log.info(f"Changing endpoint {name} from {served} to {self.version.reference}.")
         self.parts.update(name, config, None if self.host.serverless else self.host.traffic.request())
         found = self._in_service(name, config, self.host.update_seconds)
@@ -157,15 +146,15 @@ class SageMakerRollout:
 
     def _record(self, found: FoundEndpoint, config: str, before: str) -> None:
         """Note on the endpoint what it serves and what it served before; remove what is older."""
-        served = self.parts.tags("endpoint_config", before).get(VERSION_TAG, "")
-        previous = {tag: found.tags.get(tag, "") for tag in (PREVIOUS_VERSION_TAG, PREVIOUS_CONFIG_TAG)}
+        served = self.parts.tags("endpoint_config", before).get(Tag.VERSION, "")
+        previous = {tag: found.tags.get(tag, "") for tag in (Tag.PREVIOUS_VERSION, Tag.PREVIOUS_CONFIG)}
         if served != self.version.reference:
-            previous = {PREVIOUS_VERSION_TAG: served, PREVIOUS_CONFIG_TAG: before}
-        tags = {**previous, CONFIG_TAG: config, DEPLOYED_TAG: datetime.now(UTC).isoformat()}
+            previous = {Tag.PREVIOUS_VERSION: served, Tag.PREVIOUS_CONFIG: before}
+        tags = {**previous, Tag.CONFIG: config, Tag.DEPLOYED: datetime.now(UTC).isoformat()}
         self.parts.client.add_tags(
             ResourceArn=found.description["EndpointArn"], Tags=[{"Key": k, "Value": v} for k, v in tags.items()]
         )
-        if removed := self.parts.delete_parts(self.name, {config, previous[PREVIOUS_CONFIG_TAG]}):
+        if removed := self.parts.delete_parts(self.name, {config, previous[Tag.PREVIOUS_CONFIG]}):
             self.log.info(f"Removed what endpoint {self.name} needs no more: {', '.join(removed)}.")
 
     def _in_service(self, name: str, config: str, seconds: float) -> FoundEndpoint:

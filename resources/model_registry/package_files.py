@@ -17,10 +17,10 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
@@ -31,6 +31,7 @@ from resources.model_registry.base import GateEvidence, ModelVersion, RegistryDa
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, FileInfo
 
+Parsed = TypeVar("Parsed")
 ARCHIVE = "model.tar.gz"
 FACTS = "facts_uri"  # the property that marks a package as registered here
 _FACTS_DIGEST = "facts_sha256"
@@ -149,16 +150,10 @@ def read_version(group: str, described: dict[str, Any]) -> tuple[ModelVersion, A
     """
     properties = described["CustomerMetadataProperties"]
     uri, folder = properties[FACTS], folder_of(described)
-    try:
-        facts = PackageFacts.model_validate_json(_read(uri, properties.get(_FACTS_DIGEST, "")))
-    except ValidationError as error:
-        raise RegistryDamaged(f"{uri} is no record of a model package: {error.errors()[0]['msg']}") from error
+    facts = _read(uri, properties.get(_FACTS_DIGEST, ""), PackageFacts.model_validate_json, "record")
     history: tuple[StatusChange, ...] = (facts.registered,)
     if uri := properties.get(_HISTORY_URI):
-        try:
-            history = _HISTORY.validate_json(_read(uri, properties.get(_HISTORY_DIGEST, "")))
-        except ValidationError as error:
-            raise RegistryDamaged(f"{uri} is no history of a model package: {error.errors()[0]['msg']}") from error
+        history = _read(uri, properties.get(_HISTORY_DIGEST, ""), _HISTORY.validate_json, "history")
     if change := _change_elsewhere(described, history[-1]):
         history = (*history, change)
     version = ModelVersion(
@@ -203,14 +198,17 @@ def _write(folder: str, kind: str, content: bytes) -> tuple[str, str]:
     return uri, sha256
 
 
-def _read(uri: str, sha256: str) -> bytes:
+def _read(uri: str, sha256: str, parse: Callable[[bytes], Parsed], what: str) -> Parsed:
     try:
         content = storage.read_bytes(uri)
     except FileNotFoundError as error:
         raise RegistryDamaged(f"{uri} is missing. Restore it, or delete the version.") from error
     if (found := hashlib.sha256(content).hexdigest()) != sha256:
         raise RegistryDamaged(f"{uri} has SHA-256 {found}, recorded was {sha256}. Restore it, or delete the version.")
-    return content
+    try:
+        return parse(content)
+    except ValidationError as error:
+        raise RegistryDamaged(f"{uri} is no {what} of a model package: {error.errors()[0]['msg']}") from error
 
 
 def serving_container(image: str | None, region: str, code_root: str, environment: Mapping[str, str]) -> dict[str, Any]:

@@ -57,9 +57,16 @@ class InferenceApp(Starlette):
         model, capture = self.model, self.capture
         if model is None:
             return _refusal(_loading())
-        more = {"captured": capture and capture.counts().model_dump(), "refused": self.refused}
-        known = {name: value for name, value in more.items() if value is not None}
-        return _response(json.dumps(model.description() | known), 200, JSON, _identity(model))
+        said = {
+            "status": "InService",
+            "endpoint_name": model.record.endpoint_name,
+            "version": model.record.version,
+            "model_digest": model.record.model.digest,
+            "deployment_id": model.record.deployment_id,
+            **({"captured": capture.counts().model_dump()} if capture else {}),
+            **({"refused": self.refused} if self.refused else {}),
+        }
+        return _response(json.dumps(said), 200, JSON, _identity(model))
 
     async def _invoke(self, request: Request) -> Response:
         endpoint = request.path_params.get("endpoint")

@@ -10,7 +10,6 @@ import zlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
@@ -58,16 +57,6 @@ class ServedModel:
         content = unpacked(body, content_encoding)
         answer = encode(self.predict(self.parser.parse(content, given)), wanted)
         return AnsweredRequest(datetime.now(UTC), given, content, wanted, answer)
-
-    def description(self) -> dict[str, Any]:
-        """What `/ping` says."""
-        return {
-            "status": "InService",
-            "endpoint_name": self.record.endpoint_name,
-            "version": self.record.version,
-            "model_digest": self.record.model.digest,
-            "deployment_id": self.record.deployment_id,
-        }
 
 
 def container_record(folder: str, name: str = "model") -> DeploymentRecord:

@@ -242,7 +242,7 @@ def test_smoke_test_rules() -> None:
 
     result = test.run(invoke)
     assert asked == ["1\n2", "1", "2"]
-    assert result.largest_difference == 0.5
+    assert result.largest_difference == pytest.approx(5e-7)
     with pytest.raises(SmokeTestFailed, match=r"2 of 2 predictions differ .* 0\.0 instead of 1000000\.0 for 1"):
         test.run(lambda _: b"0.0\nnan\n")
     with pytest.raises(SmokeTestFailed, match="1 prediction for 2 rows"):
