@@ -15,9 +15,11 @@ from typing import Any
 from resources.aws.calls import already_exists, error_code, error_message, if_found, pages
 from resources.aws.ownership import belongs_to, created_here, is_ours, tags_of
 from resources.aws.request_validation import check_request
-from resources.endpoints.base import EndpointDeploymentFailed
+from resources.endpoints.base import EndpointDeploymentFailed, EndpointNotFound, InvocationFailed
 from resources.endpoints.endpoint_requests import CANDIDATE, Tag, name_prefix
 from resources.inventory import ItemKind, NotOwned, OwnedItem
+from resources.model_registry.base import ModelVersion
+from resources.model_registry.model_packages import find_package
 from resources.waiting import wait_until
 
 MOVING = ("Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting")
@@ -25,6 +27,7 @@ BROKEN = ("Failed", "OutOfService")
 MEMBERS: dict[ItemKind, str] = {"endpoint": "Endpoint", "endpoint_config": "EndpointConfig", "model": "Model"}
 _PART = re.compile(r".+-[0-9a-f]{12}")  # names that `part_name` makes; only of these the tags are asked for
 _LOG_LINES = 15
+_SHOWN = 2000  # characters of an answer in an error
 _CONSISTENCY_SECONDS = 30.0  # SageMaker may not find for a moment what has just been created
 
 
@@ -45,6 +48,7 @@ class EndpointParts:
 
     client: Any
     logs: Any
+    runtime: Any
     poll_seconds: float
 
     def describe(self, kind: ItemKind, name: str) -> dict[str, Any] | None:
@@ -69,6 +73,19 @@ class EndpointParts:
         """The endpoint, if this project created it and it is no candidate."""
         found = self.find(name)
         return found if found and is_ours(found.tags) and found.tags.get(Tag.ROLE) != CANDIDATE else None
+
+    def container(self, version: ModelVersion, image: str | None) -> dict[str, Any]:
+        """The container that serves the version. Raises `EndpointDeploymentFailed` if SageMaker does not know it."""
+        package = find_package(self.client, version.group, version.version)
+        if package is None:
+            region = self.client.meta.region_name
+            raise EndpointDeploymentFailed(
+                f"SageMaker's model registry has no {version.reference} in {region}: register it there"
+            )
+        if not image:
+            return {"ModelPackageName": package["ModelPackageArn"]}
+        archive = package["InferenceSpecification"]["Containers"][0]["ModelDataUrl"]
+        return {"Image": image, "ModelDataUrl": archive}
 
     def create(self, kind: ItemKind, request: Mapping[str, Any]) -> str:
         """Create it; what has that name and was created by this project is used as it is. Returns the name."""
@@ -221,6 +238,34 @@ class EndpointParts:
             self.delete_endpoint(item.name, seconds, log)
         else:
             self.delete(kind, item.name)
+
+    def send(self, name: str, body: bytes, content_type: str, accept: str, inference_id: str | None) -> bytes:
+        """The answer of the endpoint, whoever created it.
+
+        Raises `EndpointNotFound`, or `InvocationFailed` with the container's answer.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        given: dict[str, Any] = {"EndpointName": name, "Body": body, "ContentType": content_type, "Accept": accept}
+        if inference_id:
+            given["InferenceId"] = inference_id
+        try:
+            return self.runtime.invoke_endpoint(**given)["Body"].read()
+        except ClientError as error:
+            code, text = error_code(error), error_message(error)
+            if code == "ValidationError" and "not found" in text:
+                raise EndpointNotFound(text) from error
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+            what = f": {code}:"
+            if code == "ModelError":  # the container answered, with an error
+                status = error.response.get("OriginalStatusCode", 500)
+                text = str(error.response.get("OriginalMessage") or text)
+                what = f" answered {status}:"
+            raise InvocationFailed(
+                f"endpoint {name}{what} {text[:_SHOWN]}", status=int(status), body=text.encode()
+            ) from error
+        except BotoCoreError as error:
+            raise InvocationFailed(f"endpoint {name} does not answer: {error}", status=504, body=b"") from error
 
     def log_tail(self, name: str, since: datetime) -> str:
         """The last lines of the containers that started after `since`, for an error; empty if there are none."""

@@ -77,7 +77,17 @@ class InferenceApp(Starlette):
             if endpoint not in (None, model.record.endpoint_name):
                 served = model.record.endpoint_name
                 raise RequestError(404, f"Endpoint {endpoint[:100]} not found; this server serves {served}.")
-            return await self._predicted(request, model)
+            headers, body = request.headers, await _body(request)
+            asked = (body, headers.get("content-type", ""), headers.get("accept", ""))
+            encoding = headers.get("content-encoding", "")
+            if len(body) <= _INLINE_BYTES and not encoding:
+                answer = model.answer(*asked)
+            else:
+                loop = asyncio.get_running_loop()
+                answer = await loop.run_in_executor(self._threads, model.answer, *asked, encoding)
+            if self.capture is not None:
+                self.capture.add(answer._replace(inference_id=headers.get("x-amzn-sagemaker-inference-id", "")))
+            return _response(answer.output_body, 200, answer.output_type, _identity(model))
         except RequestError as error:
             return _refusal(error, by_runtime=endpoint is not None)
         except ClientDisconnect:
@@ -86,20 +96,6 @@ class InferenceApp(Starlette):
             number = uuid.uuid4()
             logger.exception("request %s: %s %s failed", number, request.method, request.url.path)
             return _refusal(RequestError(500, f"internal error, request {number}"), by_runtime=endpoint is not None)
-
-    async def _predicted(self, request: Request, model: ServedModel) -> Response:
-        headers = request.headers
-        body = await _body(request)
-        media, accept = headers.get("content-type", ""), headers.get("accept", "")
-        encoding = headers.get("content-encoding", "")
-        if len(body) <= _INLINE_BYTES and not encoding:
-            answer = model.answer(body, media, accept)
-        else:
-            loop = asyncio.get_running_loop()
-            answer = await loop.run_in_executor(self._threads, model.answer, body, media, accept, encoding)
-        if self.capture is not None:
-            self.capture.add(answer._replace(inference_id=headers.get("x-amzn-sagemaker-inference-id", "")))
-        return _response(answer.output_body, 200, answer.output_type, _identity(model))
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

@@ -29,7 +29,6 @@ from step_scripts.serving.deployment import CSV, JSON
 from step_scripts.serving.request_rows import (
     NOT_A_NUMBER,
     NOT_FINITE,
-    SOME_ROWS,
     CsvRecords,
     Layout,
     RequestError,
@@ -73,11 +72,9 @@ class FeatureParser:
         found = _FoundRows(self._rules, json_number)
         pieces, begins = (json_pieces, "[{") if media == JSON else (json_line_pieces, "\n")
         for rows, position in pieces(text, self._row_characters):
-            for start in range(0, len(rows), SOME_ROWS):
-                found.add_rows([self._json_row(row) for row in rows[start : start + SOME_ROWS]])
-                if found.enough:
-                    rest = sum(text.count(character, position) for character in begins)
-                    return found.result(rest + max(0, len(rows) - start - SOME_ROWS))
+            found.add_rows([self._json_row(row) for row in rows])
+            if found.enough:
+                return found.result(sum(text.count(character, position) for character in begins))
         return found.result()
 
     def _json_row(self, row: Any) -> Row:
@@ -109,7 +106,7 @@ class FeatureParser:
         while not records.ended and not found.enough:
             lines = records.whole_lines(_PIECE)
             if len(lines) >= _BATCH and self._batch(lines, layout, found):
-                records.skip(lines)
+                records.position, records.line = records.position + len(lines), records.line + lines.count("\n")
                 continue
             end = records.position + len(lines)
             while not records.ended and not found.enough:

@@ -17,7 +17,7 @@ from typing import Any
 from step_scripts.runner.wording import counted
 
 _MAX_SHOWN = 100  # characters of a wrong value
-SOME_ROWS = 1000  # that are looked at one by one, before it is asked whether there are problems enough
+_SOME_ROWS = 1000  # that are looked at one by one, before it is asked whether there are problems enough
 # What stands for a cell that holds no number; one that is empty is NaN. Neither is within the bounds of a column.
 NOT_FINITE, NOT_A_NUMBER = math.inf, -math.inf
 # A row is its cells in the order of the features, or the reason why it cannot be one.
@@ -73,11 +73,6 @@ class CsvRecords:
             end = self._text.rfind("\n", self.position, end) + 1
         return self._text[self.position : end]
 
-    def skip(self, lines: str) -> None:
-        """Pass over what `whole_lines` has returned."""
-        self.position += len(lines)
-        self.line += lines.count("\n")
-
     def read(self) -> list[str]:
         """The fields of the next record. Raises `RequestError` 400 where it is not CSV, or too long."""
         self._begin, first = self.position, self.line
@@ -94,7 +89,7 @@ class CsvRecords:
         return 0 if self.ended else 1 + self._text.count("\n", self.position)
 
     def _lines(self) -> Iterator[str]:
-        first = self.line = 1
+        first = self.line
         while self.position < len(self._text):
             if self.position == self._begin:
                 first = self.line
@@ -123,7 +118,7 @@ class Layout:
 def csv_rows(records: CsvRecords, layout: Layout) -> list[Row]:
     """Some of the next records. Raises `RequestError` where a line end in quotes makes several lines one bad row."""
     rows: list[Row] = []
-    while not records.ended and len(rows) < SOME_ROWS:
+    while not records.ended and len(rows) < _SOME_ROWS:
         first = records.line
         record = records.read()
         if records.line > first + 1 and (
