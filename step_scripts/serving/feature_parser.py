@@ -46,6 +46,7 @@ from step_scripts.table.spec import ColumnSpec, TableSpec
 MAX_REPORTED_PROBLEMS = 100
 _BATCH = 4096  # characters from which on Polars is faster than the CSV reader
 _PIECE = 1 << 18  # characters of CSV that are given to Polars at once
+_BETWEEN = "\x1f"  # fields, where commas may stand in them
 _ROW, _ROW_PER_COLUMN = 1 << 16, 64  # characters that a row may have, at least
 
 
@@ -117,22 +118,22 @@ class FeatureParser:
 
     def _batch(self, text: str, layout: Layout, found: _FoundRows) -> bool:
         """Add many lines at once. False, and nothing is added, if not each of them is a record of CSV by itself."""
-        lines, count = text.removesuffix("\n").split("\n"), len(self.features)
+        lines, count, between = text.removesuffix("\n").split("\n"), len(self.features), ","
+        empty = pl.Series(lines, dtype=pl.String) == ""
         if '"' in text:
+            quoted = [index for index, line in enumerate(lines) if '"' in line]
             try:
-                records = list(csv.reader(lines, strict=True))
+                records = list(csv.reader([lines[index] for index in quoted], strict=True))
             except csv.Error:
                 return False
-            if len(records) != len(lines):
+            if len(records) != len(quoted) or _BETWEEN in text:
                 return False
-            widths = np.array([len(record) for record in records])
-            fields = [field for record in records if len(record) == layout.width for field in record]
-            cells = pl.Series(fields, dtype=pl.String)
-        else:
-            series = pl.Series(lines, dtype=pl.String)
-            split = series.str.split(",")
-            widths = (split.list.len() * (series != "")).to_numpy()
-            cells = split.filter(widths == layout.width).explode()
+            lines, between = text.removesuffix("\n").replace(",", _BETWEEN).split("\n"), _BETWEEN
+            for index, record in zip(quoted, records, strict=True):
+                lines[index] = _BETWEEN.join(record)
+        fields = pl.Series(lines, dtype=pl.String).str.split(between)
+        widths = (fields.list.len() * ~empty).to_numpy()
+        cells = fields.filter(widths == layout.width).explode()
         rows = np.flatnonzero(widths == layout.width)
         cells = cells.gather((np.arange(len(rows))[:, np.newaxis] * layout.width + layout.places).ravel())
         values = cells.cast(pl.Float64, strict=False).to_numpy(writable=True)

@@ -144,7 +144,9 @@ def test_a_stray_quote_is_named_with_its_line(damaged: str, reason: str, rows: i
 
 
 def test_a_stray_quote_behind_many_lines_is_named_with_its_line() -> None:
-    assert "the body is not CSV: line 20001: ',' expected" in str(refusal((ROW + "\n") * 20_000 + ROW[:-1] + '"0"1', CSV))
+    assert "the body is not CSV: line 20001: ',' expected" in str(
+        refusal((ROW + "\n") * 20_000 + ROW[:-1] + '"0"1', CSV)
+    )
 
 
 def test_polars_panic_is_an_exception() -> None:
