@@ -45,7 +45,7 @@ from step_scripts.table.spec import ColumnSpec, TableSpec
 
 MAX_REPORTED_PROBLEMS = 100
 _BATCH = 4096  # characters from which on Polars is faster than the CSV reader
-_PIECE = 1 << 18  # characters of CSV that are given to Polars at once
+_FIRST_PIECE, _PIECE = 1 << 14, 1 << 18  # characters of CSV that are given to Polars at once; it may be the last one
 _BETWEEN = "\x1f"  # fields, where commas may stand in them
 _ROW, _ROW_PER_COLUMN = 1 << 16, 64  # characters that a row may have, at least
 
@@ -104,8 +104,9 @@ class FeatureParser:
         layout = Layout(
             len(names), self._places(names), "" if header else f"; without a header a line is {','.join(names)}"
         )
+        size = _FIRST_PIECE
         while not records.ended and not found.enough:
-            lines = records.whole_lines(_PIECE)
+            lines, size = records.whole_lines(size), _PIECE
             if len(lines) >= _BATCH and self._batch(lines, layout, found):
                 records.position, records.line = records.position + len(lines), records.line + lines.count("\n")
                 continue
