@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from step_scripts.serving.media import JSON, RequestError
+from step_scripts.serving.deployment import JSON
+from step_scripts.serving.request_rows import RequestError
 from step_scripts.serving.served_model import ServedModel, container_record, load_served_model
 
 

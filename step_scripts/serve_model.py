@@ -2,7 +2,7 @@
 
 As the local endpoint: `python -m step_scripts.serve_model --deployment <state folder>/deployment.json`. SIGHUP makes
 it read that file again, load the model it names beside the old one, and change over; if that fails, the old model stays
-and `reload.json` says why. As a SageMaker container: `python -m step_scripts.serve_model serve`, where the environment
+and `/ping` says why. As a SageMaker container: `python -m step_scripts.serve_model serve`, where the environment
 says what is served: `HOUSING_MODEL_VERSION`, and `HOUSING_MODEL_DIGEST`, which the model is checked against. SIGTERM
 ends it after the requests it has accepted.
 """
@@ -31,16 +31,14 @@ import uvloop
 from step_scripts.runner.contract import DamagedArtifactError
 from step_scripts.runner.locking import NoLocks, try_lock
 from step_scripts.serving.app import InferenceApp, RequestProtocol
-from step_scripts.serving.capture import RequestCapture
 from step_scripts.serving.deployment import (
     CAPTURE_FOLDER,
     DEPLOYMENT_FILE,
     LOCK_FILE,
     LOG_FILE,
-    RELOAD_FILE,
     SERVER_FILE,
     DeploymentRecord,
-    ReloadRecord,
+    RequestCapture,
     ServerRecord,
 )
 from step_scripts.serving.served_model import container_record, load_served_model
@@ -103,9 +101,11 @@ class ModelServer:
             loop.add_signal_handler(signal.SIGHUP, self._reload.set)
         if until_input_closes:
             loop.add_reader(_STANDARD_INPUT, stop)  # nobody writes there: it can be read when it is closed
-        tasks = [asyncio.create_task(work) for work in (self._load_first(stop), self._follow(), self._bound_output())]
+        tasks = [asyncio.create_task(work) for work in (self._follow(stop), self._bound_output())]
         if self.state is not None:
-            _record_server(self.state, host, port)
+            created, now = psutil.Process().create_time(), datetime.now(UTC)
+            process = ServerRecord(pid=os.getpid(), create_time=created, host=host, port=port, started_at=now)
+            process.write(self.state / SERVER_FILE)
         logger.info("listening on http://%s:%d", host, port)
         try:
             await server.serve(sockets=[listening])
@@ -120,13 +120,11 @@ class ModelServer:
             raise StartError(self._failure)
         logger.info("stopped")
 
-    async def _load_first(self, stop: Callable[[], None]) -> None:
+    async def _follow(self, stop: Callable[[], None]) -> None:
+        """Load the model, and at each SIGHUP change to the deployment that the file then describes."""
         self._failure = await self._load(self.record)
         if self._failure:
             stop()
-
-    async def _follow(self) -> None:
-        """At each SIGHUP, change to the deployment that the file then describes."""
         while self.state is not None:
             await self._reload.wait()
             self._reload.clear()
@@ -140,8 +138,7 @@ class ModelServer:
                 logger.error("%s was not deployed, %s keeps serving: %s", record.version, self.record.version, error)
             else:
                 self.record = record
-            outcome = ReloadRecord(deployment_id=record.deployment_id, error=error, at=datetime.now(UTC))
-            outcome.write(self.state / RELOAD_FILE)
+            self.app.refused = {"deployment_id": record.deployment_id, "error": error} if error else None
 
     async def _bound_output(self) -> None:
         """Keep the file that standard error goes to bounded: libraries write there, a native one with each panic."""
@@ -171,12 +168,7 @@ class ModelServer:
         if current is not None:
             await asyncio.to_thread(current.close)
         if record.capture is not None:
-            try:
-                capture = await asyncio.to_thread(RequestCapture, self.state / CAPTURE_FOLDER, record.capture)
-            except OSError as error:  # the endpoint serves all the same
-                logger.error("requests cannot be captured: %s", error)
-            else:
-                self.app.capture = capture
+            self.app.capture = RequestCapture(self.state / CAPTURE_FOLDER, record.capture)
 
 
 def bind(record: DeploymentRecord) -> socket.socket:
@@ -191,12 +183,6 @@ def bind(record: DeploymentRecord) -> socket.socket:
         raise StartError(f"port {record.port} of {record.host} cannot be used ({reason}); choose another") from error
 
 
-def _record_server(state: Path, host: str, port: int) -> None:
-    created = psutil.Process().create_time()
-    record = ServerRecord(pid=os.getpid(), create_time=created, host=host, port=port, started_at=datetime.now(UTC))
-    record.write(state / SERVER_FILE)
-
-
 def _log_to(handler: logging.Handler) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
@@ -204,22 +190,17 @@ def _log_to(handler: logging.Handler) -> None:
 
 
 def serve_deployment(path: Path, until_input_closes: bool) -> None:
-    """Serve what the file describes; its folder is the state folder. Raises `StartError`."""
+    """Serve what the file describes; its folder is the state folder. Raises `StartError`, `NoLocks`."""
     try:
         record = DeploymentRecord.read(path)
     except (OSError, ValueError) as error:
         raise StartError(f"{path} cannot be read: {error}") from error
     os.umask(0o077)  # whatever this process writes is for its user alone
     with (path.parent / LOCK_FILE).open("a") as lock:
-        try:
-            free = try_lock(lock.fileno(), path.parent / LOCK_FILE)
-        except NoLocks as error:
-            raise StartError(str(error)) from error
-        if not free:
+        if not try_lock(lock.fileno(), path.parent / LOCK_FILE):
             raise StartError(f"another process serves {path.parent}")
-        _log_to(
-            logging.handlers.RotatingFileHandler(path.parent / LOG_FILE, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES)
-        )
+        log = path.parent / LOG_FILE
+        _log_to(logging.handlers.RotatingFileHandler(log, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES))
         _run(ModelServer(record, path.parent), until_input_closes)
 
 
@@ -251,7 +232,7 @@ def main(arguments: list[str]) -> int:
         address = {"host": host, "port": options.port, "port_is_required": True}
         record = container_record(options.model_dir, options.endpoint_name).model_copy(update=address)
         _run(ModelServer(record, None), options.until_input_closes)
-    except (StartError, DamagedArtifactError) as error:
+    except (StartError, NoLocks, DamagedArtifactError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0

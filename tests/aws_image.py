@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from resources.aws.code_package import requirements
-from resources.model_registry.serving_container import serving_requirements
+from resources.model_registry.package_files import serving_requirements
 from step_scripts.runner.locking import file_lock
 from tests.sagemaker_emulator import Image
 

@@ -89,7 +89,8 @@ def smoke_test(artifact: Artifact, rows: int = 12, *, offset: float = 0.0) -> Sm
     """Rows with the offline predictions of the model, plus `offset`."""
     frame = house_rows(rows, seed=5)
     expected = load_model(artifact.uri).predict(frame) + offset
-    return SmokeTest(body=frame.write_csv(), expected=tuple(expected.tolist()))
+    rows = frame.write_csv(include_header=False).splitlines()
+    return SmokeTest(rows=tuple(rows), expected=tuple(expected.tolist()))
 
 
 def request(

@@ -58,11 +58,7 @@ def endpoint(
     metadata |= extra("lineage", lambda: table(lineage_rows(version, status, deployed_by=run_id)), context.log)
     metadata |= extra("costs", lambda: run_costs(instance, run_id), context.log).get("costs", {})
     metadata |= extra("run_timeline", lambda: table(run_timeline(instance, run_id)), context.log)
-    if status.smoke_test:
-        metadata |= {
-            "median_milliseconds": status.smoke_test.median_ms,
-            "slowest_milliseconds": status.smoke_test.largest_ms,
-        }
+    metadata |= status.smoke_test.latency if status.smoke_test else {}
     return dg.MaterializeResult(
         value=status,
         metadata=as_metadata(metadata),

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from resources.compute.base import table
-from resources.endpoints.base import PROBE_ID, EndpointHost, SmokeTest
+from resources.endpoints.base import PROBE_ID, Answers, EndpointHost, SmokeTest
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact
 from step_scripts.table.spec import TableSpec
@@ -28,37 +25,9 @@ RELATIVE_TOLERANCE = 1e-5
 PSI_THRESHOLD = 0.2  # of the population stability index: the customary limit above which a population counts as shifted
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What an endpoint answered to single rows, and what it should have."""
-
-    served: list[float]
-    expected: tuple[float, ...]
-    milliseconds: list[float]
-
-    @property
-    def difference(self) -> float:
-        """The largest, relative to the expected prediction."""
-        return max(abs(s - e) / max(abs(e), 1.0) for s, e in zip(self.served, self.expected, strict=True))
-
-    @property
-    def latency(self) -> dict[str, float]:
-        """As metadata."""
-        return {
-            "median_milliseconds": round(statistics.median(self.milliseconds), 3),
-            "slowest_milliseconds": round(max(self.milliseconds), 3),
-        }
-
-
 def ask(host: EndpointHost, name: str, test: SmokeTest) -> Answers:
     """Ask for each row in a request of its own. Raises `EndpointNotFound`, `InvocationFailed`."""
-    served, milliseconds = [], []
-    for row in test.body.splitlines():
-        start = time.perf_counter()
-        answer = host.invoke(name, row.encode(), "text/csv", "text/csv", inference_id=PROBE_ID)
-        milliseconds.append((time.perf_counter() - start) * 1000)
-        served.append(float(answer))
-    return Answers(served, test.expected, milliseconds)
+    return test.ask(lambda row: host.invoke(name, row, "text/csv", "text/csv", inference_id=PROBE_ID))
 
 
 def smoke_test_from(model: Artifact, rows: Artifact, count: int) -> SmokeTest:
@@ -110,7 +79,7 @@ def table_of(model: Artifact) -> TableSpec:
 def _predicted(trained: TrainedModel, frame: pl.DataFrame) -> SmokeTest:
     rows = frame.select(trained.table.features)
     return SmokeTest(
-        body=rows.write_csv(include_header=False),
+        rows=tuple(rows.write_csv(include_header=False).splitlines()),
         expected=tuple(float(value) for value in trained.predict(rows)),
         tolerance=RELATIVE_TOLERANCE,
     )

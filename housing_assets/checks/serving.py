@@ -6,7 +6,7 @@ notification when they fail, not one at every evaluation. A failed health check 
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dagster as dg
 
@@ -27,6 +27,7 @@ from housing_assets.checks.comparisons import (
 from housing_assets.config import EndpointConfig
 from housing_assets.settings import Settings
 from resources.endpoints.base import EndpointHost, EndpointNotFound, EndpointStatus, InvocationFailed
+from resources.endpoints.captured_files import CapturedRows
 from resources.model_registry.base import ModelRegistry, ModelVersionNotFound, RegistryDamaged
 from resources.references.evidence import Judged
 from resources.references.types import SplitRef
@@ -34,9 +35,6 @@ from resources.services.notifier import Notifier
 from resources.services.optional import attempt
 from step_scripts.runner.wording import counted
 from step_scripts.table.spec import TableSpec
-
-if TYPE_CHECKING:
-    from step_scripts.serving.capture import CapturedRows
 
 HEALTH_CHECK, DRIFT_CHECK = "endpoint_health", "prediction_drift"
 REMEDIES = {
@@ -82,29 +80,23 @@ def serves_offline_predictions(
     """
 
     def judge(status: EndpointStatus | None) -> dg.AssetCheckResult:
-        return _served(status or endpoint, test_split, endpoint_host, model_registry)
+        served = status or endpoint
+        test = smoke_test_from(model_registry.get(*_parts(served.version)).artifact, test_split.rows, ROWS)
+        answers = ask(endpoint_host, served.name, test)
+        rows, difference = len(answers.rows), max(answers.differences)
+        return dg.AssetCheckResult(
+            passed=difference <= test.tolerance,
+            description=f"largest relative difference {difference:.1e} over {counted(rows, 'row')}",
+            metadata={
+                "model_version": served.version,
+                "rows": rows,
+                "largest_relative_difference": difference,
+                "threshold": test.tolerance,
+                **answers.latency,
+            },
+        )
 
     return unless_redeployed(endpoint.name, endpoint_host, judge)
-
-
-def _served(
-    endpoint: EndpointStatus, test_split: SplitRef, endpoint_host: EndpointHost, model_registry: ModelRegistry
-) -> dg.AssetCheckResult:
-    group, _, number = endpoint.version.rpartition("/")
-    test = smoke_test_from(model_registry.get(group, int(number)).artifact, test_split.rows, ROWS)
-    answers = ask(endpoint_host, endpoint.name, test)
-    rows = len(answers.served)
-    return dg.AssetCheckResult(
-        passed=answers.difference <= test.tolerance,
-        description=f"largest relative difference {answers.difference:.1e} over {counted(rows, 'row')}",
-        metadata={
-            "model_version": endpoint.version,
-            "rows": rows,
-            "largest_relative_difference": answers.difference,
-            "threshold": test.tolerance,
-            **answers.latency,
-        },
-    )
 
 
 @blocking_check(asset="endpoint", name=HEALTH_CHECK, judged=_looked_at)
@@ -119,11 +111,7 @@ def endpoint_health(
     A warning if another version has been approved since and waits to be deployed.
     """
     name = endpoint_name(context.instance, endpoint_host)
-
-    def judge(status: EndpointStatus | None) -> dg.AssetCheckResult:
-        return health(name, status, endpoint_host, model_registry)
-
-    result = unless_redeployed(name, endpoint_host, judge)
+    result = unless_redeployed(name, endpoint_host, lambda status: health(name, status, endpoint_host, model_registry))
     return _notified(result, HEALTH_CHECK, context, notifier)
 
 
@@ -202,8 +190,8 @@ def health(
         answers = ask(endpoint_host, name, typical_test(version.artifact, _PROBES))
     except (EndpointNotFound, InvocationFailed) as error:
         return _ill(f"{name} does not answer a typical row (look into its log): {error}", facts)
-    facts |= {"requests": _PROBES, **answers.latency, "relative_difference": answers.difference}
-    if answers.difference > RELATIVE_TOLERANCE:
+    facts |= {"requests": _PROBES, **answers.latency, "relative_difference": max(answers.differences)}
+    if max(answers.differences) > RELATIVE_TOLERANCE:
         wrong = f"{name} predicts {answers.served[-1]!r} where {status.version} predicts {answers.expected[-1]!r}"
         return _ill(wrong, facts)
     if version.status != "Approved":
@@ -245,11 +233,7 @@ def drift(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry)
     since = max(status.deployed_at, datetime.now(UTC) - timedelta(days=_SETTINGS.drift_days))
     read: list[CapturedRows | None] = []
     if problem := attempt(lambda: read.append(endpoint_host.captured(name, table, since, _MOST_ROWS))):
-        return dg.AssetCheckResult(
-            passed=False,
-            severity=dg.AssetCheckSeverity.WARN,
-            description=f"captured requests cannot be read: {problem}",
-        )
+        return _ill(f"captured requests cannot be read: {problem}", {}, dg.AssetCheckSeverity.WARN)
     rows = read[0]
     if rows is None:
         return dg.AssetCheckResult(passed=True, description="requests are not captured (HOUSING_DATA_CAPTURE=on)")
@@ -272,7 +256,7 @@ def drift(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry)
     return stability_result(found, version.reference, facts)
 
 
-def _indices(known: dict[str, Any], rows: "CapturedRows", table: TableSpec) -> dict[str, float]:
+def _indices(known: dict[str, Any], rows: CapturedRows, table: TableSpec) -> dict[str, float]:
     """Population stability index of each feature; of the predictions, against the target."""
     from step_scripts.table.distributions import distribution_of
 

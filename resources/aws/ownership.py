@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from resources.aws.calls import is_missing, pages
+from resources.aws.calls import if_found, pages
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -48,14 +48,8 @@ def belongs_to(tags: Mapping[str, str], root: str) -> bool:
 
 def tags_of(client: Any, arn: str) -> dict[str, str]:
     """All tags of a SageMaker resource; none if it does not exist."""
-    from botocore.exceptions import ClientError
-
-    try:
-        return {tag["Key"]: tag["Value"] for tag in pages(client, "list_tags", "Tags", ResourceArn=arn)}
-    except ClientError as error:
-        if is_missing(error):
-            return {}
-        raise
+    found = if_found(lambda: [*pages(client, "list_tags", "Tags", ResourceArn=arn)])
+    return {tag["Key"]: tag["Value"] for tag in found or []}
 
 
 def created_here(

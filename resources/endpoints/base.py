@@ -8,21 +8,19 @@ import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from resources.endpoints.captured_files import CapturedFile, captured_below, remove_captured
+from resources.endpoints.captured_files import CapturedFile, CapturedRows, read_captured, remove_captured
 from resources.inventory import OwnedItem
-from resources.model_registry.base import ModelVersion
+from resources.model_registry.base import ModelVersion, check_name
 from step_scripts.runner.wording import counted
 from step_scripts.serving.deployment import CaptureCounts
 from step_scripts.table.spec import TableSpec
-
-if TYPE_CHECKING:
-    from step_scripts.serving.capture import CapturedRows
 
 # The inference id of this project's own test requests: they are not part of the traffic that is watched.
 PROBE_ID = "housing-assets-probe"
@@ -55,21 +53,43 @@ class SmokeTestFailed(ValueError):
 
 
 class SmokeTestResult(BaseModel):
-    """Figures of a passed smoke test. Latencies are of requests of one row, in milliseconds."""
+    """Figures of a passed smoke test. `latency`: of requests of one row, as metadata."""
 
     model_config = ConfigDict(frozen=True)
 
     rows: int
-    largest_difference: float
-    batch_ms: float
-    requests: int
-    median_ms: float
-    largest_ms: float
+    largest_difference: float = Field(description="Relative to the expected prediction.")
+    latency: dict[str, float] = {}
 
     def of(self, version: str) -> str:
         """The figures as a line for a log."""
-        figures = f"largest difference {self.largest_difference:g}, {self.median_ms:g} ms a row"
+        median = self.latency["median_milliseconds"]
+        figures = f"largest relative difference {self.largest_difference:g}, {median:g} ms a row"
         return f"Smoke test of {version}: {counted(self.rows, 'row')}, {figures}."
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What an endpoint answered to rows, and what it should have. `milliseconds`: how long each request took."""
+
+    rows: Sequence[str]
+    expected: Sequence[float]
+    served: Sequence[float]
+    milliseconds: Sequence[float]
+
+    @property
+    def differences(self) -> list[float]:
+        """Relative to the expected predictions, or to 1 where those are smaller; infinite where none was served."""
+        pairs = zip(self.served, self.expected, strict=True)
+        return [abs(s - e) / max(abs(e), 1.0) if math.isfinite(s) else math.inf for s, e in pairs]
+
+    @property
+    def latency(self) -> dict[str, float]:
+        """As metadata."""
+        return {
+            "median_milliseconds": round(statistics.median(self.milliseconds), 3),
+            "slowest_milliseconds": round(max(self.milliseconds), 3),
+        }
 
 
 class SmokeTest(BaseModel):
@@ -81,70 +101,52 @@ class SmokeTest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    body: str = Field(description="CSV of raw rows, with or without a header line.")
+    rows: tuple[str, ...] = Field(description="Raw rows, each a line of CSV.")
     expected: tuple[float, ...] = Field(min_length=1)
     tolerance: float = Field(default=1e-6, ge=0)
 
     @model_validator(mode="after")
-    def _one_line_a_prediction(self) -> SmokeTest:
-        if len(self._lines) - len(self.expected) not in (0, 1):
-            raise ValueError(
-                f"{counted(len(self.expected), 'expected prediction')} for {counted(len(self._lines), 'line')} of CSV"
-            )
+    def _one_row_a_prediction(self) -> SmokeTest:
+        if len(self.rows) != len(self.expected):
+            rows = counted(len(self.rows), "row")
+            raise ValueError(f"{counted(len(self.expected), 'expected prediction')} for {rows}")
         return self
 
-    @property
-    def _lines(self) -> Sequence[str]:
-        return self.body.strip("\r\n").splitlines()
-
-    def run(self, invoke: Callable[[bytes], bytes]) -> SmokeTestResult:
-        """Have all rows predicted at once, then up to 20 of them singly. Raises `SmokeTestFailed`.
+    def ask(self, invoke: Callable[[bytes], bytes], most: int | None = None) -> Answers:
+        """Ask for the rows, `most` of them, in a request of its own each.
 
         `invoke` sends CSV to the endpoint and returns its answer, CSV.
         """
-
-        def predict(body: str) -> list[float]:
-            return [float(line) for line in invoke(body.encode()).split()]
-
-        lines = self._lines
-        header = [lines[0]] if len(lines) > len(self.expected) else []
-        rows = lines[len(header) :]
-        start = time.perf_counter()
-        served = predict(self.body)
-        batch_seconds = time.perf_counter() - start
-        largest = self._compare(served, self.expected, rows)
-        seconds = []
-        for row, expected in list(zip(rows, self.expected, strict=True))[:_SINGLE_REQUESTS]:
+        rows, served, milliseconds = self.rows[:most], [], []
+        for row in rows:
             start = time.perf_counter()
-            served = predict("\n".join([*header, row]))
-            seconds.append(time.perf_counter() - start)
-            largest = max(largest, self._compare(served, [expected], [row]))
-        return SmokeTestResult(
-            rows=len(rows),
-            largest_difference=largest,
-            batch_ms=round(batch_seconds * 1e3, 3),
-            requests=len(seconds),
-            median_ms=round(statistics.median(seconds) * 1e3, 3),
-            largest_ms=round(max(seconds) * 1e3, 3),
-        )
+            answer = invoke(row.encode())
+            milliseconds.append((time.perf_counter() - start) * 1e3)
+            served += [float(line) for line in answer.split()]
+        return Answers(rows, self.expected[:most], served, milliseconds)
 
-    def _compare(self, served: Sequence[float], expected: Sequence[float], rows: Sequence[str]) -> float:
+    def run(self, invoke: Callable[[bytes], bytes]) -> SmokeTestResult:
+        """Have all rows predicted at once, then up to 20 of them singly. Raises `SmokeTestFailed`."""
+        served = [float(line) for line in invoke("\n".join(self.rows).encode()).split()]
+        largest = self._compare(Answers(self.rows, self.expected, served, ()))
+        singly = self.ask(invoke, _SINGLE_REQUESTS)
+        largest = max(largest, self._compare(singly))
+        return SmokeTestResult(rows=len(self.rows), largest_difference=largest, latency=singly.latency)
+
+    def _compare(self, answers: Answers) -> float:
+        """The largest difference. Raises `SmokeTestFailed` if one is too large."""
+        served, expected = answers.served, answers.expected
         if len(served) != len(expected):
-            raise SmokeTestFailed(
-                f"smoke test: {counted(len(served), 'prediction')} for {counted(len(expected), 'row')}"
-            )
-        wrong = [
-            (row, is_, should)
-            for row, is_, should in zip(rows, served, expected, strict=True)
-            if not math.isfinite(is_) or abs(is_ - should) > self.tolerance * max(1.0, abs(should))
-        ]
-        if wrong:
-            row, is_, should = wrong[0]
+            predictions = counted(len(served), "prediction")
+            raise SmokeTestFailed(f"smoke test: {predictions} for {counted(len(expected), 'row')}")
+        differences = answers.differences
+        if wrong := [row for row, difference in enumerate(differences) if difference > self.tolerance]:
+            first = wrong[0]
             raise SmokeTestFailed(
                 f"smoke test: {len(wrong)} of {counted(len(expected), 'prediction')} differ from the offline ones; "
-                f"the first: {is_!r} instead of {should!r} for {row}"
+                f"the first: {served[first]!r} instead of {expected[first]!r} for {answers.rows[first]}"
             )
-        return max((abs(is_ - should) for is_, should in zip(served, expected, strict=True)), default=0.0)
+        return max(differences)
 
 
 class EndpointStatus(BaseModel):
@@ -168,30 +170,31 @@ class EndpointStatus(BaseModel):
     )
 
 
-def require_approved(version: ModelVersion) -> None:
-    """Raises `VersionNotApproved` with how to approve."""
-    if version.status == "Approved":
-        return
-    last = version.status_history[-1]
-    raise VersionNotApproved(
-        f"model version {version.reference} is {version.status} ({last.who}: {last.why}), only approved versions are "
-        f"deployed. Approve it in the model registry: set_status({version.group!r}, {version.version}, 'Approved', "
-        "who=..., why=...)."
-    )
-
-
 class EndpointHost(dg.ConfigurableResource, ABC):
     """Serves models over HTTP. Assets depend on this type; the deployment picks the implementation."""
 
     default_name: str = Field(default="housing", description="Endpoint of a deployment that names no other.")
     root: str = Field(description="Below it the host keeps its files.")
 
-    @abstractmethod
     def deploy(self, name: str, version: ModelVersion, smoke_test: SmokeTest, log: logging.Logger) -> EndpointStatus:
         """Serve `version` as `name`, without dropping requests if another version is being served.
 
-        Raises `VersionNotApproved`, or `EndpointDeploymentFailed`, in which case what was served before still is.
+        A version that is served already, in the same way, is only tested. Raises `VersionNotApproved`, or
+        `EndpointDeploymentFailed`, in which case what was served before still is.
         """
+        check_name(name, "an endpoint")
+        if version.status == "Approved":
+            return self._deploy(name, version, smoke_test, log)
+        last = version.status_history[-1]
+        raise VersionNotApproved(
+            f"model version {version.reference} is {version.status} ({last.who}: {last.why}), only approved versions "
+            f"are deployed. Approve it in the model registry: set_status({version.group!r}, {version.version}, "
+            "'Approved', who=..., why=...)."
+        )
+
+    @abstractmethod
+    def _deploy(self, name: str, version: ModelVersion, smoke_test: SmokeTest, log: logging.Logger) -> EndpointStatus:
+        """See `deploy`. The version is approved."""
 
     @abstractmethod
     def describe(self, name: str) -> EndpointStatus | None:
@@ -222,30 +225,24 @@ class EndpointHost(dg.ConfigurableResource, ABC):
     def _names(self) -> Sequence[str]:
         """What may be the name of an endpoint of this host."""
 
-    @abstractmethod
-    def _capture_folders(self) -> Sequence[str]:
-        """Folders of captured requests that are this host's own, one an endpoint, also of endpoints that are gone."""
-
     @property
     @abstractmethod
     def _captured(self) -> str:
-        """What those folders are below."""
+        """What the captured requests of all endpoints are below."""
+
+    @abstractmethod
+    def captured_files(self) -> Sequence[CapturedFile]:
+        """Files of captured requests below this host's root, also of endpoints that are gone."""
 
     def captured(self, name: str, table: TableSpec, since: datetime, limit: int) -> CapturedRows | None:
         """Raw features and predictions of at most `limit` rows, of the latest captured requests since that time.
 
         None: there is no such endpoint, or its requests are not captured.
         """
-        from step_scripts.serving.capture import read_captured
-
         status = self.describe(name)
         if status is None or status.capture_uri is None:
             return None
         return read_captured(status.capture_uri, table, since, limit, without=PROBE_ID)
-
-    def captured_files(self) -> Sequence[CapturedFile]:
-        """Files of captured requests below this host's root, also of endpoints that are gone."""
-        return [file for folder in self._capture_folders() for file in captured_below(folder)]
 
     def remove_captured(self, files: Sequence[CapturedFile]) -> None:
         """Remove some of them; missing files are ignored. Raises `NotOwned` for what is another's."""

@@ -7,7 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -15,9 +15,11 @@ from typing import Any
 from resources.aws.calls import already_exists, error_code, error_message, if_found, pages
 from resources.aws.ownership import belongs_to, created_here, is_ours, tags_of
 from resources.aws.request_validation import check_request
-from resources.endpoints.base import EndpointDeploymentFailed
-from resources.endpoints.endpoint_requests import CANDIDATE, ENDPOINT_TAG, ROLE_TAG, VERSION_TAG, name_prefix
+from resources.endpoints.base import EndpointDeploymentFailed, EndpointNotFound, InvocationFailed
+from resources.endpoints.endpoint_requests import CANDIDATE, Tag, name_prefix
 from resources.inventory import ItemKind, NotOwned, OwnedItem
+from resources.model_registry.base import ModelVersion
+from resources.model_registry.model_packages import find_package
 from resources.waiting import wait_until
 
 MOVING = ("Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting")
@@ -25,6 +27,7 @@ BROKEN = ("Failed", "OutOfService")
 MEMBERS: dict[ItemKind, str] = {"endpoint": "Endpoint", "endpoint_config": "EndpointConfig", "model": "Model"}
 _PART = re.compile(r".+-[0-9a-f]{12}")  # names that `part_name` makes; only of these the tags are asked for
 _LOG_LINES = 15
+_SHOWN = 2000  # characters of an answer in an error
 _CONSISTENCY_SECONDS = 30.0  # SageMaker may not find for a moment what has just been created
 
 
@@ -32,19 +35,11 @@ _CONSISTENCY_SECONDS = 30.0  # SageMaker may not find for a moment what has just
 class FoundEndpoint:
     """An endpoint as DescribeEndpoint has it, its tags, and those of the configuration that it serves with."""
 
+    status: str
+    config: str
     description: Mapping[str, Any]
     tags: Mapping[str, str]
-    config_tags: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def status(self) -> str:
-        """SageMaker's status."""
-        return self.description["EndpointStatus"]
-
-    @property
-    def config(self) -> str:
-        """Name of the configuration."""
-        return self.description["EndpointConfigName"]
+    config_tags: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -53,6 +48,7 @@ class EndpointParts:
 
     client: Any
     logs: Any
+    runtime: Any
     poll_seconds: float
 
     def describe(self, kind: ItemKind, name: str) -> dict[str, Any] | None:
@@ -69,18 +65,27 @@ class EndpointParts:
         described = self.describe("endpoint", name)
         if described is None:
             return None
-        tags = tags_of(self.client, described["EndpointArn"])
-        config_tags = self.tags("endpoint_config", described["EndpointConfigName"]) if is_ours(tags) else {}
-        return FoundEndpoint(described, tags, config_tags)
+        tags, config = tags_of(self.client, described["EndpointArn"]), described["EndpointConfigName"]
+        config_tags = self.tags("endpoint_config", config) if is_ours(tags) else {}
+        return FoundEndpoint(described["EndpointStatus"], config, described, tags, config_tags)
 
     def find_ours(self, name: str) -> FoundEndpoint | None:
         """The endpoint, if this project created it and it is no candidate."""
         found = self.find(name)
-        return found if found and is_ours(found.tags) and found.tags.get(ROLE_TAG) != CANDIDATE else None
+        return found if found and is_ours(found.tags) and found.tags.get(Tag.ROLE) != CANDIDATE else None
 
-    def names(self) -> list[str]:
-        """Names of all endpoints, whoever created them."""
-        return sorted(item["EndpointName"] for item in pages(self.client, "list_endpoints", "Endpoints"))
+    def container(self, version: ModelVersion, image: str | None) -> dict[str, Any]:
+        """The container that serves the version. Raises `EndpointDeploymentFailed` if SageMaker does not know it."""
+        package = find_package(self.client, version.group, version.version)
+        if package is None:
+            region = self.client.meta.region_name
+            raise EndpointDeploymentFailed(
+                f"SageMaker's model registry has no {version.reference} in {region}: register it there"
+            )
+        if not image:
+            return {"ModelPackageName": package["ModelPackageArn"]}
+        archive = package["InferenceSpecification"]["Containers"][0]["ModelDataUrl"]
+        return {"Image": image, "ModelDataUrl": archive}
 
     def create(self, kind: ItemKind, request: Mapping[str, Any]) -> str:
         """Create it; what has that name and was created by this project is used as it is. Returns the name."""
@@ -172,8 +177,9 @@ class EndpointParts:
         """
         configs, needed = [], set[str]()
         for name, tags in self.made_for(endpoint, "endpoint_config"):
-            if name in keep_configs or (tags.get(ROLE_TAG) == CANDIDATE and not candidates):
-                needed |= self._models_of(name)
+            if name in keep_configs or (tags.get(Tag.ROLE) == CANDIDATE and not candidates):
+                described = self.describe("endpoint_config", name) or {}
+                needed |= {v["ModelName"] for v in described.get("ProductionVariants", []) if "ModelName" in v}
             else:
                 configs.append(name)
                 self.delete("endpoint_config", name)
@@ -185,7 +191,7 @@ class EndpointParts:
     def delete_candidates(self, endpoint: str, seconds: float, log: logging.Logger, *, older_than: float) -> None:
         """Remove candidates of the endpoint that interrupted deployments left, if they are `older_than` seconds."""
         for name, tags in self.made_for(endpoint, "endpoint"):
-            found = self.find(name) if tags.get(ROLE_TAG) == CANDIDATE else None
+            found = self.find(name) if tags.get(Tag.ROLE) == CANDIDATE else None
             if found is not None and time.time() - found.description["CreationTime"].timestamp() >= older_than:
                 log.info(f"Removing endpoint {name}, which an earlier deployment left.")
                 self.delete_endpoint(name, seconds, log)
@@ -197,12 +203,8 @@ class EndpointParts:
         # All are listed before anything is removed, which would shift the pages. Others' names may begin like these.
         for item in [*pages(self.client, f"list_{kind}s", f"{member}s", NameContains=name_prefix(endpoint))]:
             tags = tags_of(self.client, item[f"{member}Arn"])
-            if is_ours(tags) and tags.get(ENDPOINT_TAG) == endpoint:
+            if is_ours(tags) and tags.get(Tag.ENDPOINT) == endpoint:
                 yield item[f"{member}Name"], tags
-
-    def _models_of(self, config: str) -> set[str]:
-        found = self.describe("endpoint_config", config) or {}
-        return {variant["ModelName"] for variant in found.get("ProductionVariants", []) if "ModelName" in variant}
 
     def items(self, kind: ItemKind, root: str) -> Iterator[OwnedItem]:
         """Everything of the kind that carries the tag of `root`, candidates too."""
@@ -213,8 +215,8 @@ class EndpointParts:
 
         listed = created_here(self.client, f"list_{kind}s", f"{member}s", f"{member}Arn", root, may_be_ours)
         for found, tags in listed:
-            endpoint, version = tags.get(ENDPOINT_TAG), tags.get(VERSION_TAG, "")
-            temporary = is_endpoint and tags.get(ROLE_TAG) == CANDIDATE
+            endpoint, version = tags.get(Tag.ENDPOINT), tags.get(Tag.VERSION, "")
+            temporary = is_endpoint and tags.get(Tag.ROLE) == CANDIDATE
             what = f"candidate for {endpoint}" if temporary else "serves"
             yield OwnedItem(
                 kind=kind,
@@ -236,6 +238,34 @@ class EndpointParts:
             self.delete_endpoint(item.name, seconds, log)
         else:
             self.delete(kind, item.name)
+
+    def send(self, name: str, body: bytes, content_type: str, accept: str, inference_id: str | None) -> bytes:
+        """The answer of the endpoint, whoever created it.
+
+        Raises `EndpointNotFound`, or `InvocationFailed` with the container's answer.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        given: dict[str, Any] = {"EndpointName": name, "Body": body, "ContentType": content_type, "Accept": accept}
+        if inference_id:
+            given["InferenceId"] = inference_id
+        try:
+            return self.runtime.invoke_endpoint(**given)["Body"].read()
+        except ClientError as error:
+            code, text = error_code(error), error_message(error)
+            if code == "ValidationError" and "not found" in text:
+                raise EndpointNotFound(text) from error
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+            what = f": {code}:"
+            if code == "ModelError":  # the container answered, with an error
+                status = error.response.get("OriginalStatusCode", 500)
+                text = str(error.response.get("OriginalMessage") or text)
+                what = f" answered {status}:"
+            raise InvocationFailed(
+                f"endpoint {name}{what} {text[:_SHOWN]}", status=int(status), body=text.encode()
+            ) from error
+        except BotoCoreError as error:
+            raise InvocationFailed(f"endpoint {name} does not answer: {error}", status=504, body=b"") from error
 
     def log_tail(self, name: str, since: datetime) -> str:
         """The last lines of the containers that started after `since`, for an error; empty if there are none."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 from abc import ABC
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import Any, Self
 
 import dagster as dg
@@ -19,20 +20,26 @@ from resources.aws.ownership import owned, root_tags
 from resources.aws.request_validation import check_request
 from resources.endpoints.base import EndpointHost
 from resources.model_registry.base import ModelVersion
-from resources.model_registry.serving_container import DIGEST_VARIABLE, VERSION_VARIABLE
+from resources.model_registry.package_files import DIGEST_VARIABLE, VERSION_VARIABLE
 
 _VARIANT = "AllTraffic"
 _CAPTURED = "captured"  # folder of captured requests below the host's root
-# Tags: the endpoint that something was created for, what it is there, and what it holds.
-ENDPOINT_TAG = "housing-assets:endpoint"
-ROLE_TAG = "housing-assets:role"
-VERSION_TAG, DIGEST_TAG = "housing-assets:model-version", "housing-assets:model-digest"
-PREVIOUS_VERSION_TAG, PREVIOUS_CONFIG_TAG = "housing-assets:previous-version", "housing-assets:previous-config"
-# The configuration of the last deployment that was seen to its end, and when that was.
-CONFIG_TAG, DEPLOYED_TAG = "housing-assets:config", "housing-assets:deployed-at"
 _SMALLEST_LINEAR_STEP = 10  # percent
 CANDIDATE, SERVING = "candidate", "serving"
 _NAME_PART = 40  # of an endpoint's name in the names of its parts, which have at most 63 characters
+
+
+class Tag(StrEnum):
+    """Tags of endpoints and of their parts."""
+
+    ENDPOINT = "housing-assets:endpoint"  # that something was created for
+    ROLE = "housing-assets:role"
+    VERSION = "housing-assets:model-version"
+    DIGEST = "housing-assets:model-digest"
+    PREVIOUS_VERSION = "housing-assets:previous-version"
+    PREVIOUS_CONFIG = "housing-assets:previous-config"
+    CONFIG = "housing-assets:config"  # of the last deployment that was seen to its end
+    DEPLOYED = "housing-assets:deployed-at"  # when that was
 
 
 class Serverless(dg.Config):
@@ -253,8 +260,8 @@ class EndpointRequests(EndpointHost, ABC):
 
     def tags_for(self, endpoint: str, version: ModelVersion, role: str) -> list[dict[str, str]]:
         """Tags of a model, an endpoint configuration or a candidate endpoint made for `version`."""
-        holds = {VERSION_TAG: version.reference, DIGEST_TAG: version.artifact.digest}
-        return self.owned({ENDPOINT_TAG: endpoint, ROLE_TAG: role, **holds})
+        holds = {Tag.VERSION: version.reference, Tag.DIGEST: version.artifact.digest}
+        return self.owned({Tag.ENDPOINT: endpoint, Tag.ROLE: role, **holds})
 
     def owned(self, own: Mapping[str, str]) -> list[dict[str, str]]:
         """Tags as the API takes them, with those of everything that this host creates."""
@@ -264,11 +271,6 @@ class EndpointRequests(EndpointHost, ABC):
     def update_seconds(self) -> float:
         """How long a change may take, with the waits of `traffic`."""
         return self.update_timeout_seconds + self.traffic.seconds
-
-    @property
-    def deployment_config(self) -> dict[str, Any] | None:
-        """The `DeploymentConfig` of updates; serverless endpoints have none."""
-        return None if self.serverless else self.traffic.request()
 
     @property
     def _captured(self) -> str:

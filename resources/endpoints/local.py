@@ -18,6 +18,7 @@ from pathlib import Path
 import dagster as dg
 from pydantic import Field
 
+from resources.endpoints import server_process as servers
 from resources.endpoints.base import (
     EndpointDeploymentFailed,
     EndpointHost,
@@ -25,27 +26,18 @@ from resources.endpoints.base import (
     InvocationFailed,
     SmokeTest,
     SmokeTestFailed,
-    require_approved,
 )
+from resources.endpoints.captured_files import CapturedFile, captured_below
 from resources.endpoints.local_rollout import LocalRollout, read_deployment
-from resources.endpoints.server_process import (
-    ServerUnreachable,
-    end_process,
-    end_server,
-    find_server,
-    invoke_server,
-    log_tail,
-    orphan_servers,
-    ping,
-)
 from resources.inventory import NotOwned, OwnedItem, discarded_items, remove_discarded
 from resources.model_registry.base import NAME, ModelVersion, check_name
 from step_scripts.runner.contract import DamagedArtifactError
 from step_scripts.runner.local_files import discard_folder, private_folder
 from step_scripts.runner.locking import file_lock
+from step_scripts.runner.processes import end_processes
 from step_scripts.serving.deployment import CAPTURE_FOLDER, DEPLOYMENT_FILE, CaptureCounts
 
-_FAILURES = (ServerUnreachable, SmokeTestFailed, InvocationFailed, DamagedArtifactError, TimeoutError)
+_FAILURES = (servers.ServerUnreachable, SmokeTestFailed, InvocationFailed, DamagedArtifactError, TimeoutError)
 
 
 class LocalDataCapture(dg.Config):
@@ -71,9 +63,7 @@ class LocalEndpointHost(EndpointHost):
     stop_timeout_seconds: float = Field(default=30.0, gt=0, description="After that a server is ended by force.")
     lock_timeout_seconds: float = Field(default=180.0, gt=0, description="How long to wait for another deployment.")
 
-    def deploy(self, name: str, version: ModelVersion, smoke_test: SmokeTest, log: logging.Logger) -> EndpointStatus:
-        """See `EndpointHost.deploy`. A version that is served already is only tested."""
-        require_approved(version)
+    def _deploy(self, name: str, version: ModelVersion, smoke_test: SmokeTest, log: logging.Logger) -> EndpointStatus:
         folder = self.folder(name)
         with self._locked(name, f"deploying to endpoint {name}"):
             made = not folder.exists()
@@ -82,10 +72,10 @@ class LocalEndpointHost(EndpointHost):
                 result = LocalRollout(self, name, version, smoke_test, log).run()
                 status = self.describe(name)
                 if status is None or status.state != "InService":
-                    raise ServerUnreachable(f"the server of endpoint {name} ended after its smoke test")
+                    raise servers.ServerUnreachable(f"the server of endpoint {name} ended after its smoke test")
                 return status.model_copy(update={"smoke_test": result})
             except _FAILURES as error:
-                reason = f"{error}\nLog of the server ({folder}):\n{log_tail(folder)}"
+                reason = f"{error}\nLog of the server ({folder}):\n{servers.log_tail(folder)}"
                 raise self._not_deployed(name, version, reason) from error
             finally:
                 if made and not (folder / DEPLOYMENT_FILE).exists():
@@ -97,8 +87,8 @@ class LocalEndpointHost(EndpointHost):
         record = read_deployment(folder)
         if record is None:
             return None
-        server = find_server(folder)
-        served = ping(server) if server else None
+        server = servers.find_server(folder)
+        served = servers.ping(server) if server else None
         return EndpointStatus(
             name=name,
             state="InService" if served else "OutOfService",
@@ -117,27 +107,27 @@ class LocalEndpointHost(EndpointHost):
         self, name: str, body: bytes, content_type: str, accept: str = "*/*", inference_id: str | None = None
     ) -> bytes:
         """See `EndpointHost.invoke`."""
-        if (server := find_server(self.folder(name))) is None:
+        if (server := servers.find_server(self.folder(name))) is None:
             raise self._not_served(name)
-        return invoke_server(server, name, body, content_type, accept, inference_id)
+        return servers.invoke_server(server, name, body, content_type, accept, inference_id)
 
     def delete(self, name: str) -> None:
         """See `EndpointHost.delete`."""
         with self._locked(name, f"deleting endpoint {name}"):
-            end_server(self.folder(name), self.stop_timeout_seconds)
+            servers.end_server(self.folder(name), self.stop_timeout_seconds)
             discard_folder(self.folder(name))
 
     def stop(self, name: str) -> bool:
         """End the serving process, keep the endpoint: its next deployment uses the same port. False if none ran."""
         with self._locked(name, f"stopping endpoint {name}"):
-            return end_server(self.folder(name), self.stop_timeout_seconds)
+            return servers.end_server(self.folder(name), self.stop_timeout_seconds)
 
     def inventory(self) -> Sequence[OwnedItem]:
         """See `EndpointHost.inventory`; with servers whose state folder is gone."""
         items = [item for name in self._names() if (item := self._item(name)) is not None]
         items += discarded_items(self.root, "endpoint")
         known = {item.name for item in items}
-        for name, process in orphan_servers(Path(self._captured)):
+        for name, process in servers.orphan_servers(Path(self._captured)):
             if name in known or not NAME.fullmatch(name):
                 continue
             item = OwnedItem(kind="endpoint", name=name, location=str(self.folder(name)), temporary=True)
@@ -155,9 +145,9 @@ class LocalEndpointHost(EndpointHost):
             raise NotOwned(f"{item.location} is no endpoint of this host ({self.root})")
         if not item.temporary:
             self.delete(item.name)
-        for name, process in orphan_servers(Path(self._captured)):
+        for name, process in servers.orphan_servers(Path(self._captured)):
             if name == item.name:
-                end_process(process)
+                end_processes([process], 10.0)
 
     def _item(self, name: str) -> OwnedItem | None:
         location = str(self.folder(name))
@@ -187,9 +177,9 @@ class LocalEndpointHost(EndpointHost):
     def _captured(self) -> str:
         return str(Path(self.root).absolute())
 
-    def _capture_folders(self) -> Sequence[str]:
-        """The serving process bounds the size of their files itself, but not their age."""
-        return [str(self.folder(name) / CAPTURE_FOLDER) for name in self._names()]
+    def captured_files(self) -> Sequence[CapturedFile]:
+        """See `EndpointHost.captured_files`. The serving process bounds their size itself, but not their age."""
+        return captured_below(self._captured, f"/{CAPTURE_FOLDER}")
 
 
 def main(arguments: Sequence[str]) -> int:

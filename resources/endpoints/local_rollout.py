@@ -11,19 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from resources.endpoints import server_process as servers
 from resources.endpoints.base import PROBE_ID, EndpointDeploymentFailed, SmokeTest, SmokeTestResult
-from resources.endpoints.server_process import (
-    ServerUnreachable,
-    candidate,
-    end_server,
-    find_server,
-    invoke_server,
-    log_tail,
-    ping,
-    reload_server,
-    start_detached,
-    wait_until_serving,
-)
 from resources.model_registry.base import ModelVersion
 from step_scripts.runner.contract import check_files
 from step_scripts.runner.local_files import private_folder
@@ -56,13 +45,13 @@ class LocalRollout:
         self.log = log
         self.capture = CaptureSettings(**host.data_capture.model_dump()) if host.data_capture else None
         self.previous = read_deployment(self.folder)
-        self.server = find_server(self.folder)
+        self.server = servers.find_server(self.folder)
 
     def run(self) -> SmokeTestResult:
         """Have the version served; returns its smoke test. If that fails, what was served before is served again."""
         check_files(self.version.artifact, "all")
         previous, server = self.previous, self.server
-        served = ping(server) if server else None
+        served = servers.ping(server) if server else None
         if previous and server and not served:
             self.log.warning(
                 f"The server of endpoint {self.name} (process {server.pid}) does not answer: it is replaced."
@@ -129,10 +118,10 @@ class LocalRollout:
         try:
             unlisted = record.model_copy(update={"port": 0, "port_is_required": False, "capture": None})
             unlisted.write(trial / DEPLOYMENT_FILE)
-            with candidate(trial, self.host.start_timeout_seconds) as server:
+            with servers.candidate(trial, self.host.start_timeout_seconds) as server:
                 result = self._smoke(server)
-        except (ServerUnreachable, TimeoutError) as error:
-            raise ServerUnreachable(f"{error}:\n{log_tail(trial)}") from error
+        except (servers.ServerUnreachable, TimeoutError) as error:
+            raise servers.ServerUnreachable(f"{error}:\n{servers.log_tail(trial)}") from error
         finally:
             shutil.rmtree(trial, ignore_errors=True)
         self.log.info(result.of(record.version))
@@ -144,12 +133,12 @@ class LocalRollout:
         """
         record.write(self.folder / DEPLOYMENT_FILE)
         if running is not None and record.port == running.port:
-            reload_server(running, self.folder)
-            return wait_until_serving(self.folder, self.host.swap_timeout_seconds, changing=running)
-        if end_server(self.folder, self.host.stop_timeout_seconds):
+            servers.reload_server(running)
+            return servers.wait_until_serving(self.folder, self.host.swap_timeout_seconds, changing=running)
+        if servers.end_server(self.folder, self.host.stop_timeout_seconds):
             self.log.info(f"The server of endpoint {self.name} is started again, on port {record.port}.")
-        start_detached(self.folder)
-        server = wait_until_serving(self.folder, self.host.start_timeout_seconds)
+        servers.start_detached(self.folder)
+        server = servers.wait_until_serving(self.folder, self.host.start_timeout_seconds)
         # The port that it got is the one to ask for from now on.
         record.model_copy(update={"port": server.port}).write(self.folder / DEPLOYMENT_FILE)
         return server
@@ -158,7 +147,7 @@ class LocalRollout:
         """Have the previous deployment served again, if the server that was running served it."""
         previous = self.previous
         if previous is None or running is None:
-            end_server(self.folder, 5.0)
+            servers.end_server(self.folder, 5.0)
         if previous is None:
             (self.folder / DEPLOYMENT_FILE).unlink(missing_ok=True)
         elif running is None:
@@ -166,13 +155,13 @@ class LocalRollout:
         else:
             self.log.warning(f"Going back to {previous.version}.")
             try:
-                self._serve(previous, running if find_server(self.folder) == running else None)
-            except (ServerUnreachable, TimeoutError) as error:
+                self._serve(previous, running if servers.find_server(self.folder) == running else None)
+            except (servers.ServerUnreachable, TimeoutError) as error:
                 self.log.warning(f"{previous.version} could not be put back: {error}")
 
     def _smoke(self, server: ServerRecord) -> SmokeTestResult:
         return self.smoke_test.run(
-            lambda body: invoke_server(server, self.name, body, "text/csv", "text/csv", PROBE_ID)
+            lambda body: servers.invoke_server(server, self.name, body, "text/csv", "text/csv", PROBE_ID)
         )
 
 

@@ -18,13 +18,12 @@ import psutil
 from resources.endpoints.base import InvocationFailed
 from resources.waiting import wait_until
 from step_scripts.runner.local_files import open_private
+from step_scripts.runner.processes import end_processes, lives
 from step_scripts.serving.deployment import (
     DEPLOYMENT_FILE,
     LOG_FILE,
-    RELOAD_FILE,
     SERVER_FILE,
     DeploymentRecord,
-    ReloadRecord,
     ServerRecord,
 )
 
@@ -109,74 +108,54 @@ def wait_until_serving(
 
     def serving() -> ServerRecord | None:
         server = find_server(folder)
-        served = ping(server) if server is not None else None
-        if served is not None and served["deployment_id"] == wanted:
+        served = (ping(server) if server else None) or {}
+        if served.get("deployment_id") == wanted:
             return server
+        if (refused := served.get("refused", {})).get("deployment_id") == wanted:
+            raise ServerUnreachable(f"the server refused the model: {refused['error']}")
         if process is not None and process.poll() is not None:
             raise ServerUnreachable(f"the server ended with status {process.returncode}")
         if server is None and changing is not None:
             raise ServerUnreachable("the server ended while it changed to the new model")
-        if server is None and process is None and _said_error(folder / START_LOG_FILE):
+        log = folder / START_LOG_FILE
+        if server is None and process is None and log.exists() and b"error: " in log.read_bytes():
             raise ServerUnreachable("the server did not start")
-        with suppress(FileNotFoundError):
-            outcome = ReloadRecord.read(folder / RELOAD_FILE)
-            if outcome.deployment_id == wanted and outcome.error:
-                raise ServerUnreachable(f"the server refused the model: {outcome.error}")
         return None
 
     what = "the start of the server" if changing is None else "the change to the new model"
     return wait_until(serving, timeout=timeout_seconds, interval=_POLL_SECONDS, what=what)
 
 
-def _said_error(log: Path) -> bool:
-    return log.exists() and b"error: " in log.read_bytes()
-
-
-def reload_server(server: ServerRecord, folder: Path) -> None:
-    """Have the server read its deployment file again. Raises `ServerUnreachable` if it has ended."""
-    process = find_process(server)
-    if process is None:
-        raise ServerUnreachable(f"the process that served {folder} has ended")
-    with suppress(psutil.NoSuchProcess):
-        process.send_signal(signal.SIGHUP)  # psutil compares the creation time once more
+def reload_server(server: ServerRecord) -> None:
+    """Have the server read its deployment file again, unless it has ended."""
+    if process := find_process(server):
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGHUP)  # psutil compares the creation time once more
 
 
 def end_server(folder: Path, timeout_seconds: float) -> bool:
-    """End the server of the folder after its requests in progress, or by force. False if there was none."""
+    """End the server of the folder after its requests in progress, or by force. False if there was none.
+
+    Raises `TimeoutError` if even that does not help.
+    """
     server = find_server(folder)
     process = find_process(server) if server is not None else None
     if process is None:
         return False
-    end_process(process, timeout_seconds)
+    end_processes([process], timeout_seconds)
+    if lives(process):
+        raise TimeoutError(f"process {process.pid} cannot be ended")
     (folder / SERVER_FILE).unlink(missing_ok=True)
     return True
-
-
-def end_process(process: psutil.Process, seconds: float = 10.0) -> None:
-    """End the process, by force after `seconds`. Raises `TimeoutError` if even that does not help."""
-    for end, timeout in ((process.terminate, seconds), (process.kill, 5.0)):
-        with suppress(psutil.NoSuchProcess):
-            end()
-        with suppress(TimeoutError):
-            wait_until(lambda: not _lives(process), timeout=timeout, interval=_POLL_SECONDS, what="its end")
-            return
-    raise TimeoutError(f"process {process.pid} cannot be ended")
 
 
 def find_process(server: ServerRecord) -> psutil.Process | None:
     """The recorded process, if it is alive. A later process with its pid is not taken for it."""
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(server.pid)
-        if abs(process.create_time() - server.create_time) <= _CREATE_TIME_TOLERANCE and _lives(process):
+        if abs(process.create_time() - server.create_time) <= _CREATE_TIME_TOLERANCE and lives(process):
             return process
     return None
-
-
-def _lives(process: psutil.Process) -> bool:
-    # `is_running`: a later process with its pid is another one. A zombie has ended and is not reaped.
-    with suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def orphan_servers(root: Path) -> list[tuple[str, psutil.Process]]:
@@ -188,7 +167,7 @@ def orphan_servers(root: Path) -> list[tuple[str, psutil.Process]]:
             if "step_scripts.serve_model" not in command or "--deployment" not in command[:-1]:
                 continue
             file = Path(command[command.index("--deployment") + 1])
-            if file.parent.parent == root and not file.exists() and _lives(process):
+            if file.parent.parent == root and not file.exists() and lives(process):
                 found.append((file.parent.name, process))
     return found
 

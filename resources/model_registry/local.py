@@ -87,7 +87,10 @@ class LocalModelRegistry(ModelRegistry):
     def remove(self, item: OwnedItem) -> None:
         """See `ModelRegistry.remove`. Raises `RegistryDamaged` for a group that has versions."""
         if item.discarded:
-            self._remove_discarded(item)
+            versions = Path(item.location).parent
+            if versions.name != "versions" or versions.parent.parent != Path(self.root).absolute():
+                raise NotOwned(f"{item.location} is not of this registry ({self.root})")
+            remove_discarded(str(versions), item)
             return
         group, _, number = item.name.rpartition("/")
         folder = self._group_folder(item.name if item.kind == "model_package_group" else group)
@@ -105,12 +108,6 @@ class LocalModelRegistry(ModelRegistry):
                 for name in ("last_version", "lock"):
                     (folder / name).unlink(missing_ok=True)
             remove_empty(str(folder / "versions"), str(folder))
-
-    def _remove_discarded(self, item: OwnedItem) -> None:
-        versions = Path(item.location).parent
-        if versions.name != "versions" or versions.parent.parent != Path(self.root).absolute():
-            raise NotOwned(f"{item.location} is not of this registry ({self.root})")
-        remove_discarded(str(versions), item)
 
     def _item(self, group: str, number: int, location: str) -> OwnedItem:
         item = OwnedItem(kind="model_package", name=f"{group}/{number}", location=location)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from resources.aws.calls import already_exists, error_code, if_found, is_missing, pages
+from resources.aws.calls import already_exists, error_code, if_found, pages
 from resources.aws.ownership import owned
 from resources.aws.request_validation import check_request
 from resources.waiting import wait_until
@@ -27,25 +28,16 @@ def describe_package(client: Any, arn: str) -> dict[str, Any] | None:
 
 def list_packages(client: Any, group: str, status: str | None = None) -> list[dict[str, Any]]:
     """Summaries of the versions (with an approval status), oldest first; empty if there is no such group."""
-    from botocore.exceptions import ClientError
-
     params = {"ModelPackageGroupName": group, "SortBy": "CreationTime", "SortOrder": "Ascending"}
     params |= {"ModelApprovalStatus": status} if status else {}
-    try:
-        return [*pages(client, "list_model_packages", "ModelPackageSummaryList", **params)]
-    except ClientError as error:
-        if is_missing(error):
-            return []
-        raise
+    return if_found(lambda: [*pages(client, "list_model_packages", "ModelPackageSummaryList", **params)]) or []
 
 
 def ensure_group(client: Any, name: str, tags: Mapping[str, str], seconds: float) -> None:
     """Create the group unless it is there. Raises `TimeoutError` if it does not get ready within `seconds`."""
     from botocore.exceptions import ClientError
 
-    def describe() -> dict[str, Any] | None:
-        return if_found(client.describe_model_package_group, ModelPackageGroupName=name)
-
+    describe = partial(if_found, client.describe_model_package_group, ModelPackageGroupName=name)
     if describe() is not None:
         return
     request = {"ModelPackageGroupName": name, "Tags": owned(tags)}
@@ -73,9 +65,7 @@ def create_package(client: Any, request: Mapping[str, Any], token: str, seconds:
             return None
         raise
 
-    def describe() -> dict[str, Any] | None:
-        return describe_package(client, arn)
-
+    describe = partial(describe_package, client, arn)
     try:
         wait_until(describe, timeout=1.0, interval=1.0, what=f"the appearance of {arn}")
     except TimeoutError:  # a version that the token once made, and that has been deleted

@@ -1,27 +1,36 @@
-"""What the SageMaker registry keeps on S3 for a model package, and what of it SageMaker's own record shows.
+"""What the SageMaker registry keeps on S3 for a model package, what of it SageMaker's record shows, and who serves it.
 
 `<root>/<group>/<model>/<evaluation>/`, where `model` is the start of the artifact's digest and `evaluation` that of the
 evaluation's, holds `artifact/` (the model's files), `model.tar.gz` (the same files, as endpoints take them),
 `metrics.json`, and the package's facts: `facts-<digest>.json`, which never changes, and for every change of status a
 `status-<digest>.json` with the whole history. The package's properties name the files that count.
+
+The container that serves a model is a custom image, or AWS's XGBoost image with the project's code. A custom image (see
+the `Dockerfile`) holds the code and answers `serve`. AWS's image has a server of its own, which imports a module named
+by `SAGEMAKER_PROGRAM` from the archive at `SAGEMAKER_SUBMIT_DIRECTORY`, after installing the archive and its
+`requirements.txt`: such endpoints need a package index to start.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import re
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
-from resources.aws.code_package import archive
+from resources.aws.code_package import archive, job_image
 from resources.aws.ownership import sanitised
 from resources.model_registry.base import GateEvidence, ModelVersion, RegistryDamaged, StatusChange, read_model
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, FileInfo
 
+Parsed = TypeVar("Parsed")
 ARCHIVE = "model.tar.gz"
 FACTS = "facts_uri"  # the property that marks a package as registered here
 _FACTS_DIGEST = "facts_sha256"
@@ -31,6 +40,16 @@ _DESCRIPTION_LIMIT = 1024
 _ELSEWHERE = "SageMaker console or API"
 _HISTORY = TypeAdapter(tuple[StatusChange, ...])
 _HEX = re.compile(r"[0-9a-f]{32,}")
+PROGRAM = "inference.py"
+# The container's name and its model's digest, which the server shows, and checks before it serves.
+VERSION_VARIABLE, DIGEST_VARIABLE = "HOUSING_MODEL_VERSION", "HOUSING_MODEL_DIGEST"
+# What serving imports and AWS's image lacks, or has in another version. XGBoost and NumPy stay the image's.
+_REQUIRED = ("polars", "pyarrow", "pydantic")
+_STEP_SCRIPTS = Path(__file__).parents[2] / "step_scripts"
+_SETUP = b"""from setuptools import find_packages, setup
+
+setup(name="housing-serving", version="1", py_modules=["inference"], packages=find_packages())
+"""
 
 
 class PackageFacts(BaseModel):
@@ -52,25 +71,40 @@ def package_uri(root: str, version: ModelVersion) -> str:
     return storage.join(root, version.group, *_short_digests(version))
 
 
-def write_model(folder: str, version: ModelVersion) -> PackageFacts:
-    """Copy the version's artifact below `folder`, with an archive of it. Returns what is to be recorded.
+def write_model(folder: str, version: ModelVersion) -> dict[str, str]:
+    """Copy the version's artifact below `folder`, with an archive of it, and write the facts.
 
-    Raises `DamagedArtifactError` before anything is written if a file is missing or not the recorded one.
+    Returns the package's properties, which people and filters see in SageMaker; they cannot hold all characters. Raises
+    `DamagedArtifactError` before anything is written if a file is missing or not the recorded one.
     """
     contents = read_model(version.artifact)
     for path, content in contents.items():
         storage.write_bytes(storage.join(folder, "artifact", path), content)
     packed = archive(contents)
     storage.write_bytes(storage.join(folder, ARCHIVE), packed)
-    return PackageFacts(
+    gate = version.gate
+    facts = PackageFacts(
         artifact=version.artifact.model_copy(update={"uri": "artifact"}),
         archive=FileInfo(path=ARCHIVE, bytes=len(packed), sha256=hashlib.sha256(packed).hexdigest()),
         metrics=version.metrics,
-        gate=version.gate,
+        gate=gate,
         lineage=version.lineage,
         registered=version.status_history[0],
         created_at=version.created_at,
     )
+    uri, digest = _write(folder, "facts", facts.model_dump_json(indent=2).encode())
+    lineage = {key: value for key, value in facts.lineage.items() if isinstance(value, str | int | float)}
+    shown = {
+        FACTS: uri,
+        _FACTS_DIGEST: digest,
+        "model_digest": facts.artifact.digest,
+        "evaluation_digest": gate.evaluation_digest,
+        "gate": f"{'passed' if gate.passed else 'failed'} {gate.metric}={gate.value:g} threshold={gate.threshold:g}",
+        "run_id": gate.run_id,
+        **{f"lineage:{key}": str(value) for key, value in lineage.items()},
+    }
+    clean = {sanitised(key, 128): sanitised(value, _PROPERTY_LENGTH) for key, value in shown.items() if value}
+    return dict([*clean.items()][:40])  # of 50; the history needs two more
 
 
 def write_metrics(folder: str, version: ModelVersion) -> dict[str, str]:
@@ -84,27 +118,6 @@ def write_metrics(folder: str, version: ModelVersion) -> dict[str, str]:
     storage.write_bytes(uri, content)
     digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
     return {"ContentType": "application/json", "ContentDigest": digest, "S3Uri": uri}
-
-
-def write_facts(folder: str, facts: PackageFacts) -> dict[str, str]:
-    """Write the facts. Returns the package's properties, which people and filters see in SageMaker.
-
-    The file has everything in full: properties cannot hold all characters.
-    """
-    uri, digest = _write(folder, "facts", facts.model_dump_json(indent=2).encode())
-    gate = facts.gate
-    lineage = {key: value for key, value in facts.lineage.items() if isinstance(value, str | int | float)}
-    shown = {
-        FACTS: uri,
-        _FACTS_DIGEST: digest,
-        "model_digest": facts.artifact.digest,
-        "evaluation_digest": gate.evaluation_digest,
-        "gate": f"{'passed' if gate.passed else 'failed'} {gate.metric}={gate.value:g} threshold={gate.threshold:g}",
-        "run_id": gate.run_id,
-        **{f"lineage:{key}": str(value) for key, value in lineage.items()},
-    }
-    clean = {sanitised(key, 128): sanitised(value, _PROPERTY_LENGTH) for key, value in shown.items() if value}
-    return dict([*clean.items()][:40])  # of 50; the history needs two more
 
 
 def write_history(folder: str, history: tuple[StatusChange, ...]) -> dict[str, str]:
@@ -136,16 +149,10 @@ def read_version(group: str, described: dict[str, Any]) -> tuple[ModelVersion, A
     """
     properties = described["CustomerMetadataProperties"]
     uri, folder = properties[FACTS], folder_of(described)
-    try:
-        facts = PackageFacts.model_validate_json(_read(uri, properties.get(_FACTS_DIGEST, "")))
-    except ValidationError as error:
-        raise RegistryDamaged(f"{uri} is no record of a model package: {error.errors()[0]['msg']}") from error
+    facts = _read(uri, properties.get(_FACTS_DIGEST, ""), PackageFacts.model_validate_json, "record")
     history: tuple[StatusChange, ...] = (facts.registered,)
     if uri := properties.get(_HISTORY_URI):
-        try:
-            history = _HISTORY.validate_json(_read(uri, properties.get(_HISTORY_DIGEST, "")))
-        except ValidationError as error:
-            raise RegistryDamaged(f"{uri} is no history of a model package: {error.errors()[0]['msg']}") from error
+        history = _read(uri, properties.get(_HISTORY_DIGEST, ""), _HISTORY.validate_json, "history")
     if change := _change_elsewhere(described, history[-1]):
         history = (*history, change)
     version = ModelVersion(
@@ -190,11 +197,50 @@ def _write(folder: str, kind: str, content: bytes) -> tuple[str, str]:
     return uri, sha256
 
 
-def _read(uri: str, sha256: str) -> bytes:
+def _read(uri: str, sha256: str, parse: Callable[[bytes], Parsed], what: str) -> Parsed:
     try:
         content = storage.read_bytes(uri)
     except FileNotFoundError as error:
         raise RegistryDamaged(f"{uri} is missing. Restore it, or delete the version.") from error
     if (found := hashlib.sha256(content).hexdigest()) != sha256:
         raise RegistryDamaged(f"{uri} has SHA-256 {found}, recorded was {sha256}. Restore it, or delete the version.")
-    return content
+    try:
+        return parse(content)
+    except ValidationError as error:
+        raise RegistryDamaged(f"{uri} is no {what} of a model package: {error.errors()[0]['msg']}") from error
+
+
+def serving_container(image: str | None, region: str, code_root: str, environment: Mapping[str, str]) -> dict[str, Any]:
+    """`Image` and `Environment` of the container. For AWS's image the code is put below `code_root` first.
+
+    Raises `dagster.Failure` if AWS's image is wanted and cannot be known.
+    """
+    if image:
+        return {"Image": image, "Environment": dict(environment)}
+    found = job_image(None, region)
+    code = serving_code()
+    uri = storage.join(code_root, hashlib.sha256(code).hexdigest()[:16], "sourcedir.tar.gz")
+    if not storage.exists(uri):
+        storage.write_bytes(uri, code)
+    script = {"SAGEMAKER_PROGRAM": PROGRAM, "SAGEMAKER_SUBMIT_DIRECTORY": uri, "SAGEMAKER_REGION": region}
+    return {"Image": found, "Environment": {**script, **environment}}
+
+
+def serving_requirements() -> str:
+    """One `name==version` a line, with the versions installed here: what AWS's server installs before it serves."""
+    return "".join(f"{name}=={importlib.metadata.version(name)}\n" for name in _REQUIRED)
+
+
+def serving_code() -> bytes:
+    """The archive for AWS's image: the module that its server imports, `step_scripts`, and pinned requirements."""
+    files = {
+        path.relative_to(_STEP_SCRIPTS.parent).as_posix(): path.read_bytes() for path in _STEP_SCRIPTS.rglob("*.py")
+    }
+    return archive(
+        {
+            **files,
+            PROGRAM: (_STEP_SCRIPTS / PROGRAM).read_bytes(),
+            "setup.py": _SETUP,
+            "requirements.txt": serving_requirements().encode(),
+        }
+    )

@@ -39,7 +39,7 @@ from resources.model_registry.model_packages import (
     find_package,
     list_packages,
 )
-from resources.model_registry.serving_container import DIGEST_VARIABLE, serving_container
+from resources.model_registry.package_files import DIGEST_VARIABLE, serving_container
 from resources.waiting import wait_until
 from step_scripts.runner import storage
 from step_scripts.runner.wording import counted
@@ -95,8 +95,7 @@ class SageMakerModelRegistry(ModelRegistry):
         if existing := self._registered(new):
             return existing
         folder = files.package_uri(self.root, new)
-        facts = files.write_model(folder, new)
-        properties = files.write_facts(folder, facts)
+        properties = files.write_model(folder, new)
         region, code_root = self._client.meta.region_name, storage.join(self.root, _CODE)
         container = serving_container(self.image, region, code_root, self.environment)
         container["Environment"] = {DIGEST_VARIABLE: new.artifact.digest, **container["Environment"]}

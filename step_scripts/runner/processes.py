@@ -162,15 +162,25 @@ def end_processes(processes: Sequence[psutil.Process], seconds: float = 0.0) -> 
     import psutil
 
     alive = list(processes)
-    if seconds:
+    for end, limit in ((psutil.Process.terminate, seconds), (psutil.Process.kill, _LONGEST_END_SECONDS / 2)):
+        if not limit:
+            continue
         for process in alive:
             with contextlib.suppress(psutil.Error):
-                process.terminate()
-        _, alive = psutil.wait_procs(alive, timeout=seconds)
-    for process in alive:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(alive, timeout=_LONGEST_END_SECONDS / 2)
+                end(process)
+        deadline = time.monotonic() + limit
+        while alive and time.monotonic() < deadline:
+            _, left = psutil.wait_procs(alive, timeout=0.05)
+            alive = [process for process in left if lives(process)]
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether the process has not ended. A zombie that nobody reaps has; a later process with its pid is another."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def how_ended(code: int) -> str:

@@ -11,7 +11,6 @@ import json
 import logging
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from http import HTTPMethod
 from typing import Any
 
@@ -23,10 +22,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from step_scripts.serving.capture import CapturedRequest, RequestCapture
-from step_scripts.serving.deployment import MAX_BODY_BYTES
-from step_scripts.serving.media import JSON, RequestError, too_large
-from step_scripts.serving.served_model import ServedModel
+from step_scripts.serving.deployment import JSON, MAX_BODY_BYTES, RequestCapture
+from step_scripts.serving.request_rows import RequestError
+from step_scripts.serving.served_model import ServedModel, too_large
 
 _DRAINED_BYTES = 64 << 20  # of a body that is too large; then the connection is closed
 _BODY_SECONDS = 60.0
@@ -45,6 +43,7 @@ class InferenceApp(Starlette):
     def __init__(self) -> None:
         self.model: ServedModel | None = None
         self.capture: RequestCapture | None = None
+        self.refused: dict[str, str] | None = None  # the deployment that could not be changed to, and the error
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="predict")
         routes = [
             Route("/ping", self._ping, methods=[HTTPMethod.GET]),
@@ -58,8 +57,16 @@ class InferenceApp(Starlette):
         model, capture = self.model, self.capture
         if model is None:
             return _refusal(_loading())
-        captured = {"captured": capture.counts().model_dump()} if capture is not None else {}
-        return _response(json.dumps(model.description() | captured), 200, JSON, _identity(model))
+        said = {
+            "status": "InService",
+            "endpoint_name": model.record.endpoint_name,
+            "version": model.record.version,
+            "model_digest": model.record.model.digest,
+            "deployment_id": model.record.deployment_id,
+            **({"captured": capture.counts().model_dump()} if capture else {}),
+            **({"refused": self.refused} if self.refused else {}),
+        }
+        return _response(json.dumps(said), 200, JSON, _identity(model))
 
     async def _invoke(self, request: Request) -> Response:
         endpoint = request.path_params.get("endpoint")
@@ -70,7 +77,17 @@ class InferenceApp(Starlette):
             if endpoint not in (None, model.record.endpoint_name):
                 served = model.record.endpoint_name
                 raise RequestError(404, f"Endpoint {endpoint[:100]} not found; this server serves {served}.")
-            return await self._predicted(request, model)
+            headers, body = request.headers, await _body(request)
+            asked = (body, headers.get("content-type", ""), headers.get("accept", ""))
+            encoding = headers.get("content-encoding", "")
+            if len(body) <= _INLINE_BYTES and not encoding:
+                answer = model.answer(*asked)
+            else:
+                loop = asyncio.get_running_loop()
+                answer = await loop.run_in_executor(self._threads, model.answer, *asked, encoding)
+            if self.capture is not None:
+                self.capture.add(answer._replace(inference_id=headers.get("x-amzn-sagemaker-inference-id", "")))
+            return _response(answer.output_body, 200, answer.output_type, _identity(model))
         except RequestError as error:
             return _refusal(error, by_runtime=endpoint is not None)
         except ClientDisconnect:
@@ -79,21 +96,6 @@ class InferenceApp(Starlette):
             number = uuid.uuid4()
             logger.exception("request %s: %s %s failed", number, request.method, request.url.path)
             return _refusal(RequestError(500, f"internal error, request {number}"), by_runtime=endpoint is not None)
-
-    async def _predicted(self, request: Request, model: ServedModel) -> Response:
-        headers = request.headers
-        body = await _body(request)
-        media, accept = headers.get("content-type", ""), headers.get("accept", "")
-        encoding = headers.get("content-encoding", "")
-        if len(body) <= _INLINE_BYTES and not encoding:
-            answer = model.answer(body, media, accept)
-        else:
-            loop = asyncio.get_running_loop()
-            answer = await loop.run_in_executor(self._threads, model.answer, body, media, accept, encoding)
-        if self.capture is not None:
-            inference_id = headers.get("x-amzn-sagemaker-inference-id", "")
-            self.capture.add(CapturedRequest(datetime.now(UTC), *answer, inference_id))
-        return _response(answer.output_body, 200, answer.output_type, _identity(model))
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

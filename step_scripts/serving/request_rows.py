@@ -15,19 +15,39 @@ from dataclasses import dataclass
 from typing import Any
 
 from step_scripts.runner.wording import counted
-from step_scripts.serving.media import RequestError
 
-SOME_ROWS = 1000  # that are looked at one by one, before it is asked whether there are problems enough
+_MAX_SHOWN = 100  # characters of a wrong value
+_SOME_ROWS = 1000  # that are looked at one by one, before it is asked whether there are problems enough
 # What stands for a cell that holds no number; one that is empty is NaN. Neither is within the bounds of a column.
 NOT_FINITE, NOT_A_NUMBER = math.inf, -math.inf
 # A row is its cells in the order of the features, or the reason why it cannot be one.
 Row = Sequence[Any] | str
 
 _DECODER = json.JSONDecoder(object_pairs_hook=tuple)
-_BEGINNING = re.compile(r'[ \t\n\r]*(\{[ \t\n\r]*"instances"[ \t\n\r]*:[ \t\n\r]*)?\[[ \t\n\r]*')
+_BEGINNING = re.compile(r'[ \t\n\r]*(\{[ \t\n\r]*"instances"[ \t\n\r]*:[ \t\n\r]*)?\[[ \t\n\r]*(\][ \t\n\r]*)?')
 _BEHIND_ROW = re.compile(r"[ \t\n\r]*([,\]])[ \t\n\r]*")
-_END_OF_LIST = re.compile(r"\][ \t\n\r]*")
 _END_OF_OBJECT = re.compile(r"\}[ \t\n\r]*")
+
+
+class RequestError(Exception):
+    """A request that cannot be answered: HTTP status, reason, and for bad rows a table of what is wrong.
+
+    `rows` holds at most 100 entries `{"row", "column", "value", "reason"}`, `problems` how many there are or, in a
+    large body, were found until it was read no further. Rows count from 1, without a header line.
+    """
+
+    def __init__(self, status: int, reason: str, rows: Sequence[dict[str, Any]] = (), problems: int = 0) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.rows = rows
+        self.problems = problems
+
+    def body(self) -> dict[str, Any]:
+        """The response's JSON. AWS clients read `message`."""
+        value: dict[str, Any] = {"error": str(self), "message": str(self)}
+        if self.problems:
+            value |= {"problems": self.problems, "rows": self.rows}
+        return value
 
 
 class CsvRecords:
@@ -53,11 +73,6 @@ class CsvRecords:
             end = self._text.rfind("\n", self.position, end) + 1
         return self._text[self.position : end]
 
-    def skip(self, lines: str) -> None:
-        """Pass over what `whole_lines` has returned."""
-        self.position += len(lines)
-        self.line += lines.count("\n")
-
     def read(self) -> list[str]:
         """The fields of the next record. Raises `RequestError` 400 where it is not CSV, or too long."""
         self._begin, first = self.position, self.line
@@ -74,7 +89,7 @@ class CsvRecords:
         return 0 if self.ended else 1 + self._text.count("\n", self.position)
 
     def _lines(self) -> Iterator[str]:
-        first = self.line = 1
+        first = self.line
         while self.position < len(self._text):
             if self.position == self._begin:
                 first = self.line
@@ -95,11 +110,15 @@ class Layout:
     places: tuple[int, ...]
     hint: str
 
+    def wrong_width(self, fields: int) -> str:
+        """Why a record of so many fields is no row."""
+        return f"{counted(fields, 'field')}, expected {self.width}{self.hint}"
+
 
 def csv_rows(records: CsvRecords, layout: Layout) -> list[Row]:
     """Some of the next records. Raises `RequestError` where a line end in quotes makes several lines one bad row."""
     rows: list[Row] = []
-    while not records.ended and len(rows) < SOME_ROWS:
+    while not records.ended and len(rows) < _SOME_ROWS:
         first = records.line
         record = records.read()
         if records.line > first + 1 and (
@@ -107,15 +126,9 @@ def csv_rows(records: CsvRecords, layout: Layout) -> list[Row]:
         ):
             what = f"the record of lines {first} to {records.line - 1} has a line end within quotes"
             raise RequestError(400, f"{what}; is one of them out of place?")
-        rows.append(csv_row(record, layout))
+        fits = len(record) == layout.width
+        rows.append([record[place] for place in layout.places] if fits else layout.wrong_width(len(record)))
     return rows
-
-
-def csv_row(record: Sequence[str], layout: Layout) -> Row:
-    """The cells of the features in a record, or the reason why it is no row."""
-    if len(record) != layout.width:
-        return f"{counted(len(record), 'field')}, expected {layout.width}{layout.hint}"
-    return [record[place] for place in layout.places]
 
 
 def text_number(field: str, boolean: bool) -> float:
@@ -125,26 +138,25 @@ def text_number(field: str, boolean: bool) -> float:
         return math.nan
     if boolean and field.lower() in ("true", "false"):
         return float(field.lower() == "true")
-    if "_" in field or not field.isascii():  # Python's float reads 1_000 and other scripts' digits
-        return NOT_A_NUMBER
-    try:
-        number = float(field)
-    except ValueError:
-        return NOT_A_NUMBER
-    return number if math.isfinite(number) else NOT_FINITE
+    # Python's float reads 1_000 and other scripts' digits.
+    return NOT_A_NUMBER if "_" in field or not field.isascii() else _finite(field)
 
 
 def json_number(value: Any, boolean: bool) -> float:
     """The same for a value of JSON."""
     if value is None:
         return math.nan
-    if type(value) in (int, float) or (type(value) is bool and boolean):
-        try:
-            number = float(value)
-        except OverflowError:
-            return NOT_FINITE
-        return number if math.isfinite(number) else NOT_FINITE
-    return NOT_A_NUMBER
+    return _finite(value) if type(value) in (int, float) or (type(value) is bool and boolean) else NOT_A_NUMBER
+
+
+def _finite(value: str | float) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        return NOT_A_NUMBER
+    except OverflowError:
+        return NOT_FINITE
+    return number if math.isfinite(number) else NOT_FINITE
 
 
 def json_pieces(text: str, size: int) -> Iterator[tuple[list[Any], int]]:
@@ -156,12 +168,29 @@ def json_pieces(text: str, size: int) -> Iterator[tuple[list[Any], int]]:
         raise RequestError(
             400, f'the body is neither a list nor an object that begins with "instances", and larger than {size} bytes'
         )
-    position, ended = beginning.end(), False
-    if (end := _END_OF_LIST.match(text, position)) is not None:
-        position, ended = end.end(), True
+    position, ended = beginning.end(), beginning[2] is not None
     while not ended:
-        rows, used, ended = _elements(text[position : position + size], text, position)
-        position += used
+        window, last = text[position : position + size], position + size >= len(text)
+        rows, at = [], 0
+        while not ended:
+            try:
+                value, end = _DECODER.raw_decode(window, at)
+            except json.JSONDecodeError as error:
+                if last:
+                    raise _not_json(error.msg, text, position + error.pos) from None
+                break  # it counts only if it comes again when the window begins here
+            except (RecursionError, ValueError) as error:
+                raise _refusal(error, "the body") from error
+            behind = _BEHIND_ROW.match(window, end)
+            if behind is None and last:
+                raise _not_json("Expecting ',' delimiter", text, position + end)
+            if behind is None or (behind.end() == len(window) and not last):
+                break  # the window may end in the middle of a number or of white space
+            rows.append(value)
+            at, ended = behind.end(), behind[1] == "]"
+        if not rows:
+            raise RequestError(400, f"the row at character {position} has more than {size} characters, or is not JSON")
+        position += at
         yield rows, len(text) if ended else position
     if beginning[1] is not None:
         if text.startswith(",", position):
@@ -186,39 +215,6 @@ def json_line_pieces(text: str, size: int) -> Iterator[tuple[list[Any], int]]:
         rows = [_json(line, f"line {n}") for n, line in enumerate(lines, number) if line.strip()]
         position, number = end, number + len(lines) - 1
         yield rows, position
-
-
-def _elements(window: str, text: str, position: int) -> tuple[list[Any], int, bool]:
-    """The elements of a list that lie in `window`, where the next one begins, and whether the list has ended.
-
-    An error in a window that is not the last one counts only if it comes again when the window begins there.
-    """
-    last = position + len(window) == len(text)
-    rows: list[Any] = []
-    at = 0
-    while True:
-        try:
-            value, end = _DECODER.raw_decode(window, at)
-        except json.JSONDecodeError as error:
-            if last:
-                raise _not_json(error.msg, text, position + error.pos) from None
-            break
-        except (RecursionError, ValueError) as error:
-            raise _refusal(error, "the body") from error
-        behind = _BEHIND_ROW.match(window, end)
-        if behind is None and last:
-            raise _not_json("Expecting ',' delimiter", text, position + end)
-        if behind is None or (behind.end() == len(window) and not last):
-            break  # the window may end in the middle of a number or of white space
-        rows.append(value)
-        at = behind.end()
-        if behind[1] == "]":
-            return rows, at, True
-    if not rows:
-        raise RequestError(
-            400, f"the row at character {position} has more than {len(window)} characters, or is not JSON"
-        )
-    return rows, at, False
 
 
 def _json(text: str, where: str) -> Any:
@@ -254,6 +250,25 @@ def _rows(value: Any) -> list[Any]:
         return value
     if not isinstance(value, list):
         raise RequestError(400, "the body is neither an object nor a list")
-    if value and not any(isinstance(row, list | tuple) for row in value):
-        return [value]
-    return value
+    return [value] if value and not any(isinstance(row, list | tuple) for row in value) else value
+
+
+def decode_text(body: bytes) -> str:
+    """The body as text. Raises `RequestError` 400 if it is not UTF-8 or blank."""
+    try:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RequestError(400, f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
+    if not text.strip():
+        raise RequestError(400, "the body is empty")
+    return text
+
+
+def shown(value: Any) -> Any:
+    """`value` as it is reported: short, and valid JSON."""
+    if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, int) and abs(value) < 10**18:
+        return value
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"

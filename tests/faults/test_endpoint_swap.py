@@ -19,10 +19,11 @@ import pytest
 
 from resources.endpoints.base import EndpointDeploymentFailed, EndpointStatus
 from resources.endpoints.local import LocalEndpointHost
+from resources.endpoints.server_process import find_server, ping
 from resources.model_registry.base import ModelVersion
 from resources.model_registry.local import LocalModelRegistry
 from step_scripts.runner.contract import Artifact
-from step_scripts.serving.deployment import DEPLOYMENT_FILE, LOG_FILE, RELOAD_FILE, DeploymentRecord, ReloadRecord
+from step_scripts.serving.deployment import DEPLOYMENT_FILE, LOG_FILE, DeploymentRecord
 from tests.serving_models import registered, request, small_model, smoke_test
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +112,7 @@ def test_no_request_fails_while_the_model_changes(stage: Stage) -> None:
         assert {float(body) for body in prices["housing/3"]} == {new}
     assert old != new
     files = sorted(p.name for p in (Path(stage.host.root) / "housing").iterdir())
-    assert files == ["deployment.json", "reload.json", "server.json", "server.lock", "server.log", "start.log"]
+    assert files == ["deployment.json", "server.json", "server.lock", "server.log", "start.log"]
 
 
 def test_wrong_predictions_keep_the_old_version_serving(kept: Stage) -> None:
@@ -148,7 +149,7 @@ def test_a_server_that_refuses_a_model_says_why_and_keeps_the_old(kept: Stage) -
     try:
         record.model_copy(update=changes).write(folder / DEPLOYMENT_FILE)
         os.kill(kept.status.pid, signal.SIGHUP)
-        assert "scaler.json has 2 bytes, recorded were" in _wait_for_reload(folder, "x").error
+        assert "scaler.json has 2 bytes, recorded were" in _wait_for_refusal(folder, "x")
         assert kept.price() == old
         (folder / DEPLOYMENT_FILE).write_text("{")
         os.kill(kept.status.pid, signal.SIGHUP)
@@ -273,13 +274,14 @@ def test_a_killed_deployment_leaves_no_trial_server(stage: Stage) -> None:
     assert list((Path(stage.host.root) / "housing").glob(".candidate-*")) == []
 
 
-def _wait_for_reload(folder: Path, deployment_id: str) -> ReloadRecord:
+def _wait_for_refusal(folder: Path, deployment_id: str) -> str:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        if (folder / RELOAD_FILE).exists():
-            outcome = ReloadRecord.read(folder / RELOAD_FILE)
-            if outcome.deployment_id == deployment_id:
-                return outcome
+        server = find_server(folder)
+        assert server is not None
+        refused = (ping(server) or {}).get("refused", {})
+        if refused.get("deployment_id") == deployment_id:
+            return refused["error"]
         time.sleep(0.02)
     raise AssertionError("the server did not report")
 

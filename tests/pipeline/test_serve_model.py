@@ -28,9 +28,10 @@ from hypothesis import strategies as st
 
 from housing_assets.schema import HOUSING_TABLE
 from step_scripts.model.artifact import load_model
-from step_scripts.serving.deployment import MAX_BODY_BYTES
+from step_scripts.serving.deployment import CSV, JSON, JSON_LINES, MAX_BODY_BYTES
 from step_scripts.serving.feature_parser import FeatureParser
-from step_scripts.serving.media import CSV, JSON, JSON_LINES, RequestError, encode, response_media
+from step_scripts.serving.request_rows import RequestError
+from step_scripts.serving.served_model import encode, response_media
 from step_scripts.table.spec import ColumnSpec, TableSpec
 from tests.ports import free_port
 from tests.serving_models import house_rows, request, small_model

@@ -25,6 +25,7 @@ from resources.endpoints.base import (
     InvocationFailed,
     VersionNotApproved,
 )
+from resources.endpoints.captured_files import CapturedRows
 from resources.endpoints.endpoint_requests import (
     CANDIDATE,
     SERVING,
@@ -40,7 +41,6 @@ from resources.model_registry.sagemaker import SageMakerModelRegistry
 from step_scripts.model.artifact import load_model
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact
-from step_scripts.serving.capture import CapturedRows
 from tests.registry_contract import clear
 from tests.sagemaker_emulator import SageMakerEmulator
 from tests.sagemaker_emulator.testing import ROLE, Aws

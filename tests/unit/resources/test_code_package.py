@@ -13,7 +13,7 @@ from pathlib import Path
 
 from resources.aws.code_package import ARCHIVE, REQUIRED, code_package
 from resources.compute.sagemaker import STEPS
-from resources.model_registry.serving_container import serving_code, serving_requirements
+from resources.model_registry.package_files import serving_code, serving_requirements
 from step_scripts.runner.code_version import _sources, step_sources
 from tests import ROOT
 from tests.aws_image import CONTENT

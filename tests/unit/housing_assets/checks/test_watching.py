@@ -26,6 +26,7 @@ from housing_assets.checks.comparisons import typical_row
 from housing_assets.definitions import defs
 from housing_assets.schema import HOUSING_TABLE
 from housing_assets.settings import Settings
+from resources.endpoints.captured_files import read_captured
 from resources.endpoints.local import LocalDataCapture, LocalEndpointHost
 from resources.endpoints.server_process import start_detached, wait_until_serving
 from resources.model_registry.base import ModelVersion
@@ -34,7 +35,6 @@ from resources.references.evidence import EvidenceStore
 from resources.services.notifier import Notifier
 from step_scripts.model.artifact import load_model
 from step_scripts.runner.contract import Artifact
-from step_scripts.serving.capture import read_captured
 from step_scripts.serving.deployment import DEPLOYMENT_FILE, DeploymentRecord
 from step_scripts.serving.feature_parser import FeatureParser
 from step_scripts.table.distributions import distribution_of

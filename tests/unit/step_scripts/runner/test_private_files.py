@@ -15,8 +15,7 @@ from step_scripts.runner import storage
 from step_scripts.runner.local_files import open_private, private_folder, write_private
 from step_scripts.runner.locking import file_lock
 from step_scripts.runner.ray_session import RaySession
-from step_scripts.serving.capture import CapturedRequest, RequestCapture
-from step_scripts.serving.deployment import CaptureSettings
+from step_scripts.serving.deployment import AnsweredRequest, CaptureSettings, RequestCapture
 
 CLIENT = """
 import os, sys
@@ -69,7 +68,7 @@ def test_captured_requests_are_private(tmp_path: Path) -> None:
     folder = tmp_path / "captured"
     folder.mkdir(mode=0o755)  # as an earlier version made it
     capture = RequestCapture(folder, CaptureSettings())
-    capture.add(CapturedRequest(datetime.now(UTC), "text/csv", b"1", "text/csv", b"2", ""))
+    capture.add(AnsweredRequest(datetime.now(UTC), "text/csv", b"1", "text/csv", b"2"))
     capture.close()
     assert mode(folder) == 0o700
     files = list(folder.rglob("*.jsonl"))

@@ -22,20 +22,22 @@ from hypothesis import strategies as st
 from housing_assets.deployments import load_resources
 from housing_assets.schema import HOUSING_TABLE
 from resources.endpoints.base import PROBE_ID
+from resources.endpoints.captured_files import CapturedRows, read_captured
 from resources.endpoints.local import LocalDataCapture, LocalEndpointHost
 from resources.endpoints.server_process import find_server
 from resources.model_registry.local import LocalModelRegistry
-from step_scripts.serving import capture as serving_capture
+from step_scripts.serving import deployment
 from step_scripts.serving.app import InferenceApp
-from step_scripts.serving.capture import (
-    CapturedRequest,
-    CapturedRows,
+from step_scripts.serving.deployment import (
+    CSV,
+    JSON,
+    JSON_LINES,
+    AnsweredRequest,
+    CaptureSettings,
     RequestCapture,
     captured_line,
-    read_captured,
 )
-from step_scripts.serving.deployment import CaptureSettings
-from step_scripts.serving.media import CSV, JSON, JSON_LINES, encode
+from step_scripts.serving.served_model import encode
 from tests.serving_models import house_rows, registered, request, small_model, smoke_test
 
 LOG = logging.getLogger("test")
@@ -50,10 +52,10 @@ def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
     return found
 
 
-def exchange(rows: int = 1, *, at: datetime | None = None, seed: int = 0, inference_id: str = "") -> CapturedRequest:
+def exchange(rows: int = 1, *, at: datetime | None = None, seed: int = 0, inference_id: str = "") -> AnsweredRequest:
     """A CSV request of valid rows; row i is answered with i."""
     body = house_rows(rows, seed).write_csv(include_header=False).encode()
-    return CapturedRequest(at or datetime.now(UTC), CSV, body, CSV, encode(np.arange(float(rows)), CSV), inference_id)
+    return AnsweredRequest(at or datetime.now(UTC), CSV, body, CSV, encode(np.arange(float(rows)), CSV), inference_id)
 
 
 def captured(folder: Path, *, since: datetime | None = None, limit: int = 10_000, without: str = "") -> CapturedRows:
@@ -67,7 +69,7 @@ def bytes_in(folder: Path) -> int:
 
 def test_a_line_has_the_form_of_sagemaker() -> None:
     at = datetime(2026, 3, 4, 5, 6, 7, 890_000, UTC)
-    line = captured_line(CapturedRequest(at, CSV, b"1,2\n", JSON, b'{"predictions": [3.0]}', "mine"))
+    line = captured_line(AnsweredRequest(at, CSV, b"1,2\n", JSON, b'{"predictions": [3.0]}', "mine"))
     assert line.endswith(b"}\n")
     found = json.loads(line)
     assert found["captureData"] == {
@@ -87,7 +89,7 @@ def test_a_line_has_the_form_of_sagemaker() -> None:
 
 @given(st.text(max_size=50))
 def test_bodies_survive_being_captured(text: str) -> None:
-    line = captured_line(CapturedRequest(datetime.now(UTC), JSON, text.encode(), CSV, b"1\n", ""))
+    line = captured_line(AnsweredRequest(datetime.now(UTC), JSON, text.encode(), CSV, b"1\n", ""))
     assert json.loads(line)["captureData"]["endpointInput"]["data"] == text
     assert line.count(b"\n") == 1
 
@@ -103,7 +105,7 @@ def test_what_is_captured_can_be_read_back(tmp_path: Path) -> None:
     ]
     for number, (media, body) in enumerate(bodies):
         answer = encode(np.full(len(matrices[number]), float(number)), media)
-        capture.add(CapturedRequest(datetime.now(UTC), media, body, media, answer, ""))
+        capture.add(AnsweredRequest(datetime.now(UTC), media, body, media, answer, ""))
     capture.add(exchange(inference_id=PROBE_ID))
     capture.close()
     assert capture.counts().model_dump() == {"written": 4, "dropped": 0, "error": ""}
@@ -189,14 +191,14 @@ def test_what_the_disk_cannot_keep_up_with_is_dropped_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = threading.Event()
-    write = serving_capture._BoundedFiles.write
+    write = deployment._BoundedFiles.write
 
     def wait_and_write(files: Any, at: datetime, line: bytes) -> None:
         slow.wait(60)
         write(files, at, line)
 
-    monkeypatch.setattr(serving_capture._BoundedFiles, "write", wait_and_write)
-    monkeypatch.setattr(serving_capture, "_WAITING_REQUESTS", 100)
+    monkeypatch.setattr(deployment._BoundedFiles, "write", wait_and_write)
+    monkeypatch.setattr(deployment, "_WAITING_REQUESTS", 100)
     capture = RequestCapture(tmp_path, EVERYTHING)
     taken = exchange()
     for _ in range(500):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from resources.model_registry.serving_container import serving_code, serving_container, serving_requirements
+from resources.model_registry.package_files import serving_code, serving_container, serving_requirements
 from step_scripts.inference import model_fn, transform_fn
 from step_scripts.model.artifact import load_model
 from step_scripts.runner.contract import Artifact, DamagedArtifactError

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from housing_assets.schema import HOUSING_TABLE
 from step_scripts.serving import feature_parser
-from step_scripts.serving.feature_parser import FeatureParser
-from step_scripts.serving.media import CSV, JSON, JSON_LINES, MAX_REPORTED_PROBLEMS, RequestError
+from step_scripts.serving.deployment import CSV, JSON, JSON_LINES
+from step_scripts.serving.feature_parser import MAX_REPORTED_PROBLEMS, FeatureParser
+from step_scripts.serving.request_rows import RequestError
 from step_scripts.table.column_types import read_csv
 from step_scripts.table.spec import ColumnSpec, TableSpec
 
@@ -140,6 +141,12 @@ def test_a_stray_quote_is_named_with_its_line(damaged: str, reason: str, rows: i
     if rows > 200 and "end of data" in reason:
         reason = "line 151 begins a row of more than 65536 characters; is a quote or a line end missing?"
     assert reason in str(refusal(text, CSV))
+
+
+def test_a_stray_quote_behind_many_lines_is_named_with_its_line() -> None:
+    assert "the body is not CSV: line 20001: ',' expected" in str(
+        refusal((ROW + "\n") * 20_000 + ROW[:-1] + '"0"1', CSV)
+    )
 
 
 def test_polars_panic_is_an_exception() -> None:

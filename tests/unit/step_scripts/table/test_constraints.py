@@ -19,7 +19,7 @@ from pandera.errors import SchemaErrors
 from housing_assets.schema import HOUSING_TABLE, HouseSale
 from step_scripts.data.parquet_files import schema_violations
 from step_scripts.serving.feature_parser import FeatureParser
-from step_scripts.serving.media import RequestError
+from step_scripts.serving.request_rows import RequestError
 from step_scripts.table.column_types import polars_schema, table_from_pandera, violations
 from step_scripts.table.spec import ColumnRange, ColumnSpec, DType, TableSpec
 from tests import ROOT
