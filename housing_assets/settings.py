@@ -1,6 +1,6 @@
 """Environment variables: the one module that reads them, and says what they mean. Connects to nothing.
 
-`Settings` declares each of them once: type, default, limits and meaning, which `housing_assets.reference` prints.
+`Settings` declares each of them once: type, default, limits and meaning, which docs/configuration.md lists.
 `housing_assets.deployments` makes the resources of it.
 """
 
