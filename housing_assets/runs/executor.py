@@ -112,11 +112,6 @@ class CancelingExecutor(dg.Executor):
         """The other executor's retry mode."""
         return self._executor.retries
 
-    @property
-    def step_dependency_config(self) -> Any:
-        """The other executor's rule for when a step may start."""
-        return self._executor.step_dependency_config
-
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
         """Execute the plan in this process."""
         check_root_is_writable()
