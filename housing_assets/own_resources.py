@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import dagster as dg
@@ -17,11 +16,11 @@ from pydantic import Field
 
 from housing_assets.code_location import asset_keys
 from housing_assets.config_fields import check_run_config
-from resources.inventory import OwnedItem, remove_empty, remove_file
+from resources.inventory import OwnedItem, files_item, remove_empty, remove_file
 from resources.references.files import asset_folder, reference_files
 from resources.references.io_manager import ReferenceIOManager
 from step_scripts.runner import storage
-from step_scripts.runner.wording import counted, megabytes
+from step_scripts.runner.wording import megabytes
 
 _SAMPLE = re.compile(r"house_sales_\d+\.csv")
 _WILDCARD = re.compile(r"[*?\[]")
@@ -91,18 +90,10 @@ class CheckedReferenceIOManager(ReferenceIOManager):
 
     def inventory(self) -> Sequence[OwnedItem]:
         """An item an asset: its reference files."""
-        items = []
+        items: list[OwnedItem] = []
         for key, files in reference_files(self.root, asset_keys()).items():
-            if files:
-                items.append(
-                    OwnedItem(
-                        kind="files",
-                        name=f"references of {key.to_user_string()}",
-                        location=asset_folder(self.root, key),
-                        created_at=datetime.fromtimestamp(min(files.values()), UTC),
-                        detail=counted(len(files), "file"),
-                    )
-                )
+            name = f"references of {key.to_user_string()}"
+            items += files_item(asset_folder(self.root, key), name, [*files.values()])
         return items
 
     def remove(self, item: OwnedItem) -> None:

@@ -78,7 +78,7 @@ def find_references(
                 latest.setdefault(record.partition_key, (uri, record.timestamp))
         named = {uri for uri, _ in latest.values()}
         newest = max((time for _, time in latest.values()), default=0.0)
-        for uri, modified in files.items():
+        for uri, (_, modified) in files.items():
             try:
                 stored = read_reference(uri)
             except ValidationError as error:  # damaged, or of another version of the code: no step can read it

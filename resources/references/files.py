@@ -48,15 +48,15 @@ def asset_folder(root: str, key: dg.AssetKey) -> str:
     return storage.join(root, *key.path)
 
 
-def reference_files(root: str, assets: Sequence[dg.AssetKey]) -> dict[dg.AssetKey, dict[str, float]]:
-    """URIs of the reference files of each asset, with the times at which they were written in seconds since 1970."""
-    found: dict[dg.AssetKey, dict[str, float]] = {key: {} for key in assets}
+def reference_files(root: str, assets: Sequence[dg.AssetKey]) -> dict[dg.AssetKey, dict[str, tuple[int, float]]]:
+    """URIs of the reference files of each asset; of each: bytes, and when it was written in seconds since 1970."""
+    found: dict[dg.AssetKey, dict[str, tuple[int, float]]] = {key: {} for key in assets}
     folders = {"/".join(key.path): key for key in assets}
-    for path, _, modified in storage.list_details(root):
+    for path, size, modified in storage.list_details(root):
         folder, _, name = path.rpartition("/")
         key = folders.get(folder) if _OWN.fullmatch(name) else folders.get(path.removesuffix(".json"))
         if key is not None:
-            found[key][storage.join(root, path)] = modified
+            found[key][storage.join(root, path)] = size, modified
     return found
 
 
