@@ -16,8 +16,8 @@ from zoneinfo import ZoneInfo
 
 from pydantic import BaseModel, Field, model_validator
 
-from resources.sources.folder_search import SetAside
-from resources.sources.listing import Listing, ends_within_a_line
+from resources.sources.folder_search import Listing, SetAside
+from resources.sources.listing import ends_within_a_line
 from step_scripts.parameters import SourceFile
 from step_scripts.runner import storage
 from step_scripts.runner.storage import lasting
@@ -55,12 +55,12 @@ def ready_files(files: Iterable[SourceFile], now: float, settle_seconds: float) 
 
 def files_of_days(
     listing: Listing, landing: str, timezone: str, days: Iterable[date], now: float, settle_seconds: float
-) -> tuple[tuple[SourceFile, ...], int]:
+) -> tuple[list[SourceFile], int]:
     """The ready files of the days, and how many of those days are not ready yet."""
     wanted = set(days)
     files = [file for file in listing.files if day_of(file, landing, timezone) in wanted]
     ready = ready_files(files, now, settle_seconds)
-    return tuple(ready), len(files) - len(ready)
+    return ready, len(files) - len(ready)
 
 
 def files_by_day(

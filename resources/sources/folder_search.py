@@ -39,8 +39,11 @@ def shown(path: str) -> str:
 
 
 @dataclass
-class Found:
-    """What a search has found so far. `closed`: folders that could not be listed."""
+class Listing:
+    """The files that were looked for; what is set aside; what else is there and is not taken. All sorted by name.
+
+    `closed`: folders that could not be listed.
+    """
 
     files: list[SourceFile] = field(default_factory=list)
     set_aside: list[SetAside] = field(default_factory=list)
@@ -74,14 +77,14 @@ class _Entry:
     remedy: str = "Correct or remove it"
 
 
-def matching(folder: str, pattern: str, flags: int = 0) -> Found:
+def matching(folder: str, pattern: str, flags: int = 0) -> Listing:
     """What lies below `folder` and matches. One segment at a time, so that `*` stays within a folder.
 
     A file that has several names, because of links, is read once: under the name that has no link in it.
     """
     parts = pattern.split("/")
     segments = [_ANY_DEPTH if part == "**" else re.compile(fnmatch.translate(part), flags) for part in parts]
-    found, names = Found(), dict[str, str]()
+    found, names = Listing(), dict[str, str]()
     entries = _objects(folder, segments) if storage.is_remote(folder) else _walk(folder, segments, found)
     for entry in sorted(entries, key=lambda e: (e.linked, e.path)):
         name = "/".join(entry.parts)
@@ -93,6 +96,9 @@ def matching(folder: str, pattern: str, flags: int = 0) -> Found:
             found.others.append(shown(f"{name} (a link to {first})"))
         else:
             found.add(entry.path, entry.state)
+    found.files.sort(key=lambda f: f.uri)
+    found.set_aside.sort(key=lambda a: a.name)
+    found.others.sort()
     return found
 
 
@@ -106,11 +112,9 @@ def _matches(parts: Sequence[str], segments: Sequence[re.Pattern[str]]) -> bool:
 
 def _leads_to_match(parts: Sequence[str], segments: Sequence[re.Pattern[str]]) -> bool:
     """Whether files below the folder `parts` may match."""
-    if not parts:
-        return bool(segments)
-    if not segments or segments[0] is _ANY_DEPTH:
-        return bool(segments)
-    return bool(segments[0].fullmatch(parts[0])) and _leads_to_match(parts[1:], segments[1:])
+    before = segments[: segments.index(_ANY_DEPTH)] if _ANY_DEPTH in segments else segments[:-1]
+    deep_enough = len(parts) <= len(before) or _ANY_DEPTH in segments
+    return deep_enough and all(segment.fullmatch(part) for part, segment in zip(parts, before, strict=False))
 
 
 def _objects(folder: str, segments: Sequence[re.Pattern[str]]) -> Iterator[_Entry]:
@@ -128,7 +132,7 @@ def _objects(folder: str, segments: Sequence[re.Pattern[str]]) -> Iterator[_Entr
         raise OSError(str(error)) from error
 
 
-def _walk(folder: str, segments: Sequence[re.Pattern[str]], found: Found) -> Iterator[_Entry]:
+def _walk(folder: str, segments: Sequence[re.Pattern[str]], found: Listing) -> Iterator[_Entry]:
     """Everything but folders below `folder`, in those folders that may hold a match. Links are followed, once."""
     top = Path(folder).stat() if Path(folder).exists() else None
     above = frozenset({(top.st_dev, top.st_ino)} if top else ())

@@ -5,31 +5,15 @@ from __future__ import annotations
 import io
 import re
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 
-from resources.sources.folder_search import Found, SetAside, matching, shown
-from step_scripts.parameters import SourceFile
+from resources.sources.folder_search import Listing, matching, shown
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.storage import file_state
 
 _TAIL_BYTES = 1024
 _WILDCARD = re.compile(r"[*?\[]")
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The files that were looked for, sorted by URI; what is set aside; what else is there and is not taken."""
-
-    files: tuple[SourceFile, ...] = ()
-    set_aside: tuple[SetAside, ...] = ()
-    others: tuple[str, ...] = ()
-
-
-def find_source_files(source: str) -> tuple[SourceFile, ...]:
-    """The files of `list_source`."""
-    return list_source(source).files
 
 
 def list_source(source: str) -> Listing:
@@ -45,28 +29,24 @@ def list_source(source: str) -> Listing:
         raise StepError("no source is configured: name a CSV file, a folder, a glob or an s3:// URI")
     try:
         path = _absolute(text)
-        kind = _kind(path)
+        kind, found, looked = _kind(path), Listing(), path.rpartition("/")[0]
         if kind == "file":
-            found, looked = Found(), path
             found.add(path, file_state(path))
         elif kind == "folder":
             found, looked = matching(path, "*.csv", re.IGNORECASE), path
         elif _WILDCARD.search(path.removeprefix(_scheme(path))):
             looked, pattern = _split_glob(path)
             found = matching(looked, pattern)
-        else:
-            found, looked = Found(), path.rpartition("/")[0]
     except ValueError as error:
         raise StepError(f"source {source!r}: {error}") from error
     except OSError as error:
         raise StepError(f"source {source!r} cannot be reached: {error}") from error
     if found.closed:
         raise StepError(f"source {source!r} cannot be read: {found.closed[0]}")
-    listing = _listing(found)
-    if not listing.files:
-        aside = f". Set aside: {'; '.join(map(str, listing.set_aside[:5]))}" if listing.set_aside else ""
+    if not found.files:
+        aside = f". Set aside: {'; '.join(map(str, found.set_aside[:5]))}" if found.set_aside else ""
         raise StepError(_not_found(source, looked) + aside)
-    return listing
+    return found
 
 
 def list_landing(place: str) -> Listing | None:
@@ -83,8 +63,8 @@ def list_landing(place: str) -> Listing | None:
         raise StepError(f"landing place {place!r} cannot be reached: {error}") from error
     if found.closed and found.closed[0].name == shown(path):
         raise StepError(f"landing place {place!r} cannot be read: {found.closed[0]}")
-    found.set_aside += found.closed
-    return _listing(found)
+    found.set_aside = sorted([*found.set_aside, *found.closed], key=lambda a: a.name)
+    return found
 
 
 def ends_within_a_line(uri: str) -> bool:
@@ -99,14 +79,6 @@ def ends_within_a_line(uri: str) -> bool:
             return not file.read().rstrip(b" \t").endswith((b"\n", b"\r"))
     except OSError:
         return False
-
-
-def _listing(found: Found) -> Listing:
-    return Listing(
-        tuple(sorted(found.files, key=lambda f: f.uri)),
-        tuple(sorted(found.set_aside, key=lambda a: a.name)),
-        tuple(sorted(found.others)),
-    )
 
 
 def expanded(uri: str) -> str:
