@@ -6,7 +6,7 @@ import re
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,20 +14,11 @@ from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.wording import counted, megabytes
 
+# In the order of removal: what serves or writes goes before what it needs.
 ItemKind = Literal[
     "endpoint", "endpoint_config", "model", "model_package", "model_package_group", "job", "feature_group", "files"
 ]
-# The order of removal: what serves or writes goes before what it needs.
-KINDS: tuple[ItemKind, ...] = (
-    "endpoint",
-    "endpoint_config",
-    "model",
-    "model_package",
-    "model_package_group",
-    "job",
-    "feature_group",
-    "files",
-)
+KINDS: tuple[ItemKind, ...] = get_args(ItemKind)
 # What steps write below the folder of their results. Other things there are not ours.
 RESULT_FILE = re.compile(r"(?P<step>[\w.]+)/(?P<digest>[0-9a-f]{16})/.+")
 

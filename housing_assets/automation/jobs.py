@@ -10,6 +10,7 @@ import dagster as dg
 from pydantic import Field
 
 from housing_assets.checks.gate import require_checks_passed
+from housing_assets.config import MODEL_GROUP
 from housing_assets.settings import Settings
 from resources.compute.base import table
 from resources.model_registry.base import (
@@ -19,7 +20,6 @@ from resources.model_registry.base import (
     ModelVersionNotFound,
 )
 from resources.references.evidence import EvidenceStore
-from step_scripts.parameters import MODEL_GROUP
 
 _SETTINGS = Settings.load()
 _INGESTION = dg.AssetSelection.assets("raw_csv", "feature_group")
