@@ -43,15 +43,12 @@ class SourceLocation(dg.ConfigurableResource):
         from housing_assets.sample_data import write_sample
 
         sample = storage.join(self.sample_folder, f"house_sales_{self.sample_rows}.csv")
-        if storage.exists(sample):
-            return sample
-        if not storage.is_remote(sample):
-            write_sample(storage.local_path(sample), rows=self.sample_rows)
-            return sample
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "sample.csv"
-            write_sample(file, rows=self.sample_rows)
-            storage.upload(file, sample)
+        if not storage.exists(sample):
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "sample.csv" if storage.is_remote(sample) else storage.local_path(sample)
+                write_sample(file, rows=self.sample_rows)
+                if storage.is_remote(sample):
+                    storage.upload(file, sample)
         return sample
 
     def places_of_people(self) -> list[str]:

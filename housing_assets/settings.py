@@ -206,6 +206,21 @@ class Automation(_Variables):
         return timezone
 
 
+def _refuse_passwords(environment: Mapping[str, str]) -> None:
+    """Raise `ValueError` for a URL with a password in it: it would stand in the UI, in logs and in Dagster's database.
+
+    Those that are secrets as a whole are read where they are used, and never part of the definitions.
+    """
+    for name, value in environment.items():
+        if not name.startswith(("HOUSING_", "RAY_ADDRESS", "AWS_ENDPOINT_URL")) or name in _SECRETS:
+            continue
+        if _PASSWORD.search(value):
+            raise ValueError(
+                f"{name} has a user name or a password in its URL, which would stand in the UI, in logs and in "
+                f"Dagster's database: take it out. {_PLACES.get(name, '')}".rstrip()
+            )
+
+
 class Settings(Everywhere, Local, SageMaker, Automation):
     """All environment variables, read and checked."""
 
@@ -216,6 +231,7 @@ class Settings(Everywhere, Local, SageMaker, Automation):
     def load(cls, environment: Mapping[str, str] | None = None) -> Self:
         """From the process's environment, or another. Raises `ValueError` naming the variable for a wrong value."""
         variables = os.environ if environment is None else environment
+        _refuse_passwords(variables)
         try:
             return cls.model_validate({name: text.strip() for name, text in variables.items() if text.strip()})
         except ValidationError as error:
@@ -269,18 +285,3 @@ class Settings(Everywhere, Local, SageMaker, Automation):
             if not root.startswith("s3://"):
                 raise ValueError(f"HOUSING_ROOT={root!r}: with HOUSING_DEPLOYMENT=sagemaker it must be an s3:// prefix")
         return storage.join(root, "environments", self.own_environment) if self.own_environment else root
-
-
-def refuse_passwords(environment: Mapping[str, str]) -> None:
-    """Raise `ValueError` for a URL with a password in it: it would stand in the UI, in logs and in Dagster's database.
-
-    Those that are secrets as a whole are read where they are used, and never part of the definitions.
-    """
-    for name, value in environment.items():
-        if not name.startswith(("HOUSING_", "RAY_ADDRESS", "AWS_ENDPOINT_URL")) or name in _SECRETS:
-            continue
-        if _PASSWORD.search(value):
-            raise ValueError(
-                f"{name} has a user name or a password in its URL, which would stand in the UI, in logs and in "
-                f"Dagster's database: take it out. {_PLACES.get(name, '')}".rstrip()
-            )

@@ -13,12 +13,7 @@ from housing_assets.checks.gate import require_checks_passed
 from housing_assets.config import MODEL_GROUP
 from housing_assets.settings import Settings
 from resources.compute.base import table
-from resources.model_registry.base import (
-    ApprovalStatus,
-    GateNotPassed,
-    ModelRegistry,
-    ModelVersionNotFound,
-)
+from resources.model_registry.base import ApprovalStatus, GateNotPassed, ModelRegistry, ModelVersionNotFound
 from resources.references.evidence import EvidenceStore
 
 _SETTINGS = Settings.load()

@@ -36,12 +36,6 @@ _INTERRUPTIONS = (dg.DagsterExecutionInterruptedError, KeyboardInterrupt)
 _RESEND_SECONDS = 0.1
 
 
-def _interrupt_main_thread() -> None:
-    ident = threading.main_thread().ident
-    assert ident is not None
-    signal.pthread_kill(ident, signal.SIGINT)  # this thread, so that it wakes from whatever it waits for
-
-
 @contextmanager
 def _ignored_interruptions_sent_again() -> Iterator[None]:
     """Within the block, an interruption that Python ignored is repeated until it ends what is being executed."""
@@ -49,7 +43,9 @@ def _ignored_interruptions_sent_again() -> Iterator[None]:
 
     def hook(unraisable: Any) -> None:
         if isinstance(unraisable.exc_value, _INTERRUPTIONS):
-            timer = threading.Timer(_RESEND_SECONDS, _interrupt_main_thread)
+            # To this thread, so that it wakes from whatever it waits for.
+            to = (threading.main_thread().ident, signal.SIGINT)
+            timer = threading.Timer(_RESEND_SECONDS, signal.pthread_kill, to)
             timer.daemon = True
             timer.start()
         else:

@@ -74,19 +74,16 @@ class MlflowTracking(ExperimentTracker):
     def record(self, search: StepResult, run_id: str) -> dict[str, Any]:
         """Record the search. A run with the same request digest that has finished is the record."""
         with environment_defaults(_PATIENCE):
-            return self._record(search, run_id)
-
-    def _record(self, search: StepResult, dagster_run: str) -> dict[str, Any]:
-        client = self._client()
-        experiment = self._experiment_id(client)
-        known = client.search_runs(
-            [experiment],
-            f"tags.`{_DIGEST_TAG}` = '{search.request_digest}' and attributes.status = 'FINISHED' "
-            "and tags.`housing.kind` = 'search'",
-            max_results=1,
-        )
-        run_id = known[0].info.run_id if known else self._log(client, experiment, search, dagster_run)
-        metadata: dict[str, Any] = {"mlflow_experiment": self.experiment, "mlflow_run_id": run_id}
+            client = self._client()
+            experiment = self._experiment_id(client)
+            known = client.search_runs(
+                [experiment],
+                f"tags.`{_DIGEST_TAG}` = '{search.request_digest}' and attributes.status = 'FINISHED' "
+                "and tags.`housing.kind` = 'search'",
+                max_results=1,
+            )
+            record = known[0].info.run_id if known else self._log(client, experiment, search, run_id)
+        metadata: dict[str, Any] = {"mlflow_experiment": self.experiment, "mlflow_run_id": record}
         if self.tracking_uri.startswith("http"):
             url = f"{self.tracking_uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
             metadata["mlflow_run"] = dg.MetadataValue.url(url)
