@@ -17,8 +17,7 @@ from pydantic import Field
 from housing_assets.code_location import asset_keys
 from housing_assets.config_fields import check_run_config
 from resources.inventory import OwnedItem, files_item, remove_empty, remove_file
-from resources.references.files import asset_folder, reference_files
-from resources.references.io_manager import ReferenceIOManager
+from resources.references.io_manager import ReferenceIOManager, asset_folder, reference_files
 from step_scripts.runner import storage
 from step_scripts.runner.wording import megabytes
 

@@ -25,7 +25,7 @@ from housing_assets.code_location import definitions
 from resources.feature_store.base import OfflineSnapshot
 from resources.model_registry.base import GateEvidence, ModelVersion
 from resources.references.evidence import Evidence, EvidenceStore, EvidenceUnreadable, Judged
-from resources.references.files import event_log_name
+from resources.references.io_manager import event_log_name
 from resources.references.types import EvaluationRef, ModelRef, SnapshotRef, SourceRef, SplitRef
 from step_scripts.runner import storage
 from step_scripts.runner.wording import listed

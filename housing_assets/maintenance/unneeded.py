@@ -20,7 +20,7 @@ from resources.endpoints.captured_files import CapturedFile
 from resources.inventory import RESULT_FILE
 from resources.model_registry.base import ModelVersion, champion_of
 from resources.references.evidence import EvidenceStore
-from resources.references.files import (
+from resources.references.io_manager import (
     StoredReference,
     asset_folder,
     materializations,

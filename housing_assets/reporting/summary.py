@@ -21,7 +21,7 @@ from housing_assets.checks.gate import REMEDIES
 from housing_assets.settings import Settings
 from resources.endpoints.base import EndpointStatus
 from resources.model_registry.base import ModelVersion
-from resources.references.files import event_log_name, latest_file, read_reference
+from resources.references.io_manager import event_log_name, latest_file, read_reference
 from resources.references.types import EvaluationRef, ModelRef
 from step_scripts.runner import storage
 from step_scripts.runner.wording import number, percent
