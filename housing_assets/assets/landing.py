@@ -11,10 +11,9 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, datetime
-from typing import Any
 from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel
 
 from resources.sources.folder_search import Listing, SetAside
 from resources.sources.listing import ends_within_a_line
@@ -97,13 +96,6 @@ class LandingCursor(BaseModel):
     taken: dict[str, str] = {}
     seen: dict[str, str] = {}
     notified: list[str] = []
-    earlier: dict[str, str] = Field(default={}, exclude=True)  # of the version before: place → size and time
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_an_earlier_version(cls, content: Any) -> Any:
-        taken = content.get("taken") if isinstance(content, dict) else None
-        return {"earlier": taken} if isinstance(taken, dict) and any("/" in place for place in taken) else content
 
     def look(
         self, by_day: Mapping[date, Sequence[SourceFile]], now: float, settle_seconds: float
@@ -119,7 +111,6 @@ class LandingCursor(BaseModel):
         for day, files in by_day.items():
             key, marks = str(day), {mark(file): file for file in files}
             known = _known(self.taken.get(key, ""), set(marks))
-            known |= {m for m, file in marks.items() if self.earlier.get(file.uri) == _earlier_identity(file)}
             new = set(marks) - known
             # Of too many new files it cannot be remembered which were seen: then the time alone decides.
             twice = new if len(new) > REMEMBERED_FILES else _known(self.seen.get(key, ""), new)
@@ -166,10 +157,6 @@ def _digest(text: str) -> str:
 def mark(file: SourceFile) -> str:
     """Digits that stand for a file in the state in which it is."""
     return _digest(f"{file.uri}\0{file.bytes} {file.modified!r} {lasting(file.change)}")[:_MARK]
-
-
-def _earlier_identity(file: SourceFile) -> str:
-    return _digest(f"{file.bytes} {file.modified!r}")[:12]
 
 
 def run_key(day: date, files: Iterable[SourceFile]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
@@ -164,16 +162,6 @@ def test_a_day_of_more_files_than_are_remembered_is_not_put_off_for_ever() -> No
         batches, _, cursor = cursor.look({TODAY: files}, NOW, SETTLE)
         taken += len(batches)
     assert taken
-
-
-def test_the_cursor_of_the_version_before_is_understood() -> None:
-    """An upgrade does not ask for all days again."""
-    old, new = file("a.csv"), file("b.csv")
-    digest = hashlib.sha256(f"{old.bytes} {old.modified!r}".encode()).hexdigest()[:12]
-    cursor = LandingCursor.model_validate_json(json.dumps({"taken": {old.uri: digest}, "seen": {}}))
-    _, cursor = look(cursor, old, new)
-    taken, _ = look(cursor, old, new)
-    assert taken == ["b.csv"]
 
 
 @pytest.mark.parametrize("text", ["yesterday", "[]", "7", '{"taken": 3}', '{"taken": {"2026-09-21": 4}}'])
