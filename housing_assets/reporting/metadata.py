@@ -69,41 +69,35 @@ def materialized(
 
 
 def artifact_metadata(artifact: Artifact) -> dict[str, Any]:
-    """Where an artifact lies, how large it is, and its digest."""
-    metadata: dict[str, Any] = {
+    """Where an artifact lies, how large it is, and its digest. None: not known, so not shown."""
+    return {
         "dagster/uri": artifact.uri,
         "digest": artifact.digest,
         "megabytes": rounded(artifact.bytes / 1e6),
         "files": len(artifact.files),
+        "dagster/row_count": artifact.rows,
     }
-    if artifact.rows is not None:
-        metadata["dagster/row_count"] = artifact.rows
-    return metadata
 
 
 def run_metadata(result: StepResult) -> dict[str, Any]:
     """How a step ran: reused or not, seconds per phase and operator, CPUs held, memory, nodes, versions.
 
     `core_seconds` is the time of the step times the CPUs of its Ray session, used or not: what it kept from others.
+    None: not known, so not shown.
     """
-    metadata: dict[str, Any] = {
+    seconds = 0.0 if result.reused else result.seconds.get("total", 0.0)
+    return {
         "reused": result.reused,
-        "seconds": 0.0 if result.reused else result.seconds.get("total", 0.0),
+        "seconds": seconds,
         "phases": table([{"phase": name, "seconds": seconds} for name, seconds in result.seconds.items()]),
         "request_digest": result.request_digest,
         "versions": dg.MetadataValue.json(result.versions),
+        "ray_data_operators": table(result.operators) if result.operators else None,
+        "core_seconds": round(result.cpus * seconds, 1) if result.cpus is not None else None,
+        "made_at": dg.MetadataValue.timestamp(result.created_at) if result.reused else None,
+        "driver_peak_megabytes": round(result.peak_memory_bytes / 1e6, 1) if result.peak_memory_bytes else None,
+        "ray_nodes": dg.MetadataValue.json(result.nodes) if result.nodes else None,
     }
-    if result.operators:
-        metadata["ray_data_operators"] = table(result.operators)
-    if result.cpus is not None:
-        metadata["core_seconds"] = round(result.cpus * metadata["seconds"], 1)
-    if result.reused:
-        metadata["made_at"] = dg.MetadataValue.timestamp(result.created_at)
-    if result.peak_memory_bytes:
-        metadata["driver_peak_megabytes"] = round(result.peak_memory_bytes / 1e6, 1)
-    if result.nodes:
-        metadata["ray_nodes"] = dg.MetadataValue.json(result.nodes)
-    return metadata
 
 
 def plot_metadata(

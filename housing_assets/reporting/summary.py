@@ -17,6 +17,7 @@ from pathlib import Path
 import dagster as dg
 from dagster_shared.error import SerializableErrorInfo  # Dagster itself does not export it
 
+from housing_assets.checks.comparisons import typical_row
 from housing_assets.checks.gate import REMEDIES
 from housing_assets.settings import Settings
 from resources.endpoints.base import EndpointStatus
@@ -24,6 +25,7 @@ from resources.model_registry.base import ModelVersion
 from resources.references.io_manager import event_log_name, latest_file, read_reference
 from resources.references.types import EvaluationRef, ModelRef
 from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact
 from step_scripts.runner.wording import number, percent
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -150,7 +152,7 @@ def summary(root: Path, instance: dg.DagsterInstance) -> str:
         f"  registered as      {version.reference} ({version.status})",
         "",
         f"Endpoint {endpoint.name} serves version {endpoint.version} at {endpoint.url}",
-        f"  {curl_line(endpoint.url, Path(model.model.uri))}",
+        f"  {curl_line(endpoint.url, model.model)}",
         "",
         "Dagster UI: make ui        Stop the endpoint: make stop        Remove everything: make clean-data",
     ]
@@ -176,18 +178,10 @@ def failure_summary(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
     return "\n".join(lines)
 
 
-def curl_line(url: str, model: Path) -> str:
-    """A command that asks the endpoint for one prediction: the mean row of the training split."""
-    import json
-
-    from step_scripts.table.spec import TableSpec
-
-    table = TableSpec.model_validate_json((model / "table.json").read_bytes())
-    mean = json.loads((model / "scaler.json").read_bytes())["mean"]
-    values = [
-        f"{mean[name]:.0f}" if table.column(name).dtype == "int64" else f"{mean[name]:.2f}" for name in table.features
-    ]
-    return f"curl -s {shlex.quote(url)} -H 'Content-Type: text/csv' -d '{','.join(values)}'"
+def curl_line(url: str, model: Artifact) -> str:
+    """A command that asks the endpoint for one prediction: a typical row of the training split."""
+    values = typical_row(model).write_csv(include_header=False).strip()
+    return f"curl -s {shlex.quote(url)} -H 'Content-Type: text/csv' -d '{values}'"
 
 
 def main(arguments: Sequence[str] = ()) -> int:

@@ -72,12 +72,8 @@ def _hangup_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-class UnusableRoot(Exception):
-    """The run would fail at the first thing that it writes."""
-
-
 def check_root_is_writable() -> None:
-    """Make the deployment's root if there is none, and try to write there. Raises `UnusableRoot`."""
+    """Make the deployment's root if there is none, and try to write there. Raises `dagster.Failure`."""
     root = Settings.load().own_root
     if storage.is_remote(root):
         return
@@ -87,10 +83,11 @@ def check_root_is_writable() -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UnusableRoot(
+        raise dg.Failure(
             f"the folder for data and models, {root}, cannot be written: {error.strerror or error}. Give this user "
             f"(number {os.geteuid()}) the right to write there, or set HOUSING_ROOT to another folder. "
-            "Nothing has been done"
+            "Nothing has been done",
+            allow_retries=False,
         ) from None
 
 
