@@ -18,6 +18,7 @@ from housing_assets.code_location import asset_keys
 from housing_assets.config_fields import check_run_config
 from resources.inventory import OwnedItem, files_item, remove_empty, remove_file
 from resources.references.io_manager import ReferenceIOManager, asset_folder, reference_files
+from resources.sources.listing import absolute
 from step_scripts.runner import storage
 from step_scripts.runner.wording import megabytes
 
@@ -52,11 +53,11 @@ class SourceLocation(dg.ConfigurableResource):
 
     def places_of_people(self) -> list[str]:
         """Places of people's own files: the landing place, and the configured source up to its first wildcard."""
-        return [_plain(_WILDCARD.split(place)[0]) for place in (self.landing, self.source) if place]
+        return [absolute(_WILDCARD.split(place)[0]) for place in (self.landing, self.source) if place]
 
     def place_within(self, location: str) -> str | None:
         """The place of people's own files that is at `location`, or lies in it."""
-        own = _plain(location)
+        own = absolute(location)
         return next((place for place in self.places_of_people() if (place + "/").startswith(own + "/")), None)
 
     def inventory(self) -> Sequence[OwnedItem]:
@@ -64,7 +65,7 @@ class SourceLocation(dg.ConfigurableResource):
         items = []
         for path, size, _ in storage.list_details(self.sample_folder):
             uri = storage.join(self.sample_folder, path)
-            named = any((_plain(uri) + "/").startswith(place + "/") for place in self.places_of_people())
+            named = any((absolute(uri) + "/").startswith(place + "/") for place in self.places_of_people())
             if _SAMPLE.fullmatch(path) and not named:
                 items.append(OwnedItem(kind="files", name=path, location=uri, detail=f"generated, {megabytes(size)}"))
         return items
@@ -108,8 +109,3 @@ def _check_days(tags: Mapping[str, str]) -> None:
             f"the range of days {first}...{last} is reversed. Give the earlier day first: {last}...{first}",
             allow_retries=False,
         )
-
-
-def _plain(uri: str) -> str:
-    text = uri if storage.is_remote(uri) else str(storage.local_path(uri).absolute())
-    return text.rstrip("/")

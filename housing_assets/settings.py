@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     BeforeValidator,
@@ -60,6 +61,7 @@ def _on_or_off(value: Any) -> Any:
 
 
 _Switch = Annotated[bool, BeforeValidator(_on_or_off)]
+_Place = Annotated[str | None, AfterValidator(lambda place: place and expanded(place))]
 _Words = Annotated[list[str], BeforeValidator(lambda text: [word.strip() for word in text.split(",") if word.strip()])]
 
 
@@ -90,7 +92,7 @@ class Everywhere(_Variables):
         "For example `staging`: places and names of its own, below `environments/`. On branch deployments of Dagster+ "
         "the branch's, whatever is set.",
     )
-    raw_csv: str | None = _variable(
+    raw_csv: _Place = _variable(
         None, "Path, folder, glob or s3:// URI of the source files; `~` is the home folder.", shown="generated data"
     )
     config: str | None = _variable(
@@ -113,11 +115,6 @@ class Everywhere(_Variables):
     dagster_home: str | None = _variable(
         None, "Dagster's runs and events.", shown="./.dagster (make)", alias="DAGSTER_HOME"
     )
-
-    @field_validator("raw_csv")
-    @classmethod
-    def _source_at_home(cls, place: str | None) -> str | None:
-        return place and expanded(place)
 
 
 class Local(_Variables):
@@ -154,7 +151,7 @@ class SageMaker(_Variables):
 class Automation(_Variables):
     """What makes the platform run by itself, and who hears of it. Off until it is switched on in the UI."""
 
-    landing: str | None = _variable(None, "Folder or s3:// prefix where new files arrive; days become partitions.")
+    landing: _Place = _variable(None, "Folder or s3:// prefix where new files arrive; days become partitions.")
     landing_start: date = _variable(date(2025, 1, 1), "First day of ingestion that can be backfilled.")
     settle_seconds: float = _variable(
         60.0,
@@ -190,11 +187,6 @@ class Automation(_Variables):
     )
     mlflow_experiment: str | None = _variable(None, "Name of the experiment.", shown="housing")
     mlflow_artifacts: str | None = _variable(None, "Where a new experiment keeps artifacts.", shown="the server's")
-
-    @field_validator("landing")
-    @classmethod
-    def _landing_at_home(cls, landing: str | None) -> str | None:
-        return landing and expanded(landing)
 
     @field_validator("timezone")
     @classmethod

@@ -16,9 +16,8 @@ from zoneinfo import ZoneInfo
 from pydantic import BaseModel
 
 from resources.sources.folder_search import Listing, SetAside
-from resources.sources.listing import ends_within_a_line
+from resources.sources.listing import absolute, ends_within_a_line
 from step_scripts.parameters import SourceFile
-from step_scripts.runner import storage
 from step_scripts.runner.storage import lasting
 
 WITHIN_A_LINE = 10
@@ -30,8 +29,7 @@ _CLOCKS_DIFFER = 300.0  # by so many seconds at most, or a file is from the futu
 
 def day_of(file: SourceFile, landing: str, timezone: str) -> date:
     """The day of ingestion that a file belongs to."""
-    place = landing if storage.is_remote(landing) else str(storage.local_path(landing).absolute())
-    for found in reversed(list(_DATE.finditer(file.uri.removeprefix(place)))):
+    for found in reversed(list(_DATE.finditer(file.uri.removeprefix(absolute(landing))))):
         year, month, day = (int(part) for part in found.groups() if part)
         try:
             return date(year, month, day)

@@ -28,7 +28,7 @@ def list_source(source: str) -> Listing:
     if not text:
         raise StepError("no source is configured: name a CSV file, a folder, a glob or an s3:// URI")
     try:
-        path = _absolute(text)
+        path = absolute(text)
         kind, found, looked = _kind(path), Listing(), path.rpartition("/")[0]
         if kind == "file":
             found.add(path, file_state(path))
@@ -55,7 +55,7 @@ def list_landing(place: str) -> Listing | None:
     A folder that cannot be listed is set aside. Raises `StepError` if the place itself cannot be reached.
     """
     try:
-        path = _absolute(place)
+        path = absolute(place)
         if _kind(path) is None and not storage.is_remote(path):
             return None
         found = matching(path, "**/*.csv", re.IGNORECASE)
@@ -95,16 +95,13 @@ def _scheme(uri: str) -> str:
     return uri.partition("://")[0] + "://" if storage.is_remote(uri) else ""
 
 
-def _absolute(uri: str) -> str:
-    """The local path, or the URI without a slash at its end. Raises `ValueError` for what is neither local nor S3."""
-    if not storage.is_remote(uri):
-        return str(storage.local_path(expanded(uri)).absolute())
-    storage.filesystem(uri)
-    return uri.rstrip("/")
+def absolute(uri: str) -> str:
+    """The absolute local path, with the home folder for `~`; or the URI, without a slash at its end."""
+    return uri.rstrip("/") if storage.is_remote(uri) else str(storage.local_path(expanded(uri)).absolute())
 
 
 def _kind(path: str) -> str | None:
-    """`file`, `folder`, or None if there is nothing."""
+    """`file`, `folder`, or None if there is nothing. Raises `ValueError` for what is neither local nor on S3."""
     if not storage.is_remote(path):
         try:
             mode = Path(path).stat().st_mode
