@@ -40,10 +40,8 @@ def end_lost_runs(instance: dg.DagsterInstance) -> list[str]:
         run = instance.get_run_by_id(found.run_id)
         if run is None or run.status not in _STATUSES:
             continue
-        if run.status == dg.DagsterRunStatus.CANCELING:
-            instance.report_run_canceled(run, message=_reason(run))
-        else:
-            instance.report_run_failed(run, message=_reason(run))
+        canceling = run.status == dg.DagsterRunStatus.CANCELING
+        (instance.report_run_canceled if canceling else instance.report_run_failed)(run, message=_reason(run))
         _free_slots(instance, run.run_id)
         ended.append(run.run_id)
     return ended

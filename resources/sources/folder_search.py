@@ -63,18 +63,16 @@ class Listing:
 
 @dataclass(frozen=True)
 class _Entry:
-    """Something below the folder that is searched, no folder. Without `state` it cannot be read: see `problem`.
+    """Something below the folder that is searched, no folder: its state, or why it cannot be read.
 
     `file`: the file itself, where `linked` says that it was reached through a symbolic link.
     """
 
     path: str
     parts: tuple[str, ...]
+    state: FileState | SetAside
     file: str = ""
     linked: bool = False
-    state: FileState | None = None
-    problem: str = ""
-    remedy: str = "Correct or remove it"
 
 
 def matching(folder: str, pattern: str, flags: int = 0) -> Listing:
@@ -90,8 +88,8 @@ def matching(folder: str, pattern: str, flags: int = 0) -> Listing:
         name = "/".join(entry.parts)
         if not _matches(entry.parts, segments):
             found.others.append(shown(name))
-        elif entry.state is None:
-            found.set_aside.append(SetAside(shown(entry.path), entry.problem, entry.remedy))
+        elif isinstance(entry.state, SetAside):
+            found.set_aside.append(entry.state)
         elif (first := names.setdefault(entry.file, entry.path)) != entry.path:
             found.others.append(shown(f"{name} (a link to {first})"))
         else:
@@ -127,7 +125,7 @@ def _objects(folder: str, segments: Sequence[re.Pattern[str]]) -> Iterator[_Entr
             parts, uri = tuple(item.path.split("/")), f"{folder}/{item.path}"
             if not any(part.startswith((".", "_")) for part in parts):
                 state = FileState(item.bytes, item.modified.timestamp(), item.etag.strip('"'))
-                yield _Entry(uri, parts, uri, state=state)
+                yield _Entry(uri, parts, state, uri)
     except (BotoCoreError, ClientError) as error:
         raise OSError(str(error)) from error
 
@@ -157,13 +155,13 @@ def _walk(folder: str, segments: Sequence[re.Pattern[str]], found: Listing) -> I
             except OSError as error:
                 nowhere = isinstance(error, FileNotFoundError)
                 reason = "it is a link that leads nowhere" if nowhere else f"it cannot be read ({error.strerror})"
-                yield _Entry(child.path, below, linked=True, problem=reason)
+                yield _Entry(child.path, below, SetAside(shown(child.path), reason, "Correct or remove it"))
                 continue
             if stat.S_ISREG(state.st_mode):
                 file = os.path.realpath(child.path) if linked or link else f"{real}/{'/'.join(below)}"
-                yield _Entry(child.path, below, file, linked or link, local_state(state))
+                yield _Entry(child.path, below, local_state(state), file, linked or link)
             elif not stat.S_ISDIR(state.st_mode):
-                yield _Entry(child.path, below, problem="it is no regular file", remedy="Remove it")
+                yield _Entry(child.path, below, SetAside(shown(child.path), "it is no regular file", "Remove it"))
             elif (state.st_dev, state.st_ino) in above:
                 found.others.append(shown(f"{'/'.join(below)} (a link back to a folder above it)"))
             elif _leads_to_match(below, segments):
