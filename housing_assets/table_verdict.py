@@ -43,10 +43,15 @@ class _Verdict(BaseModel):
 
 def check_table(slices: Sequence[Slice], ranges: Mapping[str, Mapping[str, Any]]) -> TableSpec:
     """The table, for which the slices and the default ranges are right. Raises `WrongTable` for what is not."""
-    if (kept := _kept_table()) is not None:
-        with contextlib.suppress(WrongTable):  # what was kept never refuses: the schema may read more than its modules
-            return _fitting(kept, slices, ranges)
-    return _fitting(_loaded_table(), slices, ranges)
+    found_with = _found_with()
+    # What was kept never refuses: it may be damaged, and the schema may read more than its modules.
+    with contextlib.suppress(OSError, RuntimeError, ValidationError, WrongTable):
+        kept = _Verdict.model_validate_json(_place().read_bytes())
+        if kept.found_with == found_with:
+            return _fitting(kept.table, slices, ranges)
+    table = _loaded_table()
+    _keep(_Verdict(table=table, found_with=found_with))
+    return _fitting(table, slices, ranges)
 
 
 def _fitting(table: TableSpec, slices: Sequence[Slice], ranges: Mapping[str, Mapping[str, Any]]) -> TableSpec:
@@ -62,10 +67,9 @@ def _fitting(table: TableSpec, slices: Sequence[Slice], ranges: Mapping[str, Map
 
 
 def _loaded_table() -> TableSpec:
-    """The table that a child process loads, which is then kept."""
+    """The table that a child process loads."""
     path = os.pathsep.join(filter(None, (str(_PROJECT), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", __name__]
-    found_with = _found_with()
     try:
         done = subprocess.run(
             command,
@@ -80,18 +84,7 @@ def _loaded_table() -> TableSpec:
         raise WrongTable(f"{SCHEMA} could not be loaded within {_SECONDS:.0f} s") from None
     if done.returncode:
         raise WrongTable(f"the table cannot be used: {done.stderr.strip() or f'exit code {done.returncode}'}")
-    table = TableSpec.model_validate_json(done.stdout.splitlines()[-1])
-    _keep(_Verdict(table=table, found_with=found_with))
-    return table
-
-
-def _kept_table() -> TableSpec | None:
-    """The table that was found last, if nothing has changed since."""
-    with contextlib.suppress(OSError, RuntimeError, ValidationError):
-        verdict = _Verdict.model_validate_json(_place().read_bytes())
-        if verdict.found_with == _found_with():
-            return verdict.table
-    return None
+    return TableSpec.model_validate_json(done.stdout.splitlines()[-1])
 
 
 def _keep(verdict: _Verdict) -> None:

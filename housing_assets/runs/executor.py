@@ -37,8 +37,11 @@ _RESEND_SECONDS = 0.1
 
 
 @contextmanager
-def _ignored_interruptions_sent_again() -> Iterator[None]:
-    """Within the block, an interruption that Python ignored is repeated until it ends what is being executed."""
+def _interruptions_end_the_run() -> Iterator[None]:
+    """Within the block, an interruption that Python ignored is repeated until it ends what is being executed.
+
+    SIGHUP is an interruption, too, unless it is ignored (`nohup`) or handled already.
+    """
     previous = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
@@ -51,25 +54,17 @@ def _ignored_interruptions_sent_again() -> Iterator[None]:
         else:
             previous(unraisable)
 
+    here = threading.current_thread() is threading.main_thread()
+    hangup = here and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
     sys.unraisablehook = hook
     try:
+        if hangup:
+            signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGINT))
         yield
     finally:
+        if hangup:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
         sys.unraisablehook = previous
-
-
-@contextmanager
-def _hangup_interrupts() -> Iterator[None]:
-    """Within the block SIGHUP is an interruption, unless it is ignored (`nohup`) or handled already."""
-    here = threading.current_thread() is threading.main_thread()
-    if not here or signal.getsignal(signal.SIGHUP) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def check_root_is_writable() -> None:
@@ -112,7 +107,7 @@ class CancelingExecutor(dg.Executor):
         for lost in end_lost_runs(plan_context.instance):
             plan_context.log.warning(f"run {lost} was in progress, but its process is gone: it is marked as ended")
         try:
-            with _hangup_interrupts(), _ignored_interruptions_sent_again():
+            with _interruptions_end_the_run():
                 yield from self._executor.execute(plan_context, execution_plan)
         except _INTERRUPTIONS:
             instance: dg.DagsterInstance = plan_context.instance
