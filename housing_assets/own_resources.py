@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import dagster as dg
@@ -80,10 +80,17 @@ class CheckedReferenceIOManager(ReferenceIOManager):
     """The IO manager, which every run initializes first: the moment to reject wrong run configuration."""
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Check the run's configuration."""
-        if context.run is not None:
-            check_run_config(dict(context.run.run_config))
-            _check_days(context.run.tags)
+        """Check the run's configuration. Raises `dagster.Failure`, also for days from a later to an earlier one."""
+        if context.run is None:
+            return
+        check_run_config(dict(context.run.run_config))
+        tags = context.run.tags
+        first, last = tags.get(ASSET_PARTITION_RANGE_START_TAG), tags.get(ASSET_PARTITION_RANGE_END_TAG)
+        if first and last and first > last:
+            raise dg.Failure(
+                f"the range of days {first}...{last} is reversed. Give the earlier day first: {last}...{first}",
+                allow_retries=False,
+            )
 
     def inventory(self) -> Sequence[OwnedItem]:
         """An item an asset: its reference files."""
@@ -99,13 +106,3 @@ class CheckedReferenceIOManager(ReferenceIOManager):
         for uri in reference_files(self.root, [key])[key]:
             remove_file(uri)
         remove_empty(item.location, self.root)
-
-
-def _check_days(tags: Mapping[str, str]) -> None:
-    """Raise `dagster.Failure` for a range of days from a later to an earlier one."""
-    first, last = tags.get(ASSET_PARTITION_RANGE_START_TAG), tags.get(ASSET_PARTITION_RANGE_END_TAG)
-    if first and last and first > last:
-        raise dg.Failure(
-            f"the range of days {first}...{last} is reversed. Give the earlier day first: {last}...{first}",
-            allow_retries=False,
-        )

@@ -154,7 +154,13 @@ def lineage_of(
     if status is None:
         known = ", ".join(other.name for other in host.list()) or "none"
         raise LookupError(f"there is no endpoint {name}; there are: {known}")
-    return lineage_rows(version_of(status.version, registry), status, _deployed_by(status, instance))
+    wanted = {"endpoint_name": status.name, "model_digest": status.model_digest}
+    made = instance.fetch_materializations(dg.AssetKey("endpoint"), limit=50).records if instance else ()
+    for record in made:
+        shown = record.asset_materialization.metadata if record.asset_materialization else {}
+        if wanted == {name: shown[name].value for name in wanted if name in shown}:
+            return lineage_rows(version_of(status.version, registry), status, record.run_id)
+    return lineage_rows(version_of(status.version, registry), status)
 
 
 def version_of(reference: str, registry: ModelRegistry) -> ModelVersion:
@@ -164,17 +170,6 @@ def version_of(reference: str, registry: ModelRegistry) -> ModelVersion:
         return registry.get(group, int(number))
     except ValueError as error:
         raise LookupError(f"{reference!r} is no model version: give <group>/<number>") from error
-
-
-def _deployed_by(status: EndpointStatus, instance: dg.DagsterInstance | None) -> str:
-    if instance is None:
-        return ""
-    for record in instance.fetch_materializations(dg.AssetKey("endpoint"), limit=50).records:
-        made = record.asset_materialization
-        facts = {name: value.value for name, value in made.metadata.items()} if made else {}
-        if (facts.get("endpoint_name"), facts.get("model_digest")) == (status.name, status.model_digest):
-            return record.run_id
-    return ""
 
 
 def as_text(rows: Sequence[Mapping[str, str]]) -> str:
