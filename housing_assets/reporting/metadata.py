@@ -26,8 +26,6 @@ _COSTS = {
     "tuning_billable_seconds": "tuning_job",
 }
 _DAGSTER_TYPES = {"int64": "int", "float64": "float", "bool": "bool", "string": "string", "datetime": "timestamp"}
-
-
 _LONGEST_START = 120.0  # of a run's process; an older one serves several runs
 KINDS = ("start-up", "read", "compute", "write", "wait")
 # Phases of steps that are none of computing. Pieces of data are read, computed and written by one task: such a phase
@@ -152,9 +150,7 @@ def column_schema(spec: TableSpec) -> dg.TableSchema:
             name=column.name,
             type=_DAGSTER_TYPES[column.dtype],
             description=column.description,
-            constraints=dg.TableColumnConstraints(
-                nullable=column.nullable, other=[column.constraint()] if column.constraint() else []
-            ),
+            constraints=dg.TableColumnConstraints(column.nullable, other=list(filter(None, [column.constraint()]))),
         )
         for column in spec.columns
     ]
