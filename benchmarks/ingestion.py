@@ -23,7 +23,7 @@ def steps(source: str) -> dict[str, Any]:
     """The platform's three steps and its local feature store."""
     from housing_assets.schema import HOUSING_TABLE
     from resources.feature_store.local import LocalFeatureStore
-    from resources.sources.listing import find_source_files
+    from resources.sources.listing import list_source
     from step_scripts.parameters import IngestFeaturesParams, PrepareSplitsParams, ValidateSourceParams
 
     figures: dict[str, float] = {}
@@ -32,7 +32,7 @@ def steps(source: str) -> dict[str, Any]:
         warm_ray(*_MODULES) as session,
         stopwatch(figures),
     ):
-        params = ValidateSourceParams(table=HOUSING_TABLE, files=find_source_files(source))
+        params = ValidateSourceParams(table=HOUSING_TABLE, files=tuple(list_source(source).files))
         validated = run_step(session, "validate_source", params, {}, folder)
         store = LocalFeatureStore(root=f"{folder}/features")
         target = store.ensure_group("sales", HOUSING_TABLE)

@@ -1,4 +1,4 @@
-"""Run configuration of the assets. Fields, defaults and ranges are those of the steps' settings.
+"""Run configuration of the assets. What a step does is set by the fields of the step's settings.
 
 This is also where the domain's defaults live that are not columns: the slices by which errors are reported. The file
 that `HOUSING_CONFIG` names gives fields other defaults, for every launch (`config_fields`).
@@ -14,11 +14,8 @@ from pydantic import Field, field_validator
 
 from housing_assets.config_fields import configures, refuse_unknown_ops
 from step_scripts.parameters import (
-    DeployEndpointSettings,
-    EvaluateModelSettings,
     IngestFeaturesSettings,
     PrepareSplitsSettings,
-    RegisterModelSettings,
     Slice,
     TuneModelSettings,
     ValidateSourceSettings,
@@ -28,6 +25,12 @@ SLICES = (
     Slice(name="price band", column="PRICE", bands=5),
     Slice(name="size", column="SQUARE_FEET", bands=5),
     Slice(name="decade built", column="YEAR_BUILT", width=10),
+)
+
+MODEL_GROUP = Field(
+    default=None,
+    pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}$",
+    description="Name of the model group. Empty: the deployment's, `housing` unless HOUSING_ENVIRONMENT is set.",
 )
 
 
@@ -92,18 +95,41 @@ class TunedModelConfig(TuneModelSettings, dg.Config):
 
 
 @configures("evaluation_report")
-class EvaluationConfig(EvaluateModelSettings, dg.Config):
+class EvaluationConfig(dg.Config):
     """The quality gate."""
+
+    model_group: str | None = MODEL_GROUP
+    rmse_threshold: float = Field(
+        default=15000.0, gt=0, description="Largest root mean squared error that passes, in the target's unit."
+    )
 
 
 @configures("registered_model")
-class RegistrationConfig(RegisterModelSettings, dg.Config):
+class RegistrationConfig(dg.Config):
     """How the model enters the registry."""
+
+    model_group: str | None = MODEL_GROUP
+    approval: Literal["automatic", "manual"] = Field(
+        default="automatic", description="`automatic`: approve what passed the gate; `manual`: a person approves."
+    )
 
 
 @configures("endpoint")
-class EndpointConfig(DeployEndpointSettings, dg.Config):
+class EndpointConfig(dg.Config):
     """Where the model is served."""
+
+    endpoint_name: str | None = Field(
+        default=None,
+        pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}$",
+        description="Name of the endpoint. Empty: the deployment's, `housing` unless HOUSING_ENVIRONMENT is set.",
+    )
+    version: int | None = Field(
+        default=None, ge=1, description="Version of the model group to serve. Empty: the one registered last."
+    )
+    rollback: bool = Field(default=False, description="Serve what the endpoint served before, instead of a `version`.")
+    smoke_test_rows: int = Field(
+        default=50, ge=1, le=1000, description="Test rows whose served predictions must equal the offline ones."
+    )
 
 
 refuse_unknown_ops()

@@ -20,14 +20,12 @@ from pydantic import BaseModel, ValidationError, create_model
 from housing_assets.settings import Settings
 from resources.sources.listing import expanded
 
-_Model = TypeVar("_Model", bound=BaseModel)
 # Fields by their former names.
 RENAMED = {
     "patience_seconds": "retry_timeout_seconds",
     "invocation_patience_seconds": "invocation_retry_timeout_seconds",
     "prove_on_candidate": "smoke_test_on_candidate",
 }
-
 
 # By the name of the op that Dagster makes of the assets, filled by `configures`.
 CONFIG_OF_OP: dict[str, type[dg.Config]] = {}
@@ -59,18 +57,15 @@ def _problems(op: str, model: type[dg.Config], given: dict[str, Any]) -> list[st
     try:
         model(**{str(name): value for name, value in given.items()})
     except ValidationError as error:
-        problems += [_describe(op, model, dict(e)) for e in error.errors()]
+        for found in error.errors():
+            message = found["msg"].removeprefix("Value error, ")
+            if location := ".".join(map(str, found["loc"])):
+                field = model.model_fields.get(str(found["loc"][0]))
+                meaning = f" ({field.description})" if field is not None and field.description else ""
+                problems.append(f"{op}.{location} = {found['input']!r}: {message}{meaning}")
+            else:
+                problems.append(f"{op}: {message}")
     return problems
-
-
-def _describe(op: str, model: type[dg.Config], error: dict[str, Any]) -> str:
-    location = ".".join(str(part) for part in error["loc"])
-    message = error["msg"].removeprefix("Value error, ")
-    if not location:
-        return f"{op}: {message}"
-    text = f"{op}.{location} = {error['input']!r}: {message}"
-    field = model.model_fields.get(str(error["loc"][0]))
-    return f"{text} ({field.description})" if field is not None and field.description else text
 
 
 def configures(op: str) -> Callable[[type[_Config]], type[_Config]]:
@@ -130,7 +125,7 @@ def mapping(value: Any, problem: str) -> dict[Any, Any]:
     return value or {}
 
 
-def with_defaults(model: type[_Model], values: Mapping[str, Any]) -> type[_Model]:
+def with_defaults(model: type[_Config], values: Mapping[str, Any]) -> type[_Config]:
     """`model` with other defaults for the fields named, which Dagster shows too; `values` are valid for the model.
 
     A class of the same name, derived from `model`; `model` itself where there are no values.

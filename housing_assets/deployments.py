@@ -6,7 +6,6 @@ SageMaker jobs with data, feature store, registry and endpoint on AWS. Nothing h
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ import dagster as dg
 
 from housing_assets.config_fields import suggestion, unknown_fields, yaml_file
 from housing_assets.own_resources import CheckedReferenceIOManager, SourceLocation
-from housing_assets.settings import Settings, refuse_passwords
+from housing_assets.settings import Settings
 from resources.compute.local_ray import LocalRay
 from resources.endpoints.local import LocalDataCapture, LocalEndpointHost
 from resources.feature_store.local import LocalFeatureStore
@@ -32,7 +31,6 @@ def load_resources(environment: Mapping[str, str] | None = None) -> dict[str, An
 
     Raises `ValueError` naming the variable for a value that makes no sense.
     """
-    refuse_passwords(os.environ if environment is None else environment)
     settings = Settings.load(environment)
     root, name = settings.own_root, _own(settings)
     common = {

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
 
 import dagster as dg
@@ -17,11 +16,11 @@ from pydantic import Field
 
 from housing_assets.code_location import asset_keys
 from housing_assets.config_fields import check_run_config
-from resources.inventory import OwnedItem, remove_empty
-from resources.references.files import asset_folder, reference_files
-from resources.references.io_manager import ReferenceIOManager
+from resources.inventory import OwnedItem, files_item, remove_empty
+from resources.references.io_manager import ReferenceIOManager, asset_folder, reference_files
+from resources.sources.listing import absolute
 from step_scripts.runner import storage
-from step_scripts.runner.wording import counted, megabytes
+from step_scripts.runner.wording import megabytes
 
 _SAMPLE = re.compile(r"house_sales_\d+\.csv")
 _WILDCARD = re.compile(r"[*?\[]")
@@ -44,24 +43,21 @@ class SourceLocation(dg.ConfigurableResource):
         from housing_assets.sample_data import write_sample
 
         sample = storage.join(self.sample_folder, f"house_sales_{self.sample_rows}.csv")
-        if storage.exists(sample):
-            return sample
-        if not storage.is_remote(sample):
-            write_sample(storage.local_path(sample), rows=self.sample_rows)
-            return sample
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "sample.csv"
-            write_sample(file, rows=self.sample_rows)
-            storage.upload(file, sample)
+        if not storage.exists(sample):
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "sample.csv" if storage.is_remote(sample) else storage.local_path(sample)
+                write_sample(file, rows=self.sample_rows)
+                if storage.is_remote(sample):
+                    storage.upload(file, sample)
         return sample
 
     def places_of_people(self) -> list[str]:
         """Places of people's own files: the landing place, and the configured source up to its first wildcard."""
-        return [_plain(_WILDCARD.split(place)[0]) for place in (self.landing, self.source) if place]
+        return [absolute(_WILDCARD.split(place)[0]) for place in (self.landing, self.source) if place]
 
     def place_within(self, location: str) -> str | None:
         """The place of people's own files that is at `location`, or lies in it."""
-        own = _plain(location)
+        own = absolute(location)
         return next((place for place in self.places_of_people() if (place + "/").startswith(own + "/")), None)
 
     def inventory(self) -> Sequence[OwnedItem]:
@@ -69,7 +65,7 @@ class SourceLocation(dg.ConfigurableResource):
         items = []
         for path, size, _ in storage.list_details(self.sample_folder):
             uri = storage.join(self.sample_folder, path)
-            named = any((_plain(uri) + "/").startswith(place + "/") for place in self.places_of_people())
+            named = any((absolute(uri) + "/").startswith(place + "/") for place in self.places_of_people())
             if _SAMPLE.fullmatch(path) and not named:
                 items.append(OwnedItem(kind="files", name=path, location=uri, detail=f"generated, {megabytes(size)}"))
         return items
@@ -84,25 +80,24 @@ class CheckedReferenceIOManager(ReferenceIOManager):
     """The IO manager, which every run initializes first: the moment to reject wrong run configuration."""
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Check the run's configuration."""
-        if context.run is not None:
-            check_run_config(dict(context.run.run_config))
-            _check_days(context.run.tags)
+        """Check the run's configuration. Raises `dagster.Failure`, also for days from a later to an earlier one."""
+        if context.run is None:
+            return
+        check_run_config(dict(context.run.run_config))
+        tags = context.run.tags
+        first, last = tags.get(ASSET_PARTITION_RANGE_START_TAG), tags.get(ASSET_PARTITION_RANGE_END_TAG)
+        if first and last and first > last:
+            raise dg.Failure(
+                f"the range of days {first}...{last} is reversed. Give the earlier day first: {last}...{first}",
+                allow_retries=False,
+            )
 
     def inventory(self) -> Sequence[OwnedItem]:
         """An item an asset: its reference files."""
-        items = []
+        items: list[OwnedItem] = []
         for key, files in reference_files(self.root, asset_keys()).items():
-            if files:
-                items.append(
-                    OwnedItem(
-                        kind="files",
-                        name=f"references of {key.to_user_string()}",
-                        location=asset_folder(self.root, key),
-                        created_at=datetime.fromtimestamp(min(files.values()), UTC),
-                        detail=counted(len(files), "file"),
-                    )
-                )
+            name = f"references of {key.to_user_string()}"
+            items += files_item(asset_folder(self.root, key), name, [*files.values()])
         return items
 
     def remove(self, item: OwnedItem) -> None:
@@ -111,18 +106,3 @@ class CheckedReferenceIOManager(ReferenceIOManager):
         for uri in reference_files(self.root, [key])[key]:
             storage.delete(uri)
         remove_empty(item.location, self.root)
-
-
-def _check_days(tags: Mapping[str, str]) -> None:
-    """Raise `dagster.Failure` for a range of days from a later to an earlier one."""
-    first, last = tags.get(ASSET_PARTITION_RANGE_START_TAG), tags.get(ASSET_PARTITION_RANGE_END_TAG)
-    if first and last and first > last:
-        raise dg.Failure(
-            f"the range of days {first}...{last} is reversed. Give the earlier day first: {last}...{first}",
-            allow_retries=False,
-        )
-
-
-def _plain(uri: str) -> str:
-    text = uri if storage.is_remote(uri) else str(storage.local_path(uri).absolute())
-    return text.rstrip("/")

@@ -68,13 +68,18 @@ def write_sample(path: Path, *, rows: int = 10_000, seed: int = 42, invalid_frac
 
 
 def _batch(seed: int, number: int, invalid_fraction: float) -> pl.DataFrame:
+    """A batch of sales; as texts, with what the schema rejects in one cell each, where some are to be invalid."""
     import numpy as np
+    import polars as pl
 
     sales = generate_sales(np.random.default_rng([seed, number]), _BATCH_ROWS)
     if not invalid_fraction:
         return sales
     chosen = np.flatnonzero(np.random.default_rng([seed, number, 1]).random(_BATCH_ROWS) < invalid_fraction)
-    return _with_invalid_cells(sales, chosen)
+    texts = sales.cast(pl.String)
+    for kind, (column, text) in enumerate(_INVALID_CELLS):
+        texts = texts.with_columns(texts[column].scatter(chosen[kind :: len(_INVALID_CELLS)], text))
+    return texts
 
 
 def generate_sales(random: np.random.Generator, rows: int) -> pl.DataFrame:
@@ -118,18 +123,6 @@ def generate_sales(random: np.random.Generator, rows: int) -> pl.DataFrame:
             "DECK": deck,
         }
     )
-
-
-def _with_invalid_cells(sales: pl.DataFrame, rows: np.ndarray) -> pl.DataFrame:
-    """The sales as texts, one cell in each of `rows` replaced by what the schema rejects."""
-    import polars as pl
-
-    texts = sales.cast(pl.String)
-    kinds = len(_INVALID_CELLS)
-    for kind, (column, text) in enumerate(_INVALID_CELLS):
-        here = rows[kind::kinds]
-        texts = texts.with_columns(texts[column].scatter(here, text))
-    return texts
 
 
 def main(arguments: list[str] | None = None) -> None:

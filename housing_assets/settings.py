@@ -1,6 +1,6 @@
 """Environment variables: the one module that reads them, and says what they mean. Connects to nothing.
 
-`Settings` declares each of them once: type, default, limits and meaning, which `housing_assets.reference` prints.
+`Settings` declares each of them once: type, default, limits and meaning, which docs/configuration.md lists.
 `housing_assets.deployments` makes the resources of it.
 """
 
@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     BeforeValidator,
@@ -60,6 +61,7 @@ def _on_or_off(value: Any) -> Any:
 
 
 _Switch = Annotated[bool, BeforeValidator(_on_or_off)]
+_Place = Annotated[str | None, AfterValidator(lambda place: place and expanded(place))]
 _Words = Annotated[list[str], BeforeValidator(lambda text: [word.strip() for word in text.split(",") if word.strip()])]
 
 
@@ -90,7 +92,7 @@ class Everywhere(_Variables):
         "For example `staging`: places and names of its own, below `environments/`. On branch deployments of Dagster+ "
         "the branch's, whatever is set.",
     )
-    raw_csv: str | None = _variable(
+    raw_csv: _Place = _variable(
         None, "Path, folder, glob or s3:// URI of the source files; `~` is the home folder.", shown="generated data"
     )
     config: str | None = _variable(
@@ -113,11 +115,6 @@ class Everywhere(_Variables):
     dagster_home: str | None = _variable(
         None, "Dagster's runs and events.", shown="./.dagster (make)", alias="DAGSTER_HOME"
     )
-
-    @field_validator("raw_csv")
-    @classmethod
-    def _source_at_home(cls, place: str | None) -> str | None:
-        return place and expanded(place)
 
 
 class Local(_Variables):
@@ -154,7 +151,7 @@ class SageMaker(_Variables):
 class Automation(_Variables):
     """What makes the platform run by itself, and who hears of it. Off until it is switched on in the UI."""
 
-    landing: str | None = _variable(None, "Folder or s3:// prefix where new files arrive; days become partitions.")
+    landing: _Place = _variable(None, "Folder or s3:// prefix where new files arrive; days become partitions.")
     landing_start: date = _variable(date(2025, 1, 1), "First day of ingestion that can be backfilled.")
     settle_seconds: float = _variable(
         60.0,
@@ -191,11 +188,6 @@ class Automation(_Variables):
     mlflow_experiment: str | None = _variable(None, "Name of the experiment.", shown="housing")
     mlflow_artifacts: str | None = _variable(None, "Where a new experiment keeps artifacts.", shown="the server's")
 
-    @field_validator("landing")
-    @classmethod
-    def _landing_at_home(cls, landing: str | None) -> str | None:
-        return landing and expanded(landing)
-
     @field_validator("timezone")
     @classmethod
     def _known_zone(cls, timezone: str) -> str:
@@ -204,6 +196,21 @@ class Automation(_Variables):
         except (ZoneInfoNotFoundError, ValueError, OSError) as error:
             raise ValueError("there is no such time zone; names are those of the tz database: Europe/Berlin") from error
         return timezone
+
+
+def _refuse_passwords(environment: Mapping[str, str]) -> None:
+    """Raise `ValueError` for a URL with a password in it: it would stand in the UI, in logs and in Dagster's database.
+
+    Those that are secrets as a whole are read where they are used, and never part of the definitions.
+    """
+    for name, value in environment.items():
+        if not name.startswith(("HOUSING_", "RAY_ADDRESS", "AWS_ENDPOINT_URL")) or name in _SECRETS:
+            continue
+        if _PASSWORD.search(value):
+            raise ValueError(
+                f"{name} has a user name or a password in its URL, which would stand in the UI, in logs and in "
+                f"Dagster's database: take it out. {_PLACES.get(name, '')}".rstrip()
+            )
 
 
 class Settings(Everywhere, Local, SageMaker, Automation):
@@ -216,6 +223,7 @@ class Settings(Everywhere, Local, SageMaker, Automation):
     def load(cls, environment: Mapping[str, str] | None = None) -> Self:
         """From the process's environment, or another. Raises `ValueError` naming the variable for a wrong value."""
         variables = os.environ if environment is None else environment
+        _refuse_passwords(variables)
         try:
             return cls.model_validate({name: text.strip() for name, text in variables.items() if text.strip()})
         except ValidationError as error:
@@ -269,18 +277,3 @@ class Settings(Everywhere, Local, SageMaker, Automation):
             if not root.startswith("s3://"):
                 raise ValueError(f"HOUSING_ROOT={root!r}: with HOUSING_DEPLOYMENT=sagemaker it must be an s3:// prefix")
         return storage.join(root, "environments", self.own_environment) if self.own_environment else root
-
-
-def refuse_passwords(environment: Mapping[str, str]) -> None:
-    """Raise `ValueError` for a URL with a password in it: it would stand in the UI, in logs and in Dagster's database.
-
-    Those that are secrets as a whole are read where they are used, and never part of the definitions.
-    """
-    for name, value in environment.items():
-        if not name.startswith(("HOUSING_", "RAY_ADDRESS", "AWS_ENDPOINT_URL")) or name in _SECRETS:
-            continue
-        if _PASSWORD.search(value):
-            raise ValueError(
-                f"{name} has a user name or a password in its URL, which would stand in the UI, in logs and in "
-                f"Dagster's database: take it out. {_PLACES.get(name, '')}".rstrip()
-            )

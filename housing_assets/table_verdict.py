@@ -17,7 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from step_scripts.parameters import Slice, check_slices
 from step_scripts.runner.code_version import module_version
@@ -30,10 +30,6 @@ _PROJECT = SCHEMA.parents[1]
 _SECONDS = 120.0
 
 
-class WrongTable(ValueError):
-    """The table cannot be worked with; the message names the file, the line or the field."""
-
-
 class _Verdict(BaseModel):
     """The table, and the versions of all that it was found with."""
 
@@ -42,30 +38,34 @@ class _Verdict(BaseModel):
 
 
 def check_table(slices: Sequence[Slice], ranges: Mapping[str, Mapping[str, Any]]) -> TableSpec:
-    """The table, for which the slices and the default ranges are right. Raises `WrongTable` for what is not."""
-    if (kept := _kept_table()) is not None:
-        with contextlib.suppress(WrongTable):  # what was kept never refuses: the schema may read more than its modules
-            return _fitting(kept, slices, ranges)
-    return _fitting(_loaded_table(), slices, ranges)
+    """The table, for which the slices and the default ranges are right. Raises `ValueError` naming what is not."""
+    found_with = _found_with()
+    # What was kept never refuses: it may be damaged, and the schema may read more than its modules.
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        kept = _Verdict.model_validate_json(_place().read_bytes())
+        if kept.found_with == found_with:
+            return _fitting(kept.table, slices, ranges)
+    table = _loaded_table()
+    _keep(_Verdict(table=table, found_with=found_with))
+    return _fitting(table, slices, ranges)
 
 
 def _fitting(table: TableSpec, slices: Sequence[Slice], ranges: Mapping[str, Mapping[str, Any]]) -> TableSpec:
     try:
         check_slices(slices, table)
     except StepError as error:
-        raise WrongTable(f"SLICES in {SCHEMA.with_name('config.py')}: {error}") from None
+        raise ValueError(f"SLICES in {SCHEMA.with_name('config.py')}: {error}") from None
     try:
         table.with_ranges({name: ColumnRange(**bounds) for name, bounds in ranges.items()})
     except ValueError as error:
-        raise WrongTable(f"HOUSING_CONFIG: raw_csv.{error}") from None
+        raise ValueError(f"HOUSING_CONFIG: raw_csv.{error}") from None
     return table
 
 
 def _loaded_table() -> TableSpec:
-    """The table that a child process loads, which is then kept."""
+    """The table that a child process loads."""
     path = os.pathsep.join(filter(None, (str(_PROJECT), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", __name__]
-    found_with = _found_with()
     try:
         done = subprocess.run(
             command,
@@ -77,21 +77,10 @@ def _loaded_table() -> TableSpec:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise WrongTable(f"{SCHEMA} could not be loaded within {_SECONDS:.0f} s") from None
+        raise ValueError(f"{SCHEMA} could not be loaded within {_SECONDS:.0f} s") from None
     if done.returncode:
-        raise WrongTable(f"the table cannot be used: {done.stderr.strip() or f'exit code {done.returncode}'}")
-    table = TableSpec.model_validate_json(done.stdout.splitlines()[-1])
-    _keep(_Verdict(table=table, found_with=found_with))
-    return table
-
-
-def _kept_table() -> TableSpec | None:
-    """The table that was found last, if nothing has changed since."""
-    with contextlib.suppress(OSError, RuntimeError, ValidationError):
-        verdict = _Verdict.model_validate_json(_place().read_bytes())
-        if verdict.found_with == _found_with():
-            return verdict.table
-    return None
+        raise ValueError(f"the table cannot be used: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    return TableSpec.model_validate_json(done.stdout.splitlines()[-1])
 
 
 def _keep(verdict: _Verdict) -> None:

@@ -222,52 +222,9 @@ def check_slices(slices: Sequence[Slice], table: TableSpec) -> None:
             raise StepError(f"slice {item.name!r}: give either `width` or `bands`")
 
 
-MODEL_GROUP = Field(
-    default=None,
-    pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}$",
-    description="Name of the model group. Empty: the deployment's, `housing` unless HOUSING_ENVIRONMENT is set.",
-)
-
-
-class EvaluateModelSettings(StepSettings):
-    """The quality gate, and the group whose approved version is the champion to compare with."""
-
-    model_group: str | None = MODEL_GROUP
-
-    rmse_threshold: float = Field(
-        default=15000.0, gt=0, description="Largest root mean squared error that passes, in the target's unit."
-    )
-
-
 class EvaluateModelParams(StepParams):
     """Parameters of step `evaluate_model`."""
 
     table: TableSpec
     slices: tuple[Slice, ...] = ()
     plotted_rows: int = Field(default=2000, ge=10, le=100_000)
-
-
-class RegisterModelSettings(StepSettings):
-    """How a model enters the registry."""
-
-    model_group: str | None = MODEL_GROUP
-    approval: Literal["automatic", "manual"] = Field(
-        default="automatic", description="`automatic`: approve what passed the gate; `manual`: a person approves."
-    )
-
-
-class DeployEndpointSettings(StepSettings):
-    """Where the model is served."""
-
-    endpoint_name: str | None = Field(
-        default=None,
-        pattern=r"^[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}$",
-        description="Name of the endpoint. Empty: the deployment's, `housing` unless HOUSING_ENVIRONMENT is set.",
-    )
-    version: int | None = Field(
-        default=None, ge=1, description="Version of the model group to serve. Empty: the one registered last."
-    )
-    rollback: bool = Field(default=False, description="Serve what the endpoint served before, instead of a `version`.")
-    smoke_test_rows: int = Field(
-        default=50, ge=1, le=1000, description="Test rows whose served predictions must equal the offline ones."
-    )

@@ -21,7 +21,7 @@ from housing_assets.maintenance.retention import prune
 from resources.endpoints.base import EndpointHost
 from resources.inventory import OwnedItem
 from resources.model_registry.base import ApprovalStatus, ModelRegistry, ModelVersion
-from resources.references.files import StoredReference
+from resources.references.io_manager import StoredReference
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact
 from tests.job_outcome import outcome

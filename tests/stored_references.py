@@ -5,7 +5,7 @@ from __future__ import annotations
 import dagster as dg
 from pydantic import BaseModel
 
-from resources.references.files import REFERENCE, StoredReference
+from resources.references.io_manager import REFERENCE, StoredReference
 
 
 def leave(instance: dg.DagsterInstance, root: str, asset: str, value: BaseModel, partition: str | None = None) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from typing import Any
@@ -60,7 +61,8 @@ def raw_csv(
         table = HOUSING_TABLE.with_ranges(ranges)
     except (StepError, ValueError) as error:
         raise dg.Failure(str(error), allow_retries=False) from error
-    params = ValidateSourceParams(**settings_of(config, ValidateSourceSettings), table=table, files=listing.files)
+    settings = settings_of(config, ValidateSourceSettings)
+    params = ValidateSourceParams(**settings, table=table, files=tuple(listing.files))
     result = compute.run(context, "validate_source", params)
     rows = result.outputs["rows"]
     value = SourceRef(
@@ -88,7 +90,7 @@ def raw_csv(
     return materialized(value, rows, metadata, result)
 
 
-def _data_files(files: tuple[SourceFile, ...], read: list[dict[str, Any]]) -> tuple[DataFile, ...]:
+def _data_files(files: Sequence[SourceFile], read: list[dict[str, Any]]) -> tuple[DataFile, ...]:
     """The files, with row counts and digests for those that the step reports (`read`)."""
     listed = {file["file"]: {"rows": file["rows"], "content": file["content"]} for file in read}
     return tuple(DataFile(**file.model_dump(), **listed.get(file.uri, {})) for file in files)

@@ -11,15 +11,13 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, datetime
-from typing import Any
 from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel
 
-from resources.sources.folder_search import SetAside
-from resources.sources.listing import Listing, ends_within_a_line
+from resources.sources.folder_search import Listing, SetAside
+from resources.sources.listing import absolute, ends_within_a_line
 from step_scripts.parameters import SourceFile
-from step_scripts.runner import storage
 from step_scripts.runner.storage import lasting
 
 WITHIN_A_LINE = 10
@@ -31,8 +29,7 @@ _CLOCKS_DIFFER = 300.0  # by so many seconds at most, or a file is from the futu
 
 def day_of(file: SourceFile, landing: str, timezone: str) -> date:
     """The day of ingestion that a file belongs to."""
-    place = landing if storage.is_remote(landing) else str(storage.local_path(landing).absolute())
-    for found in reversed(list(_DATE.finditer(file.uri.removeprefix(place)))):
+    for found in reversed(list(_DATE.finditer(file.uri.removeprefix(absolute(landing))))):
         year, month, day = (int(part) for part in found.groups() if part)
         try:
             return date(year, month, day)
@@ -55,12 +52,12 @@ def ready_files(files: Iterable[SourceFile], now: float, settle_seconds: float) 
 
 def files_of_days(
     listing: Listing, landing: str, timezone: str, days: Iterable[date], now: float, settle_seconds: float
-) -> tuple[tuple[SourceFile, ...], int]:
+) -> tuple[list[SourceFile], int]:
     """The ready files of the days, and how many of those days are not ready yet."""
     wanted = set(days)
     files = [file for file in listing.files if day_of(file, landing, timezone) in wanted]
     ready = ready_files(files, now, settle_seconds)
-    return tuple(ready), len(files) - len(ready)
+    return ready, len(files) - len(ready)
 
 
 def files_by_day(
@@ -97,13 +94,6 @@ class LandingCursor(BaseModel):
     taken: dict[str, str] = {}
     seen: dict[str, str] = {}
     notified: list[str] = []
-    earlier: dict[str, str] = Field(default={}, exclude=True)  # of the version before: place → size and time
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_an_earlier_version(cls, content: Any) -> Any:
-        taken = content.get("taken") if isinstance(content, dict) else None
-        return {"earlier": taken} if isinstance(taken, dict) and any("/" in place for place in taken) else content
 
     def look(
         self, by_day: Mapping[date, Sequence[SourceFile]], now: float, settle_seconds: float
@@ -119,7 +109,6 @@ class LandingCursor(BaseModel):
         for day, files in by_day.items():
             key, marks = str(day), {mark(file): file for file in files}
             known = _known(self.taken.get(key, ""), set(marks))
-            known |= {m for m, file in marks.items() if self.earlier.get(file.uri) == _earlier_identity(file)}
             new = set(marks) - known
             # Of too many new files it cannot be remembered which were seen: then the time alone decides.
             twice = new if len(new) > REMEMBERED_FILES else _known(self.seen.get(key, ""), new)
@@ -166,10 +155,6 @@ def _digest(text: str) -> str:
 def mark(file: SourceFile) -> str:
     """Digits that stand for a file in the state in which it is."""
     return _digest(f"{file.uri}\0{file.bytes} {file.modified!r} {lasting(file.change)}")[:_MARK]
-
-
-def _earlier_identity(file: SourceFile) -> str:
-    return _digest(f"{file.bytes} {file.modified!r}")[:12]
 
 
 def run_key(day: date, files: Iterable[SourceFile]) -> str:

@@ -13,7 +13,7 @@ from resources.compute.base import ComputeBackend
 from resources.model_registry.base import ModelRegistry, ModelVersion, champion_of
 from resources.references.evidence import EvidenceStore
 from resources.references.types import EvaluationRef, ModelRef, SplitRef
-from resources.services.experiments import ExperimentTracker, TrackedSearch
+from resources.services.experiments import ExperimentTracker
 from step_scripts.parameters import EvaluateModelParams, TuneModelParams
 from step_scripts.runner.code_version import module_version, step_version
 from step_scripts.runner.contract import Artifact, DamagedArtifactError, check_files
@@ -47,20 +47,7 @@ def tuned_model(
         in_background=load_matplotlib,
     )
     model, details = result.outputs["model"], result.details
-    tracked = experiments.try_to_record(
-        TrackedSearch(
-            name=f"search {result.request_digest[:8]}",
-            request_digest=result.request_digest,
-            run_id=context.run.run_id,
-            made_at=result.created_at,
-            settings=config.resolved(),
-            parameters=details["best_parameters"],
-            metrics=result.metrics,
-            model=model,
-            report=result.outputs["report"],
-        ),
-        context.log,
-    )
+    tracked = experiments.try_to_record(result, context.run.run_id, context.log)
     value = ModelRef(
         model=model,
         report=result.outputs["report"],
@@ -80,12 +67,7 @@ def tuned_model(
         "search": lambda: trials_plot(details["trials"]),
     }
     others = {name: value for name, value in details.items() if name not in plots}
-    metadata = {
-        **result.metrics,
-        **plot_metadata(context, result, plots),
-        **tracked,
-        **others,
-    }
+    metadata = {**result.metrics, **plot_metadata(context, result, plots), **tracked, **others}
     return materialized(value, model, metadata, result)
 
 

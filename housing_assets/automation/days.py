@@ -28,15 +28,8 @@ def range_with_files() -> str:
     return f"{days[0]}...{days[-1]}"
 
 
-def main() -> int:
-    """Print the range. Returns the exit status."""
+if __name__ == "__main__":
     try:
         sys.stdout.write(range_with_files() + "\n")
     except LookupError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        sys.exit(str(error))

@@ -10,16 +10,11 @@ import dagster as dg
 from pydantic import Field
 
 from housing_assets.checks.gate import require_checks_passed
+from housing_assets.config import MODEL_GROUP
 from housing_assets.settings import Settings
 from resources.compute.base import table
-from resources.model_registry.base import (
-    ApprovalStatus,
-    GateNotPassed,
-    ModelRegistry,
-    ModelVersionNotFound,
-)
+from resources.model_registry.base import ApprovalStatus, GateNotPassed, ModelRegistry, ModelVersionNotFound
 from resources.references.evidence import EvidenceStore
-from step_scripts.parameters import MODEL_GROUP
 
 _SETTINGS = Settings.load()
 _INGESTION = dg.AssetSelection.assets("raw_csv", "feature_group")

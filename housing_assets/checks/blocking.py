@@ -42,7 +42,22 @@ def blocking_check(
         def evaluate(context: dg.AssetCheckExecutionContext, **arguments: Any) -> dg.AssetCheckResult:
             store: EvidenceStore = arguments.pop("evidence")
             result = check(**({"context": context} if "context" in own.parameters else {}), **arguments)
-            kept = _kept(context, store, key, judged(arguments, result), result)
+            data, metadata = judged(arguments, result), result.metadata or {}
+            values = {n: v.value if isinstance(v, dg.MetadataValue) else v for n, v in metadata.items()}
+            uri = store.record(
+                Evidence(
+                    check=key.name,
+                    judged=data,
+                    passed=result.passed,
+                    severity=result.severity.value,
+                    description=result.description or "",
+                    figures={n: v for n, v in values.items() if isinstance(v, str | int | float | bool)},
+                    run_id=context.run.run_id,
+                    at=datetime.now(UTC),
+                )
+            )
+            facts = {JUDGED: data.digest, SUBJECT: data.subject, EVIDENCE: uri}
+            kept = result.with_metadata(as_metadata({**metadata, **facts}))
             _record_by_day(context, partitions_def, key, kept)
             return kept
 
@@ -59,32 +74,6 @@ def blocking_check(
         return decorator(evaluate)
 
     return decorate
-
-
-def _kept(
-    context: dg.AssetCheckExecutionContext,
-    store: EvidenceStore,
-    key: dg.AssetCheckKey,
-    judged: Judged,
-    result: dg.AssetCheckResult,
-) -> dg.AssetCheckResult:
-    """Write the evidence of `result`. Returns the result with the URI of the evidence in its metadata."""
-    metadata = result.metadata or {}
-    values = {name: value.value if isinstance(value, dg.MetadataValue) else value for name, value in metadata.items()}
-    uri = store.record(
-        Evidence(
-            check=key.name,
-            judged=judged,
-            passed=result.passed,
-            severity=result.severity.value,
-            description=result.description or "",
-            figures={name: value for name, value in values.items() if isinstance(value, str | int | float | bool)},
-            run_id=context.run.run_id,
-            at=datetime.now(UTC),
-        )
-    )
-    facts = {JUDGED: judged.digest, SUBJECT: judged.subject, EVIDENCE: uri}
-    return result.with_metadata(as_metadata({**metadata, **facts}))
 
 
 def _record_by_day(

@@ -18,8 +18,6 @@ from step_scripts.table.spec import TableSpec
 if TYPE_CHECKING:
     import polars as pl
 
-    from step_scripts.model.artifact import TrainedModel
-
 # Served and offline predictions come from the same float32 model; only the text form of a number may differ.
 RELATIVE_TOLERANCE = 1e-5
 PSI_THRESHOLD = 0.2  # of the population stability index: the customary limit above which a population counts as shifted
@@ -34,25 +32,20 @@ def smoke_test_from(model: Artifact, rows: Artifact, count: int) -> SmokeTest:
     """The first `count` rows of `rows` as CSV of raw features, with the predictions of `model` made here."""
     import polars as pl
 
-    from step_scripts.model.artifact import load_model
-
-    trained = load_model(model.uri, threads=1)
     frames: list[pl.DataFrame] = []
     for uri in rows.file_uris(".parquet"):
         with storage.open_input(uri) as file:
             frames.append(pl.read_parquet(file, n_rows=count - sum(f.height for f in frames)))
         if sum(f.height for f in frames) >= count:
             break
-    return _predicted(trained, pl.concat(frames))
+    return _predicted(model, pl.concat(frames))
 
 
 def typical_test(model: Artifact, requests: int) -> SmokeTest:
     """A typical row, so many times."""
     import polars as pl
 
-    from step_scripts.model.artifact import load_model
-
-    return _predicted(load_model(model.uri, threads=1), pl.concat([typical_row(model)] * requests))
+    return _predicted(model, pl.concat([typical_row(model)] * requests))
 
 
 def typical_row(model: Artifact) -> pl.DataFrame:
@@ -76,7 +69,10 @@ def table_of(model: Artifact) -> TableSpec:
     return TableSpec.model_validate_json(storage.read_bytes(model.file_uri("table.json")))
 
 
-def _predicted(trained: TrainedModel, frame: pl.DataFrame) -> SmokeTest:
+def _predicted(model: Artifact, frame: pl.DataFrame) -> SmokeTest:
+    from step_scripts.model.artifact import load_model
+
+    trained = load_model(model.uri, threads=1)
     rows = frame.select(trained.table.features)
     return SmokeTest(
         rows=tuple(rows.write_csv(include_header=False).splitlines()),
@@ -97,9 +93,7 @@ def stability_indices(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict
     return {name: round(psi(before[name], now[name]), 4) for name in now if name in before}
 
 
-def stability_result(
-    found: Mapping[str, float], reference: str, facts: Mapping[str, Any] | None = None
-) -> dg.AssetCheckResult:
+def stability_result(found: Mapping[str, float], reference: str, facts: Mapping[str, Any]) -> dg.AssetCheckResult:
     """A warning if the index of a column is above the threshold. `reference`: the model version compared with."""
     ranked = sorted(found.items(), key=lambda item: -item[1])
     shifted = [column for column, index in found.items() if index > PSI_THRESHOLD]
@@ -109,7 +103,7 @@ def stability_result(
         severity=dg.AssetCheckSeverity.WARN,
         description=f"shifted against {known}: {', '.join(shifted)}" if shifted else f"as {known}",
         metadata={
-            **(facts or {}),
+            **facts,
             "threshold": PSI_THRESHOLD,
             "largest_psi": max(found.values(), default=0.0),
             "psi": table([{"column": name, "psi": index} for name, index in ranked]),

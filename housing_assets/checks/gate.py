@@ -25,7 +25,7 @@ from housing_assets.code_location import definitions
 from resources.feature_store.base import OfflineSnapshot
 from resources.model_registry.base import GateEvidence, ModelVersion
 from resources.references.evidence import Evidence, EvidenceStore, EvidenceUnreadable, Judged
-from resources.references.files import event_log_name
+from resources.references.io_manager import event_log_name
 from resources.references.types import EvaluationRef, ModelRef, SnapshotRef, SourceRef, SplitRef
 from step_scripts.runner import storage
 from step_scripts.runner.wording import listed
@@ -120,11 +120,11 @@ def require_checks_passed(
         if key.asset_key.to_user_string() == judged.asset
     ]
     with ThreadPoolExecutor(_READERS if storage.is_remote(evidence.root) else 1) as pool:
-        answers = list(pool.map(_Question.ask, questions))
-    if refused := [answer for answer in answers if isinstance(answer, _Refused)]:
+        answers = [pool.submit(question.ask) for question in questions]
+    if refused := [error for answer in answers if isinstance(error := answer.exception(), _Refused)]:
         texts = listed([one.text for one in refused], most=_SHOWN, sign="; ")
         raise refusal(f"{asset} does not start: {texts}", refused[0].remedy)
-    evaluations = tuple(one for answer in answers if not isinstance(answer, _Refused) for one in answer)
+    evaluations = tuple(one for answer in answers for one in answer.result())
     return Passed(tuple(judged for judged, _ in rules.values()), evaluations)
 
 
@@ -245,8 +245,8 @@ class _Question:
     log: str
     history: Sequence[tuple[dg.AssetCheckEvaluation, str]]
 
-    def ask(self) -> list[Evidence] | _Refused:
-        """The evaluations that let it through, or why they do not."""
+    def ask(self) -> list[Evidence]:
+        """The evaluations that let it through. Raises `_Refused`."""
         try:
             found = []
             exact = self.store.latest(self.judged, self.check.name)
@@ -255,11 +255,9 @@ class _Question:
             if self.rule == Rule.EXACT_AND_LATEST or not found:
                 latest = self.store.latest(self.judged, self.check.name, of_subject=True)
                 found.append(self._weighed(latest, of_subject=True))
-            return found
         except EvidenceUnreadable as error:
-            return _Refused(f"{self._words}: {error}", self._evaluate)
-        except _Refused as refused:
-            return refused
+            raise _Refused(f"{self._words}: {error}", self._evaluate) from error
+        return found
 
     def _weighed(self, evidence: Evidence | None, *, of_subject: bool) -> Evidence:
         """The evaluation. Raises `_Refused` if it has not passed, or the event log says something else."""

@@ -91,17 +91,15 @@ def feature_drift(train_split: SplitRef, model_registry: ModelRegistry) -> dg.As
         return dg.AssetCheckResult(passed=True, description="no approved model to compare with")
     before, now = distributions(champion.artifact), distributions(train_split.statistics)
     found = stability_indices(before, now)
-    if not found:
-        return _another_table(champion.reference, sorted(before), sorted(now))
-    return stability_result(found, champion.reference, {"champion": champion.reference})
-
-
-def _another_table(champion: str, before: list[str], now: list[str]) -> dg.AssetCheckResult:
+    name = champion.reference
+    if found:
+        return stability_result(found, name, {"champion": name})
+    columns = {"columns": ", ".join(sorted(now)), "columns_of_champion": ", ".join(sorted(before))}
     return dg.AssetCheckResult(
         passed=False,
         severity=dg.AssetCheckSeverity.WARN,
-        description=f"{champion} was trained on another table: not one column in common. Remedy: keep the models of "
+        description=f"{name} was trained on another table: not one column in common. Remedy: keep the models of "
         "another table apart, with a model group (registered_model.model_group) or HOUSING_ENVIRONMENT of its own, or "
-        f"approve a model of this table in the place of {champion}.",
-        metadata={"champion": champion, "columns": ", ".join(now), "columns_of_champion": ", ".join(before)},
+        f"approve a model of this table in the place of {name}.",
+        metadata={"champion": name, **columns},
     )

@@ -3,6 +3,7 @@
 What assets refer to, what is younger than the limit, and versions that are served or compared with stay.
 """
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -18,13 +19,10 @@ from housing_assets.maintenance.unneeded import (
     References,
     captured_folders,
     commits_in,
-    discarded,
     find_references,
     nested,
     old_runs,
     reasons_to_keep,
-    removable_version,
-    replaced_references,
     served_versions,
     unneeded_evidence,
     unused_results,
@@ -36,6 +34,7 @@ from resources.compute.base import table
 from resources.endpoints.captured_files import surplus
 from resources.feature_store.base import FeatureStore
 from resources.model_registry.base import ModelVersion
+from step_scripts.runner import storage
 from step_scripts.runner.wording import counted, rounded
 
 _DISCARDING = ("feature_store", "model_registry", "endpoint_host")
@@ -130,10 +129,11 @@ class Pruning:
             oldest = self.now - timedelta(days=self.config.capture_days)
             chosen = surplus(files, oldest, self.config.capture_megabytes * 1e6)
             found += captured_folders(chosen, resources.endpoint_host.remove_captured)
-        for name in _DISCARDING:
-            with noted(name):
-                owner = getattr(resources, name)
-                found += discarded(owner.inventory(), owner.remove)
+        found += [
+            replace(one, kind="rest", name=one.place, detail=f"{one.kind}: {one.detail}")
+            for one in self.clean_up.look(resources, _DISCARDING)
+            if one.item and one.item.discarded
+        ]
         return found
 
     def _unneeded(self, references: References) -> list[Removable]:
@@ -142,7 +142,8 @@ class Pruning:
         current = uris_in(references.current.values())
         readable = [*references.current.values(), *references.waiting.values()]
         registered, found, complete = self._versions(current)
-        found += replaced_references(references)
+        for uri in references.surplus:
+            found.append(Removable("reference", uri, uri, "replaced since", partial(storage.delete, uri)))
         found += unused_results(resources.compute.artifact_root, uris_in(readable), self.results_before)
         if complete:  # else something that cannot be read may need any evidence, and any snapshot
             named = [stored.value for stored in readable]
@@ -175,10 +176,14 @@ class Pruning:
                     reasons = {**reasons_to_keep(versions, in_use, pending_since), **served}
                     old = [v for v in versions if v.reference in items][: -self.config.versions]
                     for version in old if not self.running else []:
-                        if reason := reasons.get(version.reference):
+                        name = version.reference
+                        if reason := reasons.get(name):
                             self.versions_kept.append((version, reason))
-                        else:
-                            found.append(removable_version(version, partial(registry.remove, items[version.reference])))
+                            continue
+                        detail = f"{version.status}, registered {version.created_at:%Y-%m-%d}"
+                        size = sum(file.bytes for file in version.artifact.files)
+                        remove = partial(registry.remove, items[name])
+                        found.append(Removable("model version", name, name, detail, remove, size))
         return registered, found, len(problems) == known_problems
 
     def _evidence(self, named: list[Any], groups: list[str]) -> list[Removable]:

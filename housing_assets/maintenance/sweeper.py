@@ -4,13 +4,12 @@ Each finding is reported once, and again if it changes or is still there after `
 with the findings, in one observation of `abandoned` a sweep; so the UI also plots their number over time.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import dagster as dg
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from housing_assets.checks.alerts import NOTIFIED, send
 from housing_assets.maintenance.inventory import CleanUp
@@ -35,15 +34,6 @@ class SweepConfig(dg.Config):
     repeat_hours: float = Field(
         default=_SETTINGS.repeat_hours, ge=0, description="What is still there after so many hours is reported again."
     )
-
-
-class Reported(BaseModel):
-    """What was reported of a finding, and when."""
-
-    model_config = ConfigDict(frozen=True)
-
-    what: str
-    at: datetime
 
 
 def abandoned(
@@ -71,13 +61,15 @@ def abandoned(
     return found
 
 
-def unreported(lines: Mapping[str, str], reported: Mapping[str, Reported], before: datetime) -> dict[str, str]:
-    """Those findings (place → what is said of it) that are new, have changed, or were reported `before` that time."""
-    return {
-        place: what
-        for place, what in lines.items()
-        if place not in reported or reported[place].what != what or reported[place].at <= before
-    }
+def unreported(
+    lines: Mapping[str, str], reported: Mapping[str, tuple[str, datetime]], before: datetime
+) -> dict[str, str]:
+    """Those findings (place → what is said of it) that are new, have changed, or were reported `before` that time.
+
+    `reported`: what was said of each place, and when.
+    """
+    known = {place: what for place, (what, at) in reported.items() if at > before}
+    return {place: what for place, what in lines.items() if known.get(place) != what}
 
 
 @dg.op(required_resource_keys={*_OWNERS, "io_manager", "notifier"})
@@ -122,7 +114,7 @@ def _notify(
         fresh = {}
     # What could not be listed this time may still be there.
     reported = {place: known[place] for place in known if place in lines or problems}
-    reported |= {place: Reported(what=what, at=now) for place, what in fresh.items()}
+    reported |= {place: (what, now) for place, what in fresh.items()}
     context.log_event(
         dg.AssetObservation(
             _FINDINGS,
@@ -131,22 +123,24 @@ def _notify(
                 "root": root,
                 "abandoned": len(rows),
                 "found": table(list(rows)),
-                "reported": dg.MetadataValue.json({place: r.model_dump(mode="json") for place, r in reported.items()}),
+                "reported": dg.MetadataValue.json(
+                    {place: {"what": what, "at": at.isoformat()} for place, (what, at) in reported.items()}
+                ),
             },
         )
     )
     return len(fresh)
 
 
-def _remembered(instance: dg.DagsterInstance, root: str) -> dict[str, Reported]:
-    """What was reported by the last sweep of the deployment at `root`."""
+def _remembered(instance: dg.DagsterInstance, root: str) -> dict[str, tuple[str, datetime]]:
+    """What was reported by the last sweep of the deployment at `root`, and when."""
     for record in instance.fetch_observations(_FINDINGS, limit=_LOOK_BACK).records:
         observation = record.asset_observation
         if observation is not None and observation.metadata.get("root") == dg.MetadataValue.text(root):
             try:
                 stored: Any = observation.metadata["reported"].value
-                return {place: Reported.model_validate_json(json.dumps(r)) for place, r in stored.items()}
-            except (AttributeError, LookupError, ValueError):  # of another version: reported once more
+                return {place: (r["what"], datetime.fromisoformat(r["at"])) for place, r in stored.items()}
+            except (AttributeError, LookupError, TypeError, ValueError):  # of another version: reported once more
                 continue
     return {}
 

@@ -17,10 +17,10 @@ from housing_assets.maintenance.inventory import Removable
 from housing_assets.runs.executor import FINISHED
 from resources.endpoints.base import EndpointHost
 from resources.endpoints.captured_files import CapturedFile
-from resources.inventory import RESULT_FILE, OwnedItem
+from resources.inventory import RESULT_FILE
 from resources.model_registry.base import ModelVersion, champion_of
 from resources.references.evidence import EvidenceStore
-from resources.references.files import (
+from resources.references.io_manager import (
     StoredReference,
     asset_folder,
     materializations,
@@ -78,7 +78,7 @@ def find_references(
                 latest.setdefault(record.partition_key, (uri, record.timestamp))
         named = {uri for uri, _ in latest.values()}
         newest = max((time for _, time in latest.values()), default=0.0)
-        for uri, modified in files.items():
+        for uri, (_, modified) in files.items():
             try:
                 stored = read_reference(uri)
             except ValidationError as error:  # damaged, or of another version of the code: no step can read it
@@ -97,14 +97,6 @@ def find_references(
             else:
                 found.waiting[uri] = stored
     return found
-
-
-def replaced_references(references: References) -> list[Removable]:
-    """Those that no reader can come upon any more."""
-    return [
-        Removable("reference", uri, uri, "replaced since", functools.partial(storage.delete, uri))
-        for uri in references.surplus
-    ]
 
 
 def uris_in(references: Iterable[StoredReference]) -> set[str]:
@@ -156,13 +148,6 @@ def served_versions(endpoint_host: EndpointHost) -> dict[str, str]:
     return {**back, **{s.version: f"endpoint {s.name} serves it" for s in endpoints}}
 
 
-def removable_version(version: ModelVersion, remove: Callable[[], object]) -> Removable:
-    """A version, with its artifact."""
-    detail = f"{version.status}, registered {version.created_at:%Y-%m-%d}"
-    size = sum(file.bytes for file in version.artifact.files)
-    return Removable("model version", version.reference, version.reference, detail, remove, size)
-
-
 def unused_results(root: str, in_use: set[str], before: datetime) -> Iterator[Removable]:
     """Folders `<root>/<step>/<request digest>` last changed `before`, that no URI in use points into.
 
@@ -202,15 +187,6 @@ def captured_folders(
         yield Removable("captured requests", folder, folder, detail, functools.partial(remove, chosen), size)
 
 
-def discarded(items: Iterable[OwnedItem], remove: Callable[[OwnedItem], None]) -> list[Removable]:
-    """What is left of things whose removal has failed."""
-    return [
-        Removable("rest", i.location, i.location, f"{i.kind}: {i.detail}", functools.partial(remove, i))
-        for i in items
-        if i.discarded
-    ]
-
-
 def old_runs(
     instance: dg.DagsterInstance, before: datetime, own: dg.DagsterRun, needed: Collection[str] = ()
 ) -> list[str]:
@@ -218,34 +194,23 @@ def old_runs(
 
     Without those that are `needed` or hold the latest materialization of an asset: the asset's metadata is theirs.
     """
-    latest = {record.asset_entry.last_run_id for record in instance.get_asset_records()}
-    kept, ours = {*latest, *needed, own.run_id}, _own_runs(own)
-    records = instance.get_run_records(
-        dg.RunsFilter(statuses=FINISHED, created_before=before), limit=_RUNS_AT_ONCE, ascending=True
-    )
-    return [r.dagster_run.run_id for r in records if r.dagster_run.run_id not in kept and ours(r.dagster_run)]
-
-
-def _own_runs(own: dg.DagsterRun) -> Callable[[dg.DagsterRun], bool]:
-    """Tells this code location's runs from those of others that share the instance.
-
-    A run that the UI or the daemon has launched names its code location. One from the command line does not: then its
-    job, and for a materialization its assets, must be ours.
-    """
-    assets = set(asset_keys())
-    jobs = {job.name for job in definitions().resolve_all_job_defs()}
-    here = _code_location(own)
+    kept = {record.asset_entry.last_run_id for record in instance.get_asset_records()} | {*needed, own.run_id}
+    ended = dg.RunsFilter(statuses=FINISHED, created_before=before)
+    runs = [r.dagster_run for r in instance.get_run_records(ended, limit=_RUNS_AT_ONCE, ascending=True)]
+    assets, jobs = set(asset_keys()), {job.name for job in definitions().resolve_all_job_defs()}
 
     def is_ours(run: dg.DagsterRun) -> bool:
-        if here is not None and (place := _code_location(run)) is not None:
+        # A run that the UI or the daemon has launched names its code location. One from the command line does not:
+        # then its job, and for a materialization its assets, must be ours.
+        here, place = _code_location(own), _code_location(run)
+        if here is not None and place is not None:
             return place == here
         if not run.job_name.startswith("__"):
             return run.job_name in jobs
-        checked = {check.asset_key for check in run.asset_check_selection or ()}
-        chosen = {*(run.asset_selection or ()), *checked}
+        chosen = {*(run.asset_selection or ()), *(check.asset_key for check in run.asset_check_selection or ())}
         return bool(chosen) and chosen <= assets
 
-    return is_ours
+    return [run.run_id for run in runs if run.run_id not in kept and is_ours(run)]
 
 
 def _code_location(run: dg.DagsterRun) -> str | None:

@@ -75,72 +75,65 @@ def lineage_rows(
     """The table of `COLUMNS`, from the endpoint back to the data files. What was not recorded is empty."""
     facts = dict[str, Any](version.lineage)
     runs, codes = facts.get("runs") or {}, facts.get("code_version") or {}
-    decision = version.status_history[-1]
     rows = []
     if endpoint is not None:
-        what = f"{endpoint.name} serves {endpoint.version}"
-        code = module_version("serve_model") if deployed_by else ""
-        rows += [_row("endpoint", what, endpoint.url, endpoint.model_digest, deployed_by, code, endpoint.deployed_at)]
-    gate = version.gate
+        code = module_version("serve_model") if deployed_by else None
+        rows = [
+            _row(
+                "endpoint", f"{endpoint.name} serves {endpoint.version}", where=endpoint.url,
+                digest=endpoint.model_digest, run=deployed_by, code_version=code, when=endpoint.deployed_at,
+            )
+        ]  # fmt: skip
+    gate, decision, artifact = version.gate, version.status_history[-1], version.artifact
     rows += [
         _row(
             "model version", f"{version.reference}, {version.status} ({decision.who}: {decision.why})",
-            version.artifact.uri, version.artifact.digest, facts.get("run_id"), None, version.created_at,
+            where=artifact.uri, digest=artifact.digest, run=facts.get("run_id"), when=version.created_at,
         ),
         _row(
             "evaluation", f"{gate.metric} {number(gate.value)}, at most {number(gate.threshold)} allowed",
-            facts.get("evaluation_uri"), facts.get("evaluation_digest"),
-            runs.get("evaluation_report") or gate.run_id, codes.get("evaluate_model"), None,
+            where=facts.get("evaluation_uri"), digest=facts.get("evaluation_digest"),
+            run=runs.get("evaluation_report") or gate.run_id, code_version=codes.get("evaluate_model"),
         ),
         _row(
-            "training", _named(facts.get("parameters")), None, facts.get("model_request_digest"),
-            runs.get("tuned_model"), codes.get("tune_model"), facts.get("trained_at"),
+            "training", _named(facts.get("parameters")), digest=facts.get("model_request_digest"),
+            run=runs.get("tuned_model"), code_version=codes.get("tune_model"), when=facts.get("trained_at"),
         ),
-        _row("libraries", _named(facts.get("versions"), " "), None, None, None, None, None),
+        _row("libraries", _named(facts.get("versions"), " ")),
     ]  # fmt: skip
-    train = facts.get("train") or {}
+    places = {"train": facts.get("train") or {}}  # of the others only the digests are kept
+    made = {"run": runs.get("splits"), "code_version": codes.get("prepare_splits")}
     for split in ("train", "validation", "test"):
         if digest := facts.get(f"{split}_digest"):
-            size = counted(train["rows"], "row") if split == "train" and train.get("rows") is not None else ""
-            place = train.get("uri") if split == "train" else None
-            rows.append(_row(f"{split} split", size, place, digest, runs.get("splits"), codes.get("prepare_splits")))
+            count, place = places.get(split, {}).get("rows"), places.get(split, {}).get("uri")
+            size = counted(count, "row") if count is not None else ""
+            rows.append(_row(f"{split} split", size, where=place, digest=digest, **made))
     if group := facts.get("feature_group"):
         what = f"{group['group']}, commit {group['commit']}"
         what += f", as of {group['as_of']}" if group.get("as_of") else ""
-        rows.append(_row("feature group", what, None, group["digest"], runs.get("feature_group")))
+        rows.append(_row("feature group", what, digest=group["digest"], run=runs.get("feature_group")))
     datasets = facts.get("datasets") or []
     rows += [row for dataset in reversed(datasets) for row in _dataset_rows(dataset)][:FILES_SHOWN]
     return rows
 
 
 def _dataset_rows(dataset: Mapping[str, Any]) -> list[dict[str, str]]:
-    common = (dataset["digest"], dataset.get("run_id"), dataset.get("code_version"), dataset.get("ingested_at"))
+    known = {name: dataset.get(name) for name in ("digest", "code_version")}
+    known |= {"run": dataset.get("run_id"), "when": dataset.get("ingested_at")}
     if not dataset.get("files"):
-        return [_row("data", "its files were not recorded", dataset.get("source"), *common)]
-    return [
-        _row(
-            "data file",
-            counted(file["bytes"], "byte")
-            + (f", {counted(file['rows'], 'row')}" if file.get("rows") is not None else ""),
-            file["uri"],
-            *common,
-        )
-        for file in dataset["files"]
-    ]
+        return [_row("data", "its files were not recorded", where=dataset.get("source"), **known)]
+    rows = []
+    for file in dataset["files"]:
+        count = f", {counted(file['rows'], 'row')}" if file.get("rows") is not None else ""
+        rows.append(_row("data file", counted(file["bytes"], "byte") + count, where=file["uri"], **known))
+    return rows
 
 
-def _row(
-    stage: str,
-    what: str,
-    where: str | None = None,
-    digest: str | None = None,
-    run: str | None = None,
-    code_version: str | None = None,
-    when: datetime | str | None = None,
-) -> dict[str, str]:
-    moment = when.isoformat(timespec="seconds") if isinstance(when, datetime) else (when or "")
-    values = (stage, what, where or "", (digest or "")[:_DIGEST_SHOWN], run or "", code_version or "", moment)
-    return dict(zip(COLUMNS, values, strict=True))
+def _row(stage: str, what: str, *, digest: str | None = None, when: datetime | str | None = None, **more: Any) -> dict:
+    """A row of `COLUMNS`; `more` are the others. What is not known is empty."""
+    moment = when.isoformat(timespec="seconds") if isinstance(when, datetime) else when
+    row = {"stage": stage, "what": what, "digest": (digest or "")[:_DIGEST_SHOWN], "when": moment, **more}
+    return {name: row.get(name) or "" for name in COLUMNS}
 
 
 def _named(values: Mapping[str, Any] | None, sign: str = "=") -> str:
@@ -161,7 +154,13 @@ def lineage_of(
     if status is None:
         known = ", ".join(other.name for other in host.list()) or "none"
         raise LookupError(f"there is no endpoint {name}; there are: {known}")
-    return lineage_rows(version_of(status.version, registry), status, _deployed_by(status, instance))
+    wanted = {"endpoint_name": status.name, "model_digest": status.model_digest}
+    made = instance.fetch_materializations(dg.AssetKey("endpoint"), limit=50).records if instance else ()
+    for record in made:
+        shown = record.asset_materialization.metadata if record.asset_materialization else {}
+        if wanted == {name: shown[name].value for name in wanted if name in shown}:
+            return lineage_rows(version_of(status.version, registry), status, record.run_id)
+    return lineage_rows(version_of(status.version, registry), status)
 
 
 def version_of(reference: str, registry: ModelRegistry) -> ModelVersion:
@@ -171,17 +170,6 @@ def version_of(reference: str, registry: ModelRegistry) -> ModelVersion:
         return registry.get(group, int(number))
     except ValueError as error:
         raise LookupError(f"{reference!r} is no model version: give <group>/<number>") from error
-
-
-def _deployed_by(status: EndpointStatus, instance: dg.DagsterInstance | None) -> str:
-    if instance is None:
-        return ""
-    for record in instance.fetch_materializations(dg.AssetKey("endpoint"), limit=50).records:
-        made = record.asset_materialization
-        facts = {name: value.value for name, value in made.metadata.items()} if made else {}
-        if (facts.get("endpoint_name"), facts.get("model_digest")) == (status.name, status.model_digest):
-            return record.run_id
-    return ""
 
 
 def as_text(rows: Sequence[Mapping[str, str]]) -> str:

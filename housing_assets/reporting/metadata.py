@@ -26,8 +26,6 @@ _COSTS = {
     "tuning_billable_seconds": "tuning_job",
 }
 _DAGSTER_TYPES = {"int64": "int", "float64": "float", "bool": "bool", "string": "string", "datetime": "timestamp"}
-
-
 _LONGEST_START = 120.0  # of a run's process; an older one serves several runs
 KINDS = ("start-up", "read", "compute", "write", "wait")
 # Phases of steps that are none of computing. Pieces of data are read, computed and written by one task: such a phase
@@ -69,41 +67,35 @@ def materialized(
 
 
 def artifact_metadata(artifact: Artifact) -> dict[str, Any]:
-    """Where an artifact lies, how large it is, and its digest."""
-    metadata: dict[str, Any] = {
+    """Where an artifact lies, how large it is, and its digest. None: not known, so not shown."""
+    return {
         "dagster/uri": artifact.uri,
         "digest": artifact.digest,
         "megabytes": rounded(artifact.bytes / 1e6),
         "files": len(artifact.files),
+        "dagster/row_count": artifact.rows,
     }
-    if artifact.rows is not None:
-        metadata["dagster/row_count"] = artifact.rows
-    return metadata
 
 
 def run_metadata(result: StepResult) -> dict[str, Any]:
     """How a step ran: reused or not, seconds per phase and operator, CPUs held, memory, nodes, versions.
 
     `core_seconds` is the time of the step times the CPUs of its Ray session, used or not: what it kept from others.
+    None: not known, so not shown.
     """
-    metadata: dict[str, Any] = {
+    seconds = 0.0 if result.reused else result.seconds.get("total", 0.0)
+    return {
         "reused": result.reused,
-        "seconds": 0.0 if result.reused else result.seconds.get("total", 0.0),
+        "seconds": seconds,
         "phases": table([{"phase": name, "seconds": seconds} for name, seconds in result.seconds.items()]),
         "request_digest": result.request_digest,
         "versions": dg.MetadataValue.json(result.versions),
+        "ray_data_operators": table(result.operators) if result.operators else None,
+        "core_seconds": round(result.cpus * seconds, 1) if result.cpus is not None else None,
+        "made_at": dg.MetadataValue.timestamp(result.created_at) if result.reused else None,
+        "driver_peak_megabytes": round(result.peak_memory_bytes / 1e6, 1) if result.peak_memory_bytes else None,
+        "ray_nodes": dg.MetadataValue.json(result.nodes) if result.nodes else None,
     }
-    if result.operators:
-        metadata["ray_data_operators"] = table(result.operators)
-    if result.cpus is not None:
-        metadata["core_seconds"] = round(result.cpus * metadata["seconds"], 1)
-    if result.reused:
-        metadata["made_at"] = dg.MetadataValue.timestamp(result.created_at)
-    if result.peak_memory_bytes:
-        metadata["driver_peak_megabytes"] = round(result.peak_memory_bytes / 1e6, 1)
-    if result.nodes:
-        metadata["ray_nodes"] = dg.MetadataValue.json(result.nodes)
-    return metadata
 
 
 def plot_metadata(
@@ -158,9 +150,7 @@ def column_schema(spec: TableSpec) -> dg.TableSchema:
             name=column.name,
             type=_DAGSTER_TYPES[column.dtype],
             description=column.description,
-            constraints=dg.TableColumnConstraints(
-                nullable=column.nullable, other=[column.constraint()] if column.constraint() else []
-            ),
+            constraints=dg.TableColumnConstraints(column.nullable, other=list(filter(None, [column.constraint()]))),
         )
         for column in spec.columns
     ]

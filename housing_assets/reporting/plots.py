@@ -61,14 +61,12 @@ def _plot(draw: Callable[Concatenate[Figure, _Data], None]) -> Callable[_Data, b
     @functools.wraps(draw)
     def plot(*data: _Data.args, **options: _Data.kwargs) -> bytes:
         import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from PIL import Image
 
         full, reduced = io.BytesIO(), io.BytesIO()
         with matplotlib.rc_context(_STYLE):
             figure = Figure(figsize=(6.4, 3.7))
-            FigureCanvasAgg(figure)
             draw(figure, *data, **options)
             figure.savefig(full, format="png")
         Image.open(full).convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE).save(reduced, "PNG", optimize=True)
@@ -86,8 +84,7 @@ def prediction_plot(figure: Figure, predictions: Mapping[str, Sequence[float]], 
     axes.scatter(actual, predicted, s=9, color=_BLUE, alpha=0.35, linewidths=0)
     low, high = min(*actual, *predicted), max(*actual, *predicted)
     axes.plot([low, high], [low, high], color=_ORANGE, linewidth=1.3, label="equal")
-    axes.set_xlabel(f"Actual: {_described(table)}")
-    axes.set_ylabel(f"Predicted: {_described(table)}")
+    axes.set(xlabel=f"Actual: {_described(table)}", ylabel=f"Predicted: {_described(table)}")
     axes.legend(loc="upper left")
 
 
@@ -116,8 +113,7 @@ def residual_plot(figure: Figure, predictions: Mapping[str, Sequence[float]], ta
     for axes in (left, right):
         axes.axhline(0, color=_ORANGE, linewidth=1.3)
         axes.set_ylim(-1.04 * limit, 1.04 * limit)
-    left.set_xlabel(f"Predicted: {_described(table)}")
-    left.set_ylabel(_with_unit("Actual − predicted", table))
+    left.set(xlabel=f"Predicted: {_described(table)}", ylabel=_with_unit("Actual − predicted", table))
     right.set_xlabel("Rows")
 
 
@@ -132,8 +128,7 @@ def learning_curve_plot(figure: Figure, curve: Mapping[str, Any], table: TableSp
     axes.plot(curve["round"], curve["validation"], color=_ORANGE, linewidth=1.5, label="validation")
     axes.axvline(curve["best_rounds"], color=_GREY, linewidth=1, linestyle="--", label="best round")
     _log_if_wide(axes, "y", [*curve["train"], *curve["validation"]])
-    axes.set_xlabel("Boosting rounds")
-    axes.set_ylabel(_with_unit("RMSE", table))
+    axes.set(xlabel="Boosting rounds", ylabel=_with_unit("RMSE", table))
     axes.legend(loc="upper right")
 
 
@@ -153,8 +148,7 @@ def importance_plot(figure: Figure, importance: Mapping[str, Mapping[str, float]
     bars = axes.barh(range(len(shown)), shares, color=_BLUE, height=0.68)
     axes.set_yticks(range(len(shown)), [name for name, _ in shown])
     axes.bar_label(bars, [f"{share:.1f} %" for share in shares], padding=3, fontsize=_SMALL)
-    axes.set_xlim(0, max(shares, default=1.0) * 1.13 or 1.0)
-    axes.set_xlabel("Share of the total gain of all splits, per cent")
+    axes.set(xlim=(0, max(shares, default=1.0) * 1.13 or 1.0), xlabel="Share of the total gain of all splits, per cent")
     axes.grid(visible=False, axis="y")
 
 
@@ -215,7 +209,7 @@ def _title(axes: Axes, title: str = "", subtitle: str = "") -> None:
     axes.set_title(title)
     axes.set_title(subtitle, loc="right", fontsize=_SMALL, color=_GREY)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(_short)
+        axis.set_major_formatter(short_number)
 
 
 def _log_if_wide(axes: Axes, which: str, values: Sequence[float]) -> None:
@@ -226,16 +220,12 @@ def _log_if_wide(axes: Axes, which: str, values: Sequence[float]) -> None:
         axes.set(**{f"{which}scale": "log"})
         axis = axes.xaxis if which == "x" else axes.yaxis
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(_short)
+        axis.set_major_formatter(short_number)
         axis.set_minor_formatter("")
 
 
-def _short(value: float, _: float) -> str:
-    return short_number(value)
-
-
-def short_number(value: float) -> str:
-    """A number for an axis: `250k`, `1.2M`, `0.05`."""
+def short_number(value: float, _: float | None = None) -> str:
+    """A number for an axis: `250k`, `1.2M`, `0.05`. Matplotlib also gives its position, which does not matter."""
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.4g}{suffix}".replace("-", "−")

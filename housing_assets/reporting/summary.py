@@ -17,20 +17,23 @@ from pathlib import Path
 import dagster as dg
 from dagster_shared.error import SerializableErrorInfo  # Dagster itself does not export it
 
+from housing_assets.checks.comparisons import typical_row
 from housing_assets.checks.gate import REMEDIES
 from housing_assets.settings import Settings
 from resources.endpoints.base import EndpointStatus
 from resources.model_registry.base import ModelVersion
-from resources.references.files import event_log_name, latest_file, read_reference
+from resources.references.io_manager import event_log_name, latest_file, read_reference
 from resources.references.types import EvaluationRef, ModelRef
 from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact
 from step_scripts.runner.wording import number, percent
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _CHECK_FAILED = "dagster._core.errors.DagsterAssetCheckFailedError"
 # Dagster's words for what the lines before have said already, and for the channel between a run and its steps.
 _NOISE = re.compile(r"\[pipes\] |Dependencies for step .* Not executing\.$")
-_LEVELS = {logging.WARNING: "warning: ", logging.ERROR: "error: ", logging.CRITICAL: "error: "}
+_WARNING, _ERROR = "warning: ", "error: "
+_LEVELS = {logging.WARNING: _WARNING, logging.ERROR: _ERROR, logging.CRITICAL: _ERROR}
 # What follows the text of a failure is of no use on a terminal. Log lines of a job, which may hold such
 # words too, are indented.
 _TRACE = re.compile(r"^(?:Stack Trace:|Traceback \(most recent call last\):|The above exception )", re.MULTILINE)
@@ -59,12 +62,12 @@ def console_line(event: dg.DagsterEvent) -> str | None:
         check = event.asset_check_evaluation_data
         if check.passed:
             return None
-        level = "error: " if check.severity == dg.AssetCheckSeverity.ERROR else "warning: "
+        level = _ERROR if check.severity == dg.AssetCheckSeverity.ERROR else _WARNING
         why = f": {check.description}" if check.description else ""
         return f"{level}check {check.check_name} of {check.asset_key.to_user_string()} failed{why}"
     if event.event_type == dg.DagsterEventType.STEP_UP_FOR_RETRY and (error := event.step_retry_data.error):
-        return f"warning: {event.step_key} failed and is tried again: {said(error)}"
-    return f"error: {reason}" if (reason := failure_reason(event)) is not None else None
+        return f"{_WARNING}{event.step_key} failed and is tried again: {said(error)}"
+    return f"{_ERROR}{reason}" if (reason := failure_reason(event)) is not None else None
 
 
 def failure_reason(event: dg.DagsterEvent) -> str | None:
@@ -104,13 +107,8 @@ class _ConsoleHandler(logging.StreamHandler):  # pyright: ignore[reportMissingTy
             text = _ESCAPES.sub("", str(metadata.get("orig_message", record.getMessage())))
             line = f"{_LEVELS.get(record.levelno, '')}{step + ': ' if step else ''}{text}"
         if line is not None:
-            self.stream.write(f"{self.formatTime(record)}  {line}\n")
+            self.stream.write(f"{logging.Formatter().formatTime(record, '%H:%M:%S')}  {line}\n")
             self.flush()
-
-    @staticmethod
-    def formatTime(record: logging.LogRecord) -> str:
-        """Time of day."""
-        return logging.Formatter().formatTime(record, "%H:%M:%S")
 
 
 @dg.logger(config_schema={}, description="Progress, warnings, failed checks and reasons of failures, a line each.")
@@ -154,7 +152,7 @@ def summary(root: Path, instance: dg.DagsterInstance) -> str:
         f"  registered as      {version.reference} ({version.status})",
         "",
         f"Endpoint {endpoint.name} serves version {endpoint.version} at {endpoint.url}",
-        f"  {curl_line(endpoint.url, Path(model.model.uri))}",
+        f"  {curl_line(endpoint.url, model.model)}",
         "",
         "Dagster UI: make ui        Stop the endpoint: make stop        Remove everything: make clean-data",
     ]
@@ -170,31 +168,20 @@ def failure_summary(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
             continue
         if event.event_type == dg.DagsterEventType.ASSET_MATERIALIZATION and event.asset_key is not None:
             made.append(event.asset_key.to_user_string())
-        elif (reason := failure_reason(event)) is not None:
-            failed.append(reason)
-        elif event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION:
-            check = event.asset_check_evaluation_data
-            if not check.passed and check.severity == dg.AssetCheckSeverity.ERROR:
-                remedy = f". Remedy: {REMEDIES[name]}" if (name := check.asset_key.to_user_string()) in REMEDIES else ""
-                failed.append(f"check {check.check_name} of {name} failed: {check.description or 'no details'}{remedy}")
+        elif (line := console_line(event) or "").startswith(_ERROR):
+            is_check = event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION
+            asset = event.asset_check_evaluation_data.asset_key.to_user_string() if is_check else ""
+            failed.append(line.removeprefix(_ERROR) + (f". Remedy: {REMEDIES[asset]}" if asset in REMEDIES else ""))
     lines = ["", f"Run {run.run_id[:8]} is {run.status.value}."]
     lines += [f"Made:   {', '.join(dict.fromkeys(made)) or 'nothing'}"]
     lines += [f"Error:  {line}" for line in dict.fromkeys(failed)]
     return "\n".join(lines)
 
 
-def curl_line(url: str, model: Path) -> str:
-    """A command that asks the endpoint for one prediction: the mean row of the training split."""
-    import json
-
-    from step_scripts.table.spec import TableSpec
-
-    table = TableSpec.model_validate_json((model / "table.json").read_bytes())
-    mean = json.loads((model / "scaler.json").read_bytes())["mean"]
-    values = [
-        f"{mean[name]:.0f}" if table.column(name).dtype == "int64" else f"{mean[name]:.2f}" for name in table.features
-    ]
-    return f"curl -s {shlex.quote(url)} -H 'Content-Type: text/csv' -d '{','.join(values)}'"
+def curl_line(url: str, model: Artifact) -> str:
+    """A command that asks the endpoint for one prediction: a typical row of the training split."""
+    values = typical_row(model).write_csv(include_header=False).strip()
+    return f"curl -s {shlex.quote(url)} -H 'Content-Type: text/csv' -d '{values}'"
 
 
 def main(arguments: Sequence[str] = ()) -> int:

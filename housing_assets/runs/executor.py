@@ -36,52 +36,39 @@ _INTERRUPTIONS = (dg.DagsterExecutionInterruptedError, KeyboardInterrupt)
 _RESEND_SECONDS = 0.1
 
 
-def _interrupt_main_thread() -> None:
-    ident = threading.main_thread().ident
-    assert ident is not None
-    signal.pthread_kill(ident, signal.SIGINT)  # this thread, so that it wakes from whatever it waits for
-
-
 @contextmanager
-def _ignored_interruptions_sent_again() -> Iterator[None]:
-    """Within the block, an interruption that Python ignored is repeated until it ends what is being executed."""
+def _interruptions_end_the_run() -> Iterator[None]:
+    """Within the block, an interruption that Python ignored is repeated until it ends what is being executed.
+
+    SIGHUP is an interruption, too, unless it is ignored (`nohup`) or handled already.
+    """
     previous = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
         if isinstance(unraisable.exc_value, _INTERRUPTIONS):
-            timer = threading.Timer(_RESEND_SECONDS, _interrupt_main_thread)
+            # To this thread, so that it wakes from whatever it waits for.
+            to = (threading.main_thread().ident, signal.SIGINT)
+            timer = threading.Timer(_RESEND_SECONDS, signal.pthread_kill, to)
             timer.daemon = True
             timer.start()
         else:
             previous(unraisable)
 
+    here = threading.current_thread() is threading.main_thread()
+    hangup = here and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
     sys.unraisablehook = hook
     try:
+        if hangup:
+            signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGINT))
         yield
     finally:
+        if hangup:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
         sys.unraisablehook = previous
 
 
-@contextmanager
-def _hangup_interrupts() -> Iterator[None]:
-    """Within the block SIGHUP is an interruption, unless it is ignored (`nohup`) or handled already."""
-    here = threading.current_thread() is threading.main_thread()
-    if not here or signal.getsignal(signal.SIGHUP) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
-class UnusableRoot(Exception):
-    """The run would fail at the first thing that it writes."""
-
-
 def check_root_is_writable() -> None:
-    """Make the deployment's root if there is none, and try to write there. Raises `UnusableRoot`."""
+    """Make the deployment's root if there is none, and try to write there. Raises `dagster.Failure`."""
     root = Settings.load().own_root
     if storage.is_remote(root):
         return
@@ -91,10 +78,11 @@ def check_root_is_writable() -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UnusableRoot(
+        raise dg.Failure(
             f"the folder for data and models, {root}, cannot be written: {error.strerror or error}. Give this user "
             f"(number {os.geteuid()}) the right to write there, or set HOUSING_ROOT to another folder. "
-            "Nothing has been done"
+            "Nothing has been done",
+            allow_retries=False,
         ) from None
 
 
@@ -112,11 +100,6 @@ class CancelingExecutor(dg.Executor):
         """The other executor's retry mode."""
         return self._executor.retries
 
-    @property
-    def step_dependency_config(self) -> Any:
-        """The other executor's rule for when a step may start."""
-        return self._executor.step_dependency_config
-
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
         """Execute the plan in this process."""
         check_root_is_writable()
@@ -124,7 +107,7 @@ class CancelingExecutor(dg.Executor):
         for lost in end_lost_runs(plan_context.instance):
             plan_context.log.warning(f"run {lost} was in progress, but its process is gone: it is marked as ended")
         try:
-            with _hangup_interrupts(), _ignored_interruptions_sent_again():
+            with _interruptions_end_the_run():
                 yield from self._executor.execute(plan_context, execution_plan)
         except _INTERRUPTIONS:
             instance: dg.DagsterInstance = plan_context.instance

@@ -7,17 +7,17 @@ the process is on another machine or in another container, is left alone.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import socket
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import dagster as dg
 import psutil
 from dagster._core.launcher import CheckRunHealthResult, WorkerStatus  # have no public names
-from dagster._serdes import ConfigurableClassData  # nor has this
 
 PROCESS_TAG = ".dagster/housing_process"  # the prefix hides it in the UI
 _STATUSES = (dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING)
@@ -34,16 +34,14 @@ def end_lost_runs(instance: dg.DagsterInstance) -> list[str]:
     """End runs whose process is gone; their concurrency slots become free. Returns the runs' ids."""
     ended = []
     for found in instance.get_runs(dg.RunsFilter(statuses=[*_STATUSES])):
-        if _state(found) != "gone":
+        if not _is_gone(found):
             continue
         # Read again: a process that ends in order has written before how its run ended.
         run = instance.get_run_by_id(found.run_id)
         if run is None or run.status not in _STATUSES:
             continue
-        if run.status == dg.DagsterRunStatus.CANCELING:
-            instance.report_run_canceled(run, message=_reason(run))
-        else:
-            instance.report_run_failed(run, message=_reason(run))
+        canceling = run.status == dg.DagsterRunStatus.CANCELING
+        (instance.report_run_canceled if canceling else instance.report_run_failed)(run, message=_reason(run))
         _free_slots(instance, run.run_id)
         ended.append(run.run_id)
     return ended
@@ -52,11 +50,6 @@ def end_lost_runs(instance: dg.DagsterInstance) -> list[str]:
 class MonitoredRunLauncher(dg.DefaultRunLauncher):
     """Dagster's default run launcher, which can also say whether a run's process is still there."""
 
-    @classmethod
-    def from_config_value(cls, inst_data: ConfigurableClassData, config_value: Any) -> Self:
-        """As Dagster makes it from `dagster.yaml`."""
-        return cls(inst_data=inst_data)
-
     @property
     def supports_check_run_worker_health(self) -> bool:
         """Yes: run monitoring asks it."""
@@ -64,27 +57,25 @@ class MonitoredRunLauncher(dg.DefaultRunLauncher):
 
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
         """Whether the run's process is gone. Where that cannot be known, it is taken to be there."""
-        if _state(run) != "gone":
+        if not _is_gone(run):
             return CheckRunHealthResult(WorkerStatus.RUNNING)
         _free_slots(self._instance, run.run_id)
         return CheckRunHealthResult(WorkerStatus.NOT_FOUND, _reason(run))
 
 
-def _state(run: dg.DagsterRun) -> Literal["alive", "gone", "unknown"]:
+def _is_gone(run: dg.DagsterRun) -> bool:
     try:
         claim = json.loads(run.tags[PROCESS_TAG])
         own = _claim(run.run_id, int(claim["pid"]))
         same = {name: claim[name] == own[name] for name in own}
     except (KeyError, ValueError, TypeError):
-        return "unknown"
+        return False
     # The tags of a run are copied to the run that repeats it. A name may be that of another machine.
     if not (same["run_id"] and same["machine"] and own["machine"]):
-        return "unknown"
+        return False
     if not same["boot"]:
-        return "gone"
-    if not same["processes"]:
-        return "unknown"
-    return "alive" if own["started"] is not None and same["started"] else "gone"
+        return True
+    return same["processes"] and (own["started"] is None or not same["started"])
 
 
 def _reason(run: dg.DagsterRun) -> str:
@@ -110,24 +101,18 @@ def _claim(run_id: str, pid: int) -> dict[str, Any]:
 def _place() -> dict[str, str]:
     name = socket.gethostname()
     return {
-        "machine": "" if name in _NO_NAMES else f"{name} {_text('/etc/machine-id')}",
-        "boot": _text("/proc/sys/kernel/random/boot_id"),
-        "processes": _link("/proc/self/ns/pid"),
+        "machine": "" if name in _NO_NAMES else f"{name} {_content('/etc/machine-id')}",
+        "boot": _content("/proc/sys/kernel/random/boot_id"),
+        "processes": _content("/proc/self/ns/pid"),
     }
 
 
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""
-
-
-def _link(path: str) -> str:
-    try:
-        return str(Path(path).readlink())
-    except OSError:
-        return ""
+def _content(path: str) -> str:
+    """The text in a file, or where a link leads; nothing where there is neither."""
+    for read in (Path(path).read_text, Path(path).readlink):  # a namespace is a link, whose content cannot be read
+        with contextlib.suppress(OSError):
+            return str(read()).strip()
+    return ""
 
 
 def _started(pid: int) -> str | None:
@@ -136,7 +121,7 @@ def _started(pid: int) -> str | None:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:
             return None
-        if (fields := _text(f"/proc/{pid}/stat").rpartition(")")[2].split()) != []:
+        if fields := _content(f"/proc/{pid}/stat").rpartition(")")[2].split():
             return fields[19]
         return f"{process.create_time():.0f}"
     except psutil.NoSuchProcess:

@@ -7,6 +7,7 @@ from datetime import datetime
 from pydantic import BaseModel, ConfigDict
 
 from resources.references.evidence import Judged
+from step_scripts.parameters import SourceFile
 from step_scripts.runner.contract import Artifact
 from step_scripts.table.spec import TableSpec
 
@@ -24,13 +25,9 @@ class ProducedRef(Reference):
     code_version: str | None = None
 
 
-class DataFile(Reference):
-    """A source file as it was read. `modified`: seconds since 1970. `change`: see `SourceFile`. `content`: a digest."""
+class DataFile(SourceFile):
+    """A source file as it was read. `content`: a digest."""
 
-    uri: str
-    bytes: int
-    modified: float
-    change: str = ""
     content: str | None = None
     rows: int | None = None
 

@@ -7,15 +7,15 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from resources.services.optional import attempt
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact
+from step_scripts.runner.contract import Artifact, StepResult
 from step_scripts.runner.ray_environment import environment_defaults
 
 if TYPE_CHECKING:
@@ -27,43 +27,31 @@ _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOU
 _DIGEST_TAG = "housing.request_digest"
 
 
-class TrackedSearch(BaseModel):
-    """What a tuning run leaves. `report` is that of step `tune_model`: it holds all trials and the learning curve."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    request_digest: str
-    run_id: str
-    made_at: datetime
-    settings: dict[str, Any]
-    parameters: dict[str, Any]
-    metrics: dict[str, float]
-    model: Artifact
-    report: Artifact
-
-
 class ExperimentTracker(dg.ConfigurableResource, ABC):
     """Keeps a record of tuning runs. Which implementation is used is decided in `housing_assets.deployments`."""
 
     @abstractmethod
-    def record(self, search: TrackedSearch) -> dict[str, Any]:
-        """Record a tuning run, once, however often it is called. Returns metadata that leads to the record."""
+    def record(self, search: StepResult, run_id: str) -> dict[str, Any]:
+        """Record a tuning run, once, however often it is called. Returns metadata that leads to the record.
 
-    def try_to_record(self, search: TrackedSearch, log: Any) -> dict[str, Any]:
+        `search`: the result of step `tune_model`, whose report holds all trials and the learning curve. `run_id`: the
+        Dagster run that asked for it.
+        """
+
+    def try_to_record(self, search: StepResult, run_id: str, log: Any) -> dict[str, Any]:
         """`record`, or a warning in `log` with the reason: the model is there, whatever becomes of its record."""
         found: dict[str, Any] = {}
-        problem = attempt(lambda: found.update(self.record(search)))
+        problem = attempt(lambda: found.update(self.record(search, run_id)))
         if problem is None:
             return found
-        log.warning(f"{search.name} is not recorded in the experiment tracker, and the run goes on: {problem}")
+        log.warning(f"{_name(search)} is not recorded in the experiment tracker, and the run goes on: {problem}")
         return {"not_recorded": problem}
 
 
 class NoTracking(ExperimentTracker):
     """Records nothing: Dagster's own metadata is all there is."""
 
-    def record(self, search: TrackedSearch) -> dict[str, Any]:
+    def record(self, search: StepResult, run_id: str) -> dict[str, Any]:
         """Nothing."""
         return {}
 
@@ -83,22 +71,19 @@ class MlflowTracking(ExperimentTracker):
         default=None, description="Where a new experiment keeps artifacts. Empty: as the server decides."
     )
 
-    def record(self, search: TrackedSearch) -> dict[str, Any]:
+    def record(self, search: StepResult, run_id: str) -> dict[str, Any]:
         """Record the search. A run with the same request digest that has finished is the record."""
         with environment_defaults(_PATIENCE):
-            return self._record(search)
-
-    def _record(self, search: TrackedSearch) -> dict[str, Any]:
-        client = self._client()
-        experiment = self._experiment_id(client)
-        known = client.search_runs(
-            [experiment],
-            f"tags.`{_DIGEST_TAG}` = '{search.request_digest}' and attributes.status = 'FINISHED' "
-            "and tags.`housing.kind` = 'search'",
-            max_results=1,
-        )
-        run_id = known[0].info.run_id if known else self._log(client, experiment, search)
-        metadata: dict[str, Any] = {"mlflow_experiment": self.experiment, "mlflow_run_id": run_id}
+            client = self._client()
+            experiment = self._experiment_id(client)
+            known = client.search_runs(
+                [experiment],
+                f"tags.`{_DIGEST_TAG}` = '{search.request_digest}' and attributes.status = 'FINISHED' "
+                "and tags.`housing.kind` = 'search'",
+                max_results=1,
+            )
+            record = known[0].info.run_id if known else self._log(client, experiment, search, run_id)
+        metadata: dict[str, Any] = {"mlflow_experiment": self.experiment, "mlflow_run_id": record}
         if self.tracking_uri.startswith("http"):
             url = f"{self.tracking_uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
             metadata["mlflow_run"] = dg.MetadataValue.url(url)
@@ -126,27 +111,33 @@ class MlflowTracking(ExperimentTracker):
                 return found.experiment_id
             raise
 
-    def _log(self, client: MlflowClient, experiment: str, search: TrackedSearch) -> str:
+    def _log(self, client: MlflowClient, experiment: str, search: StepResult, dagster_run: str) -> str:
+        model, report = search.outputs["model"], search.outputs["report"]
+        settings = {name: value for name, value in search.params.items() if name != "table"}
         tags = {
             _DIGEST_TAG: search.request_digest,
             "housing.kind": "search",
-            "dagster.run_id": search.run_id,
-            "housing.model_digest": search.model.digest,
-            "housing.model_uri": search.model.uri,
+            "dagster.run_id": dagster_run,
+            "housing.model_digest": model.digest,
+            "housing.model_uri": model.uri,
         }
-        run_id = client.create_run(experiment, tags=tags, run_name=search.name).info.run_id
+        run_id = client.create_run(experiment, tags=tags, run_name=_name(search)).info.run_id
         try:
-            _log_batch(client, run_id, {**search.settings, **search.parameters}, search.metrics)
-            _log_curve(client, run_id, _read(search.report, "learning_curve.json"), search.made_at)
-            for trial in _read(search.report, "trials.json"):
+            _log_batch(client, run_id, {**settings, **search.details["best_parameters"]}, search.metrics)
+            _log_curve(client, run_id, _read(report, "learning_curve.json"), search.created_at)
+            for trial in _read(report, "trials.json"):
                 _log_trial(client, experiment, run_id, trial)
-            for artifact, folder in ((search.model, "model"), (search.report, "report")):
+            for artifact, folder in ((model, "model"), (report, "report")):
                 _log_files(client, run_id, artifact, folder)
         except BaseException:
             client.set_terminated(run_id, "FAILED")
             raise
         client.set_terminated(run_id, "FINISHED")
         return run_id
+
+
+def _name(search: StepResult) -> str:
+    return f"search {search.request_digest[:8]}"
 
 
 def _read(artifact: Artifact, name: str) -> Any:
@@ -190,7 +181,7 @@ def _log_trial(client: Any, experiment: str, parent: str, trial: Mapping[str, An
 def _log_files(client: Any, run_id: str, artifact: Artifact, folder: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for file in artifact.files:
-            relative = PurePosixPath(file.path)
-            local = Path(scratch, relative.name)
+            local = Path(scratch, file.path)
+            local.parent.mkdir(parents=True, exist_ok=True)
             local.write_bytes(storage.read_bytes(artifact.file_uri(file.path)))
-            client.log_artifact(run_id, str(local), str(PurePosixPath(folder) / relative.parent).removesuffix("/."))
+        client.log_artifacts(run_id, scratch, folder)

@@ -39,8 +39,11 @@ def shown(path: str) -> str:
 
 
 @dataclass
-class Found:
-    """What a search has found so far. `closed`: folders that could not be listed."""
+class Listing:
+    """The files that were looked for; what is set aside; what else is there and is not taken. All sorted by name.
+
+    `closed`: folders that could not be listed.
+    """
 
     files: list[SourceFile] = field(default_factory=list)
     set_aside: list[SetAside] = field(default_factory=list)
@@ -60,39 +63,40 @@ class Found:
 
 @dataclass(frozen=True)
 class _Entry:
-    """Something below the folder that is searched, no folder. Without `state` it cannot be read: see `problem`.
+    """Something below the folder that is searched, no folder: its state, or why it cannot be read.
 
     `file`: the file itself, where `linked` says that it was reached through a symbolic link.
     """
 
     path: str
     parts: tuple[str, ...]
+    state: FileState | SetAside
     file: str = ""
     linked: bool = False
-    state: FileState | None = None
-    problem: str = ""
-    remedy: str = "Correct or remove it"
 
 
-def matching(folder: str, pattern: str, flags: int = 0) -> Found:
+def matching(folder: str, pattern: str, flags: int = 0) -> Listing:
     """What lies below `folder` and matches. One segment at a time, so that `*` stays within a folder.
 
     A file that has several names, because of links, is read once: under the name that has no link in it.
     """
     parts = pattern.split("/")
     segments = [_ANY_DEPTH if part == "**" else re.compile(fnmatch.translate(part), flags) for part in parts]
-    found, names = Found(), dict[str, str]()
+    found, names = Listing(), dict[str, str]()
     entries = _objects(folder, segments) if storage.is_remote(folder) else _walk(folder, segments, found)
     for entry in sorted(entries, key=lambda e: (e.linked, e.path)):
         name = "/".join(entry.parts)
         if not _matches(entry.parts, segments):
             found.others.append(shown(name))
-        elif entry.state is None:
-            found.set_aside.append(SetAside(shown(entry.path), entry.problem, entry.remedy))
+        elif isinstance(entry.state, SetAside):
+            found.set_aside.append(entry.state)
         elif (first := names.setdefault(entry.file, entry.path)) != entry.path:
             found.others.append(shown(f"{name} (a link to {first})"))
         else:
             found.add(entry.path, entry.state)
+    found.files.sort(key=lambda f: f.uri)
+    found.set_aside.sort(key=lambda a: a.name)
+    found.others.sort()
     return found
 
 
@@ -106,21 +110,19 @@ def _matches(parts: Sequence[str], segments: Sequence[re.Pattern[str]]) -> bool:
 
 def _leads_to_match(parts: Sequence[str], segments: Sequence[re.Pattern[str]]) -> bool:
     """Whether files below the folder `parts` may match."""
-    if not parts:
-        return bool(segments)
-    if not segments or segments[0] is _ANY_DEPTH:
-        return bool(segments)
-    return bool(segments[0].fullmatch(parts[0])) and _leads_to_match(parts[1:], segments[1:])
+    before = segments[: segments.index(_ANY_DEPTH)] if _ANY_DEPTH in segments else segments[:-1]
+    deep_enough = len(parts) <= len(before) or _ANY_DEPTH in segments
+    return deep_enough and all(segment.fullmatch(part) for part, segment in zip(parts, before, strict=False))
 
 
 def _objects(folder: str, segments: Sequence[re.Pattern[str]]) -> Iterator[_Entry]:
     for path, state in storage.object_states(folder, deep=len(segments) > 1):
         parts, uri = tuple(path.split("/")), f"{folder}/{path}"
         if not any(part.startswith((".", "_")) for part in parts):
-            yield _Entry(uri, parts, uri, state=state)
+            yield _Entry(uri, parts, state, uri)
 
 
-def _walk(folder: str, segments: Sequence[re.Pattern[str]], found: Found) -> Iterator[_Entry]:
+def _walk(folder: str, segments: Sequence[re.Pattern[str]], found: Listing) -> Iterator[_Entry]:
     """Everything but folders below `folder`, in those folders that may hold a match. Links are followed, once."""
     top = Path(folder).stat() if Path(folder).exists() else None
     above = frozenset({(top.st_dev, top.st_ino)} if top else ())
@@ -145,13 +147,13 @@ def _walk(folder: str, segments: Sequence[re.Pattern[str]], found: Found) -> Ite
             except OSError as error:
                 nowhere = isinstance(error, FileNotFoundError)
                 reason = "it is a link that leads nowhere" if nowhere else f"it cannot be read ({error.strerror})"
-                yield _Entry(child.path, below, linked=True, problem=reason)
+                yield _Entry(child.path, below, SetAside(shown(child.path), reason, "Correct or remove it"))
                 continue
             if stat.S_ISREG(state.st_mode):
                 file = os.path.realpath(child.path) if linked or link else f"{real}/{'/'.join(below)}"
-                yield _Entry(child.path, below, file, linked or link, local_state(state))
+                yield _Entry(child.path, below, local_state(state), file, linked or link)
             elif not stat.S_ISDIR(state.st_mode):
-                yield _Entry(child.path, below, problem="it is no regular file", remedy="Remove it")
+                yield _Entry(child.path, below, SetAside(shown(child.path), "it is no regular file", "Remove it"))
             elif (state.st_dev, state.st_ino) in above:
                 found.others.append(shown(f"{'/'.join(below)} (a link back to a folder above it)"))
             elif _leads_to_match(below, segments):

@@ -5,31 +5,15 @@ from __future__ import annotations
 import io
 import re
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 
-from resources.sources.folder_search import Found, SetAside, matching, shown
-from step_scripts.parameters import SourceFile
+from resources.sources.folder_search import Listing, matching, shown
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.storage import file_state
 
 _TAIL_BYTES = 1024
 _WILDCARD = re.compile(r"[*?\[]")
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The files that were looked for, sorted by URI; what is set aside; what else is there and is not taken."""
-
-    files: tuple[SourceFile, ...] = ()
-    set_aside: tuple[SetAside, ...] = ()
-    others: tuple[str, ...] = ()
-
-
-def find_source_files(source: str) -> tuple[SourceFile, ...]:
-    """The files of `list_source`."""
-    return list_source(source).files
 
 
 def list_source(source: str) -> Listing:
@@ -44,29 +28,25 @@ def list_source(source: str) -> Listing:
     if not text:
         raise StepError("no source is configured: name a CSV file, a folder, a glob or an s3:// URI")
     try:
-        path = _absolute(text)
-        kind = _kind(path)
+        path = absolute(text)
+        kind, found, looked = _kind(path), Listing(), path.rpartition("/")[0]
         if kind == "file":
-            found, looked = Found(), path
             found.add(path, file_state(path))
         elif kind == "folder":
             found, looked = matching(path, "*.csv", re.IGNORECASE), path
         elif _WILDCARD.search(path.removeprefix(_scheme(path))):
             looked, pattern = _split_glob(path)
             found = matching(looked, pattern)
-        else:
-            found, looked = Found(), path.rpartition("/")[0]
     except ValueError as error:
         raise StepError(f"source {source!r}: {error}") from error
     except OSError as error:
         raise StepError(f"source {source!r} cannot be reached: {error}") from error
     if found.closed:
         raise StepError(f"source {source!r} cannot be read: {found.closed[0]}")
-    listing = _listing(found)
-    if not listing.files:
-        aside = f". Set aside: {'; '.join(map(str, listing.set_aside[:5]))}" if listing.set_aside else ""
+    if not found.files:
+        aside = f". Set aside: {'; '.join(map(str, found.set_aside[:5]))}" if found.set_aside else ""
         raise StepError(_not_found(source, looked) + aside)
-    return listing
+    return found
 
 
 def list_landing(place: str) -> Listing | None:
@@ -75,7 +55,7 @@ def list_landing(place: str) -> Listing | None:
     A folder that cannot be listed is set aside. Raises `StepError` if the place itself cannot be reached.
     """
     try:
-        path = _absolute(place)
+        path = absolute(place)
         if _kind(path) is None and not storage.is_remote(path):
             return None
         found = matching(path, "**/*.csv", re.IGNORECASE)
@@ -83,8 +63,8 @@ def list_landing(place: str) -> Listing | None:
         raise StepError(f"landing place {place!r} cannot be reached: {error}") from error
     if found.closed and found.closed[0].name == shown(path):
         raise StepError(f"landing place {place!r} cannot be read: {found.closed[0]}")
-    found.set_aside += found.closed
-    return _listing(found)
+    found.set_aside = sorted([*found.set_aside, *found.closed], key=lambda a: a.name)
+    return found
 
 
 def ends_within_a_line(uri: str) -> bool:
@@ -101,14 +81,6 @@ def ends_within_a_line(uri: str) -> bool:
         return False
 
 
-def _listing(found: Found) -> Listing:
-    return Listing(
-        tuple(sorted(found.files, key=lambda f: f.uri)),
-        tuple(sorted(found.set_aside, key=lambda a: a.name)),
-        tuple(sorted(found.others)),
-    )
-
-
 def expanded(uri: str) -> str:
     """`uri` with `~` or `~user` at its beginning replaced by that home folder."""
     if not uri.startswith("~"):
@@ -123,16 +95,13 @@ def _scheme(uri: str) -> str:
     return uri.partition("://")[0] + "://" if storage.is_remote(uri) else ""
 
 
-def _absolute(uri: str) -> str:
-    """The local path, or the URI without a slash at its end. Raises `ValueError` for what is neither local nor S3."""
-    if not storage.is_remote(uri):
-        return str(storage.local_path(expanded(uri)).absolute())
-    storage.filesystem(uri)
-    return uri.rstrip("/")
+def absolute(uri: str) -> str:
+    """The absolute local path, with the home folder for `~`; or the URI, without a slash at its end."""
+    return uri.rstrip("/") if storage.is_remote(uri) else str(storage.local_path(expanded(uri)).absolute())
 
 
 def _kind(path: str) -> str | None:
-    """`file`, `folder`, or None if there is nothing."""
+    """`file`, `folder`, or None if there is nothing. Raises `ValueError` for what is neither local nor on S3."""
     if not storage.is_remote(path):
         try:
             mode = Path(path).stat().st_mode

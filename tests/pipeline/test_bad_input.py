@@ -13,7 +13,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from resources.sources.listing import find_source_files
+from resources.sources.listing import list_source
 from step_scripts import validate_source
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.ray_session import RaySession
@@ -308,7 +308,7 @@ def test_file_that_is_written_while_it_is_read(
 ) -> None:
     """Between the look for files and the end of the reading; by whom, and when, does not matter."""
     path = Path(write_source(tmp_path / "in", table_text(sales(300))).uri)
-    [found] = find_source_files(str(path))
+    [found] = list_source(str(path)).files
     check_rows = validate_source.check_rows
 
     def write(*arguments: Any) -> None:
@@ -340,7 +340,7 @@ def test_broken_file_among_good_ones_is_named(ray_session: RaySession, tmp_path:
     write_source(tmp_path / "in", GOOD, "a.csv")
     write_source(tmp_path / "in", table_text([*sales(8), "caf\xe9"]).encode("latin-1"), "b.csv")
     with pytest.raises(StepError, match=r"b\.csv, line 10: byte 0xE9"):
-        validate(ray_session, tmp_path, find_source_files(str(tmp_path / "in")), chunk_bytes=1024)
+        validate(ray_session, tmp_path, list_source(str(tmp_path / "in")).files, chunk_bytes=1024)
 
 
 def test_configured_bounds_and_limit_let_rows_pass(ray_session: RaySession, tmp_path: Path) -> None:

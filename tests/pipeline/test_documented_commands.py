@@ -68,7 +68,7 @@ MENTIONED = {
     "export HOUSING_CONFIG=my_config.yaml": "tests/unit/housing_assets/test_launch_defaults.py",
     "export HOUSING_RAW_CSV=/path/to/sales.csv": "HOUSING_RAW_CSV=/path/to/sales.csv make run",
     "python -m housing_assets.reporting.summary": "make run",
-    "python -m housing_assets.reference": "tests/unit/project/test_documentation.py calls it",
+    "python -m tests.unit.project.configuration_page": "tests/unit/project/test_documentation.py calls it",
     "dagster dev": "make ui",
     "make run CONFIG=file.yaml": "make run CONFIG=my_config.yaml",
     "dagster asset materialize ... --config file.yaml": "make run CONFIG=my_config.yaml",

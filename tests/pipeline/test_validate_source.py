@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from housing_assets.sample_data import write_sample
 from housing_assets.schema import HOUSING_TABLE
-from resources.sources.listing import find_source_files
+from resources.sources.listing import list_source
 from step_scripts.data.csv_header import block_sum, content_digest
 from step_scripts.runner.contract import FileInfo, StepError, file_info
 from step_scripts.runner.ray_session import RaySession
@@ -156,13 +156,13 @@ def test_sample_of_1460_rows(ray_session: RaySession, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not REAL_FILE.exists(), reason="the data file is not beside the checkout")
 def test_real_file(ray_session: RaySession, tmp_path: Path) -> None:
-    result = validate(ray_session, tmp_path, find_source_files(str(REAL_FILE)))
+    result = validate(ray_session, tmp_path, list_source(str(REAL_FILE)).files)
     assert result.metrics["rows"] == 9999
     (rejected,) = rejected_of(result)
     assert (rejected["line"], rejected["column"], rejected["value"]) == (7819, "PRICE", "-60901")
     assert rejected["reason"] == "-60901 is outside 0 <= value <= 1000000000"
     wider = HOUSING_TABLE.with_ranges({"PRICE": ColumnRange(minimum=None)})
-    assert validate(ray_session, tmp_path, find_source_files(str(REAL_FILE)), table=wider).metrics["rows"] == 10_000
+    assert validate(ray_session, tmp_path, list_source(str(REAL_FILE)).files, table=wider).metrics["rows"] == 10_000
 
 
 def _mixed_file(count: int) -> tuple[str, list[tuple[int, str, str]]]:
@@ -229,7 +229,7 @@ def test_the_content_digest_is_that_of_the_file(ray_session: RaySession, tmp_pat
     one = write_source(tmp_path / "one", text)
     copy = write_source(tmp_path / "copy", text)
     other = write_source(tmp_path / "other", text.replace("1950", "1951", 1))
-    found = [find_source_files(file.uri)[0] for file in (one, copy, other)]
+    found = [list_source(file.uri).files[0] for file in (one, copy, other)]
     assert len({file.change for file in found}) == 3
     results = [
         validate(ray_session, tmp_path / str(i), [file], chunk_bytes=size)
@@ -262,7 +262,7 @@ def test_files_of_different_headers(ray_session: RaySession, tmp_path: Path) -> 
     extra = [f"x,{row}" for row in sales(30)[20:]]
     write_source(folder, table_text(extra, header="SELLER," + HEADER.lower()), "c.csv")
     reporter = CollectingReporter()
-    result = validate(ray_session, tmp_path, find_source_files(f"{folder}/*.csv"), reporter=reporter)
+    result = validate(ray_session, tmp_path, list_source(f"{folder}/*.csv").files, reporter=reporter)
     assert rows_of(result).select(COLUMNS).equals(_expected(sales(30)))
     assert result.details["extra_columns"] == {f"{folder}/c.csv": ["SELLER"]}
     assert any("c.csv" in w and "SELLER" in w for w in reporter.warnings)

@@ -11,7 +11,7 @@ from housing_assets.assets.landing import LandingCursor, day_of, files_by_day, f
 from housing_assets.deployments import SourceLocation
 from resources.references.io_manager import ReferenceIOManager
 from resources.references.types import SplitRef
-from resources.sources.listing import find_source_files, list_landing
+from resources.sources.listing import list_landing, list_source
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact
 from step_scripts.runner.storage import file_state
@@ -67,7 +67,7 @@ def test_landed_files_are_found_by_day_on_s3(root: str) -> None:
     assert listing is not None
     files = listing.files
     assert [str(day_of(file, root, "UTC")) for file in files] == ["2026-11-20", "2026-11-20", "2026-11-21"]
-    assert listing.others == ("2026-11-20/notes.txt",)
+    assert listing.others == ["2026-11-20/notes.txt"]
     later = max(file.modified for file in files) + 100
     ready, waiting = files_of_days(listing, root, "UTC", [date(2026, 11, 20)], later, 60.0)
     assert ([file.uri for file in ready], waiting) == ([file.uri for file in files[:2]], 0)
@@ -80,10 +80,10 @@ def test_landed_files_are_found_by_day_on_s3(root: str) -> None:
 def test_what_is_written_over_is_another_file_although_size_and_time_are_the_same(root: str) -> None:
     uri, below = storage.join(root, "sales.csv"), storage.join(root, "*.csv")
     storage.write_bytes(uri, b"PRICE\n1\n")
-    [before] = find_source_files(uri)
-    assert find_source_files(below) == (before,)
+    [before] = list_source(uri).files
+    assert list_source(below).files == [before]
     storage.write_bytes(uri, b"PRICE\n2\n")
-    [after] = find_source_files(uri)
+    [after] = list_source(uri).files
     assert (before.bytes, before.change != after.change) == (after.bytes, True)
     assert file_state(uri).change == after.change
     with pytest.raises(FileNotFoundError):
@@ -94,10 +94,10 @@ def test_generated_data_and_source_files_are_found_on_s3(root: str) -> None:
     location = SourceLocation(sample_folder=root, sample_rows=50)
     uri = location.resolve()
     assert uri == storage.join(root, "house_sales_50.csv")
-    [found] = find_source_files(uri)
+    [found] = list_source(uri).files
     assert found.bytes == len(storage.read_bytes(uri))
-    assert find_source_files(storage.join(root, "*.csv")) == (found,)
-    assert find_source_files(root) == (found,)
+    assert list_source(storage.join(root, "*.csv")).files == [found]
+    assert list_source(root).files == [found]
     storage.write_bytes(uri, b"kept")
     assert location.resolve() == uri
     assert storage.read_bytes(uri) == b"kept"

@@ -18,9 +18,9 @@ from housing_assets.config_fields import CONFIG_OF_OP, check_run_config, unknown
 from housing_assets.deployments import load_resources
 from housing_assets.maintenance.retention import PruneConfig
 from housing_assets.maintenance.teardown import TeardownConfig
-from housing_assets.reference import reference
 from tests import ROOT
 from tests.documented import commands, files, mentions, pages
+from tests.unit.project.configuration_page import reference
 
 CONFIGS = {
     **CONFIG_OF_OP,
@@ -39,7 +39,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("**/*.md"), *(ROOT / "
 
 
 def test_the_configuration_page_is_generated_from_the_code() -> None:
-    """After a change: `python -m housing_assets.reference > docs/configuration.md`."""
+    """After a change: `python -m tests.unit.project.configuration_page > docs/configuration.md`."""
     assert (ROOT / "docs" / "configuration.md").read_text() == reference()
 
 

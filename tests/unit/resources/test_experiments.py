@@ -14,8 +14,8 @@ import pytest
 from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
 
 from housing_assets.deployments import load_resources
-from resources.services.experiments import MlflowTracking, NoTracking, TrackedSearch
-from step_scripts.runner.contract import Artifact, file_info
+from resources.services.experiments import MlflowTracking, NoTracking
+from step_scripts.runner.contract import Artifact, StepResult, file_info
 
 TRIALS = [
     {
@@ -27,7 +27,7 @@ TRIALS = [
 CURVE = {"round": [1, 10, 20], "train": [9.0, 5.0, 3.0], "validation": [9.5, 6.0, 4.0], "best_rounds": 20}
 
 
-def search(folder: Path) -> TrackedSearch:
+def search(folder: Path) -> StepResult:
     for name, content in (("report/trials.json", TRIALS), ("report/learning_curve.json", CURVE), ("model/m.json", {})):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(content))
@@ -36,24 +36,24 @@ def search(folder: Path) -> TrackedSearch:
         root = folder / name
         return Artifact.of(str(root), [file_info(str(p), str(root)) for p in sorted(root.iterdir())])
 
-    return TrackedSearch(
-        name="search 1",
+    return StepResult(
+        step="tune_model",
         request_digest="d" * 32,
-        run_id="run-1",
-        made_at=datetime(2026, 11, 23, tzinfo=UTC),
-        settings={"num_trials": 3},
-        parameters={"max_depth": 5},
+        code_version="c",
+        created_at=datetime(2026, 11, 23, tzinfo=UTC),
+        params={"num_trials": 3, "table": {}},
+        inputs={},
+        outputs={name: artifact(name) for name in ("model", "report")},
         metrics={"validation_rmse": 4000.0},
-        model=artifact("model"),
-        report=artifact("report"),
+        details={"best_parameters": {"max_depth": 5}},
     )
 
 
 def test_a_search_is_recorded_once_with_trials_curve_and_artifacts(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     tracking = MlflowTracking(tracking_uri=uri, experiment="e", artifact_location=f"file://{tmp_path}/artifacts")
-    found = tracking.record(search(tmp_path))
-    assert tracking.record(search(tmp_path))["mlflow_run_id"] == found["mlflow_run_id"]
+    found = tracking.record(search(tmp_path), "run-1")
+    assert tracking.record(search(tmp_path), "run-1")["mlflow_run_id"] == found["mlflow_run_id"]
 
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("e")
@@ -80,7 +80,7 @@ def test_without_configuration_nothing_is_imported_or_written(tmp_path: Path) ->
     program = "import sys; from housing_assets.definitions import defs; print('mlflow' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
-    assert NoTracking().record(search(tmp_path)) == {}
+    assert NoTracking().record(search(tmp_path), "run-1") == {}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "report"]
 
 
@@ -97,11 +97,11 @@ def test_a_server_that_is_down_costs_a_warning(tmp_path: Path) -> None:
         closed.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{closed.getsockname()[1]}"
         log, begun = Log(), time.monotonic()
-        found = MlflowTracking(tracking_uri=uri).try_to_record(search(tmp_path), log)
+        found = MlflowTracking(tracking_uri=uri).try_to_record(search(tmp_path), "run-1", log)
     assert time.monotonic() - begun < 70  # a minute; MLflow alone takes four
     assert set(found) == {"not_recorded"}
     assert log.warnings == [
-        f"search 1 is not recorded in the experiment tracker, and the run goes on: {found['not_recorded']}"
+        f"search dddddddd is not recorded in the experiment tracker, and the run goes on: {found['not_recorded']}"
     ]
     assert "refused" in found["not_recorded"]
 

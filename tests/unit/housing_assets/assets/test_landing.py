@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
@@ -25,8 +23,8 @@ from housing_assets.assets.landing import (
     run_key,
 )
 from housing_assets.partitions import ingestion_days
-from resources.sources.folder_search import Found
-from resources.sources.listing import Listing, list_landing
+from resources.sources.folder_search import Listing
+from resources.sources.listing import list_landing
 from step_scripts.parameters import SourceFile
 from step_scripts.runner.storage import FileState
 
@@ -166,16 +164,6 @@ def test_a_day_of_more_files_than_are_remembered_is_not_put_off_for_ever() -> No
     assert taken
 
 
-def test_the_cursor_of_the_version_before_is_understood() -> None:
-    """An upgrade does not ask for all days again."""
-    old, new = file("a.csv"), file("b.csv")
-    digest = hashlib.sha256(f"{old.bytes} {old.modified!r}".encode()).hexdigest()[:12]
-    cursor = LandingCursor.model_validate_json(json.dumps({"taken": {old.uri: digest}, "seen": {}}))
-    _, cursor = look(cursor, old, new)
-    taken, _ = look(cursor, old, new)
-    assert taken == ["b.csv"]
-
-
 @pytest.mark.parametrize("text", ["yesterday", "[]", "7", '{"taken": 3}', '{"taken": {"2026-09-21": 4}}'])
 def test_what_is_no_cursor_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="LandingCursor"):
@@ -210,7 +198,7 @@ def test_days_that_are_asked_for_are_days_of_ingestion(timezone: str, at: dateti
     day = date.fromordinal(moment.astimezone(ZoneInfo(timezone)).date().toordinal() + offset)
     name = f"/landing/{day}/x.csv" if dated else "/landing/x.csv"
     modified = now - 100 if dated else now + 86_400 * offset
-    listing = Listing((SourceFile(uri=name, bytes=1, modified=modified),))
+    listing = Listing([SourceFile(uri=name, bytes=1, modified=modified)])
     by_day, aside = files_by_day(listing, "/landing", timezone, first, now)
     known = ingestion_days(first, timezone).get_partition_keys(current_time=moment)
     assert {str(day) for day in by_day} <= set(known)
@@ -220,7 +208,7 @@ def test_days_that_are_asked_for_are_days_of_ingestion(timezone: str, at: dateti
 
 
 def test_a_file_that_was_set_aside_for_its_day_is_taken_when_the_day_comes() -> None:
-    listing = Listing((file("2026-09-21/now.csv"), file("2026-09-23/x.csv"), file("2020-09-23/old.csv")))
+    listing = Listing([file("2026-09-21/now.csv"), file("2026-09-23/x.csv"), file("2020-09-23/old.csv")])
     cursor, taken = LandingCursor(), list[str]()
     for hours in range(0, 72, 4):
         now = NOW + 3600 * hours
@@ -238,7 +226,7 @@ def test_a_file_that_was_set_aside_for_its_day_is_taken_when_the_day_comes() -> 
 
 
 def test_a_time_of_modification_in_the_future_is_said() -> None:
-    listing = Listing((file("2026-09-21/x.csv", age=-7200), file("2026-09-21/y.csv", age=-2)))
+    listing = Listing([file("2026-09-21/x.csv", age=-7200), file("2026-09-21/y.csv", age=-2)])
     by_day, [aside] = files_by_day(listing, "/landing", "Europe/Berlin", date(2025, 1, 1), NOW)
     assert [f.uri for f in by_day[TODAY]] == ["/landing/2026-09-21/y.csv"], "clocks differ a little"
     assert "its time of modification, 2026-09-21T18:13:20+02:00, is in the future" in str(aside)
@@ -246,7 +234,7 @@ def test_a_time_of_modification_in_the_future_is_said() -> None:
 
 def test_what_is_set_aside_is_told_once() -> None:
     old, new = (
-        files_by_day(Listing((file(name),)), "/landing", "UTC", date(2025, 1, 1), NOW)[1]
+        files_by_day(Listing([file(name)]), "/landing", "UTC", date(2025, 1, 1), NOW)[1]
         for name in ("2020-01-01/a.csv", "2020-01-01/b.csv")
     )
     fresh, cursor = LandingCursor().unreported(old)
@@ -259,7 +247,7 @@ def test_what_is_set_aside_is_told_once() -> None:
 
 
 def test_run_keys_are_by_content() -> None:
-    listing = Listing((file("2026-03-04/x.csv"), file("2026-03-05/y.csv"), file("2026-03-04/z.csv")))
+    listing = Listing([file("2026-03-04/x.csv"), file("2026-03-05/y.csv"), file("2026-03-04/z.csv")])
     by_day, _ = files_by_day(listing, "/landing", "UTC", date(2025, 1, 1), NOW)
     assert {str(day): len(of_day) for day, of_day in by_day.items()} == {"2026-03-04": 2, "2026-03-05": 1}
     day = date(2026, 3, 4)
@@ -304,13 +292,13 @@ def test_things_that_cannot_be_read_do_not_keep_the_others(tmp_path: Path) -> No
         "pipe.csv": "it is no regular file",
         "ums\\xe4tze.csv": "its name is not UTF-8",
     }
-    assert listing.others == ("notes.txt", "sales.csv.gz")
+    assert listing.others == ["notes.txt", "sales.csv.gz"]
 
 
 @pytest.mark.parametrize("modified", [-1e11, 1e12])
 def test_a_time_that_no_calendar_has_is_set_aside(modified: float) -> None:
     """Not every file system can hold one."""
-    found = Found()
+    found = Listing()
     found.add("/landing/x.csv", FileState(1, modified, "1"))
     assert found.files == []
     assert "is in no calendar" in found.set_aside[0].reason
@@ -354,4 +342,4 @@ def test_loops_of_links_end_and_a_file_is_read_once(tmp_path: Path) -> None:
     assert names(listing, tmp_path) == ["a/a.csv", "b/b.csv", "c/c.csv"]
     assert "a/up (a link back to a folder above it)" in listing.others
     assert f"latest.csv (a link to {tmp_path}/b/b.csv)" in listing.others
-    assert listing.set_aside == ()
+    assert listing.set_aside == []

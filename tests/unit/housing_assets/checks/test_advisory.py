@@ -102,4 +102,4 @@ def test_a_table_without_a_column_of_the_champion_is_explained(tmp_path: Path) -
 
 
 def test_nothing_to_compare_is_no_error() -> None:
-    assert stability_result({}, "housing/1").passed
+    assert stability_result({}, "housing/1", {}).passed

@@ -29,7 +29,7 @@ from resources.feature_store.local import LocalFeatureStore
 from resources.inventory import NotOwned
 from resources.model_registry.local import LocalModelRegistry
 from resources.references.evidence import Evidence, EvidenceStore, Judged
-from resources.references.files import REFERENCE, StoredReference
+from resources.references.io_manager import REFERENCE, StoredReference
 from step_scripts.feature_store.offline_store import OfflineStore
 from tests.feature_rows import TABLE, ingest_rows, row, write_rows
 from tests.job_outcome import outcome

@@ -22,7 +22,7 @@ from housing_assets.checks.alerts import NOTIFIED
 from housing_assets.checks.gate import judged_source
 from housing_assets.deployments import load_resources
 from housing_assets.maintenance.retention import prune
-from housing_assets.maintenance.sweeper import Reported, abandoned, sweep, unreported
+from housing_assets.maintenance.sweeper import abandoned, sweep, unreported
 from housing_assets.maintenance.teardown import teardown
 from resources.compute.local_ray import LocalRay
 from resources.endpoints.local import LocalEndpointHost
@@ -436,9 +436,7 @@ def test_what_could_not_be_told_is_told_next_time(
 
 def test_what_is_unreported() -> None:
     now = datetime.now(UTC)
-    known = {
-        name: Reported(what=name, at=now - timedelta(hours=hours)) for name, hours in (("a", 1), ("b", 25), ("c", 1))
-    }
+    known = {name: (name, now - timedelta(hours=hours)) for name, hours in (("a", 1), ("b", 25), ("c", 1))}
     lines = {"a": "a", "b": "b", "c": "changed", "d": "new"}
     assert set(unreported(lines, known, now - timedelta(hours=24))) == {"b", "c", "d"}
 

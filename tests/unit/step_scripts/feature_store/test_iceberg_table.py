@@ -20,7 +20,7 @@ import housing_assets.definitions  # noqa: F401  # jobs ask the code location wh
 from housing_assets.deployments import load_resources
 from housing_assets.maintenance.retention import compact as compaction
 from housing_assets.maintenance.retention import prune
-from resources.references.files import StoredReference
+from resources.references.io_manager import StoredReference
 from step_scripts.feature_store import __main__ as command
 from step_scripts.feature_store import iceberg_table, upkeep
 from step_scripts.feature_store.group import COMMAND
