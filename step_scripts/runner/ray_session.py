@@ -137,8 +137,8 @@ class RaySession:
         """
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.Error):
-                if child.status() == psutil.STATUS_ZOMBIE and (name := child.name()) in _NEEDED:
-                    return f"Ray's process {name} {_how_child_ended(child.pid)}{self._end_of_log(name)}"
+                if (name := child.name()) in _NEEDED and (ended := _how_child_ended(child.pid)):
+                    return f"Ray's process {name} {ended}{self._end_of_log(name)}"
         return None
 
     def _end_of_log(self, name: str) -> str:
@@ -189,12 +189,17 @@ def _alive_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _how_child_ended(pid: int) -> str:
-    """Its status is left for others to collect."""
-    with contextlib.suppress(ChildProcessError, AttributeError):  # macOS has no `waitid`
-        if (status := os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
-            return how_ended(status.si_status if status.si_code == os.CLD_EXITED else -status.si_status)
-    return "has ended"
+def _how_child_ended(pid: int) -> str | None:
+    """How a child has ended, None if it has not. Its status is left for Ray, which collects it at any moment."""
+    try:
+        status = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except AttributeError:  # macOS
+        return "has ended" if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE else None
+    except ChildProcessError:
+        return "has ended; perhaps out of memory"
+    if status is None:
+        return None
+    return how_ended(status.si_status if status.si_code == os.CLD_EXITED else -status.si_status)
 
 
 def is_open(address: str, port: int, seconds: float = 1.0) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -306,9 +307,11 @@ def test_a_raylet_that_dies_while_ray_starts_is_noticed_in_seconds_and_leaves_no
     time_of_death = time.monotonic()
     raylet.kill()
     reply = start.worker.reply()
-    assert time.monotonic() - time_of_death < 10, "Ray itself takes longer"
+    assert time.monotonic() - time_of_death < 25, "Ray itself takes longer"
     assert reply is not None
-    assert "Ray's process raylet was ended by SIGKILL; probably out of memory" in reply["error"]["message"]
+    # How it ended is not known where Ray was faster to collect its status.
+    found = r"Ray's process raylet (was ended by SIGKILL; probably|has ended; perhaps) out of memory"
+    assert re.match(found, reply["error"]["message"])
     start.worker.process.wait(20)
     assert start.processes() == {}
 
