@@ -1,4 +1,4 @@
-"""Cuts CSV files into fragments. A task reads one, writes what is accepted with its ids, and lists what is rejected.
+"""Fragments of CSV files, a source of Ray Data. A task reads one, writes what is accepted, and lists what is rejected.
 
 Where a file is cut may be inside of a quoted field. A fragment is read as if it began outside, and tells how many quote
 characters it holds; from those of all fragments before it follows whether that was right. Where it was not, the
@@ -7,14 +7,18 @@ fragment is read again (`step_scripts.data.source_pass`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import reduce
+from functools import partial, reduce
 from itertools import pairwise
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
 
 from step_scripts.data.csv_header import DIGEST_BLOCK, CsvFile, block_sum
 from step_scripts.data.csv_rows import LINE, read_rows
@@ -125,16 +129,52 @@ def plan_fragments(files: Sequence[CsvFile], fragment_bytes: int) -> list[Fragme
     return fragments
 
 
-def write_rows(fragment: Fragment, plan: RowsPlan) -> FragmentReport:
-    """Read a fragment, write what is accepted of it, and list what is rejected."""
-    report, table = FragmentReport(fragment), plan.params.table
+class CsvFragments(Datasource):
+    """A source of Ray Data: a block a fragment, of one row. `text`: its lines; `report`: what reading it has told."""
+
+    def __init__(self, fragments: Sequence[Fragment]) -> None:
+        super().__init__()
+        self._fragments = fragments
+
+    def get_name(self) -> str:
+        """See `Datasource`; shown in statistics."""
+        return "Csv"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """See `Datasource`."""
+        return sum(fragment.end - fragment.start for fragment in self._fragments)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """One a fragment, whatever the parallelism: results must not depend on the number of CPUs."""
+        return [
+            ReadTask(
+                partial(_blocks, fragment),
+                BlockMetadata(num_rows=1, size_bytes=fragment.end - fragment.start, input_files=None, exec_stats=None),
+            )
+            for fragment in self._fragments
+        ]
+
+
+def _blocks(fragment: Fragment) -> Iterable[pa.Table]:
+    report, text = FragmentReport(fragment), b""
     try:
         text = _read_text(report)
-        report.lines, report.counted = count_lines(text), count_records(text, plan.params.delimiter)
-        accepted, rejected, counts = read_rows(text, report.start, fragment.file, plan.params)
     except FileNotFoundError:
         report.fault = DamagedText(1, "the file disappeared while it was read. Restore it, then start again")
+    yield pa.table({"report": [pickle.dumps(report)], "text": pa.array([text], pa.large_binary())})
+
+
+def write_rows(block: pa.Table, plan: RowsPlan) -> FragmentReport:
+    """Write what is accepted of a fragment, a block of `CsvFragments`, and list what is rejected."""
+    report: FragmentReport = pickle.loads(block["report"][0].as_py())  # noqa: S301  # by a task of this session
+    if report.fault:
         return report
+    fragment, table, text = report.fragment, plan.params.table, block["text"][0].as_py()
+    try:
+        report.lines, report.counted = count_lines(text), count_records(text, plan.params.delimiter)
+        accepted, rejected, counts = read_rows(text, report.start, fragment.file, plan.params)
     except DamagedText as fault:
         report.fault = fault
         return report

@@ -12,6 +12,7 @@ import ray
 
 from step_scripts.data.csv_fragments import (
     LISTED_REJECTIONS,
+    CsvFragments,
     Fragment,
     FragmentReport,
     RowsPlan,
@@ -24,7 +25,7 @@ from step_scripts.data.partitions import first_duplicates
 from step_scripts.parameters import SourceFile, ValidateSourceParams
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepContext, StepError
-from step_scripts.runner.ray_data import Progress, each_call
+from step_scripts.runner.ray_data import Progress, source_reports
 from step_scripts.runner.wording import are, counted, listed, percent
 
 _SMALLEST_SHARE = 4 << 20  # of a file that is divided only to occupy all CPUs; bytes
@@ -88,7 +89,7 @@ def read_files(context: StepContext, plan: RowsPlan, files: Sequence[CsvFile]) -
     reports: dict[int, FragmentReport] = {}
     found: list[FileReport] = []
     while chosen:
-        for _, report in each_call(write_rows, [(fragment, plan) for fragment in chosen]):
+        for report in source_reports(CsvFragments(chosen), len(chosen), write_rows, plan):
             reports[report.fragment.index] = report
             progress.add(1)
             if report.fault:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 from ray.cloudpickle import dumps as pickle_by_value  # pyright: ignore
-from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource
 from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
 
 from step_scripts.runner import storage
@@ -217,6 +217,13 @@ def _note_operators(function: str, dataset: Dataset) -> None:
 def _named(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
     inner = args[0] if function in (_call, _of_rows) else function
     return getattr(inner, "__name__", "call")
+
+
+def source_reports(source: Datasource, count: int, function: Callable[..., Any], *args: Any) -> Iterator[Any]:
+    """See `reports`, for the `count` blocks of a source."""
+    configure()
+    blocks = ray.data.read_datasource(source, override_num_blocks=count, ray_remote_args=BOUNDED)
+    yield from reports(blocks, function, *args)
 
 
 def each_call(
