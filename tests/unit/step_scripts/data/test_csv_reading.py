@@ -16,6 +16,7 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.data import Datasource
 
 from step_scripts import validate_source
 from step_scripts.data import csv_fragments, csv_header, csv_text, source_pass
@@ -37,14 +38,19 @@ TEXTS = NUMBERS.model_copy(
 
 @pytest.fixture(scope="module", autouse=True)
 def in_this_process_by_a_few_bytes() -> Iterator[None]:
-    """No Ray, and fragments so small that everything that can be cut is cut."""
+    """No Ray, and blocks so small that everything that can be cut is cut."""
 
     def one_after_the_other(function: Callable[..., Any], calls: Any) -> Iterator[tuple[int, Any]]:
         yield from ((index, function(*call)) for index, call in enumerate(calls))
 
+    def block_after_block(source: Datasource, count: int, function: Callable[..., Any], *args: Any) -> Iterator[Any]:
+        tasks = source.get_read_tasks(1)
+        assert len(tasks) == count
+        yield from (function(block, *args) for task in tasks for block in task())
+
     with pytest.MonkeyPatch.context() as patch:
-        for module in (validate_source, source_pass):
-            patch.setattr(module, "each_call", one_after_the_other)
+        patch.setattr(validate_source, "each_call", one_after_the_other)
+        patch.setattr(source_pass, "source_reports", block_after_block)
         patch.setattr(source_pass.ray, "cluster_resources", lambda: {"CPU": 2})
         patch.setattr(csv_header, "_FIRST_READ", 4)
         patch.setattr(csv_fragments, "DIGEST_BLOCK", 2)
