@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -116,6 +117,7 @@ def _wait_for_free_cpus() -> None:
 
 def test_model_and_report(tune: Callable[..., StepResult], inputs: dict[str, Artifact]) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    importlib.import_module("step_scripts.tune_model")  # a library sets a variable when it is imported
     environment = dict(os.environ)
     messages = Messages()
     result = tune(messages)
