@@ -209,7 +209,7 @@ class _BoundedFiles:
             self.close()
             self._make_room(max(len(line), self._file_bytes))
             private_folder(hour)
-            self._path = hour / f"{at:%M-%S}-{at.microsecond // 1000:03d}-{uuid.uuid4()}.jsonl"
+            self._path = hour / f"{at:%M-%S-%f}-{uuid.uuid4()}.jsonl"
             self._file = open_private(self._path, "ab")
         try:
             self._file.write(line)
