@@ -21,6 +21,8 @@ from step_scripts.table.spec import TableSpec
 if TYPE_CHECKING:
     import polars as pl
 
+    from step_scripts.model.artifact import TrainedModel
+
 # Served and offline predictions come from the same float32 model; only the text form of a number may differ.
 RELATIVE_TOLERANCE = 1e-5
 PSI_THRESHOLD = 0.2  # of the population stability index: the customary limit above which a population counts as shifted
@@ -63,20 +65,25 @@ def smoke_test_from(model: Artifact, rows: Artifact, count: int) -> SmokeTest:
     """The first `count` rows of `rows` as CSV of raw features, with the predictions of `model` made here."""
     import polars as pl
 
+    from step_scripts.model.artifact import load_model
+
+    trained = load_model(model.uri, threads=1)
     frames: list[pl.DataFrame] = []
     for uri in rows.file_uris(".parquet"):
         with storage.open_input(uri) as file:
             frames.append(pl.read_parquet(file, n_rows=count - sum(f.height for f in frames)))
         if sum(f.height for f in frames) >= count:
             break
-    return _predicted(model, pl.concat(frames))
+    return _predicted(trained, pl.concat(frames))
 
 
 def typical_test(model: Artifact, requests: int) -> SmokeTest:
     """A typical row, so many times."""
     import polars as pl
 
-    return _predicted(model, pl.concat([typical_row(model)] * requests))
+    from step_scripts.model.artifact import load_model
+
+    return _predicted(load_model(model.uri, threads=1), pl.concat([typical_row(model)] * requests))
 
 
 def typical_row(model: Artifact) -> pl.DataFrame:
@@ -100,10 +107,7 @@ def table_of(model: Artifact) -> TableSpec:
     return TableSpec.model_validate_json(storage.read_bytes(model.file_uri("table.json")))
 
 
-def _predicted(model: Artifact, frame: pl.DataFrame) -> SmokeTest:
-    from step_scripts.model.artifact import load_model
-
-    trained = load_model(model.uri, threads=1)
+def _predicted(trained: TrainedModel, frame: pl.DataFrame) -> SmokeTest:
     rows = frame.select(trained.table.features)
     return SmokeTest(
         body=rows.write_csv(include_header=False),
