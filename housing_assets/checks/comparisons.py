@@ -18,6 +18,8 @@ from step_scripts.table.spec import TableSpec
 if TYPE_CHECKING:
     import polars as pl
 
+    from step_scripts.model.artifact import TrainedModel
+
 # Served and offline predictions come from the same float32 model; only the text form of a number may differ.
 RELATIVE_TOLERANCE = 1e-5
 PSI_THRESHOLD = 0.2  # of the population stability index: the customary limit above which a population counts as shifted
@@ -32,20 +34,25 @@ def smoke_test_from(model: Artifact, rows: Artifact, count: int) -> SmokeTest:
     """The first `count` rows of `rows` as CSV of raw features, with the predictions of `model` made here."""
     import polars as pl
 
+    from step_scripts.model.artifact import load_model
+
+    trained = load_model(model.uri, threads=1)
     frames: list[pl.DataFrame] = []
     for uri in rows.file_uris(".parquet"):
         with storage.open_input(uri) as file:
             frames.append(pl.read_parquet(file, n_rows=count - sum(f.height for f in frames)))
         if sum(f.height for f in frames) >= count:
             break
-    return _predicted(model, pl.concat(frames))
+    return _predicted(trained, pl.concat(frames))
 
 
 def typical_test(model: Artifact, requests: int) -> SmokeTest:
     """A typical row, so many times."""
     import polars as pl
 
-    return _predicted(model, pl.concat([typical_row(model)] * requests))
+    from step_scripts.model.artifact import load_model
+
+    return _predicted(load_model(model.uri, threads=1), pl.concat([typical_row(model)] * requests))
 
 
 def typical_row(model: Artifact) -> pl.DataFrame:
@@ -69,10 +76,7 @@ def table_of(model: Artifact) -> TableSpec:
     return TableSpec.model_validate_json(storage.read_bytes(model.file_uri("table.json")))
 
 
-def _predicted(model: Artifact, frame: pl.DataFrame) -> SmokeTest:
-    from step_scripts.model.artifact import load_model
-
-    trained = load_model(model.uri, threads=1)
+def _predicted(trained: TrainedModel, frame: pl.DataFrame) -> SmokeTest:
     rows = frame.select(trained.table.features)
     return SmokeTest(
         rows=tuple(rows.write_csv(include_header=False).splitlines()),

@@ -68,7 +68,7 @@ def _interruptions_end_the_run() -> Iterator[None]:
 
 
 def check_root_is_writable() -> None:
-    """Make the deployment's root if there is none, and try to write there. Raises `dagster.Failure`."""
+    """Make the deployment's root if there is none, and try to write there. Raises `RuntimeError`."""
     root = Settings.load().own_root
     if storage.is_remote(root):
         return
@@ -78,11 +78,10 @@ def check_root_is_writable() -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise dg.Failure(
+        raise RuntimeError(
             f"the folder for data and models, {root}, cannot be written: {error.strerror or error}. Give this user "
             f"(number {os.geteuid()}) the right to write there, or set HOUSING_ROOT to another folder. "
-            "Nothing has been done",
-            allow_retries=False,
+            "Nothing has been done"
         ) from None
 
 
