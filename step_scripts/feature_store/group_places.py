@@ -1,6 +1,6 @@
 """Where a feature group is: in a local folder, or on S3 with its table in Glue; and how two writers are kept apart.
 
-Locally, writers hold a lock on a file beside the folder; the lock goes with the process that holds it. On S3 there is
+Locally, writers lock a file beside the folder, which goes with the group; the lock goes with its holder. On S3 there is
 no lock: writers work side by side, and the first commits. Glue accepts a change of a table only on top of the version
 that it was based on; the loser compares its rows again with what the winner stored.
 Files of a killed writer cannot be told from those of one that is at work, except by their age: what no snapshot has is
@@ -47,6 +47,7 @@ class LocalGroup(Group):
         self.path = Path(self.uri)
         self.data = self.path / "data"
         self.metadata = self.path / "metadata"
+        self._lock_path = self.path.with_name(f".{name}.lock")
         self.identifier = (iceberg_table.NAMESPACE, name)
         self.database = iceberg_table.DATABASE
 
@@ -55,7 +56,7 @@ class LocalGroup(Group):
         """Be the group's only writer. Raises `StepError` if others hold the lock for longer than `LOCK_SECONDS`."""
         with super().lock(create=create), contextlib.ExitStack() as stack:
             try:
-                lock = file_lock(self.path.with_name(f".{self.name}.lock"), LOCK_SECONDS, "writing to a feature group")
+                lock = file_lock(self._lock_path, LOCK_SECONDS, "writing to a feature group")
                 stack.enter_context(lock)
             except TimeoutError as error:
                 raise StepError(
@@ -78,6 +79,7 @@ class LocalGroup(Group):
     def remove(self) -> None:
         """Delete the group. The caller holds the lock; it is gone at once, however long the removal takes."""
         storage.discard_folder(self.path)
+        self._lock_path.unlink(missing_ok=True)  # last: who waits for it notices, and takes a new one
 
     def catalog(self) -> Catalog:
         """The catalog in the group's folder."""

@@ -613,7 +613,7 @@ def test_groups_are_separate_and_can_be_deleted(store: OfflineStore, tmp_path: P
     assert store.groups() == ["one", "two"]
     store.delete_group("one")
     assert store.groups() == ["two"]
-    assert not [uri for uri in storage.list_files(store.root) if "/two/" not in uri and not uri.endswith(".lock")]
+    assert not [uri for uri in storage.list_files(store.root) if "/two/" not in uri and not uri.endswith("/.two.lock")]
     with pytest.raises(StepError, match=r"there is no feature group one.*\['two'\]"):
         store.scan("one")
     assert ingest_rows(store, write_rows(tmp_path, [row(1)]), group="one").commit.number == 1
