@@ -20,12 +20,13 @@ import polars as pl
 from benchmarks.measuring import Side, compare, parser, stopwatch
 from benchmarks.steps import run_step, warm_ray
 from housing_assets.sample_data import write_sample
+from step_scripts.parameters import IngestionTarget
 
 _RUNTIME = "sagemaker-featurestore-runtime"
 
 
 @contextmanager
-def emulated_service(online: bool, delay: float) -> Iterator[dict[str, Any]]:
+def emulated_service(online: bool, delay: float) -> Iterator[IngestionTarget]:
     """The emulated SageMaker with a feature group `sales`; the ingestion's target. This process talks to it."""
     import boto3
 

@@ -73,12 +73,31 @@ class IngestFeaturesSettings(StepSettings):
     )
 
 
+class OnlineTarget(StepParams):
+    """Where an online store is, and how hard to press it."""
+
+    group: str
+    region_name: str | None = None
+    in_flight: int = Field(default=16, description="Calls at the same time, of each actor.")
+    retry_timeout_seconds: float = Field(
+        default=300.0, description="How long the store may accept no entry of a batch; seconds."
+    )
+
+
+class IngestionTarget(StepParams):
+    """Where a feature store is, and how rows enter it. `mirror`: delete the group's records that the dataset lacks."""
+
+    root: str
+    mirror: bool = False
+    online: OnlineTarget | None = None
+
+
 class IngestFeaturesParams(IngestFeaturesSettings, StepParams):
     """Parameters of step `ingest_features`. `target` comes from the feature store resource."""
 
     table: TableSpec
     group: str
-    target: dict[str, Any]
+    target: IngestionTarget
 
 
 class PrepareSplitsSettings(StepSettings):

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from step_scripts.feature_store.ingestion import Ingestion, IngestionResult
+from step_scripts.feature_store.commits import Commit
+from step_scripts.feature_store.ingestion import Ingestion
 from step_scripts.feature_store.offline_store import OfflineStore
-from step_scripts.runner.contract import Artifact, file_info
+from step_scripts.parameters import IngestFeaturesParams, IngestionTarget
+from step_scripts.runner import storage
+from step_scripts.runner.contract import Artifact, FileInfo, StepContext, StepRequest, file_info
 from step_scripts.table.column_types import polars_schema
 from step_scripts.table.spec import ColumnSpec, TableSpec
 
@@ -49,6 +53,24 @@ class Log:
         self.messages.append(message)
 
     warning = info
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ingested:
+    """What an ingestion has changed: counts of rows, its commit, and the files that it has added."""
+
+    rows_in: int
+    rows_readable: int
+    added: int
+    unchanged: int
+    superseded: int
+    deleted: int
+    outdated: int
+    commit: Commit
+    stored: tuple[FileInfo, ...]
+    orphan_files_deleted: int
+    already_ingested: bool
+    written_online: int = 0
 
 
 def write_frame(folder: Path, frame: pl.DataFrame, *, parts: int = 1, digest: str | None = None) -> Artifact:
@@ -90,10 +112,29 @@ def ingest_rows(
     table: TableSpec = TABLE,
     run: Callable[..., Iterator[tuple[int, Any]]] = run_here,
     log: Log | None = None,
-    **options: Any,
-) -> IngestionResult:
-    """Ingest in this process."""
-    return Ingestion(store.folder(group), table, dataset, run, log or Log(), **options).ingest()
+    workers: int = 1,
+    **target: Any,
+) -> Ingested:
+    """Ingest in this process. What the step writes beside the group is in a folder beside the dataset's."""
+    params = IngestFeaturesParams(table=table, group=group, target=IngestionTarget(root=store.root, **target))
+    place = store.folder(group)
+    before = place.state().files if place.is_there() else []
+    outcome = Ingestion(place, step_context(f"{dataset.uri}.out", log, rows=dataset), params, run, workers).ingest()
+    counts: dict[str, Any] = {name: int(value) for name, value in outcome.metrics.items()}
+    return Ingested(
+        **counts,
+        outdated=outcome.details["outdated_rows"],
+        already_ingested=outcome.details["already_ingested"],
+        orphan_files_deleted=outcome.details["orphan_files_deleted"],
+        commit=store.commits(group, outcome.details["commit"])[-1],
+        stored=tuple(file for file in outcome.outputs["features"].files if file not in before),
+    )
+
+
+def step_context(folder: str, log: Log | None = None, **inputs: Artifact) -> StepContext:
+    """What a step's function gets, for a step that writes to `folder`."""
+    request = StepRequest(step="ingest_features", params={}, inputs=inputs, output_root=folder, code_version="1")
+    return StepContext(request, storage.join(folder, "attempt"), log or Log())
 
 
 def records(frame: pl.LazyFrame) -> dict[str, tuple[Any, ...]]:

@@ -164,7 +164,7 @@ def feature_group(
     by_day = context.has_partition_key or context.has_partition_key_range
     mirror = config.ingestion == "mirror" and not by_day
     try:
-        target = feature_store.ensure_group(name, HOUSING_TABLE) | {"mirror": mirror}
+        target = feature_store.ensure_group(name, HOUSING_TABLE).model_copy(update={"mirror": mirror})
     except StepError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
     snapshot = feature_store.find_ingestion(name, raw_csv.rows.digest)
@@ -191,18 +191,15 @@ def feature_group(
         ),
     )
     snapshot = snapshot.model_copy(update={"run_id": context.run.run_id, "dataset": raw_csv.rows.digest})
-    found = {
-        "commit": snapshot.commit,
-        "snapshot_id": str(snapshot.snapshot_id),
-        "rows_live": snapshot.artifact.rows,
-        **artifact_metadata(snapshot.artifact),
-    }
     # The metadata have one order, whether rows were ingested or an earlier snapshot is reused.
     metadata = {
         "feature_group_name": name,
         "rows_in": raw_csv.rows.rows or 0,
         "added": 0,
-        **found,
+        "commit": snapshot.commit,
+        "snapshot_id": str(snapshot.snapshot_id),
+        "rows_live": snapshot.artifact.rows,
+        **artifact_metadata(snapshot.artifact),
         "dagster/column_schema": column_schema(HOUSING_TABLE),
         **figures,
     }

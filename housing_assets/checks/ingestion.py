@@ -90,15 +90,16 @@ def online_equals_offline(feature_group: OfflineSnapshot, feature_store: Feature
     compared = feature_store.compare_online(feature_group.group, COMPARED_RECORDS)
     if compared is None:
         return dg.AssetCheckResult(passed=True, description="the feature group has no online store")
-    found = f"{len(compared.differing):,} of {counted(compared.records, 'record')} differ"
-    if compared.differing:
+    records, differing = compared
+    found = f"{len(differing):,} of {counted(records, 'record')} differ"
+    if differing:
         found += (
             ": somebody else writes to the online store. A record is written again when it changes; all are if the "
             "feature group is deleted and materialized again"
         )
     return dg.AssetCheckResult(
-        passed=not compared.differing,
+        passed=not differing,
         severity=dg.AssetCheckSeverity.WARN,
         description=found,
-        metadata={"records": compared.records, "differing_ids": list(compared.differing[:20])},
+        metadata={"records": records, "differing_ids": differing[:20]},
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +12,15 @@ from pydantic import Field
 
 from resources.inventory import OwnedItem
 from resources.references.types import DatasetRef, Reference, SnapshotRef
+from step_scripts.parameters import IngestionTarget
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, StepError
 from step_scripts.runner.wording import counted, megabytes
 from step_scripts.table.spec import TableSpec
 
 if TYPE_CHECKING:
-    from step_scripts.feature_store.offline_store import OfflineStore, Snapshot
+    from step_scripts.feature_store.commits import GroupState
+    from step_scripts.feature_store.offline_store import OfflineStore
     from step_scripts.feature_store.upkeep import Upkeep
 
 
@@ -41,17 +42,17 @@ class OfflineSnapshot(Reference):
     dataset: str | None = Field(default=None, description="Digest of the rows that it ingested.")
 
     @classmethod
-    def of(cls, group: str, snapshot: Snapshot) -> OfflineSnapshot:
-        """As a value that assets pass on."""
-        return cls(group=group, **vars(snapshot))
-
-
-@dataclass(frozen=True)
-class OnlineComparison:
-    """How many records of the online store were compared with the offline one, and the ids of those that differ."""
-
-    records: int
-    differing: tuple[str, ...]
+    def of(cls, state: GroupState, as_of: datetime | None = None) -> OfflineSnapshot:
+        """The records of a group as it was after its latest commit, of now or of `as_of`."""
+        last = state.commits[-1]
+        return cls(
+            group=state.name,
+            artifact=state.artifact(as_of),
+            deduplicate=last.deduplicate,
+            as_of=as_of,
+            commit=last.number,
+            snapshot_id=last.snapshot_id,
+        )
 
 
 class FeatureStore(dg.ConfigurableResource, ABC):
@@ -69,27 +70,32 @@ class FeatureStore(dg.ConfigurableResource, ABC):
     )
 
     @abstractmethod
-    def ensure_group(self, name: str, table: TableSpec) -> dict[str, Any]:
+    def ensure_group(self, name: str, table: TableSpec) -> IngestionTarget:
         """Create the group, or check that its schema accepts rows of `table`. Returns the step's `target`."""
 
     def find_ingestion(self, name: str, dataset_digest: str) -> OfflineSnapshot | None:
         """The records of now, if to ingest the dataset would change nothing, whether mirrored or appended."""
-        found = self._store().find_ingestion(name, dataset_digest, mirror=True)
-        return OfflineSnapshot.of(name, found) if found else None
+        found = self._store().find_ingestion(name, dataset_digest)
+        return OfflineSnapshot.of(found) if found else None
 
     def offline(self, name: str, as_of: datetime | None = None, commit: int | None = None) -> OfflineSnapshot:
         """The records of now, or of `as_of` (inclusive; in UTC if it has no time zone).
 
         `commit`: as if later commits, which other runs may make at any time, had not been made.
         """
-        return OfflineSnapshot.of(name, self._store().snapshot(name, as_of, commit))
+        from step_scripts.feature_store.commits import as_utc
+
+        return OfflineSnapshot.of(self._store().state(name, commit), as_utc(as_of) if as_of else None)
 
     def get_record(self, name: str, record_id: str) -> dict[str, Any] | None:
         """The latest state of one record: record_id, event_time and its columns. None if unknown or deleted."""
         return self._store().get_record(name, record_id)
 
-    def compare_online(self, name: str, count: int) -> OnlineComparison | None:
-        """Compare about `count` records of the online store with the offline one. None: there is no online store."""
+    def compare_online(self, name: str, count: int) -> tuple[int, list[str]] | None:
+        """Compare about `count` records of the online store with the offline one; None if there is no online store.
+
+        Returns how many were compared, and the ids of those that differ.
+        """
         return None
 
     def delete_group(self, name: str) -> None:
@@ -123,18 +129,10 @@ class FeatureStore(dg.ConfigurableResource, ABC):
         return tidy(self._store().folder(name), kept, before, dry_run=dry_run)
 
     def compact(self, name: str) -> dict[str, int]:
-        """Bring small files together. Returns the numbers of files before and after.
-
-        Raises `StepError` on S3, where engines beside the data do it.
-        """
+        """Bring small files together. Returns the numbers of files before and after. Raises `StepError` on S3."""
         from step_scripts.feature_store.upkeep import compact
 
-        folder = self._store().folder(name)
-        if storage.is_remote(folder.uri):
-            raise StepError(
-                f"feature group {name} is on S3: let Athena compact it, by OPTIMIZE <table> REWRITE DATA USING BIN_PACK"
-            )
-        return compact(folder)
+        return compact(self._store().folder(name))
 
     def record_dataset(self, name: str, dataset: DatasetRef) -> None:
         """Keep, beside the group, which files a dataset came from. The first record of a dataset stays."""

@@ -14,8 +14,7 @@ from resources.waiting import wait_until
 from step_scripts.runner.contract import StepError
 
 _ADDED_AT_ONCE = 100  # UpdateFeatureGroup's limit
-_UPDATE_ATTEMPTS = 10  # other runs may add the same features
-_CREATIONS = 3  # a group may be deleted by others while it is being made
+_ATTEMPTS = 10  # other runs may create the same group, add the same features, delete it
 _LONGEST_POLL = 15.0  # seconds
 
 
@@ -38,34 +37,25 @@ class FeatureGroups:
                 described = {**page, "FeatureDefinitions": definitions}
             return described
 
-    def created(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The description of a group that can take records; it is created if it is not there, and waited for.
+    def ensured(
+        self, request: Mapping[str, Any], missing: Callable[[Mapping[str, Any]], list[dict[str, str]]]
+    ) -> dict[str, Any]:
+        """The description of a group that can take records, and has all features that `missing` finds absent from it.
 
-        Raises `StepError` with SageMaker's reason if the group could not be created, changed or deleted, or its offline
-        store is blocked, and if it takes too long.
+        It is created if it is not there, waited for, and given the features. Raises `StepError` with SageMaker's reason
+        if the group could not be created, changed or deleted, or its offline store is blocked, or it takes too long.
         """
-        name = request["FeatureGroupName"]
-        for _ in range(_CREATIONS):
+        name, refusal = request["FeatureGroupName"], "it is deleted by others as soon as it is there"
+        for _ in range(_ATTEMPTS):
             described = self.describe(name)
             if described is not None and described["FeatureGroupStatus"] == "Deleting":
                 self.gone(name)
                 described = None
-            if described is None:  # another run may be first
+            if described is None:
                 with _refusals(f"creating feature group {name}", but=already_exists):
                     self.client.create_feature_group(**request)
-            if (described := self._ready(name)) is not None:
-                return described
-        raise StepError(f"feature group {name} is deleted by others as soon as it is created")
-
-    def _ready(self, name: str) -> dict[str, Any] | None:
-        return self._awaited(name, _is_ready, "be ready")
-
-    def add_features(self, name: str, missing: Callable[[Mapping[str, Any]], list[dict[str, str]]]) -> dict[str, Any]:
-        """Add the features that `missing` finds absent from a description; the description that lacks none."""
-        refusal = "the added features do not appear"
-        for _ in range(_UPDATE_ATTEMPTS):
             if (described := self._ready(name)) is None:
-                raise StepError(f"feature group {name} was deleted while it was being prepared; try again")
+                continue
             if not (additions := missing(described)):
                 return described
             try:
@@ -78,10 +68,14 @@ class FeatureGroups:
                 refusal = error_message(cause)  # another run may be changing the group: look again
                 time.sleep(random.uniform(self.poll_seconds / 2, self.poll_seconds))
                 continue
+            refusal = "the added features do not appear"
             update = (self._ready(name) or {}).get("LastUpdateStatus", {})
             if update.get("Status") == "Failed":
                 raise StepError(f"adding features to group {name} failed: {update.get('FailureReason')}")
-        raise StepError(f"feature group {name} could not be given new features: {refusal}")
+        raise StepError(f"feature group {name} could not be made ready: {refusal}")
+
+    def _ready(self, name: str) -> dict[str, Any] | None:
+        return self._awaited(name, _is_ready, "be ready")
 
     def delete(self, name: str) -> None:
         """Delete a group and its table, and wait until it is gone. Nothing happens if there is none."""
@@ -96,16 +90,12 @@ class FeatureGroups:
 
     def gone(self, name: str) -> None:
         """Wait until a group that is being deleted is gone. Raises `StepError` if that fails or takes too long."""
-
-        def failed(described: Mapping[str, Any]) -> bool:
-            if described["FeatureGroupStatus"] == "DeleteFailed":
-                raise StepError(
-                    f"feature group {name} could not be deleted: {described.get('FailureReason', 'no reason given')}. "
-                    "Remove what stands in the way, then delete it again"
-                )
-            return False
-
-        self._awaited(name, failed, "be deleted")
+        described = self._awaited(name, lambda d: d["FeatureGroupStatus"] == "DeleteFailed", "be deleted")
+        if described is not None:
+            raise StepError(
+                f"feature group {name} could not be deleted: {described.get('FailureReason', 'no reason given')}. "
+                "Remove what stands in the way, then delete it again"
+            )
 
     def _awaited(self, name: str, condition: Callable[[Mapping[str, Any]], bool], what: str) -> dict[str, Any] | None:
         """The description once `condition` holds, or None as soon as the group is not there."""
@@ -132,7 +122,7 @@ class FeatureGroups:
         return described
 
     def table(self, described: Mapping[str, Any]) -> str:
-        """`database.table` of a feature group, once the table is there and names its Iceberg metadata.
+        """`database.table` of a feature group, once the table is there and names its metadata, if it is in Iceberg.
 
         Raises `StepError` if the group has no such table, if it takes too long, and for what Glue refuses.
         """
@@ -146,12 +136,8 @@ class FeatureGroups:
         def appeared() -> bool:
             table = self._find_table(group, place)
             parameters = (table or {}).get("Parameters", {})
-            if table is not None and parameters.get("table_type", "").upper() != "ICEBERG":
-                raise StepError(
-                    f"{place} in AWS Glue, the table of feature group {group}, is no Iceberg table. Drop it "
-                    "and delete the group, or use another group name"
-                )
-            return bool(parameters.get("metadata_location"))
+            is_other = table is not None and parameters.get("table_type", "").upper() != "ICEBERG"
+            return is_other or bool(parameters.get("metadata_location"))
 
         try:
             wait_until(appeared, timeout=self.wait_seconds, interval=self.poll_seconds, what=f"the creation of {place}")

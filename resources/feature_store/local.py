@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from resources.feature_store.base import FeatureStore, store_item
 from resources.inventory import NotOwned, OwnedItem, discarded_items, remove_discarded
+from step_scripts.parameters import IngestionTarget
 from step_scripts.table.spec import TableSpec
 
 
 class LocalFeatureStore(FeatureStore):
     """Groups below one folder, each an Iceberg table. See `step_scripts.feature_store.offline_store`."""
 
-    def ensure_group(self, name: str, table: TableSpec) -> dict[str, Any]:
+    def ensure_group(self, name: str, table: TableSpec) -> IngestionTarget:
         """Create the group, or check its schema. Returns the step's `target`."""
         self._store().ensure_group(name, table)
-        return {"root": self.root, "mirror": self.mirror}
+        return IngestionTarget(root=self.root, mirror=self.mirror)
 
     def inventory(self) -> Sequence[OwnedItem]:
         """See `FeatureStore.inventory`."""

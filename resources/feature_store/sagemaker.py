@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 from pydantic import Field, field_validator
 
-from resources.aws.calls import aws_client, is_missing
+from resources.aws.calls import aws_client
 from resources.aws.ownership import created_here, owned, root_tags
 from resources.aws.request_validation import InvalidJobRequest, check_request
-from resources.feature_store.base import FeatureStore, OnlineComparison, store_item
+from resources.feature_store.base import FeatureStore, store_item
 from resources.feature_store.feature_groups import FeatureGroups, place_of, table_of
 from resources.inventory import NotOwned, OwnedItem
+from step_scripts.parameters import IngestionTarget, OnlineTarget
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.table.spec import TableSpec
+
+if TYPE_CHECKING:
+    from step_scripts.feature_store.online_client import OnlineClient
 
 _RECORD_ID, _EVENT_TIME = "record_id", "event_time"
 _COMPARISONS = 2
@@ -60,7 +65,7 @@ class SageMakerFeatureStore(FeatureStore):
         """Check the configured values before the first group is made. Raises `InvalidJobRequest` naming each."""
         check_request("CreateFeatureGroup", self._request("group", {_RECORD_ID: "String", _EVENT_TIME: "String"}))
 
-    def ensure_group(self, name: str, table: TableSpec) -> dict[str, Any]:
+    def ensure_group(self, name: str, table: TableSpec) -> IngestionTarget:
         """Create the group and wait for it, or add columns that may be empty, or check that it fits.
 
         Returns the step's `target`. Raises `StepError`, naming the columns, for another schema, and for a group that
@@ -75,62 +80,45 @@ class SageMakerFeatureStore(FeatureStore):
             check_request("CreateFeatureGroup", request)
         except InvalidJobRequest as error:
             raise StepError(f"feature group {name} cannot be made for table {table.name!r}: {error}") from error
-        described = self._groups().created(request)
-
-        def missing(present: Mapping[str, Any]) -> list[dict[str, str]]:
-            return missing_features(present, table, types)
-
-        self._check_place(name, described)
-        described = self._groups().add_features(name, missing)
+        described = self._groups().ensured(request, partial(self._missing_features, table, types))
         glue_table = self._groups().table(described)
         data_uri = described["OfflineStoreConfig"]["S3StorageConfig"]["ResolvedOutputS3Uri"].rstrip("/")
         folder = self._store().folder(name)
         info = folder.info()
-        if info is not None and info.data_uri != data_uri and folder.commits():
+        if info is not None and info.data_uri != data_uri and folder.state().last:
             raise StepError(
                 f"feature group {name} has been deleted and created again by others: its description at {folder.uri} "
                 f"is that of {info.data_uri}, its data are now at {data_uri}. Delete the group here too, which removes "
                 "its records for good, or use another group name"
             )
         self._store().ensure_group(name, table, data_uri, glue_table)
-        online = {
-            "group": name,
-            "region_name": self.region_name,
-            "in_flight": self.calls_in_flight,
-            "retry_timeout_seconds": self.retry_timeout_seconds,
-        }
-        return {"root": self.root, "mirror": self.mirror, "online": online if self.online_store else None}
+        online = OnlineTarget(
+            group=name,
+            region_name=self.region_name,
+            in_flight=self.calls_in_flight,
+            retry_timeout_seconds=self.retry_timeout_seconds,
+        )
+        return IngestionTarget(root=self.root, mirror=self.mirror, online=online if self.online_store else None)
 
     def get_record(self, name: str, record_id: str) -> dict[str, Any] | None:
         """The latest state of one record, from the online store if there is one; None if unknown or deleted.
 
         The online store holds event times to the millisecond.
         """
-        from botocore.exceptions import ClientError
-
-        from step_scripts.feature_store.online_client import decoded_record, features_of
+        from step_scripts.feature_store.online_client import decoded_record
 
         if not self.online_store:
             return super().get_record(name, record_id)
-        table = self._store().table(name)
-        client = self._client("sagemaker-featurestore-runtime")
-        try:
-            answer = client.get_record(FeatureGroupName=name, RecordIdentifierValueAsString=record_id)
-        except ClientError as error:
-            if is_missing(error):
-                raise StepError(f"SageMaker has no feature group {name}; ingest into it first") from error
-            raise
-        found = features_of(answer.get("Record") or [])
-        return decoded_record(found, table) if found else None
+        table, found = self._store().table(name), self._online(name).read([record_id])
+        return decoded_record(found[record_id], table) if found else None
 
-    def compare_online(self, name: str, count: int) -> OnlineComparison | None:
+    def compare_online(self, name: str, count: int) -> tuple[int, list[str]] | None:
         """See `FeatureStore.compare_online`. Raises `StepError` if the online store does not answer."""
-        from step_scripts.feature_store.online_client import OnlineClient, encoded_records
+        from step_scripts.feature_store.online_client import encoded_records
 
         if not self.online_store:
             return None
-        store, client = self._store(), self._client("sagemaker-featurestore-runtime")
-        online = OnlineClient(client, name, self.retry_timeout_seconds)
+        store, online = self._store(), self._online(name)
         events, differing = store.sample(name, count), list[str]()
         for _ in range(_COMPARISONS):
             expected: dict[str, Any] = dict.fromkeys(events["record_id"])
@@ -141,7 +129,7 @@ class SageMakerFeatureStore(FeatureStore):
             if not differing:
                 break
             events = store.sample(name, count)  # a run may have ingested between the two readings
-        return OnlineComparison(events.height, tuple(differing))
+        return events.height, differing
 
     def delete_group(self, name: str) -> None:
         """Delete the group, its table, its offline store and its commit log, and wait, if it is there.
@@ -202,11 +190,47 @@ class SageMakerFeatureStore(FeatureStore):
                 raise NotOwned(str(error)) from error
             raise
 
+    def _missing_features(
+        self, table: TableSpec, types: Mapping[str, str], described: Mapping[str, Any]
+    ) -> list[dict[str, str]]:
+        """Features of `table` that a group lacks, to be added.
+
+        Raises `StepError`, naming each column and both types, if the group cannot be made to fit.
+        """
+        name = described["FeatureGroupName"]
+        self._check_place(name, described)
+        present = {d["FeatureName"]: d["FeatureType"] for d in described["FeatureDefinitions"]}
+        dtypes = {column.name: f" ({column.dtype})" for column in table.columns}
+        problems = [
+            f"{column} is {types[column]}{dtypes.get(column, '')} in the table and {kind} in the feature group"
+            for column, kind in present.items()
+            if column in types and types[column] != kind
+        ]
+        problems += [f"{c} ({kind}) is missing in the table" for c, kind in present.items() if c not in types]
+        roles = {"record identifier": ("RecordIdentifierFeatureName", _RECORD_ID)}
+        roles["event time"] = ("EventTimeFeatureName", _EVENT_TIME)
+        problems += [
+            f"the {role} is {described[member]}, not {wanted}"
+            for role, (member, wanted) in roles.items()
+            if described[member] != wanted
+        ]
+        if problems:
+            raise StepError(
+                f"feature group {name} exists with another schema: {'; '.join(problems)}. Use another group name, "
+                "delete the group, or add only columns that may be empty"
+            )
+        return [{"FeatureName": column, "FeatureType": kind} for column, kind in types.items() if column not in present]
+
     def _is_here(self, name: str, described: Mapping[str, Any]) -> bool:
         return place_of(described) == storage.join(self.root, name)
 
     def _client(self, service: str) -> Any:
         return aws_client(service, self.region_name, retry_seconds=self.retry_timeout_seconds)
+
+    def _online(self, name: str) -> OnlineClient:
+        from step_scripts.feature_store.online_client import OnlineClient
+
+        return OnlineClient(self._client("sagemaker-featurestore-runtime"), name, self.retry_timeout_seconds)
 
     def _groups(self) -> FeatureGroups:
         clients = self._client("sagemaker"), self._client("glue")
@@ -251,32 +275,3 @@ class SageMakerFeatureStore(FeatureStore):
                 f"online_store = {self.online_store}. SageMaker cannot change that: set online_store = {online}, use "
                 "another group name, or delete the group"
             )
-
-
-def missing_features(described: Mapping[str, Any], table: TableSpec, types: Mapping[str, str]) -> list[dict[str, str]]:
-    """Features of `table` that a group lacks, to be added.
-
-    Raises `StepError`, naming each column and both types, if the group cannot be made to fit.
-    """
-    name = described["FeatureGroupName"]
-    present = {d["FeatureName"]: d["FeatureType"] for d in described["FeatureDefinitions"]}
-    dtypes = {column.name: f" ({column.dtype})" for column in table.columns}
-    problems = [
-        f"{column} is {types[column]}{dtypes.get(column, '')} in the table and {kind} in the feature group"
-        for column, kind in present.items()
-        if column in types and types[column] != kind
-    ]
-    problems += [f"{c} ({kind}) is missing in the table" for c, kind in present.items() if c not in types]
-    roles = {"record identifier": ("RecordIdentifierFeatureName", _RECORD_ID)}
-    roles["event time"] = ("EventTimeFeatureName", _EVENT_TIME)
-    problems += [
-        f"the {role} is {described[member]}, not {wanted}"
-        for role, (member, wanted) in roles.items()
-        if described[member] != wanted
-    ]
-    if problems:
-        raise StepError(
-            f"feature group {name} exists with another schema: {'; '.join(problems)}. Use another group name, delete "
-            "the group, or add only columns that may be empty"
-        )
-    return [{"FeatureName": column, "FeatureType": kind} for column, kind in types.items() if column not in present]

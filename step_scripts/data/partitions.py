@@ -1,22 +1,20 @@
 """Where rows of different blocks meet: duplicates of a table, and the events of a record.
 
-Each block leaves an Arrow file with one record batch for each partition, by a hash of a key, so that a partition holds
-all rows of its keys and is read without the others, in bounded memory. Rows stay where they are: what is written are
-ids, positions and times.
+Rows stay where they are: what is divided by `step_scripts.runner.partition_files` are ids, positions and times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Reporter
+from step_scripts.runner.partition_files import partition_of, read_partition, write_partitions
 from step_scripts.runner.ray_data import PATH, ParquetBlocks, Progress, each_call
 from step_scripts.table.column_types import TIMESTAMP, converted
 from step_scripts.table.hashes import Hash128, distinct_hashes, hashes_of_ids, split_fraction
@@ -30,24 +28,6 @@ _SALT = "events of a record"
 _ID = ["hash_hi", "hash_lo"]
 
 
-def write_partitions(frame: pl.DataFrame, partition: np.ndarray, count: int, uri: str) -> None:
-    """Write the rows of `frame`, of which `partition` holds the number, from 0 and below `count`."""
-    rows_in_order = frame[np.argsort(partition, kind="stable")] if count > 1 else frame
-    ends = np.cumsum(np.bincount(partition, minlength=count))
-    arrays = [column.to_arrow(compat_level=pl.CompatLevel.oldest()) for column in rows_in_order]
-    rows = pa.RecordBatch.from_arrays(arrays, names=frame.columns)
-    with storage.open_output(uri) as file, pa.ipc.new_file(file, rows.schema) as writer:
-        for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
-            writer.write_batch(rows.slice(start, end - start))
-
-
-def read_partition(uris: Sequence[str], number: int) -> Iterator[pl.DataFrame]:
-    """The rows of partition `number` of each file, in the order in which they were written."""
-    for uri in uris:
-        with storage.open_input(uri) as file:
-            yield pl.DataFrame(pa.ipc.open_file(file).get_batch(number))
-
-
 # Rows with equal record ids.
 
 
@@ -59,8 +39,8 @@ def partition_count(csv_bytes: int) -> int:
 def write_ids(uri: str, fragment: int, hashes: Hash128, lines: pl.Series, partitions: int) -> None:
     """Write the hashes of a fragment's record ids, and for each row the line it stands in."""
     ids = pl.DataFrame({"hash_hi": hashes[0], "hash_lo": hashes[1], "line": lines}).with_row_index("row")
-    number = ((hashes[0] >> np.uint64(32)) * np.uint64(partitions) >> np.uint64(32)).astype(np.int64)
-    write_partitions(ids.with_columns(pl.lit(fragment, pl.Int32).alias("fragment")), number, partitions, uri)
+    ids = ids.with_columns(pl.lit(fragment, pl.Int32).alias("fragment"))
+    write_partitions(ids, partition_of(hashes[0], partitions), partitions, uri)
 
 
 def find_duplicates(id_uris: Sequence[str], partition: int, uri: str) -> dict[int, int]:

@@ -4,8 +4,7 @@ Begin with `offline_store` (what readers and writers call) and `ingestion` (comp
 
 - A group: `group`, in one of the `group_places`; `commits` says what it holds, `iceberg_table` what is asked of
   pyiceberg.
-- Events: `events` has their columns and reads them, `comparison` finds out which are news, `data_files` writes them and
-  reads them back.
+- Events: `events` has their columns, reads and writes them, `comparison` finds out which are news.
 - The online store: `online_store`, its calls and values in `online_client`.
 - `upkeep` expires and compacts, `__main__` replays moved groups and imports earlier layouts.
 

@@ -24,9 +24,9 @@ from pyiceberg.table.snapshots import Snapshot
 from pyiceberg.typedef import Properties
 
 from step_scripts.feature_store import iceberg_table
-from step_scripts.feature_store.commits import FORMAT, REPLAYED_KEY, Commit, GroupInfo, reading, summary_of
-from step_scripts.feature_store.data_files import write_anew
-from step_scripts.feature_store.events import Source, event_types
+from step_scripts.feature_store.commits import FORMAT, REPLAYED_KEY, Commit, summary_of
+from step_scripts.feature_store.events import Source, event_types, write_anew
+from step_scripts.feature_store.group import GroupInfo
 from step_scripts.feature_store.group_places import LocalGroup
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
@@ -42,9 +42,8 @@ def replay(group: LocalGroup) -> int:
     Reads footers, no data. Snapshots get new ids; the old one is in the summary of each. Returns how many there are.
     Raises `StepError` if files are missing or the metadata cannot be read.
     """
-    with group.lock(), reading(group.uri):
-        if group.info() is None:
-            raise StepError(f"there is no feature group {group.name} in {group.root}")
+    with group.lock(), iceberg_table.reading(group.uri):
+        group.info()  # raises for another format
         before = sorted(group.metadata.iterdir())
         old = _moved_table(group)
         schemas = old.schemas()
@@ -66,16 +65,15 @@ def replay(group: LocalGroup) -> int:
             with transaction.update_schema() as update:
                 update.union_by_name(schemas.get(snapshot.schema_id or 0, old.schema()))
             kept = {name: value for name, value in summary_of(snapshot).items() if name.startswith("housing.")}
-            ids[snapshot.snapshot_id] = iceberg_table.commit(
+            replayed = iceberg_table.commit(
                 table,
                 transaction,
                 sorted(files - present.keys()),
                 kept | {REPLAYED_KEY: str(snapshot.snapshot_id)},
                 removed=[file for uri, file in present.items() if uri not in files],
             )
-            current = table.current_snapshot()
-            assert current is not None
-            present = {entry.data_file.file_path: entry.data_file for entry in iceberg_table.entries(table, current)}
+            ids[snapshot.snapshot_id] = replayed.snapshot_id
+            present = {entry.data_file.file_path: entry.data_file for entry in iceberg_table.entries(table, replayed)}
         tags = {name: ref for name, ref in old.refs().items() if ref.snapshot_ref_type == SnapshotRefType.TAG}
         if tags:
             with table.manage_snapshots() as manage:
@@ -97,9 +95,7 @@ def take_over(group: LocalGroup) -> int:
     """
     log = group.path / "_commits"
     with group.lock():
-        described = group.described()
-        if described is None:
-            raise StepError(f"there is no feature group {group.name} in {group.root}")
+        described = group.described() or {}
         if "format" in described:
             raise StepError(f"feature group {group.name} in {group.root} has been taken over already")
         building = _fresh(group)
@@ -125,13 +121,13 @@ def _take_over_commit(group: LocalGroup, facts: dict[str, Any]) -> None:
     for file in facts.pop("files"):
         by_day.setdefault(file["last_event_time"][:10], []).append(file)
     commit = Commit.model_validate(facts)
-    attempt = group.begin(group.state(), commit.table, commit.write_time)
     written: list[str] = []
-    for files in by_day.values():
-        uris = tuple(storage.join(group.data_uri, file["path"]) for file in files)
-        source = Source(0, uris, sum(file["rows"] for file in files), event_types(commit.table))
-        written += write_anew(source, attempt.target, group.name)
-    group.append(attempt, commit, written)
+    with group.attempt(group.state(), commit.table, commit.write_time) as attempt:
+        for files in by_day.values():
+            uris = tuple(storage.join(group.data_uri, file["path"]) for file in files)
+            source = Source(0, uris, sum(file["rows"] for file in files), event_types(commit.table))
+            written += write_anew(source, attempt.target, group.name)
+        group.append(attempt, commit, written)
 
 
 def _fresh(group: LocalGroup) -> LocalGroup:
@@ -185,18 +181,15 @@ def _files(group: LocalGroup, old: Table, snapshot: Snapshot) -> set[str]:
     return files
 
 
+_COMMANDS = {"replay": (replay, "snapshot"), "import": (take_over, "commit")}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 1 if it was refused."""
     parser = argparse.ArgumentParser(prog="python -m step_scripts.feature_store", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, function, unit, text in (
-        ("replay", replay, "snapshot", "make the table of a group anew that has been moved, with all snapshots"),
-        ("import", take_over, "commit", "take over a group in the layout of earlier versions, with its history"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("root", help="folder of the feature groups")
-        command.add_argument("group", help="name of the feature group")
-        command.set_defaults(function=function, unit=unit)
+    parser.add_argument("command", choices=_COMMANDS)
+    parser.add_argument("root", help="folder of the feature groups")
+    parser.add_argument("group", help="name of the feature group")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -206,7 +199,8 @@ def main(arguments: list[str] | None = None) -> int:
                 "feature group that has none. Use another group name and ingest the sources again"
             )
         group = LocalGroup(given.root, given.group)
-        logging.info("%s of %s: %s", given.command, group.path, counted(given.function(group), given.unit))
+        function, unit = _COMMANDS[given.command]
+        logging.info("%s of %s: %s", given.command, group.path, counted(function(group), unit))
     except StepError as error:
         logging.error("%s", error)
         return 1

@@ -6,11 +6,11 @@ What it changed is in the snapshot's summary. Of snapshots that have been expire
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
@@ -20,11 +20,14 @@ from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table
 from pyiceberg.table.snapshots import Snapshot
 from pyiceberg.types import NestedField
+from pyiceberg.utils.datetime import micros_to_timestamptz
 
 from step_scripts.feature_store import iceberg_table
+from step_scripts.feature_store.events import WriteTarget
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, FileInfo, StepError
 from step_scripts.runner.wording import counted
+from step_scripts.table.hashes import add_sums, subtract_sums
 from step_scripts.table.spec import TableSpec
 
 FORMAT = 2
@@ -34,23 +37,44 @@ COMMIT_KEY = f"{_PREFIX}commit"
 INGESTION_KEY = f"{_PREFIX}ingestion"
 REPLAYED_KEY = f"{_PREFIX}replayed-from"
 COMPACTED_KEY = f"{_PREFIX}compaction"
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+STORED_COUNTS = ("added", "unchanged", "superseded", "deleted")
+_SUMS = ("stored_sums", "live_added", "live_removed")
+# Where statistics lack the event time, a file may have any.
+_ANY_TIME = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 
 
-class GroupInfo(BaseModel):
-    """What is known of a group from its creation on. `data_uri`: where its data are, if not in its own folder.
+@dataclass(frozen=True)
+class Changes:
+    """What a set of incoming events changes.
 
-    `glue_table`: database and name of its table in Glue, with a dot between them; on S3 only.
+    Counts of rows as in `Commit`; `outdated`: rows that are not the record's latest state; `latest`: events to store
+    that are their records' latest from then on. `live_rows`: how many live records there are more. Digests, two sums
+    each, of the events to store and of the live events that come and go. `further_events`: how many events, stored or
+    to be stored, are not the only ones of their records. `conflicts`: source and row of rows that contradict another
+    row of the dataset (same record and event time, other content); if there are any, nothing else is filled in.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    added: int = 0
+    unchanged: int = 0
+    superseded: int = 0
+    deleted: int = 0
+    outdated: int = 0
+    latest: int = 0
+    live_rows: int = 0
+    stored_sums: tuple[int, int] = (0, 0)
+    live_added: tuple[int, int] = (0, 0)
+    live_removed: tuple[int, int] = (0, 0)
+    further_events: int = 0
+    conflicts: tuple[tuple[int, int], ...] = ()
 
-    format: int
-    name: str
-    table: TableSpec
-    created_at: datetime
-    data_uri: str | None = None
-    glue_table: str | None = None
+    def __add__(self, other: Changes) -> Changes:
+        """Both, of different records."""
+
+        def total(name: str) -> Any:
+            mine, others = getattr(self, name), getattr(other, name)
+            return add_sums(mine, others) if name in _SUMS else mine + others
+
+        return Changes(**{field.name: total(field.name) for field in fields(self)})
 
 
 class Commit(BaseModel):
@@ -136,64 +160,18 @@ def history(table: Table, expired: Sequence[Commit]) -> dict[int, Commit]:
     return dict(sorted(found.items()))
 
 
-def ingested_by(commits: Sequence[Commit], dataset_digest: str, *, mirror: bool) -> Commit | None:
-    """The commit that ingested a dataset, if to ingest it again would change nothing.
+def is_ingested(commits: Sequence[Commit], dataset_digest: str, *, mirror: bool) -> bool:
+    """Whether to ingest a dataset again would change nothing.
 
-    With `mirror`, only if it is the last one and left no other records; otherwise later commits may have added some.
+    With `mirror`, only the last commit may have ingested it and left no other records; else later ones may have added
+    some.
     """
-    if mirror:
-        last = commits[-1] if commits else None
-        return last if last and last.mirrors and last.dataset_digest == dataset_digest else None
     for commit in reversed(commits):
         if commit.dataset_digest == dataset_digest:
-            return commit
-        if commit.superseded or commit.deleted:
-            return None
-    return None
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """One Parquet file of events, sorted by record id. `path` is relative to the group's `data` folder."""
-
-    path: str
-    rows: int
-    bytes: int
-    first_event_time: datetime
-    last_event_time: datetime
-
-    @classmethod
-    def of(cls, file: DataFile, event_time: NestedField, data_uri: str) -> StoredFile:
-        """What a manifest says of a file. Without statistics of the event time it may have any."""
-
-        def bound(bounds: dict[int, bytes] | None, otherwise: datetime) -> datetime:
-            encoded = (bounds or {}).get(event_time.field_id)
-            kind: Any = event_time.field_type
-            found = otherwise if encoded is None else from_bytes(kind, encoded)
-            if isinstance(found, int):
-                return _EPOCH + timedelta(microseconds=found)
-            with contextlib.suppress(ValueError):  # another program's text
-                otherwise = datetime.fromisoformat(str(found))
-            return otherwise if otherwise.tzinfo else otherwise.replace(tzinfo=UTC)
-
-        return cls(
-            path=path_in(file.file_path, data_uri),
-            rows=file.record_count,
-            bytes=file.file_size_in_bytes,
-            first_event_time=bound(file.lower_bounds, datetime.min),
-            last_event_time=bound(file.upper_bounds, datetime.max),
-        )
-
-    @property
-    def sha256(self) -> str:
-        """Of its content, as its name says."""
-        return self.path.rpartition("-")[2].removesuffix(".parquet")
-
-
-def path_in(uri: str, folder: str = "") -> str:
-    """`uri`, which pyiceberg has written as a URL, relative to a folder that it is in."""
-    plain = uri.removeprefix("file://").replace("s3a://", "s3://", 1)
-    return plain.removeprefix(folder.rstrip("/") + "/")
+            return commit.mirrors or not mirror
+        if mirror or commit.superseded or commit.deleted:
+            return False
+    return False
 
 
 @dataclass(frozen=True)
@@ -231,20 +209,34 @@ class GroupState:
             for other in table.metadata.snapshots
             if other.summary and COMMIT_KEY not in summary_of(other) and other.summary.operation.value != "replace"
         }
-        with reading(table.metadata_location):
+        with iceberg_table.reading(table.metadata_location):
             entries = iceberg_table.entries(table, snapshot)
         return sorted((e.data_file for e in entries if e.snapshot_id not in foreign), key=lambda file: file.file_path)
 
     @cached_property
-    def files(self) -> list[StoredFile]:
-        """The same, described."""
+    def files(self) -> list[FileInfo]:
+        """The same, by their paths below the `data` folder. A name ends with the SHA-256 of the content."""
+        found = []
+        for file in self.data_files:
+            path = iceberg_table.path_in(file.file_path, self.data_uri)
+            sha256 = path.rpartition("-")[2].removesuffix(".parquet")
+            found.append(FileInfo(path=path, rows=file.record_count, bytes=file.file_size_in_bytes, sha256=sha256))
+        return found
+
+    @cached_property
+    def event_times(self) -> list[tuple[datetime, datetime]]:
+        """The first and the last event time of each of the files, by the statistics in the manifests."""
         if not self.data_files:
             return []
         assert self.iceberg is not None
-        event_time = self.iceberg.schema().find_field("event_time")
-        return [StoredFile.of(file, event_time, self.data_uri) for file in self.data_files]
+        column = self.iceberg.schema().find_field("event_time")
+        first, last = _ANY_TIME
+        return [
+            (_bound(file.lower_bounds, column, first), _bound(file.upper_bounds, column, last))
+            for file in self.data_files
+        ]
 
-    def lost_files(self) -> tuple[list[StoredFile], str]:
+    def lost_files(self) -> tuple[list[FileInfo], str]:
         """Committed files that are not there any more, or not in their size; and a sentence that names the first."""
         sizes = storage.sizes(self.data_uri, [f.path for f in self.files])
         lost = [f for f in self.files if sizes.get(f.path) != f.bytes]
@@ -252,26 +244,54 @@ class GroupState:
         of = counted(len(self.files), "file")
         return lost, f"{len(lost)} of {of} of feature group {self.name} missing or cut off, the first is {first}"
 
-    def artifact(self) -> Artifact:
-        """The files as an artifact whose URI is the `data` folder, and whose digest and rows are those of records."""
+    def artifact(self, as_of: datetime | None = None) -> Artifact:
+        """The files as an artifact whose URI is the `data` folder, and whose digest and rows are those of records.
+
+        With `as_of`, without the files that have later events only: the digest is then that of time and files.
+        """
         assert self.last is not None
-        listed = [FileInfo(path=f.path, rows=f.rows, bytes=f.bytes, sha256=f.sha256) for f in self.files]
-        found = Artifact.of(self.data_uri, listed, digest=self.last.live_digest)
-        return found.model_copy(update={"rows": self.last.live_rows})
+        moment = as_utc(as_of) if as_of else _ANY_TIME[1]
+        if all(last <= moment for _, last in self.event_times):
+            found = Artifact.of(self.data_uri, self.files, digest=self.last.live_digest)
+            return found.model_copy(update={"rows": self.last.live_rows})
+        files = [file for file, (first, _) in zip(self.files, self.event_times, strict=True) if first <= moment]
+        names = "\n".join([moment.isoformat(), *sorted(file.sha256 for file in files)])
+        found = Artifact.of(self.data_uri, files, digest=hashlib.sha256(names.encode()).hexdigest())
+        return found.model_copy(update={"rows": None})
+
+    def after(
+        self, changes: Changes, target: WriteTarget, *, dataset_digest: str | None = None, mirrors: bool = False
+    ) -> Commit:
+        """The next commit, which makes `changes`."""
+        last = self.last
+        live = add_sums(last.live_sums if last else (0, 0), changes.live_added)
+        return Commit(
+            number=len(self.commits) + 1,
+            created_at=target.write_time,
+            write_time=target.write_time,
+            dataset_digest=dataset_digest,
+            table=target.table,
+            **{name: getattr(changes, name) for name in STORED_COUNTS},
+            live_rows=(last.live_rows if last else 0) + changes.live_rows,
+            live_digest=digest_of(subtract_sums(live, changes.live_removed)),
+            mirrors=mirrors,
+            deduplicate=changes.further_events > 0 or bool(last and last.deduplicate),
+        )
 
 
-@contextlib.contextmanager
-def reading(place: str) -> Iterator[None]:
-    """Turns what pyiceberg raises for lost or damaged metadata into a `StepError` that says so."""
+def _bound(bounds: dict[int, bytes] | None, column: NestedField, otherwise: datetime) -> datetime:
+    if (encoded := (bounds or {}).get(column.field_id)) is None:
+        return otherwise
+    kind: Any = column.field_type
+    found = from_bytes(kind, encoded)
+    if isinstance(found, int):
+        return micros_to_timestamptz(found)
     try:
-        yield
-    except StepError:
-        raise
-    except Exception as error:
-        of_catalog = type(error).__module__.partition(".")[0] == "sqlalchemy"
-        if not of_catalog and not isinstance(error, (OSError, ValueError, KeyError)):
-            raise
-        raise StepError(
-            f"the table of the feature group at {place} cannot be read ({type(error).__name__}: {error}); restore it "
-            "from a backup, or delete the group and ingest its sources again"
-        ) from error
+        return as_utc(datetime.fromisoformat(str(found)))
+    except ValueError:  # another program's text
+        return otherwise
+
+
+def as_utc(time: datetime) -> datetime:
+    """`time` in UTC; without a time zone it is taken to be in UTC."""
+    return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)

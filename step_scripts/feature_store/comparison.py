@@ -1,4 +1,4 @@
-"""Which rows of a dataset are news to a feature group: incoming events against stored ones, record by record.
+"""Which rows of a dataset are news to a feature group, and their events: incoming against stored ones, by record.
 
 The events of a record form a timeline, ordered by event time and then by commit. A row adds nothing if the timeline
 says the same already: the event in force at the row's time, or the record's latest event, has the same content and is
@@ -11,24 +11,35 @@ group. Every function can be repeated: it overwrites what an earlier attempt has
 
 from __future__ import annotations
 
-import io
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, cast
 
 import polars as pl
 
-from step_scripts.feature_store.events import Source, content_columns, read_source
+from step_scripts.feature_store.commits import Changes
+from step_scripts.feature_store.events import (
+    Source,
+    WriteTarget,
+    content_columns,
+    read_source,
+    row_types,
+    tombstones,
+    write_events,
+)
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
+from step_scripts.runner.partition_files import partition_of, read_partition, write_partitions
 from step_scripts.runner.wording import counted
-from step_scripts.table.hashes import add_sums, content_hashes, event_hashes, hash_sums, text_hashes
+from step_scripts.table.column_types import TIMESTAMP
+from step_scripts.table.hashes import content_hashes, event_hashes, hash_sums, text_hashes
 from step_scripts.table.spec import TableSpec
 
-DAY = 24 * 3_600_000_000  # microseconds
+_DAY = 24 * 3_600_000_000  # microseconds
 _PARTITION_EVENTS = 1 << 20
 _MOST_PARTITIONS = 1 << 12
 SHOWN = 20  # record ids in a message
 _INCOMING, _STORED = "incoming", "stored"  # folders of hashed events
+_SELECTED = "selected"  # folder of the places of rows to store
 _RECORD, _CONTENT = ("record_hi", "record_lo"), ("content_hi", "content_lo")
 _LATEST = 2**63 - 1
 # Hashes of record id and content, when the event happened and was committed, and where it can be read.
@@ -41,52 +52,24 @@ _EVENTS: dict[str, pl.DataType] = {
     "source": pl.UInt32(),
     "row": pl.UInt32(),
 }
-_DIGESTS = ("stored_sums", "live_added", "live_removed")
-_SELECTED = pl.DataFrame(
-    schema={"source": pl.UInt32(), "row": pl.UInt32(), "time": pl.Int64(), "is_latest": pl.Boolean()}
-)
+_PLACES = ("source", "row", "time", "is_latest")
 
 
 @dataclass(frozen=True)
-class Changes:
-    """What a set of incoming events changes.
+class WriteItem:
+    """`rows` events to write: those that the comparison in `folder` has selected of each source, from a day to another.
 
-    Counts of rows as in `Commit`; `outdated`: rows that are not the record's latest state; `latest`: events to store
-    that are their records' latest from then on. `live_rows`: how many live records there are more. Digests, two sums
-    each, of the events to store and of the live events that come and go. `further_events`: how many events, stored or
-    to be stored, are not the only ones of their records. `conflicts`: source and row of rows that contradict another
-    row of the dataset (same record and event time, other content); if there are any, nothing else is filled in.
+    Days are counted from 1970.
     """
 
-    added: int = 0
-    unchanged: int = 0
-    superseded: int = 0
-    deleted: int = 0
-    outdated: int = 0
-    latest: int = 0
-    live_rows: int = 0
-    stored_sums: tuple[int, int] = (0, 0)
-    live_added: tuple[int, int] = (0, 0)
-    live_removed: tuple[int, int] = (0, 0)
-    further_events: int = 0
-    conflicts: tuple[tuple[int, int], ...] = ()
-
-    def __add__(self, other: Changes) -> Changes:
-        """Both, of different records."""
-
-        def total(name: str) -> Any:
-            mine, others = getattr(self, name), getattr(other, name)
-            return add_sums(mine, others) if name in _DIGESTS else mine + others
-
-        return Changes(**{field.name: total(field.name) for field in fields(self)})
+    sources: tuple[tuple[Source, int, int], ...]
+    folder: str
+    rows: int
 
 
 def partition_count(events: int) -> int:
-    """Number of partitions, a power of two, for so many events to compare."""
-    partitions = 1
-    while partitions < _MOST_PARTITIONS and partitions * _PARTITION_EVENTS < events:
-        partitions *= 2
-    return partitions
+    """Number of partitions for so many events to compare."""
+    return min(max(1, -(-events // _PARTITION_EVENTS)), _MOST_PARTITIONS)
 
 
 def hash_source(source: Source, table: TableSpec, partitions: int, folder: str, known_only: bool) -> int | None:
@@ -95,13 +78,15 @@ def hash_source(source: Source, table: TableSpec, partitions: int, folder: str, 
     `known_only`: only events of records that the dataset has, too; its sources have been hashed before. Raises
     `StepError` if the source lacks a column, has one of another type, or has empty record ids or event times.
     """
-    ids = read_source(source, ["record_id", "event_time"], table)
-    for name in ids.columns:
-        if empty := ids[name].null_count():
-            rows = counted(source.rows, "row")
-            raise StepError(f"{source.uris[0]}: {empty:,} of {rows} without {name}. {source.remedy}")
-    record = text_hashes(ids["record_id"])
-    events = ids.select(
+    names = content_columns(table)
+    flags = ["is_deleted", "write_time"] if source.stored is not None else []
+    rows = read_source(source, ["record_id", "event_time", *names, *flags], table)
+    for name in ("record_id", "event_time"):
+        if empty := rows[name].null_count():
+            held = counted(source.rows, "row")
+            raise StepError(f"{source.uris[0]}: {empty:,} of {held} without {name}. {source.remedy}")
+    record = text_hashes(rows["record_id"])
+    events = rows.select(
         pl.Series("record_hi", record[0]),
         pl.Series("record_lo", record[1]),
         pl.col("event_time").to_physical().alias("time"),
@@ -111,40 +96,54 @@ def hash_source(source: Source, table: TableSpec, partitions: int, folder: str, 
     if known_only:
         known = pl.concat(_read_events(folder, _INCOMING, n)["record_hi"] for n in range(partitions))
         events = events.filter(pl.col("record_hi").is_in(known.implode()))
-    names = content_columns(table)
-    flags = ["is_deleted", "write_time"] if source.stored is not None else []
-    frame = read_source(source, [*names, *flags], table, events["row"])
-    content = content_hashes(frame, names)
+        rows = rows[events["row"]]
+    content = content_hashes(rows, names)
     events = events.with_columns(
         pl.Series("content_hi", content[0]),
         pl.Series("content_lo", content[1]),
-        (frame["is_deleted"] if flags else pl.lit(False)).alias("is_deleted"),
-        (frame["write_time"].to_physical() if flags else pl.lit(_LATEST)).alias("commit"),
+        (rows["is_deleted"] if flags else pl.lit(False)).alias("is_deleted"),
+        (rows["write_time"].to_physical() if flags else pl.lit(_LATEST)).alias("commit"),
     ).select(*_EVENTS)
-    partition = pl.lit(0) if partitions == 1 else pl.col("record_hi") // pl.lit(2**64 // partitions, pl.UInt64)
-    parts = events.with_columns(partition.alias("partition")).partition_by("partition", as_dict=True, include_key=False)
-    for (number,), part in parts.items():
-        kind = _INCOMING if source.stored is None else _STORED
-        _write(part, storage.join(folder, kind, str(number), f"{source.index}.arrow"))
+    kind = _INCOMING if source.stored is None else _STORED
+    number = partition_of(events["record_hi"].to_numpy(), partitions)
+    write_partitions(events, number, partitions, storage.join(folder, kind, f"{source.index:06d}.arrow"))
     return cast("int | None", events["time"].max())
 
 
-def compare_partition(number: int, folder: str, mirror_time: int | None) -> tuple[Changes, pl.DataFrame]:
-    """Compare the events of one partition whose sources have been hashed to `folder`.
+def compare_partition(number: int, sources: int, folder: str, mirror_time: int | None) -> tuple[Changes, pl.DataFrame]:
+    """Compare the events of one partition, of that many sources, which have been hashed to `folder`.
 
-    Writes which rows are to be stored, for `selected_rows`, and returns how many they are by source and day. Raises
-    nothing for conflicts: they are returned.
+    Writes which rows are to be stored, for `item_events`, and returns how many they are by source and day.
     """
     found, news = changes(_read_events(folder, _INCOMING, number), _read_events(folder, _STORED, number), mirror_time)
-    for (source,), rows in news.partition_by("source", as_dict=True, include_key=False).items():
-        _write(rows, storage.join(folder, "selected", str(source), f"{number}.arrow"))
-    return found, news.group_by("source", day=pl.col("time") // DAY).len("rows")
+    if news.height:
+        uri = storage.join(folder, _SELECTED, f"{number:06d}.arrow")
+        write_partitions(news, news["source"].cast(pl.Int64).to_numpy(), sources, uri)
+    return found, news.group_by("source", day=pl.col("time") // _DAY).len("rows")
 
 
-def selected_rows(folder: str, source: Source) -> pl.DataFrame:
-    """Which rows of a source are to be stored: `row`, `time` of the event, whether it is its record's latest."""
-    uris = storage.list_files(storage.join(folder, "selected", str(source.index)))
-    return pl.concat(pl.read_ipc(storage.read_bytes(uri)) for uri in uris)
+def item_events(item: WriteItem, table: TableSpec) -> pl.DataFrame:
+    """The events of `item`: record_id, event_time, the table's columns, is_deleted, is_latest."""
+    selected, frames = storage.list_files(storage.join(item.folder, _SELECTED)), []
+    for source, first_day, last_day in item.sources:
+        rows = pl.concat(read_partition(selected, source.index))
+        rows = rows.filter((pl.col("time") // _DAY).is_between(first_day, last_day))
+        time = rows["time"].cast(TIMESTAMP).alias("event_time")  # may have been moved behind what is stored
+        if source.stored is not None:
+            ids = read_source(source, ["record_id"], table)[rows["row"]]
+            events = tombstones(ids["record_id"], time, table)
+        else:
+            events = read_source(source, list(row_types(table)), table)[rows["row"]]
+            events = events.with_columns(time, is_deleted=False)
+        frames.append(events.with_columns(rows["is_latest"]))
+    return pl.concat(frames).rechunk()
+
+
+def write_files(item: WriteItem, target: WriteTarget) -> list[str]:
+    """Write the files of `item`, one a day; their paths relative to `target.data_uri`."""
+    events = item_events(item, target.table).with_columns(pl.col("event_time").dt.date().alias("_day"))
+    days = events.sort("record_id").partition_by("_day", maintain_order=False, include_key=False)
+    return [write_events(day, target) for day in days]
 
 
 def changes(incoming: pl.DataFrame, stored: pl.DataFrame, mirror_time: int | None) -> tuple[Changes, pl.DataFrame]:
@@ -160,7 +159,7 @@ def changes(incoming: pl.DataFrame, stored: pl.DataFrame, mirror_time: int | Non
     line = _timelines(incoming, stored)
     if line["is_conflict"].any():
         places = line.filter("is_conflict").select("source", "row").head(SHOWN).rows()
-        return Changes(conflicts=tuple(places)), _SELECTED
+        return Changes(conflicts=tuple(places)), line.clear().select(_PLACES)
     records = line.filter("is_last")
     was_live = (records["before"] >= 0) & ~line["is_deleted"].gather(records["before"].clip(0))
     is_live = ~line["is_deleted"].gather(records["after"])
@@ -180,7 +179,7 @@ def changes(incoming: pl.DataFrame, stored: pl.DataFrame, mirror_time: int | Non
         further_events=int(line["kept"].sum()) - records.height,
     )
     if mirror_time is None:
-        return found, news.select(_SELECTED.columns)
+        return found, news.select(_PLACES)
     absent = line[records.filter(was_live & ~records["in_dataset"])["before"]]
     stones = absent.with_columns(
         pl.max_horizontal(pl.col("time") + 1, mirror_time).alias("time"),
@@ -196,7 +195,7 @@ def changes(incoming: pl.DataFrame, stored: pl.DataFrame, mirror_time: int | Non
         live_removed=_sums(absent),
         further_events=stones.height,
     )
-    return found, pl.concat([news.select(_SELECTED.columns), stones.select(_SELECTED.columns)])
+    return found, pl.concat([news.select(_PLACES), stones.select(_PLACES)])
 
 
 def _moved_behind(incoming: pl.DataFrame, stored: pl.DataFrame) -> pl.DataFrame:
@@ -269,15 +268,7 @@ def _sums(events: pl.DataFrame) -> tuple[int, int]:
     return hash_sums(event_hashes(record, events["time"].to_numpy(), content, events["is_deleted"].to_numpy()))
 
 
-def _write(frame: pl.DataFrame, uri: str) -> None:
-    content = io.BytesIO()
-    frame.write_ipc(content)
-    with storage.open_output(uri) as file:
-        file.write(content.getbuffer())
-
-
 def _read_events(folder: str, kind: str, number: int) -> pl.DataFrame:
     """Hashed events of a partition, incoming or stored ones, in the order of their sources."""
-    uris = storage.list_files(storage.join(folder, kind, str(number)))
-    ordered = sorted(uris, key=lambda uri: int(uri.rpartition("/")[2].partition(".")[0]))
-    return pl.concat([pl.DataFrame(schema=_EVENTS), *(pl.read_ipc(storage.read_bytes(uri)) for uri in ordered)])
+    uris = storage.list_files(storage.join(folder, kind))
+    return pl.concat([pl.DataFrame(schema=_EVENTS), *read_partition(uris, number)])

@@ -1,15 +1,19 @@
-"""The columns of events (in memory, in the Iceberg table and its files), the changes of them that a group accepts, and
-how events are read from Parquet files.
+"""Events: their columns (in memory, in the Iceberg table and its files), the changes of them that a group accepts, and
+how they are read from Parquet files, written, and read back.
 
 A table that SageMaker has made knows three types only: it holds times as text and truth values as 0 and 1. Its files
-are converted when they are read and written (`step_scripts.table.column_types.columns_as`).
+are converted when they are read and written (`step_scripts.table.column_types.columns_as`). A data file is of one day
+and sorted by record id. Writing can be repeated: files of an earlier attempt have other names, and what is not
+committed is deleted in the end.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import polars as pl
@@ -19,7 +23,9 @@ from pyiceberg.types import StringType
 
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
+from step_scripts.runner.wording import counted
 from step_scripts.table.column_types import TIMESTAMP, columns_as, polars_schema
+from step_scripts.table.hashes import content_hashes, event_hashes, hash_sums, text_hashes
 from step_scripts.table.spec import TableSpec
 
 FLAGS: dict[str, Any] = {"write_time": TIMESTAMP, "api_invocation_time": TIMESTAMP, "is_deleted": pl.Boolean()}
@@ -30,6 +36,8 @@ _MEANINGS = {
     "api_invocation_time": "when it was stored",
     "is_deleted": "whether the record does not exist from its event time on",
 }
+_ROW_GROUP_ROWS = 1 << 15  # a look-up decodes one row group a file
+LARGEST_FILE = 1 << 20  # rows of a file that several others are brought together in
 _SAGEMAKERS_TYPES: dict[Any, Any] = {TIMESTAMP: pl.String(), pl.Boolean(): pl.Int64()}
 
 
@@ -122,28 +130,8 @@ class Source:
         return "Make its asset again" if self.stored is None else "Restore it from a backup, or delete the group"
 
 
-def grouped(
-    files: Sequence[tuple[str, int]], most_rows: int, first_index: int = 0, stored: Mapping[str, Any] | None = None
-) -> list[Source]:
-    """Consecutive files, given as (URI, rows), as sources of up to `most_rows` rows, or of one file."""
-    groups: list[list[tuple[str, int]]] = []
-    held = 0
-    for uri, rows in files:
-        if not groups or held + rows > most_rows:
-            groups.append([])
-            held = 0
-        groups[-1].append((uri, rows))
-        held += rows
-    return [
-        Source(index, tuple(uri for uri, _ in group), sum(rows for _, rows in group), stored)
-        for index, group in enumerate(groups, first_index)
-    ]
-
-
-def read_source(
-    source: Source, columns: Sequence[str], table: TableSpec, rows: pl.Series | None = None
-) -> pl.DataFrame:
-    """Columns of `source`, all its rows or those at given positions. Columns that stored files lack are null.
+def read_source(source: Source, columns: Sequence[str], table: TableSpec) -> pl.DataFrame:
+    """Columns of `source`. Columns that stored files lack are null.
 
     Raises `StepError` if a file cannot be read, lacks a column, or has one of another type.
     """
@@ -163,7 +151,7 @@ def read_source(
         raise StepError(_explained(source, types, error)) from error
     if result.height != source.rows:
         raise StepError(f"{source.uris[0]} and those after it have other rows than they should. {source.remedy}")
-    return result if rows is None or len(rows) == source.rows else result[rows]
+    return result
 
 
 def _file(uri: str) -> Any:
@@ -182,3 +170,82 @@ def _explained(source: Source, types: Mapping[str, Any], error: Exception) -> st
         if wrong := [f"{n} is {schema[n]}, not {types[n]}" for n in types if n in schema and schema[n] != types[n]]:
             return f"{uri}: column {'; '.join(wrong)}. {source.remedy}"
     return f"{source.uris[0]} cannot be read ({error}). {source.remedy}"
+
+
+@dataclass(frozen=True)
+class WriteTarget:
+    """Where the files of one attempt to write go, and what they are like.
+
+    `token`: with what their names begin, and no others. `schema`: their columns, with the field ids of the Iceberg
+    table. `partition`: the name before `=` in the names of their folders. `write_time`: that of all events.
+    """
+
+    data_uri: str
+    table: TableSpec
+    token: str
+    schema: pa.Schema
+    partition: str
+    write_time: datetime
+
+
+def tombstones(record_ids: pl.Series, time: pl.Series, table: TableSpec) -> pl.DataFrame:
+    """Deletions of records: nothing but id and event time. Columns as those of events, without the times of writing."""
+    ids = pl.DataFrame([record_ids.alias("record_id"), time.alias("event_time")])
+    return ids.select(columns_as(ids.schema, row_types(table))).with_columns(is_deleted=True)
+
+
+def write_events(events: pl.DataFrame, target: WriteTarget) -> str:
+    """Write one data file, for good, of events of one day in their order; its path relative to `target.data_uri`."""
+    stamp = pl.lit(target.write_time, TIMESTAMP)
+    if "write_time" not in events.columns:
+        events = events.with_columns(stamp.alias("write_time"), stamp.alias("api_invocation_time"))
+    content = io.BytesIO()
+    events.select(columns_as(events.schema, file_types(target.schema))).write_parquet(
+        content, compression="zstd", compression_level=1, row_group_size=_ROW_GROUP_ROWS, arrow_schema=target.schema
+    )
+    name = f"{target.token}-{hashlib.sha256(content.getbuffer()).hexdigest()}.parquet"
+    path = f"{target.partition}={events['event_time'][0]:%Y-%m-%d}/{name}"
+    storage.write_bytes(storage.join(target.data_uri, path), content.getvalue())
+    return path
+
+
+def read_back(paths: Sequence[str], target: WriteTarget) -> tuple[list[tuple[str, int]], tuple[int, int]]:
+    """Read written files again, from their bytes: path and rows of each, and the digest of all their events.
+
+    A file that is not there, or cannot be decoded, is left out.
+    """
+    found, frames = [], []
+    for path in paths:
+        try:
+            stored = pl.read_parquet(io.BytesIO(storage.read_bytes(storage.join(target.data_uri, path))))
+        except (FileNotFoundError, pl.exceptions.ComputeError):
+            continue
+        frames.append(stored.select(columns_as(stored.schema, event_types(target.table))))
+        found.append((path, stored.height))
+    return found, events_digest(pl.concat(frames), target.table) if frames else (0, 0)
+
+
+def events_digest(events: pl.DataFrame, table: TableSpec) -> tuple[int, int]:
+    """The sums that stand for events, deletions included; they do not depend on the events' order."""
+    time, deleted = events["event_time"].to_physical().to_numpy(), events["is_deleted"].to_numpy()
+    content = content_hashes(events, content_columns(table))
+    return hash_sums(event_hashes(text_hashes(events["record_id"]), time, content, deleted))
+
+
+def write_anew(source: Source, target: WriteTarget, group: str) -> list[str]:
+    """Write the events of stored files of one day anew, sorted by record; the paths of the new files."""
+    events = read_source(source, list(event_types(target.table)), target.table)
+    ordered = events.sort("record_id", "event_time", "write_time")
+    paths = [write_events(part, target) for part in ordered.iter_slices(LARGEST_FILE)]
+    verify_events(paths, events, target, group)
+    return paths
+
+
+def verify_events(paths: Sequence[str], events: pl.DataFrame, target: WriteTarget, group: str) -> None:
+    """Raise `StepError` unless the written files hold exactly these events."""
+    read, sums = read_back(paths, target)
+    if sum(rows for _, rows in read) != events.height or sums != events_digest(events, target.table):
+        raise StepError(
+            f"{counted(events.height, 'event')} of feature group {group} could not be read back after they were "
+            "written; nothing was changed. Check the storage, then try again"
+        )

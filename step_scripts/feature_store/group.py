@@ -4,7 +4,6 @@
     <root>/<group>/catalog.db      local groups only: the Iceberg catalog
     <root>/<group>/metadata/       local groups only: the Iceberg table's metadata
     <root>/<group>/_expired.json   commits whose snapshots have been expired
-    <root>/<group>/_staging/       scratch of ingestions that are under way
     <data>/event_time_day=YYYY-MM-DD/<attempt>-<SHA-256 of the file>.parquet
 
 `<data>` is `<root>/<group>/data`, or what SageMaker resolved. `step_scripts.feature_store.group_places` says how two
@@ -16,15 +15,16 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import secrets
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from string import ascii_uppercase, digits
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pyiceberg.exceptions import CommitFailedException, NoSuchTableError
 from pyiceberg.io.pyarrow import schema_to_pyarrow
 from pyiceberg.manifest import DataFile
@@ -36,25 +36,36 @@ from step_scripts.feature_store.commits import (
     FORMAT,
     INGESTION_KEY,
     Commit,
-    GroupInfo,
     GroupState,
     history,
-    path_in,
-    reading,
     summary_of,
 )
-from step_scripts.feature_store.data_files import WriteTarget, attempt_token
-from step_scripts.feature_store.events import table_columns
-from step_scripts.feature_store.iceberg_table import CommitTaken
+from step_scripts.feature_store.events import WriteTarget, table_columns
+from step_scripts.feature_store.iceberg_table import CommitTaken, path_in, reading
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.table.spec import TableSpec
 
 GROUP_NAME = re.compile(r"[a-zA-Z0-9]([_-]*[a-zA-Z0-9]){0,63}")  # SageMaker's rule for feature groups
-LOCK_SECONDS = 600.0
 ORPHAN_AGE = timedelta(days=3)  # a younger file may belong to a writer that is at work
 COMMAND = "python -m step_scripts.feature_store"
 _REFUSED_CHARACTERS = "#?%"  # pyiceberg takes places for URLs and would write beside the root
+
+
+class GroupInfo(BaseModel):
+    """What is known of a group from its creation on. `data_uri`: where its data are, if not in its own folder.
+
+    `glue_table`: database and name of its table in Glue, with a dot between them; on S3 only.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int
+    name: str
+    table: TableSpec
+    created_at: datetime
+    data_uri: str | None = None
+    glue_table: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,20 +102,19 @@ class Group(ABC):
         """Where the data files are."""
         return storage.join(self.uri, "data")
 
-    @abstractmethod
-    def lock(self, seconds: float = LOCK_SECONDS, *, create: bool = False) -> AbstractContextManager[None]:
-        """Write to the group for the length of the block. Raises `StepError` if that is not possible now.
+    @contextlib.contextmanager
+    def lock(self, *, create: bool = False) -> Iterator[None]:
+        """Write to the group for the length of the block.
 
-        Without `create`, also if there is no such group.
+        Raises `StepError` if that is not possible now; without `create`, also if there is no such group.
         """
-
-    @abstractmethod
-    def staging(self) -> AbstractContextManager[str]:
-        """URI of a scratch folder for the length of the block, in reach of all that can reach the data."""
+        if not create and not self.is_there():
+            raise StepError(f"there is no feature group {self.name} in {self.root}")
+        yield
 
     @abstractmethod
     def delete_orphan_files(self) -> int:
-        """Delete what killed writers left: data files that no snapshot has, scratch. Returns how many data files."""
+        """Delete what killed writers left: data files that no snapshot has. Returns how many."""
 
     @abstractmethod
     def remove(self) -> None:
@@ -187,10 +197,6 @@ class Group(ABC):
             raise StepError(f"feature group {self.name} has no commit {upto}; its latest is {len(commits)}")
         return GroupState(self.name, self.data_uri, commits[:upto], table)
 
-    def commits(self, upto: int | None = None) -> list[Commit]:
-        """All commits in order, or those up to a number."""
-        return self.state(upto).commits
-
     def expired(self) -> list[Commit]:
         """Commits whose snapshots have been expired: what they changed is known, what was then there is not."""
         try:
@@ -198,14 +204,14 @@ class Group(ABC):
         except FileNotFoundError:
             return []
 
-    def orphan_files(self, before: datetime, *, metadata_uri: str | None = None) -> list[tuple[str, int]]:
+    def orphan_files(self, before: datetime, *, metadata: bool = False) -> list[tuple[str, int]]:
         """Data files that no snapshot has and that are older than a time: URI and bytes.
 
-        Also those of the table's metadata, if it is said where they are.
+        With `metadata`, also those of a local table's metadata; on S3 they are where SageMaker wants them.
         """
         found = {
             path_in(uri := storage.join(place, path)): (uri, size)
-            for place in (self.data_uri, *([metadata_uri] if metadata_uri else []))
+            for place in (self.data_uri, *([storage.join(self.uri, "metadata")] if metadata else []))
             for path, size, modified in storage.list_details(place)
             if modified < before.timestamp()
         }
@@ -217,8 +223,9 @@ class Group(ABC):
                 break
         return list(found.values())
 
-    def begin(self, state: GroupState, table: TableSpec, write_time: datetime | None = None) -> Attempt:
-        """What is needed to write events of `table` on top of `state`. Changes nothing.
+    @contextlib.contextmanager
+    def attempt(self, state: GroupState, table: TableSpec, write_time: datetime | None = None) -> Iterator[Attempt]:
+        """What is needed to write events of `table` on top of `state`. If the block fails, its files are deleted.
 
         `write_time` of the events: now, unless it is given, and later than that of the latest commit.
         """
@@ -231,29 +238,22 @@ class Group(ABC):
         target = WriteTarget(
             data_uri=self.data_uri,
             table=table,
-            token=attempt_token(),
+            token="".join(secrets.choice(ascii_uppercase + digits) for _ in range(6)),
             schema=schema_to_pyarrow(transaction.table_metadata.schema()),
             partition=state.iceberg.spec().fields[0].name,
             write_time=write_time or max(now, state.last.write_time + timedelta(microseconds=1) if state.last else now),
         )
-        return Attempt(state, transaction, target)
-
-    @contextlib.contextmanager
-    def attempt(self, state: GroupState, table: TableSpec, write_time: datetime | None = None) -> Iterator[Attempt]:
-        """See `begin`. If the block fails, the files that it has written are deleted."""
-        begun = self.begin(state, table, write_time)
+        begun = Attempt(state, transaction, target)
         try:
             yield begun
         except BaseException:
             with contextlib.suppress(StepError, OSError):  # a later ingestion deletes them too
-                if self._committed(begun) is None:
-                    self._delete_files_of(begun.target.token)
+                if not self._is_committed(begun):
+                    self._delete_files_of(target.token)
             raise
 
-    def append(
-        self, attempt: Attempt, commit: Commit, paths: Sequence[str], removed: Sequence[DataFile] = ()
-    ) -> Commit:
-        """Make `commit` and its files visible, atomically. Returns it with its snapshot's id.
+    def append(self, attempt: Attempt, commit: Commit, paths: Sequence[str], removed: Sequence[DataFile] = ()) -> None:
+        """Make `commit` and its files visible, atomically.
 
         With `removed`, they hold the events that those files have held: a compaction after the latest commit.
         Raises `CommitTaken` if another writer has committed since the attempt began, and `StepError` if the group has
@@ -267,24 +267,20 @@ class Group(ABC):
         folder = self.data_uri if storage.is_remote(self.data_uri) else f"file://{self.data_uri}"
         added = [storage.join(folder, path) for path in paths]
         try:
-            snapshot_id = iceberg_table.commit(table, attempt.transaction, added, summary, removed)
+            iceberg_table.commit(table, attempt.transaction, added, summary, removed)
         except CommitFailedException as error:
             raise CommitTaken(f"another writer has made commit {commit.number} of feature group {self.name}") from error
         except NoSuchTableError as error:
             raise self._deleted() from error
         except Exception:
             # The answer may have got lost: what counts is what the catalog says.
-            if (found := self._committed(attempt)) is None:
+            if not self._is_committed(attempt):
                 raise
-            snapshot_id = found
-        return commit.model_copy(update={"snapshot_id": snapshot_id})
 
     def _deleted(self) -> StepError:
         return StepError(f"feature group {self.name} was deleted while it was written to; ingest again")
 
-    def _committed(self, attempt: Attempt) -> int | None:
-        """Id of the snapshot that an attempt has made."""
+    def _is_committed(self, attempt: Attempt) -> bool:
         table = self._load()
         made = table.metadata.snapshots if table is not None else []
-        token = attempt.target.token
-        return next((s.snapshot_id for s in made if summary_of(s).get(INGESTION_KEY) == token), None)
+        return any(summary_of(snapshot).get(INGESTION_KEY) == attempt.target.token for snapshot in made)

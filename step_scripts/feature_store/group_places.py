@@ -1,9 +1,8 @@
 """Where a feature group is: in a local folder, or on S3 with its table in Glue; and how two writers are kept apart.
 
-Locally, writers hold a lock on the folder itself, so there is no lock file to be left behind; the lock goes with the
-process that holds it. On S3 there is no lock: writers work side by side, and the first commits. Glue accepts a change
-of a table only on top of the version that it was based on; the loser compares its rows again with what the winner
-stored.
+Locally, writers lock a file beside the folder, which goes with the group; the lock goes with its holder. On S3 there is
+no lock: writers work side by side, and the first commits. Glue accepts a change of a table only on top of the version
+that it was based on; the loser compares its rows again with what the winner stored.
 Files of a killed writer cannot be told from those of one that is at work, except by their age: what no snapshot has is
 deleted after `ORPHAN_AGE`, and a writer that took more than half as long gives up instead of committing.
 """
@@ -11,12 +10,9 @@ deleted after `ORPHAN_AGE`, and a writer that took more than half as long gives 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shlex
 import shutil
-import time
-import uuid
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,16 +24,17 @@ from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table
 
 from step_scripts.feature_store import iceberg_table
-from step_scripts.feature_store.commits import Commit, path_in
+from step_scripts.feature_store.commits import Commit
 from step_scripts.feature_store.events import event_types, file_types
-from step_scripts.feature_store.group import COMMAND, LOCK_SECONDS, ORPHAN_AGE, Attempt, Group, GroupInfo
+from step_scripts.feature_store.group import COMMAND, ORPHAN_AGE, Attempt, Group, GroupInfo
+from step_scripts.feature_store.iceberg_table import path_in
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.local_files import discard_folder, private_folder
-from step_scripts.runner.locking import try_lock
+from step_scripts.runner.locking import file_lock
 from step_scripts.runner.s3_objects import delete_objects
 
-_POLL_SECONDS = 0.05
+LOCK_SECONDS = 600.0
 _OWN_NAME = re.compile(r"/[A-Z0-9]{6}-[0-9a-f]{64}\.parquet$")
 _REMOVAL = "removal.json"  # there while a group on S3 is being deleted
 
@@ -50,58 +47,28 @@ class LocalGroup(Group):
         self.path = Path(self.uri)
         self.data = self.path / "data"
         self.metadata = self.path / "metadata"
+        self._lock_path = self.path.with_name(f".{name}.lock")
         self.identifier = (iceberg_table.NAMESPACE, name)
         self.database = iceberg_table.DATABASE
 
     @contextlib.contextmanager
-    def lock(self, seconds: float = LOCK_SECONDS, *, create: bool = False) -> Iterator[None]:
-        """Be the group's only writer. Raises `StepError` if others hold the lock for longer than `seconds`."""
-        deadline = time.monotonic() + seconds
-        while True:
+    def lock(self, *, create: bool = False) -> Iterator[None]:
+        """Be the group's only writer. Raises `StepError` if others hold the lock for longer than `LOCK_SECONDS`."""
+        with super().lock(create=create), contextlib.ExitStack() as stack:
+            try:
+                lock = file_lock(self._lock_path, LOCK_SECONDS, "writing to a feature group")
+                stack.enter_context(lock)
+            except TimeoutError as error:
+                raise StepError(
+                    f"feature group {self.name} is being written to by another run; wait for it, or end it"
+                ) from error
             if create:
-                private_folder(self.path.parent)
-                with contextlib.suppress(FileExistsError):  # `exist_ok` still raises if a deletion comes in between
-                    self.path.mkdir()
-            try:
-                descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-            except FileNotFoundError:
-                if create:
-                    continue
-                raise StepError(f"there is no feature group {self.name} in {self.path.parent}") from None
-            try:
-                is_locked = try_lock(descriptor, self.path)
-                if self._is_at_path(descriptor):
-                    if is_locked:
-                        yield
-                        return
-                    if time.monotonic() > deadline:
-                        raise StepError(
-                            f"feature group {self.name} is being written to by another run; wait for it, or end it"
-                        )
-            finally:
-                os.close(descriptor)
-            time.sleep(_POLL_SECONDS)
-
-    def _is_at_path(self, descriptor: int) -> bool:
-        """Whether the open folder is still the one at the group's path: a deletion may have come first."""
-        try:
-            return os.path.samestat(os.fstat(descriptor), self.path.stat())
-        except FileNotFoundError:
-            return False
-
-    @contextlib.contextmanager
-    def staging(self) -> Iterator[str]:
-        """A scratch folder for the length of the block. The caller holds the lock."""
-        folder = self.path / "_staging"
-        folder.mkdir()
-        try:
-            yield str(folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+                private_folder(self.path)
+            yield
 
     def delete_orphan_files(self) -> int:
         """See `Group.delete_orphan_files`. The caller holds the lock, so whatever is not committed is a leftover."""
-        shutil.rmtree(self.path / "_staging", ignore_errors=True)
+        shutil.rmtree(self.path / "_staging", ignore_errors=True)  # of earlier versions
         for temporary in self.path.glob(".*.tmp"):
             temporary.unlink(missing_ok=True)
         orphans = self.orphan_files(datetime.max.replace(tzinfo=UTC))
@@ -112,6 +79,7 @@ class LocalGroup(Group):
     def remove(self) -> None:
         """Delete the group. The caller holds the lock; it is gone at once, however long the removal takes."""
         discard_folder(self.path)
+        self._lock_path.unlink(missing_ok=True)  # last: who waits for it notices, and takes a new one
 
     def catalog(self) -> Catalog:
         """The catalog in the group's folder."""
@@ -145,7 +113,8 @@ class LocalGroup(Group):
         iceberg_table.create(self.catalog(), self.identifier, info.table, f"file://{self.path}")
 
     def _delete_files_of(self, token: str) -> None:
-        self.delete_orphan_files()  # nobody else's files are uncommitted: the caller holds the lock
+        for path in self.data.rglob(f"{token}-*"):
+            path.unlink()
 
 
 class GlueGroup(Group):
@@ -153,8 +122,6 @@ class GlueGroup(Group):
 
     def __init__(self, root: str, name: str) -> None:
         super().__init__(root.replace("s3a://", "s3://", 1), name)
-        self._staging = storage.join(self.uri, "_staging")
-        self._began: float | None = None
         self._description: dict[str, Any] = {}
 
     def _place(self, name: str) -> str | None:
@@ -173,45 +140,21 @@ class GlueGroup(Group):
         table = self._place("glue_table")
         return tuple(table.split(".", 1)) if table is not None else None
 
-    def append(
-        self, attempt: Attempt, commit: Commit, paths: Sequence[str], removed: Sequence[DataFile] = ()
-    ) -> Commit:
+    def append(self, attempt: Attempt, commit: Commit, paths: Sequence[str], removed: Sequence[DataFile] = ()) -> None:
         """See `Group.append`. Raises `StepError` also if this writer took too long."""
-        longest = ORPHAN_AGE.total_seconds() / 2
-        if self._began is not None and time.monotonic() - self._began > longest:
+        if datetime.now(UTC) - attempt.target.write_time > ORPHAN_AGE / 2:
+            hours = ORPHAN_AGE.total_seconds() / 7200
             raise StepError(
-                f"writing to feature group {self.name} took more than {longest / 3600:.0f} hours, after which "
-                "its files may be taken for leftovers. Nothing was committed; ingest with more actors or hosts"
+                f"writing to feature group {self.name} took more than {hours:.0f} hours, after which its files "
+                "may be taken for leftovers. Nothing was committed; ingest with more actors or hosts"
             )
         if self.info() is None:
             raise self._deleted()
-        return super().append(attempt, commit, paths, removed)
-
-    @contextlib.contextmanager
-    def lock(self, seconds: float = LOCK_SECONDS, *, create: bool = False) -> Iterator[None]:
-        """Write to the group; others may too."""
-        if not create and not self.is_there():
-            raise StepError(f"there is no feature group {self.name} in {self.root}")
-        self._began = time.monotonic()
-        try:
-            yield
-        finally:
-            self._began = None
-
-    @contextlib.contextmanager
-    def staging(self) -> Iterator[str]:
-        """A scratch prefix of this writer alone."""
-        uri = storage.join(self._staging, uuid.uuid4().hex)
-        try:
-            yield uri
-        finally:
-            storage.delete(uri)
+        super().append(attempt, commit, paths, removed)
 
     def delete_orphan_files(self) -> int:
         """See `Group.delete_orphan_files`. Only files older than `ORPHAN_AGE`, and none of SageMaker's and Athena's."""
         oldest = datetime.now(UTC) - ORPHAN_AGE
-        staged = storage.list_details(self._staging)
-        delete_objects(self._staging, [path for path, _, modified in staged if modified < oldest.timestamp()])
         orphans = [path_in(uri, self.data_uri) for uri, _ in self.orphan_files(oldest) if _OWN_NAME.search(uri)]
         delete_objects(self.data_uri, orphans)
         return len(orphans)

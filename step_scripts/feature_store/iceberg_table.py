@@ -173,8 +173,8 @@ def commit(
     added: Iterable[str],
     summary: Mapping[str, str],
     removed: Iterable[DataFile] = (),
-) -> int:
-    """Commit the Parquet files at URIs `added`, and what the transaction holds already, as one snapshot; its id.
+) -> Snapshot:
+    """Commit the Parquet files at URIs `added`, and what the transaction holds already, as one snapshot.
 
     With `removed`, the added files hold the rows that those have held. Reads footers. Raises pyiceberg's
     `CommitFailedException` if the table has changed since the transaction began.
@@ -190,7 +190,30 @@ def commit(
     transaction.commit_transaction()
     current = table.current_snapshot()
     assert current is not None
-    return current.snapshot_id
+    return current
+
+
+def path_in(uri: str, folder: str = "") -> str:
+    """`uri`, which pyiceberg has written as a URL, relative to a folder that it is in."""
+    plain = uri.removeprefix("file://").replace("s3a://", "s3://", 1)
+    return plain.removeprefix(folder.rstrip("/") + "/")
+
+
+@contextlib.contextmanager
+def reading(place: str) -> Iterator[None]:
+    """Turns what pyiceberg raises for lost or damaged metadata into a `StepError` that says so."""
+    try:
+        yield
+    except StepError:
+        raise
+    except Exception as error:
+        of_catalog = type(error).__module__.partition(".")[0] == "sqlalchemy"
+        if not of_catalog and not isinstance(error, (OSError, ValueError, KeyError)):
+            raise
+        raise StepError(
+            f"the table of the feature group at {place} cannot be read ({type(error).__name__}: {error}); restore it "
+            "from a backup, or delete the group and ingest its sources again"
+        ) from error
 
 
 class CommitTaken(StepError):

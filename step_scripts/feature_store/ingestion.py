@@ -8,113 +8,93 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import polars as pl
 
-from step_scripts.feature_store.commits import Commit, GroupState, StoredFile, digest_of, ingested_by
-from step_scripts.feature_store.comparison import SHOWN, Changes, compare_partition, hash_source, partition_count
-from step_scripts.feature_store.data_files import WriteItem, WriteTarget, read_back, write_files
+from step_scripts.feature_store.commits import STORED_COUNTS, Changes, GroupState, is_ingested
+from step_scripts.feature_store.comparison import (
+    SHOWN,
+    WriteItem,
+    compare_partition,
+    hash_source,
+    partition_count,
+    write_files,
+)
 from step_scripts.feature_store.events import (
     Source,
+    WriteTarget,
     file_types,
-    grouped,
+    read_back,
     read_source,
     validate_schema_change,
 )
-from step_scripts.feature_store.group import LOCK_SECONDS, Group
+from step_scripts.feature_store.group import Group
 from step_scripts.feature_store.iceberg_table import retry_on_commit_conflict
-from step_scripts.feature_store.online_store import OnlineTarget, ParallelRun, bring_online
+from step_scripts.feature_store.online_store import ParallelRun, bring_online
+from step_scripts.parameters import IngestFeaturesParams
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, Reporter, StepError
+from step_scripts.runner.contract import FileInfo, StepContext, StepError, StepOutcome
 from step_scripts.runner.wording import counted
-from step_scripts.table.hashes import add_sums, subtract_sums
-from step_scripts.table.spec import TableSpec
+from step_scripts.table.hashes import add_sums
 
 _PIECE_ROWS = (1 << 17, 1 << 20)  # fewest and most rows of a piece: a worker holds one piece, about 0.4 kB a row
 _FILES_READ_AT_ONCE = 64
-STORED_COUNTS = ("added", "unchanged", "superseded", "deleted")
-
-
-@dataclass(frozen=True, kw_only=True)
-class IngestionResult(Changes):
-    """What an ingestion has changed, and the group after it.
-
-    `stored`: the files that it has added. `already_ingested`: the group held this dataset, and its latest commit is
-    that of an earlier ingestion.
-    """
-
-    state: GroupState
-    rows_in: int
-    rows_readable: int
-    stored: tuple[StoredFile, ...] = ()
-    written_online: int = 0
-    orphan_files_deleted: int = 0
-    already_ingested: bool = False
-
-    @property
-    def commit(self) -> Commit:
-        """The group's latest commit."""
-        return self.state.commits[-1]
-
-    @property
-    def day_partitions(self) -> int:
-        """How many days of event times have new files."""
-        return len({file.path.partition("/")[0] for file in self.stored})
 
 
 @dataclass(frozen=True)
 class Ingestion:
-    """Ingest `dataset` (columns record_id, event_time and those of `table`) into a group, which may not be there yet.
+    """Ingest the input `rows` of a step (columns record_id, event_time and those of the table) into a group.
 
-    With `mirror`, the group's live records become those of the dataset: others are deleted. `run` runs the pieces,
-    `workers` at the same time. `lock_seconds`: how long to wait for other writers. With `online`, the latest event of
-    every record that changes goes to the online store before the commit; the ids of those that do not arrive are
-    written to `missing_uri`. `confirm` is called before anything becomes visible, `phase` gives the context of each
-    phase.
+    The group may not be there yet. If the step's target is a mirror, the group's live records become those of the
+    dataset: others are deleted. If it has an online store, the latest event of every record that changes goes there
+    before the commit. `run` runs the pieces, `workers` at the same time.
     """
 
     group: Group
-    table: TableSpec
-    dataset: Artifact
+    context: StepContext
+    params: IngestFeaturesParams
     run: ParallelRun
-    log: Reporter
-    mirror: bool = False
     workers: int = 1
-    lock_seconds: float = LOCK_SECONDS
-    online: OnlineTarget | None = None
-    missing_uri: str | None = None
-    phase: Callable[[str], AbstractContextManager[None]] = lambda _: contextlib.nullcontext()
-    confirm: Callable[[], None] = lambda: None
 
-    def ingest(self) -> IngestionResult:
+    def ingest(self) -> StepOutcome:
         """A dataset that is known already makes no commit, one that is not makes one even if it changes nothing.
 
         Where writers cannot keep each other out, one that was overtaken compares again with what the other has stored.
+        The output `features` are the group's files and the digest of its live records.
 
         Raises `StepError`, having changed nothing, if the schema does not fit the group's, rows contradict each other,
         files of the group are missing, a row cannot be read back, or others hold the lock for too long.
         """
+        log = self.context.log
         with contextlib.ExitStack() as stack:
-            with self.phase("wait for the lock"):
-                stack.enter_context(self.group.lock(self.lock_seconds, create=True))
+            with self.context.phase("wait for the lock"):
+                stack.enter_context(self.group.lock(create=True))
             self.group.info()  # raises for another format, whose files would be taken for orphans
             if deleted := self.group.delete_orphan_files():
-                self.log.info(f"deleted what an earlier, unfinished ingestion has left: {counted(deleted, 'file')}")
-            result = retry_on_commit_conflict(self._attempt, self.log.info)
-        return replace(result, orphan_files_deleted=deleted)
+                log.info(f"deleted what an earlier, unfinished ingestion has left: {counted(deleted, 'file')}")
+            outcome = retry_on_commit_conflict(partial(self._attempt, deleted), log.info)
+        storage.delete(self._scratch_uri)
+        return outcome
 
-    def _attempt(self) -> IngestionResult:
-        """Ingest into the group as it is now. Raises `CommitTaken` if another writer commits first."""
-        group, table = self.group, self.table
-        files = [f for f in self.dataset.files if f.path.endswith(".parquet")]
-        inputs = self._pieces([(storage.join(self.dataset.uri, f.path), f.rows or 0) for f in files])
+    @property
+    def _scratch_uri(self) -> str:
+        return storage.join(self.context.attempt_uri, "scratch")  # goes with the attempt if the step fails
+
+    def _attempt(self, deleted: int) -> StepOutcome:
+        """Ingest into the group as it is now. Raises `CommitTaken` if another writer commits first.
+
+        `deleted`: how many orphan files were removed before.
+        """
+        group, table, target, dataset = self.group, self.params.table, self.params.target, self.context.inputs["rows"]
+        files = [f for f in dataset.files if f.path.endswith(".parquet")]
+        inputs = self._pieces(dataset.uri, files)
         rows = sum(source.rows for source in inputs)
         if not rows:
-            raise StepError(f"the dataset {self.dataset.uri} has no rows, so there is nothing to ingest")
+            raise StepError(f"the dataset {dataset.uri} has no rows, so there is nothing to ingest")
         state = group.state()
         has_new_columns = validate_schema_change(group.name, state.last.table if state.last else None, table)
         if state.last is None:
@@ -127,79 +107,82 @@ class Ingestion:
                 [file.path for file in state.files if file not in lost],
                 "restore them from a backup, or delete the group and ingest its sources again",
             )
-        if not has_new_columns and ingested_by(state.commits, self.dataset.digest, mirror=self.mirror):
-            self.log.info(f"feature group {group.name} holds this dataset already")
-            return IngestionResult(state=state, rows_in=rows, rows_readable=rows, unchanged=rows, already_ingested=True)
-        with group.staging() as scratch, group.attempt(state, table) as attempt:
-            with self.phase("compare"):
-                found, items = self._compare(inputs, state, attempt.target, scratch)
-            with self.phase("write"):
+        if not has_new_columns and is_ingested(state.commits, dataset.digest, mirror=target.mirror):
+            self.context.log.info(f"feature group {group.name} holds this dataset already")
+            return self._outcome(state, Changes(unchanged=rows), rows, rows, None, deleted)
+        with group.attempt(state, table) as attempt:
+            with self.context.phase("compare"):
+                found, items = self._compare(inputs, state, attempt.target)
+            with self.context.phase("write"):
                 calls = [(item, attempt.target) for item in items]
                 written = self._all(write_files, calls, "rows written", [item.rows for item in items])
             paths = sorted(path for part in written for path in part)
             count = sum(item.rows for item in items)
-            with self.phase("read back"):
+            with self.context.phase("read back"):
                 self._read_back(attempt.target, paths, found, count, state)
-            self.confirm()
-            if self.online is not None:
+            self.context.confirm()
+            if target.online is not None:
                 before = f"its latest commit is still {len(state.commits)}" if state.commits else "it has no commit"
-                with self.phase("write online"):
-                    bring_online(
-                        self.run,
-                        items,
-                        table,
-                        self.online,
-                        found.latest,
-                        self.log,
-                        offline=f"the offline store is as before: {before}",
-                        missing_uri=self.missing_uri,
-                    )
-            with self.phase("commit"):
-                commit = group.append(attempt, self._commit(state, found, attempt.target), paths)
-        after, new = group.state(commit.number), set(paths)
-        return IngestionResult(
-            **vars(found),
-            state=after,
-            rows_in=rows,
-            rows_readable=count - found.deleted + found.unchanged,
-            stored=tuple(file for file in after.files if file.path in new),
-            written_online=found.latest if self.online else 0,
+                with self.context.phase("write online"):
+                    bring_online(self.run, items, table, target.online, found.latest, self.context, before)
+            with self.context.phase("commit"):
+                mirrors = target.mirror or not state.files
+                commit = state.after(found, attempt.target, dataset_digest=dataset.digest, mirrors=mirrors)
+                group.append(attempt, commit, paths)
+        readable = count - found.deleted + found.unchanged
+        return self._outcome(group.state(commit.number), found, rows, readable, paths, deleted)
+
+    def _outcome(
+        self, state: GroupState, found: Changes, rows: int, readable: int, paths: list[str] | None, deleted: int
+    ) -> StepOutcome:
+        """What has been `found` to change, and was stored in the files at `paths` (None: no commit), as plain data."""
+        commit, log = state.commits[-1], self.context.log
+        counts = {name: getattr(found, name) for name in STORED_COUNTS}
+        log.info(
+            f"feature group {state.name}: {counted(rows, 'row')} in, {readable:,} readable; "
+            + ", ".join(f"{count:,} {name}" for name, count in counts.items())
+            + f"; commit {commit.number}, {counted(commit.live_rows, 'live record')}"
+        )
+        if found.outdated:
+            log.warning(f"rows older than what the feature group holds of their records: {found.outdated:,}")
+        metrics: dict[str, float] = {"rows_in": rows, "rows_readable": readable, **counts}
+        if self.params.target.online is not None:
+            metrics["written_online"] = found.latest
+        return StepOutcome(
+            outputs={"features": state.artifact()},
+            metrics=metrics,
+            details={
+                "group": state.name,
+                "commit": commit.number,
+                "snapshot_id": str(commit.snapshot_id),
+                "committed": paths is not None,
+                "already_ingested": paths is None,
+                "deduplicate": commit.deduplicate,
+                "outdated_rows": found.outdated,
+                "day_partitions_written": len({path.partition("/")[0] for path in paths or ()}),
+                "live_rows": commit.live_rows,
+                "files": len(state.files),
+                "orphan_files_deleted": deleted,
+                "timings": {name: round(seconds, 3) for name, seconds in self.context.seconds.items()},
+            },
         )
 
-    def _commit(self, state: GroupState, found: Changes, target: WriteTarget) -> Commit:
-        last = state.last
-        live = add_sums(last.live_sums if last else (0, 0), found.live_added)
-        return Commit(
-            number=len(state.commits) + 1,
-            created_at=target.write_time,
-            write_time=target.write_time,
-            dataset_digest=self.dataset.digest,
-            table=self.table,
-            **{name: getattr(found, name) for name in STORED_COUNTS},
-            live_rows=(last.live_rows if last else 0) + found.live_rows,
-            live_digest=digest_of(subtract_sums(live, found.live_removed)),
-            mirrors=self.mirror or not state.files,
-            deduplicate=found.further_events > 0 or bool(last and last.deduplicate),
-        )
-
-    def _compare(
-        self, inputs: list[Source], state: GroupState, target: WriteTarget, scratch: str
-    ) -> tuple[Changes, list[WriteItem]]:
+    def _compare(self, inputs: list[Source], state: GroupState, target: WriteTarget) -> tuple[Changes, list[WriteItem]]:
         """What the dataset changes, and what is to be written."""
-        rows_in, stored_rows = sum(source.rows for source in inputs), sum(file.rows for file in state.files)
+        # The files of another attempt are divided otherwise.
+        scratch, mirror = storage.join(self._scratch_uri, target.token), self.params.target.mirror
+        rows_in, stored_rows = sum(source.rows for source in inputs), sum(file.rows or 0 for file in state.files)
         # A small dataset is compared with the events of its own records only.
-        known_only = not self.mirror and rows_in * 4 < stored_rows
+        known_only = not mirror and rows_in * 4 < stored_rows
         partitions = partition_count(rows_in + (rows_in if known_only else stored_rows))
-        calls = [(source, self.table, partitions, scratch, False) for source in inputs]
+        calls = [(source, target.table, partitions, scratch, False) for source in inputs]
         times = self._all(hash_source, calls, "rows read", [source.rows for source in inputs])
-        files = [(storage.join(state.data_uri, file.path), file.rows) for file in state.files]
-        stored = self._pieces(files, len(inputs), file_types(target.schema))
-        calls = [(source, self.table, partitions, scratch, known_only) for source in stored]
+        stored = self._pieces(state.data_uri, state.files, len(inputs), file_types(target.schema))
+        calls = [(source, target.table, partitions, scratch, known_only) for source in stored]
         self._all(hash_source, calls, "stored rows compared", [source.rows for source in stored])
-        mirror_time = max(times) if self.mirror else None
-        compared = self._all(compare_partition, [(n, scratch, mirror_time) for n in range(partitions)])
+        sources, mirror_time = [*inputs, *stored], max(times) if mirror else None
+        compared = self._all(compare_partition, [(n, len(sources), scratch, mirror_time) for n in range(partitions)])
         found = sum((changes for changes, _ in compared), Changes())
-        sources = [*inputs, *stored]
         if found.conflicts:
             raise self._contradiction(found, sources)
         counts = pl.concat(rows for _, rows in compared).group_by("day", "source").agg(pl.col("rows").sum())
@@ -227,7 +210,7 @@ class Ingestion:
 
     def _unreadable(self, what: str, readable: list[str], remedy: str) -> StepError:
         """The error for rows that cannot be read, with the records of the dataset that are in no readable file."""
-        incoming = pl.concat(_record_ids(uri) for uri in self.dataset.file_uris(".parquet"))
+        incoming = pl.concat(_record_ids(uri) for uri in self.context.inputs["rows"].file_uris(".parquet"))
         stored = [_record_ids(storage.join(self.group.data_uri, path)) for path in readable]
         lost = incoming.unique().join(pl.concat([incoming.clear(), *stored]), on="record_id", how="anti")
         shown = lost["record_id"].sort().head(SHOWN).to_list()
@@ -240,7 +223,7 @@ class Ingestion:
 
     def _contradiction(self, found: Changes, sources: Sequence[Source]) -> StepError:
         places = found.conflicts[:SHOWN]
-        ids = {read_source(sources[n], ["record_id"], self.table)["record_id"][row] for n, row in places}
+        ids = {read_source(sources[n], ["record_id"], self.params.table)["record_id"][row] for n, row in places}
         return StepError(
             f"the dataset has different rows for the same record and event time, so that none of them is the latest: "
             f"record ids {', '.join(sorted(ids))}{' and maybe others' if len(places) == SHOWN else ''}. "
@@ -249,9 +232,22 @@ class Ingestion:
         )
 
     def _pieces(
-        self, files: Sequence[tuple[str, int]], first_index: int = 0, stored: Mapping[str, Any] | None = None
+        self, folder: str, files: Sequence[FileInfo], first_index: int = 0, stored: Mapping[str, Any] | None = None
     ) -> list[Source]:
-        return grouped(files, self._piece_rows(sum(rows for _, rows in files)), first_index, stored)
+        """Consecutive files below `folder` as sources of no more rows than a piece has, or of one file."""
+        most, held = self._piece_rows(sum(file.rows or 0 for file in files)), 0
+        groups: list[list[FileInfo]] = []
+        for file in files:
+            rows = file.rows or 0
+            if not groups or held + rows > most:
+                groups.append([])
+                held = 0
+            groups[-1].append(file)
+            held += rows
+        return [
+            Source(index, tuple(storage.join(folder, f.path) for f in group), sum(f.rows or 0 for f in group), stored)
+            for index, group in enumerate(groups, first_index)
+        ]
 
     def _piece_rows(self, rows: int) -> int:
         """Rows of a piece, so that all workers have one and none has too much to hold."""
@@ -266,7 +262,7 @@ class Ingestion:
         for index, result in self.run(function, calls):
             results[index] = result
             if what:
-                self.log.info(f"{sum(rows[n] for n in results):,} of {sum(rows):,} {what}")
+                self.context.log.info(f"{sum(rows[n] for n in results):,} of {sum(rows):,} {what}")
         return [results[n] for n in range(len(calls))]
 
 

@@ -6,46 +6,35 @@ statistics in the files' footers. The online view cannot disagree with the offli
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import polars as pl
 from pyiceberg.expressions import AlwaysTrue, In
 from pyiceberg.io.pyarrow import ArrowScan
 
-from step_scripts.feature_store.commits import Commit, GroupState, StoredFile, digest_of, ingested_by
-from step_scripts.feature_store.data_files import events_digest, tombstones, verify_events, write_events
-from step_scripts.feature_store.events import event_types, row_types, validate_schema_change
+from step_scripts.feature_store.commits import Changes, Commit, GroupState, as_utc, digest_of, is_ingested
+from step_scripts.feature_store.events import (
+    event_types,
+    events_digest,
+    row_types,
+    tombstones,
+    validate_schema_change,
+    verify_events,
+    write_events,
+)
 from step_scripts.feature_store.group import GROUP_NAME, Group
 from step_scripts.feature_store.group_places import GlueGroup, LocalGroup
 from step_scripts.feature_store.iceberg_table import retry_on_commit_conflict
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, StepError
+from step_scripts.runner.contract import StepError
 from step_scripts.table.column_types import TIMESTAMP, columns_as
-from step_scripts.table.hashes import subtract_sums
 from step_scripts.table.spec import TableSpec
 
 _SAMPLED_FILES = 10
 _EVENT_ORDER = ("event_time", "api_invocation_time", "write_time")
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Files that hold the records of a group at one point in time.
-
-    `deduplicate`: a record may have several events or be deleted, so readers take the latest event of each. `as_of`:
-    readers leave out later events. `commit`: number of the latest commit, `snapshot_id`: of its Iceberg snapshot.
-    """
-
-    artifact: Artifact
-    deduplicate: bool
-    commit: int
-    snapshot_id: int | None
-    as_of: datetime | None = None
 
 
 def latest_events(events: pl.LazyFrame, as_of: datetime | None = None) -> pl.LazyFrame:
@@ -54,11 +43,6 @@ def latest_events(events: pl.LazyFrame, as_of: datetime | None = None) -> pl.Laz
         events = events.filter(pl.col("event_time") <= as_utc(as_of))
     latest = events.sort(_EVENT_ORDER).unique("record_id", keep="last", maintain_order=False)
     return latest.filter(~pl.col("is_deleted"))
-
-
-def as_utc(time: datetime) -> datetime:
-    """`time` in UTC; without a time zone it is taken to be in UTC."""
-    return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
 
 
 class OfflineStore:
@@ -72,13 +56,15 @@ class OfflineStore:
 
     def groups(self) -> list[str]:
         """Names of all groups."""
-        names = storage.list_folders(self.root)
-        return [name for name in names if GROUP_NAME.fullmatch(name) and self.folder(name).is_there()]
+        return [folder.name for folder in self._folders() if folder.is_there()]
 
     def unfinished_removals(self) -> dict[str, str]:
         """What is left on S3 of groups whose removal has failed: places by name."""
-        folders = [self.folder(name) for name in storage.list_folders(self.root) if GROUP_NAME.fullmatch(name)]
+        folders = self._folders()
         return {f.name: f.uri for f in folders if isinstance(f, GlueGroup) and f.removal_is_incomplete()}
+
+    def _folders(self) -> list[Group]:
+        return [self.folder(name) for name in storage.list_folders(self.root) if GROUP_NAME.fullmatch(name)]
 
     def folder(self, group: str) -> Group:
         """The group's place, there or not."""
@@ -94,9 +80,9 @@ class OfflineStore:
         """
         self.check_table(group, table)
         folder = self.folder(group)
-        if not folder.commits():
+        if folder.state().last is None:
             with folder.lock(create=True):
-                if not folder.commits():
+                if folder.state().last is None:
                     folder.create(table, data_uri, glue_table)
 
     def check_table(self, group: str, table: TableSpec) -> None:
@@ -106,11 +92,17 @@ class OfflineStore:
 
     def commits(self, group: str, upto: int | None = None) -> list[Commit]:
         """The group's commits in order, all or up to a number."""
-        return self._existing(group).commits(upto)
+        return self._existing(group).state(upto).commits
 
-    def files(self, group: str, commit: int | None = None) -> list[StoredFile]:
-        """Files that make up the group after `commit`, or now."""
-        return self._existing(group).state(commit).files
+    def state(self, group: str, commit: int | None = None) -> GroupState:
+        """The group as it is now, or as if later commits than `commit` had not been made: its files and its commits.
+
+        Raises `StepError` if nothing has been ingested.
+        """
+        state = self._existing(group).state(commit)
+        if state.last is None:
+            raise StepError(f"nothing has been ingested into feature group {group} yet")
+        return state
 
     def table(self, group: str) -> TableSpec:
         """The group's columns."""
@@ -123,29 +115,21 @@ class OfflineStore:
         """Records at a point in time: record_id, event_time and the table's columns, no order.
 
         `as_of`: the latest event of each record up to this time, inclusive. `commit`: as if later commits had not
-        been made. Deleted records are left out. Holds all events in memory; steps read the files of `snapshot`.
+        been made. Deleted records are left out. Holds all events in memory; steps read the files of `state`.
         """
         state = self._existing(group).state(commit)
         if state.last is None:
             return pl.LazyFrame(schema=row_types(self.table(group)))
         return latest_events(_events(state).lazy(), as_of).select(*row_types(state.last.table))
 
-    def snapshot(self, group: str, as_of: datetime | None = None, commit: int | None = None) -> Snapshot:
-        """The files to read for the records of now, or of `as_of`. Raises `StepError` if the group has no commit.
-
-        `commit`: as if later commits had not been made.
-        """
-        return _snapshot(self._ingested(group, commit), as_of)
-
-    def find_ingestion(self, group: str, dataset_digest: str, *, mirror: bool) -> Snapshot | None:
-        """The group's snapshot if to ingest this dataset (again) would change nothing, and no file is missing."""
+    def find_ingestion(self, group: str, dataset_digest: str) -> GroupState | None:
+        """The group as it is now if to mirror this dataset (again) would change nothing, and no file is missing."""
         folder = self.folder(group)
         if folder.info() is None:
             return None
         state = folder.state()
-        if not ingested_by(state.commits, dataset_digest, mirror=mirror) or state.lost_files()[0]:
-            return None
-        return _snapshot(state)
+        is_known = is_ingested(state.commits, dataset_digest, mirror=True) and not state.lost_files()[0]
+        return state if is_known else None
 
     def get_record(self, group: str, record_id: str) -> dict[str, Any] | None:
         """The record's latest event (record_id, event_time, the table's columns); None if unknown or deleted."""
@@ -161,7 +145,7 @@ class OfflineStore:
 
         Columns: record_id, event_time, the table's columns, is_deleted. Reads a row group or two of each file.
         """
-        state = self._ingested(group)
+        state = self.state(group)
         files = state.files[:: -(-len(state.files) // _SAMPLED_FILES)]
         ids = set[str]()
         for file in files:
@@ -188,7 +172,7 @@ class OfflineStore:
         """Facts about the group, as plain data: schema, size, span of event times, commits."""
         folder = self._existing(group)
         info, state = folder.info(), folder.state()
-        files, last = state.files, state.last
+        files, times, last = state.files, state.event_times, state.last
         assert info is not None
         return {
             "name": group,
@@ -201,12 +185,12 @@ class OfflineStore:
             "last_commit_at": last.created_at.isoformat() if last else None,
             "live_rows": last.live_rows if last else 0,
             "live_digest": last.live_digest if last else digest_of((0, 0)),
-            "events": sum(f.rows for f in files),
+            "events": sum(f.rows or 0 for f in files),
             "deduplicate": last.deduplicate if last else False,
             "files": len(files),
             "bytes": sum(f.bytes for f in files),
-            "first_event_time": min(f.first_event_time for f in files).isoformat() if files else None,
-            "last_event_time": max(f.last_event_time for f in files).isoformat() if files else None,
+            "first_event_time": min(first for first, _ in times).isoformat() if times else None,
+            "last_event_time": max(last for _, last in times).isoformat() if times else None,
         }
 
     def _existing(self, group: str) -> Group:
@@ -215,27 +199,8 @@ class OfflineStore:
             raise self._absent(group)
         return folder
 
-    def _ingested(self, group: str, commit: int | None = None) -> GroupState:
-        state = self._existing(group).state(commit)
-        if state.last is None:
-            raise StepError(f"nothing has been ingested into feature group {group} yet")
-        return state
-
     def _absent(self, group: str) -> StepError:
         return StepError(f"there is no feature group {group} in {self.root}; it has {self.groups() or 'none'}")
-
-
-def _snapshot(state: GroupState, as_of: datetime | None = None) -> Snapshot:
-    """The files of a group after its latest commit, as a snapshot."""
-    last, artifact = state.commits[-1], state.artifact()
-    moment = as_utc(as_of) if as_of else None
-    if moment is not None and any(f.last_event_time > moment for f in state.files):
-        earlier = {f.path for f in state.files if f.first_event_time <= moment}
-        files = [f for f in artifact.files if f.path in earlier]
-        names = "\n".join([moment.isoformat(), *sorted(f.sha256 for f in files)])
-        artifact = Artifact.of(artifact.uri, files, digest=hashlib.sha256(names.encode()).hexdigest())
-        artifact = artifact.model_copy(update={"rows": None})
-    return Snapshot(artifact, last.deduplicate, last.number, last.snapshot_id, moment)
 
 
 def _events(state: GroupState, record_ids: Collection[str] | None = None) -> pl.DataFrame:
@@ -267,24 +232,11 @@ def _delete_record(folder: Group, record_id: str, event_time: datetime) -> bool:
     before = events.filter(pl.col("event_time") <= event_time)
     if not before.height or before["is_deleted"].last():
         return False
-    latest, live_digest = events.tail(1), last.live_digest
-    dies = before.height == events.height
-    if dies:
-        live_digest = digest_of(subtract_sums(last.live_sums, events_digest(latest, last.table)))
+    gone = events_digest(events.tail(1), last.table) if before.height == events.height else None
+    found = Changes(deleted=1, live_rows=-1 if gone else 0, live_removed=gone or (0, 0), further_events=1)
     with folder.attempt(state, last.table) as attempt:
         stone = tombstones(pl.Series([record_id]), pl.Series([event_time]).cast(TIMESTAMP), last.table)
         path = write_events(stone, attempt.target)
         verify_events([path], stone, attempt.target, folder.name)
-        commit = Commit(
-            number=last.number + 1,
-            created_at=attempt.target.write_time,
-            write_time=attempt.target.write_time,
-            table=last.table,
-            deleted=1,
-            live_rows=last.live_rows - dies,
-            live_digest=live_digest,
-            mirrors=False,
-            deduplicate=True,
-        )
-        folder.append(attempt, commit, [path])
+        folder.append(attempt, state.after(found, attempt.target), [path])
     return True

@@ -23,7 +23,18 @@ from step_scripts.runner.contract import StepError
 from step_scripts.runner.wording import counted
 from step_scripts.table.spec import DType, TableSpec
 
-_NUMBERS = {"int64": "Integral", "bool": "Integral", "float64": "Fractional"}  # others are texts
+# Of each type: SageMaker's, and values to text and back.
+_VALUES: dict[DType, tuple[str, Callable[[Any], str], Callable[[str], Any]]] = {
+    "int64": ("Integral", str, int),
+    "float64": ("Fractional", repr, float),
+    "bool": ("Integral", lambda value: str(int(value)), lambda text: bool(int(text))),
+    "string": ("String", str, str),
+    "datetime": (
+        "String",
+        lambda value: value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        datetime.fromisoformat,
+    ),
+}
 RECORD_ID, EVENT_TIME = "record_id", "event_time"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _WRITTEN_AT_ONCE = 25  # the service's limits
@@ -187,7 +198,7 @@ def _answer(function: Any, **request: Any) -> tuple[dict[str, Any] | None, str]:
 def feature_types(table: TableSpec) -> dict[str, str]:
     """SageMaker's type of each feature, in order: record id, event time, the table's columns."""
     types = {RECORD_ID: "String", EVENT_TIME: "String"}
-    return types | {column.name: _NUMBERS.get(column.dtype, "String") for column in table.columns}
+    return types | {column.name: _VALUES[column.dtype][0] for column in table.columns}
 
 
 def encoded_time(microseconds: int) -> str:
@@ -208,7 +219,9 @@ def encoded_records(events: pl.DataFrame, table: TableSpec) -> list[dict[str, st
         EVENT_TIME: [encoded_time(t) for t in events[EVENT_TIME].to_physical().to_list()],
     }
     for column in table.columns:
-        columns[column.name] = [_encoded(value, column.dtype) for value in events[column.name].to_list()]
+        _, encode, _ = _VALUES[column.dtype]
+        values = events[column.name].to_list()
+        columns[column.name] = [encode(v) if v is not None and v == v else None for v in values]
     names = list(columns)
     return [
         {name: text for name, text in zip(names, row, strict=True) if text is not None}
@@ -218,26 +231,8 @@ def encoded_records(events: pl.DataFrame, table: TableSpec) -> list[dict[str, st
 
 def decoded_record(features: Mapping[str, str], table: TableSpec) -> dict[str, Any]:
     """Values of a record's features: record_id, event_time (UTC), the table's columns."""
-    moment = datetime.fromisoformat(features[EVENT_TIME])
-    record: dict[str, Any] = {RECORD_ID: features[RECORD_ID], EVENT_TIME: moment}
-    return record | {c.name: _decoded(features.get(c.name), c.dtype) for c in table.columns}
-
-
-def _encoded(value: Any, dtype: DType) -> str | None:
-    if value is None or value != value:
-        return None
-    if dtype == "datetime":
-        return value.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-    if dtype == "bool":
-        return str(int(value))
-    return repr(value) if dtype == "float64" else str(value)
-
-
-def _decoded(text: str | None, dtype: DType) -> Any:
-    if text is None:
-        return None
-    if dtype == "datetime":
-        return datetime.fromisoformat(text)
-    if dtype == "bool":
-        return bool(int(text))
-    return {"int64": int, "float64": float, "string": str}[dtype](text)
+    record: dict[str, Any] = {RECORD_ID: features[RECORD_ID], EVENT_TIME: datetime.fromisoformat(features[EVENT_TIME])}
+    for column in table.columns:
+        text, (*_, decode) = features.get(column.name), _VALUES[column.dtype]
+        record[column.name] = decode(text) if text is not None else None
+    return record

@@ -7,9 +7,7 @@ holds in another state although it has no later event is removed for good and wr
 
 from __future__ import annotations
 
-import contextlib
 import heapq
-import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -18,7 +16,7 @@ from typing import Any
 
 import polars as pl
 
-from step_scripts.feature_store.data_files import WriteItem, item_events
+from step_scripts.feature_store.comparison import WriteItem, item_events
 from step_scripts.feature_store.online_client import (
     EVENT_TIME,
     RECORD_ID,
@@ -28,14 +26,15 @@ from step_scripts.feature_store.online_client import (
     encoded_records,
     encoded_time,
 )
+from step_scripts.parameters import OnlineTarget
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Reporter, StepError
+from step_scripts.runner.contract import StepContext, StepError
 from step_scripts.runner.processes import repeated
 from step_scripts.runner.s3_objects import service_client
 from step_scripts.runner.wording import counted
 from step_scripts.table.spec import TableSpec
 
-MISSING_RECORDS = "missing_record_ids.csv"
+_MISSING_RECORDS = "missing_record_ids.csv"
 _SHOWN = 10  # ids in a message
 _PART_RECORDS = 20_000  # of a call: people see how far it is after each
 _REPORTED_EVERY = 30.0  # seconds
@@ -46,20 +45,6 @@ _CONSISTENT_AFTER = (0.2, 0.8, 2.0)  # seconds between readings: the store is ev
 
 # Runs `function(*call)` for each call, in any order and anywhere; yields (index of the call, result).
 ParallelRun = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterator[tuple[int, Any]]]
-
-
-@dataclass(frozen=True)
-class OnlineTarget:
-    """Where an online store is, and how hard to press it.
-
-    `in_flight`: calls at the same time, of each actor. `retry_timeout_seconds`: how long it may accept no entry of a
-    batch.
-    """
-
-    group: str
-    region_name: str | None = None
-    in_flight: int = 16
-    retry_timeout_seconds: float = 300.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,16 +62,15 @@ def bring_online(
     table: TableSpec,
     target: OnlineTarget,
     expected: int,
-    log: Reporter,
-    *,
+    context: StepContext,
     offline: str,
-    missing_uri: str | None,
 ) -> None:
     """Have the online store hold the `expected` records of the pieces `items`.
 
-    Raises `StepError` if it does not: with how many it holds, what is `offline`, and the first ids of the others; all
-    of them are written to `missing_uri`.
+    Raises `StepError` if it does not: with how many it holds, how the `offline` store still is, and the first ids of
+    the others; all of them are written to a file that is kept.
     """
+    log, missing_uri = context.log, storage.join(context.output_uri("features"), _MISSING_RECORDS)
     parts = [(item, -(-item.rows // _PART_RECORDS)) for item in items]
     calls = [(item, part, count, table, target) for item, count in parts for part in range(count)]
     written, since = 0, time.monotonic()
@@ -110,8 +94,7 @@ def bring_online(
         return
     missing = unread = 0
     first = list[str]()
-    with contextlib.ExitStack() as stack:
-        listing = stack.enter_context(storage.open_output(missing_uri)) if missing_uri is not None else io.BytesIO()
+    with storage.open_output(missing_uri) as listing:
         listing.write(b"record_id\n")
         for _, (others, unknown) in run(look_up_online, calls):
             ids = [*others, *unknown]
@@ -121,11 +104,11 @@ def bring_online(
             listing.write("".join(f"{record_id}\n" for record_id in sorted(ids)).encode())
     named = f": {', '.join(first)}{' and others' if missing > len(first) else ''}" if first else ""
     unclear = f" (nothing is known of {unread:,} of these: they cannot be read now)" if unread else ""
-    listed = f". {MISSING_RECORDS} lists them all" if missing_uri is not None else ""
     raise StepError(
         f"{problem}. Online: {expected - missing:,} of {counted(expected, 'record')} as this ingestion has them, "
-        f"{missing:,} not{unclear}{named}{listed}. Offline: none of them; {offline}. Nothing was committed. Remedy: "
-        "ingest again when the online store answers, which writes what is missing, or with fewer calls in flight",
+        f"{missing:,} not{unclear}{named}. {_MISSING_RECORDS} lists them all. Offline: none of them; the offline store "
+        f"is as before: {offline}. Nothing was committed. Remedy: ingest again when the online store answers, which "
+        "writes what is missing, or with fewer calls in flight",
         details={
             "records_online": expected - missing,
             "records_missing_online": missing,
@@ -133,7 +116,7 @@ def bring_online(
             "missing_record_ids": list[Any](first),
             "records_offline": 0,
         },
-        keep={MISSING_RECORDS: missing_uri} if missing_uri is not None else {},
+        keep={_MISSING_RECORDS: missing_uri},
     ) from problem
 
 
@@ -143,10 +126,10 @@ def write_online(item: WriteItem, part: int, parts: int, table: TableSpec, targe
     Returns how many. Raises `StepError` for the first that the store refuses, does not accept in time, or does not hold
     afterwards; nothing more is then written.
     """
-    batches, store = _batches(item, part, parts, table), _client(target, target.retry_timeout_seconds)
+    store = _client(target, target.retry_timeout_seconds)
     synchronizer = _Synchronizer(store, table)
     with ThreadPoolExecutor(target.in_flight) as pool:
-        futures = [pool.submit(lambda batch: synchronizer.synchronize(_records(batch, table)), b) for b in batches]
+        futures = [pool.submit(synchronizer.synchronize, batch) for batch in _batches(item, part, parts, table)]
         ended, _ = wait(futures, return_when=FIRST_EXCEPTION)
         failed = [future for future in ended if future.exception() is not None]
         if failed:
@@ -159,19 +142,19 @@ def look_up_online(
     item: WriteItem, part: int, parts: int, table: TableSpec, target: OnlineTarget
 ) -> tuple[list[str], list[str]]:
     """Ids of the same records, as far as the store holds them in another state, or cannot be read."""
-    batches, store = _batches(item, part, parts, table), _client(target, _LOOKUP_SECONDS)
+    store = _client(target, _LOOKUP_SECONDS)
     synchronizer = _Synchronizer(store, table)
 
     def look_up(batch: pl.DataFrame) -> tuple[list[str], list[str]]:
         if not store.stop.is_set():
             try:
-                return [record.record_id for record in synchronizer.different(_records(batch, table))], []
+                return [record.record_id for record in synchronizer.different(synchronizer.records(batch))], []
             except StepError:
                 store.stop.set()
         return [], batch["record_id"].to_list()
 
     with ThreadPoolExecutor(target.in_flight) as pool:
-        found = list(pool.map(look_up, batches))
+        found = list(pool.map(look_up, _batches(item, part, parts, table)))
     return [i for others, _ in found for i in others], [i for _, unknown in found for i in unknown]
 
 
@@ -187,21 +170,22 @@ def _client(target: OnlineTarget, retry_timeout_seconds: float) -> OnlineClient:
     return OnlineClient(client, target.group, retry_timeout_seconds)
 
 
-def _records(events: pl.DataFrame, table: TableSpec) -> list[OnlineRecord]:
-    return [
-        OnlineRecord(features[RECORD_ID], decoded_time(features[EVENT_TIME]), None if is_deleted else features)
-        for features, is_deleted in zip(encoded_records(events, table), events["is_deleted"], strict=True)
-    ]
-
-
 class _Synchronizer:
     """Brings records into their states."""
 
     def __init__(self, store: OnlineClient, table: TableSpec) -> None:
         self._store, self._table = store, table
 
-    def synchronize(self, records: Sequence[OnlineRecord]) -> int:
+    def records(self, events: pl.DataFrame) -> list[OnlineRecord]:
+        """The states that events bring about."""
+        return [
+            OnlineRecord(features[RECORD_ID], decoded_time(features[EVENT_TIME]), None if is_deleted else features)
+            for features, is_deleted in zip(encoded_records(events, self._table), events["is_deleted"], strict=True)
+        ]
+
+    def synchronize(self, events: pl.DataFrame) -> int:
         """Write and read back. Returns the number of records; raises `StepError` for those that stay different."""
+        records = self.records(events)
         self._send(records)
         wrong = self.different(records)
         if ties := {r: moment for r, moment in wrong.items() if moment == r.event_time}:  # ignored for good: no waiting

@@ -7,18 +7,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from step_scripts.feature_store.commits import (
-    GroupState,
-    StoredFile,
-    number_of,
-    own_snapshots,
-    path_in,
-    reading,
-)
-from step_scripts.feature_store.data_files import LARGEST_FILE, write_anew
-from step_scripts.feature_store.events import Source, file_types
+from step_scripts.feature_store.commits import GroupState, number_of, own_snapshots
+from step_scripts.feature_store.events import LARGEST_FILE, Source, file_types, write_anew
 from step_scripts.feature_store.group import ORPHAN_AGE, Group
+from step_scripts.feature_store.iceberg_table import path_in, reading
 from step_scripts.runner import storage
+from step_scripts.runner.contract import FileInfo, StepError
 
 _TAG = "kept-"
 
@@ -61,9 +55,7 @@ def tidy(group: Group, kept: Collection[int], before: datetime, *, dry_run: bool
             if surplus:
                 _keep_facts(group, state, surplus)
                 table.maintenance.expire_snapshots().by_ids(list(surplus)).commit()
-        # On S3 the metadata are where SageMaker wants them.
-        metadata_uri = None if storage.is_remote(group.uri) else storage.join(group.uri, "metadata")
-        orphans = group.orphan_files(datetime.now(UTC) - ORPHAN_AGE, metadata_uri=metadata_uri)
+        orphans = group.orphan_files(datetime.now(UTC) - ORPHAN_AGE, metadata=True)
         if not dry_run:
             for uri, _ in orphans:
                 storage.delete(uri)
@@ -86,23 +78,28 @@ def compact(group: Group) -> dict[str, int]:
     """Bring the files of each day together, sorted by record. No event changes; readers see the old files or the new.
 
     Holds one day at a time. Returns the numbers of files before and after. Raises `StepError` if what was written is
-    not what was read, or another program has changed the table meanwhile.
+    not what was read, or another program has changed the table meanwhile; on S3, engines beside the data do it.
     """
+    if storage.is_remote(group.uri):
+        raise StepError(
+            f"feature group {group.name} is on S3: let Athena compact it, by OPTIMIZE <table> REWRITE DATA USING "
+            "BIN_PACK"
+        )
     with group.lock():
         group.info()  # raises for another format
         state = group.state()
         last, before = state.last, len(state.files)
-        days: dict[str, list[StoredFile]] = {}
+        days: dict[str, list[FileInfo]] = {}
         for file in state.files:
             days.setdefault(file.path.rpartition("/")[0], []).append(file)
-        several = [d for d in days.values() if len(d) > max(1, -(-sum(f.rows for f in d) // LARGEST_FILE))]
+        several = [d for d in days.values() if len(d) > max(1, -(-sum(f.rows or 0 for f in d) // LARGEST_FILE))]
         if last is None or not several:
             return {"files_before": before, "files_after": before}
         with group.attempt(state, last.table, last.write_time) as attempt:
             types, written = file_types(attempt.target.schema), list[str]()
             for files in several:
                 uris = tuple(storage.join(group.data_uri, file.path) for file in files)
-                source = Source(0, uris, sum(file.rows for file in files), types)
+                source = Source(0, uris, sum(file.rows or 0 for file in files), types)
                 written += write_anew(source, attempt.target, group.name)
             old = {file.path for files in several for file in files}
             removed = [file for file in state.data_files if path_in(file.file_path, state.data_uri) in old]

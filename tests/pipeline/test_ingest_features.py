@@ -85,6 +85,7 @@ def test_rows_in_are_rows_readable(ray_session: RaySession, tmp_path: Path) -> N
     )
     assert {"compare", "write", "read back", "commit"} <= details["timings"].keys()
     assert "30,000 of 30,000 rows written" in log.messages
+    assert not list((tmp_path / "out").rglob("scratch"))
     features = result.outputs["features"]
     assert features.rows == 30_000
     for file in features.files:
@@ -128,7 +129,7 @@ def test_actors_store_what_one_process_stores(ray_session: RaySession, tmp_path:
     by_actors = ingest(ray_session, tmp_path, write_frame(tmp_path, frame, parts=5), num_actors=2)
     alone = OfflineStore(str(tmp_path / "alone"))
     ingest_rows(alone, write_frame(tmp_path, frame), run=run_here)
-    assert by_actors.outputs["features"].digest == alone.snapshot("sales").artifact.digest
+    assert by_actors.outputs["features"].digest == alone.state("sales").artifact().digest
 
 
 def test_two_ingestions_at_once_both_land(ray_session: RaySession, tmp_path: Path) -> None:
@@ -189,7 +190,7 @@ def test_ray_data_and_duckdb_read_what_the_splits_hold(ray_session: RaySession, 
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [({"kind": "sagemaker"}, "not that of a feature store"), ({"typo": 1}, "typo")],
+    [({"kind": "sagemaker"}, "target.kind: Extra inputs"), ({"typo": 1}, "target.typo")],
 )
 def test_another_target_is_refused(
     ray_session: RaySession, tmp_path: Path, target: dict[str, Any], message: str

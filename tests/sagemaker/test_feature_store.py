@@ -24,7 +24,6 @@ from resources.aws.request_validation import InvalidJobRequest
 from resources.feature_store.base import OfflineSnapshot
 from resources.feature_store.sagemaker import SageMakerFeatureStore
 from step_scripts.feature_store import online_store
-from step_scripts.feature_store.ingestion import IngestionResult
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.feature_store.online_client import (
     decoded_record,
@@ -32,13 +31,14 @@ from step_scripts.feature_store.online_client import (
     encoded_records,
     encoded_time,
 )
-from step_scripts.feature_store.online_store import OnlineTarget
+from step_scripts.parameters import IngestionTarget, OnlineTarget
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError, StepRequest
 from step_scripts.table.spec import ColumnSpec, TableSpec
 from tests.feature_rows import (
     NOON,
     TABLE,
+    Ingested,
     Row,
     ingest_rows,
     record_id,
@@ -54,7 +54,7 @@ from tests.sagemaker_emulator import SageMakerEmulator
 from tests.sagemaker_emulator.testing import ROLE, Aws
 from tests.unit.housing_assets.checks.test_advisory import functions
 
-ONLINE = OnlineTarget("sales", retry_timeout_seconds=120)
+ONLINE = OnlineTarget(group="sales", retry_timeout_seconds=120)
 
 
 class Group:
@@ -68,7 +68,7 @@ class Group:
         self.store = OfflineStore(self.resource.root)
         self.online = ONLINE if online else None
 
-    def ingest(self, rows: Sequence[Row], **options: Any) -> IngestionResult:
+    def ingest(self, rows: Sequence[Row], **options: Any) -> Ingested:
         self.resource.ensure_group("sales", TABLE)
         options.setdefault("online", self.online)
         return ingest_rows(self.store, write_rows(self.folder, rows), **options)
@@ -107,7 +107,7 @@ def _no_groups_left(aws: Aws) -> Any:
 
 def test_a_group_is_created_once_and_tagged(offline: Group, aws: Aws) -> None:
     store = offline.resource
-    targets: list[dict[str, Any]] = []
+    targets: list[IngestionTarget] = []
     threads = [threading.Thread(target=lambda: targets.append(store.ensure_group("sales", TABLE))) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -117,7 +117,7 @@ def test_a_group_is_created_once_and_tagged(offline: Group, aws: Aws) -> None:
     resolved = described["OfflineStoreConfig"]["S3StorageConfig"]["ResolvedOutputS3Uri"]
     assert len(targets) == 3
     assert all(t == targets[0] for t in targets)
-    assert (store.describe("sales")["data"], targets[0]["online"]) == (resolved, None)
+    assert (store.describe("sales")["data"], targets[0].online) == (resolved, None)
     assert {d["FeatureName"]: d["FeatureType"] for d in described["FeatureDefinitions"]} == {
         "record_id": "String", "event_time": "String",
         "PRICE": "Fractional", "ROOMS": "Integral", "SOLD": "Integral",
@@ -220,7 +220,7 @@ def test_a_failed_creation_says_why_and_can_be_repeated(offline: Group, aws: Aws
         offline.resource.ensure_group("sales", TABLE)
     offline.resource.delete_group("sales")
     aws.faults.throttle("*FeatureGroup", count=3)
-    assert offline.resource.ensure_group("sales", TABLE)["root"] == offline.resource.root
+    assert offline.resource.ensure_group("sales", TABLE).root == offline.resource.root
     # Deleted behind our back, and there are records.
     offline.ingest([row(0)])
     aws.sagemaker.delete_feature_group(FeatureGroupName="sales")
@@ -271,7 +271,7 @@ def test_what_goes_online_is_not_written_offline_again(group: Group, aws: Aws) -
     runtime.put_record(FeatureGroupName="sales", Record=marker, TargetStores=["OfflineStore"])
 
     def foreign() -> set[str]:
-        ours = {f.path for f in group.store.files("sales")}
+        ours = {f.path for f in group.store.state("sales").files}
         data = group.store.folder("sales").data_uri
         return {uri for uri in storage.list_files(data) if uri.removeprefix(data + "/") not in ours}
 
@@ -300,7 +300,9 @@ def test_an_ingestion_that_fails_online_commits_nothing_and_a_repeat_heals_it(gr
     group.ingest([row(n) for n in range(3)])
     aws.faults.unprocessed_records(10_000)
     with pytest.raises(StepError, match=r"accepted no request for 1 s \(40 entries not processed\)|25 entries"):
-        group.ingest([row(n, 2.0, hours=1) for n in range(50)], online=OnlineTarget("sales", retry_timeout_seconds=1))
+        group.ingest(
+            [row(n, 2.0, hours=1) for n in range(50)], online=OnlineTarget(group="sales", retry_timeout_seconds=1)
+        )
     aws.faults.clear()
     assert len(group.store.commits("sales")) == 1
     assert {v[1] for v in records(group.store.scan("sales")).values()} == {1.0}
@@ -311,7 +313,7 @@ def test_an_ingestion_that_fails_online_commits_nothing_and_a_repeat_heals_it(gr
 
 
 def test_an_outage_of_the_online_store_says_what_is_where(
-    group: Group, aws: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    group: Group, aws: Aws, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group.ingest([row(n) for n in range(3)])
     synchronize, calls = online_store._Synchronizer.synchronize, itertools.count()
@@ -323,11 +325,11 @@ def test_an_outage_of_the_online_store_says_what_is_where(
 
     monkeypatch.setattr(online_store._Synchronizer, "synchronize", synchronize_then_break)
     rows = [row(n, 2.0, hours=1) for n in range(250)]
-    target = OnlineTarget("sales", in_flight=1, retry_timeout_seconds=1)
-    listed = str(tmp_path / "missing.csv")
+    target = OnlineTarget(group="sales", in_flight=1, retry_timeout_seconds=1)
     with pytest.raises(StepError) as failure:
-        group.ingest(rows, online=target, missing_uri=listed)
+        group.ingest(rows, online=target)
     aws.faults.clear()
+    listed = failure.value.keep["missing_record_ids.csv"]
     header, *missing = Path(listed).read_text().splitlines()
     assert header == "record_id"
     assert len(missing) == len(set(missing)) == 150
@@ -336,7 +338,6 @@ def test_an_outage_of_the_online_store_says_what_is_where(
     assert "Online: 100 of 250 records as this ingestion has them, 150 not: " in text
     assert f"150 not: {', '.join(sorted(missing)[:10])} and others. missing_record_ids.csv lists them all" in text
     assert "Offline: none of them; the offline store is as before: its latest commit is still 1" in text
-    assert failure.value.keep == {"missing_record_ids.csv": listed}
     assert (failure.value.details["records_online"], failure.value.details["records_missing_online"]) == (100, 150)
     for number in range(250):
         found = group.resource.get_record("sales", record_id(number))
@@ -445,7 +446,7 @@ def test_the_steps_work_on_s3_with_ray(group: Group, aws: Aws) -> None:
     requests = [
         StepRequest(
             step="ingest_features",
-            params={"table": table, "group": "sales", "target": target},
+            params={"table": table, "group": "sales", "target": target.model_dump()},
             inputs={"rows": local.model_copy(update={"uri": aws.uri("rows")})},
             **common,
         ),
@@ -464,4 +465,4 @@ def test_the_steps_work_on_s3_with_ray(group: Group, aws: Aws) -> None:
     assert group.resource.find_ingestion("sales", local.digest) == group.resource.offline("sales")
     assert sum(split["outputs"][name]["rows"] for name in ("train", "validation", "test")) == 300
     group.assert_alike(range(0, 300, 50))
-    assert not aws.keys("features/sales/_staging")
+    assert not [key for key in aws.keys("out") if "/scratch/" in key]

@@ -12,7 +12,7 @@ import pytest
 from resources.feature_store.base import FeatureStore, OfflineSnapshot
 from resources.feature_store.local import LocalFeatureStore
 from step_scripts.feature_store.offline_store import OfflineStore
-from step_scripts.parameters import IngestFeaturesParams
+from step_scripts.parameters import IngestFeaturesParams, IngestionTarget
 from step_scripts.runner.contract import StepError
 from tests import ROOT
 from tests.feature_rows import NOON, TABLE, ingest_rows, record_id, row, write_rows
@@ -25,7 +25,7 @@ def feature_store(tmp_path: Path) -> LocalFeatureStore:
 
 def test_the_target_is_what_the_step_takes(feature_store: FeatureStore, tmp_path: Path) -> None:
     target = feature_store.ensure_group("sales", TABLE)
-    assert target == {"root": str(tmp_path / "store"), "mirror": False}
+    assert target == IngestionTarget(root=str(tmp_path / "store"), mirror=False)
     assert IngestFeaturesParams(table=TABLE, group="sales", target=target).target == target
     assert feature_store.ensure_group("sales", TABLE) == target
     assert feature_store.describe("sales")["live_rows"] == 0

@@ -23,6 +23,7 @@ from housing_assets.maintenance.retention import prune
 from resources.references.io_manager import StoredReference
 from step_scripts.feature_store import __main__ as command
 from step_scripts.feature_store import iceberg_table, upkeep
+from step_scripts.feature_store.commits import is_ingested
 from step_scripts.feature_store.group import COMMAND
 from step_scripts.feature_store.group_places import LocalGroup
 from step_scripts.feature_store.offline_store import OfflineStore
@@ -68,13 +69,13 @@ def test_time_travel_by_snapshot(history: OfflineStore) -> None:
     for commit in history.commits("sales"):
         assert commit.snapshot_id is not None
         events = table.scan(snapshot_id=commit.snapshot_id).to_arrow()
-        assert events.num_rows == sum(f.rows for f in history.files("sales", commit.number))
+        assert events.num_rows == sum(f.rows or 0 for f in history.state("sales", commit.number).files)
         summary = table.snapshot_by_id(commit.snapshot_id)
         assert summary is not None
         assert summary.summary is not None
         facts = summary.summary.additional_properties
         assert (facts["housing.live-rows"], facts["housing.live-digest"]) == (str(commit.live_rows), commit.live_digest)
-    assert history.snapshot("sales", commit=2).snapshot_id == history.commits("sales")[1].snapshot_id
+    assert history.state("sales", commit=2).commits == history.commits("sales")[:2]
 
 
 def as_sagemaker(catalog: Any, identifier: tuple[str, ...], spec: Any, location: str) -> None:
@@ -97,7 +98,8 @@ def test_a_table_of_sagemakers_types_holds_the_same(
     rows = [row(0, sold=False), row(1, hours=-24 * 366 * 60 + 1e-7, rooms=None), row(2, hours=1 / 3600e6)]
     first = ingest_rows(store, write_rows(tmp_path, rows))
     assert records(store.scan("sales")) == {r[0]: r[1:] for r in rows}
-    assert sorted(f.first_event_time for f in store.files("sales")) == sorted({r[1] for r in rows} - {rows[2][1]})
+    first_times = [first for first, _ in store.state("sales").event_times]
+    assert sorted(first_times) == sorted({r[1] for r in rows} - {rows[2][1]})
     assert all(f.path.startswith("event_time_trunc=") for f in first.stored)
     assert ingest_rows(store, write_rows(tmp_path, rows), mirror=True).stored == ()
     extra = ColumnSpec(name="SEEN", dtype="bool", nullable=True)
@@ -182,7 +184,7 @@ def test_compaction_changes_no_record(history: OfflineStore, tmp_path: Path) -> 
     before, commits = records(history.scan("sales")), history.commits("sales")
     early = records(history.scan("sales", as_of=NOON))
     assert compact(group) == {"files_before": 5, "files_after": 2}
-    assert len(history.files("sales")) == 2
+    assert len(history.state("sales").files) == 2
     assert records(history.scan("sales")) == before == by_duckdb(history)
     assert records(history.scan("sales", as_of=NOON)) == early
     assert [c.model_dump(exclude={"snapshot_id"}) for c in history.commits("sales")] == [
@@ -302,7 +304,7 @@ def test_the_layout_of_before_is_refused_until_it_is_imported(tmp_path: Path) ->
             k: v for k, v in old.items() if "time" not in k and "_at" not in k and k != "table"
         }
     assert [c.write_time for c in store.commits("sales")] == [NOON + timedelta(days=n) for n in (1, 2)]
-    assert store.find_ingestion("sales", "dataset-2", mirror=False) is not None
+    assert is_ingested(store.commits("sales"), "dataset-2", mirror=False)
     assert sorted(p.name for p in (root / "sales").iterdir()) == ["catalog.db", "data", "group.json", "metadata"]
     assert isinstance(store.folder("sales"), LocalGroup)
     assert by_duckdb(store) == records(store.scan("sales"))
@@ -323,7 +325,7 @@ def test_the_jobs_keep_what_splits_and_versions_name(tmp_path: Path) -> None:
     with dg.DagsterInstance.ephemeral(tempdir=str(tmp_path)) as instance:
         done = compaction.execute_in_process(resources=resources, instance=instance)
         assert done.success
-        assert len(store.files("sales")) == 1
+        assert len(store.state("sales").files) == 1
         config = {"ops": {"prune_old": {"config": {"dry_run": False, "results_days": 0.0}}}}
         done = prune.execute_in_process(run_config=config, resources=resources, instance=instance)
         assert done.success

@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_scripts.feature_store import comparison, ingestion
+from step_scripts.feature_store import comparison, group_places, ingestion
 from step_scripts.feature_store.commits import digest_of
 from step_scripts.feature_store.group_places import LocalGroup
 from step_scripts.feature_store.iceberg_table import CommitTaken
@@ -204,7 +204,7 @@ def _assert_same(store: OfflineStore, model: Model) -> None:
     assert commit.live_rows == len(live)
     assert commit.live_digest == _digest(store.scan("sales").collect())
     if not commit.deduplicate:
-        assert sum(f.rows for f in store.files("sales")) == len(live)
+        assert sum(f.rows or 0 for f in store.state("sales").files) == len(live)
 
 
 def _digest(frame: pl.DataFrame) -> str:
@@ -229,13 +229,14 @@ def store(tmp_path: Path) -> OfflineStore:
 def test_files_are_of_one_day_and_sorted_by_record(store: OfflineStore, tmp_path: Path) -> None:
     rows = [row(n, hours=h) for n, h in enumerate([0, 0.1, 11.9, 12, -24 * 366 * 152])]
     result = ingest_rows(store, write_rows(tmp_path, rows))
-    assert result.day_partitions == 3
+    assert len({file.path.partition("/")[0] for file in result.stored}) == 3
     matches = [
         re.fullmatch(r"event_time_day=(.{10})/[A-Z0-9]{6}-([0-9a-f]{64})\.parquet", f.path) for f in result.stored
     ]
     assert sorted(m.group(1) for m in matches if m) == ["1872-01-07", "2024-05-01", "2024-05-02"]
-    assert store.files("sales") == list(result.stored)
-    for file in store.files("sales"):
+    assert store.state("sales").files == list(result.stored)
+    state = store.state("sales")
+    for file, times in zip(state.files, state.event_times, strict=True):
         path = _group(store).data / file.path
         assert hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256
         frame = pl.read_parquet(path)
@@ -243,7 +244,7 @@ def test_files_are_of_one_day_and_sorted_by_record(store: OfflineStore, tmp_path
         assert frame.columns[-3:] == ["write_time", "api_invocation_time", "is_deleted"]
         assert frame["record_id"].is_sorted()
         assert frame["write_time"].dtype == pl.Datetime("us", "UTC")
-        assert (frame["event_time"].min(), frame["event_time"].max()) == (file.first_event_time, file.last_event_time)
+        assert (frame["event_time"].min(), frame["event_time"].max()) == times
         assert pq.read_schema(path).field("PRICE").metadata == {b"PARQUET:field_id": b"3"}
 
 
@@ -260,10 +261,10 @@ def test_the_same_dataset_adds_nothing_and_makes_no_commit(store: OfflineStore, 
 def test_a_file_saved_again_stores_nothing_and_is_known_from_then_on(store: OfflineStore, tmp_path: Path) -> None:
     ingest_rows(store, write_rows(tmp_path, [row(n) for n in range(5)]))
     saved_again = write_rows(tmp_path, [row(n, hours=5) for n in range(5)])
-    before = store.snapshot("sales").artifact
+    before = store.state("sales").artifact()
     result = ingest_rows(store, saved_again)
     assert (result.unchanged, result.stored, result.commit.deduplicate) == (5, (), False)
-    assert store.snapshot("sales").artifact == before
+    assert store.state("sales").artifact() == before
     assert ingest_rows(store, saved_again).already_ingested
 
 
@@ -350,10 +351,10 @@ def test_rows_of_other_programs_are_left_alone(store: OfflineStore, tmp_path: Pa
     table = opened(store.root)
     events = table.scan().to_arrow()
     table.append(events.set_column(events.column_names.index("record_id"), "record_id", [["theirs"]]))
-    assert (set(records(store.scan("sales"))), len(store.files("sales"))) == ({record_id(0)}, 1)
+    assert (set(records(store.scan("sales"))), len(store.state("sales").files)) == ({record_id(0)}, 1)
     assert store.get_record("sales", "theirs") is None
     changed = ingest_rows(store, write_rows(tmp_path, [row(0, 2.0, hours=1)]))
-    assert (changed.commit.number, changed.superseded, len(store.files("sales"))) == (2, 1, 2)
+    assert (changed.commit.number, changed.superseded, len(store.state("sales").files)) == (2, 1, 2)
     assert opened(store.root).scan().to_arrow().num_rows == 3
 
 
@@ -481,7 +482,9 @@ ingest_rows(OfflineStore(sys.argv[1]), write_rows(Path(sys.argv[2]), [row(1), ro
 """
 
 
-def test_a_killed_ingestion_is_invisible_and_the_next_one_tidies_up(store: OfflineStore, tmp_path: Path) -> None:
+def test_a_killed_ingestion_is_invisible_and_the_next_one_tidies_up(
+    store: OfflineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ingest_rows(store, write_rows(tmp_path, [row(0)]))
     before = _data_files(store)
     process = subprocess.Popen(
@@ -491,21 +494,21 @@ def test_a_killed_ingestion_is_invisible_and_the_next_one_tidies_up(store: Offli
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "written\n"
-        with pytest.raises(StepError, match="being written to by another run"):
-            ingest_rows(store, write_rows(tmp_path, [row(3)]), lock_seconds=0.1)
+        with monkeypatch.context() as impatient:
+            impatient.setattr(group_places, "LOCK_SECONDS", 0.1)
+            with pytest.raises(StepError, match="being written to by another run"):
+                ingest_rows(store, write_rows(tmp_path, [row(3)]))
         assert set(records(store.scan("sales"))) == {record_id(0)}
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close() if process.stdout else None
     assert len(_data_files(store) - before) == 2
-    assert (_group(store).path / "_staging").exists()
     assert set(records(store.scan("sales"))) == {record_id(0)}
     assert store.get_record("sales", record_id(1)) is None
     after = ingest_rows(store, write_rows(tmp_path, [row(1)]))
     assert (after.orphan_files_deleted, after.added) == (2, 1)
     assert len(_data_files(store)) == 2
-    assert not (_group(store).path / "_staging").exists()
 
 
 def test_ingestions_at_the_same_time_all_land(store: OfflineStore, tmp_path: Path) -> None:
@@ -524,11 +527,11 @@ def test_a_stale_writer_cannot_commit(store: OfflineStore, tmp_path: Path) -> No
     ingest_rows(store, write_rows(tmp_path, [row(0)]))
     folder = store.folder("sales")
     state = folder.state()
-    stale = folder.begin(state, TABLE)
-    commit = ingest_rows(store, write_rows(tmp_path, [row(1)])).commit
-    with pytest.raises(CommitTaken, match="another writer has made commit 2"):
-        folder.append(stale, commit.model_copy(update={"live_rows": 99}), [file.path for file in state.files])
-    assert folder.commits()[-1] == commit
+    with folder.attempt(state, TABLE) as stale:
+        commit = ingest_rows(store, write_rows(tmp_path, [row(1)])).commit
+        with pytest.raises(CommitTaken, match="another writer has made commit 2"):
+            folder.append(stale, commit.model_copy(update={"live_rows": 99}), [file.path for file in state.files])
+    assert folder.state().last == commit
     assert set(records(store.scan("sales"))) == {record_id(0), record_id(1)}
 
 
@@ -569,10 +572,10 @@ def test_a_file_with_other_rows_than_planned_is_not_committed(store: OfflineStor
 def test_a_lost_file_is_found_by_readers_and_by_the_next_ingestion(store: OfflineStore, tmp_path: Path) -> None:
     dataset = write_rows(tmp_path, [row(0), row(1, hours=24)])
     ingest_rows(store, dataset)
-    assert store.find_ingestion("sales", dataset.digest, mirror=False) is not None
+    assert store.find_ingestion("sales", dataset.digest) is not None
     lost = next(_group(store).data.rglob("event_time_day=2024-05-02/*.parquet"))
     lost.unlink()
-    assert store.find_ingestion("sales", dataset.digest, mirror=False) is None
+    assert store.find_ingestion("sales", dataset.digest) is None
     for attempt in (
         lambda: store.scan("sales"),
         lambda: store.get_record("sales", record_id(0)),
@@ -610,7 +613,7 @@ def test_groups_are_separate_and_can_be_deleted(store: OfflineStore, tmp_path: P
     assert store.groups() == ["one", "two"]
     store.delete_group("one")
     assert store.groups() == ["two"]
-    assert not [uri for uri in storage.list_files(store.root) if "/two/" not in uri]
+    assert not [uri for uri in storage.list_files(store.root) if "/two/" not in uri and not uri.endswith("/.two.lock")]
     with pytest.raises(StepError, match=r"there is no feature group one.*\['two'\]"):
         store.scan("one")
     assert ingest_rows(store, write_rows(tmp_path, [row(1)]), group="one").commit.number == 1
@@ -650,13 +653,14 @@ def test_deleting_a_record(store: OfflineStore, tmp_path: Path) -> None:
 
 def test_snapshots_differ_by_what_they_hold(store: OfflineStore, tmp_path: Path) -> None:
     ingest_rows(store, write_rows(tmp_path, [row(0), row(1, hours=24), row(2, hours=24.5)]))
-    now = store.snapshot("sales")
-    assert (now.artifact.rows, now.deduplicate, now.commit) == (3, False, 1)
-    assert store.snapshot("sales", NOON + timedelta(hours=30)).artifact == now.artifact
-    early = store.snapshot("sales", NOON + timedelta(hours=24))
-    assert (early.artifact.rows, early.artifact.digest == now.artifact.digest) == (None, False)
-    assert len(early.artifact.files) == 2
-    assert len(store.snapshot("sales", NOON.replace(tzinfo=None)).artifact.files) == 1
+    state = store.state("sales")
+    now = state.artifact()
+    assert (now.rows, state.commits[-1].deduplicate, len(state.commits)) == (3, False, 1)
+    assert state.artifact(NOON + timedelta(hours=30)) == now
+    early = state.artifact(NOON + timedelta(hours=24))
+    assert (early.rows, early.digest == now.digest) == (None, False)
+    assert len(early.files) == 2
+    assert len(state.artifact(NOON.replace(tzinfo=None)).files) == 1
     assert len(records(store.scan("sales", as_of=NOON + timedelta(hours=24)))) == 2
 
 

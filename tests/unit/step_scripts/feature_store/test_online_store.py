@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from step_scripts.feature_store import online_store
-from step_scripts.feature_store.data_files import WriteItem
+from step_scripts.feature_store.comparison import WriteItem
 from step_scripts.feature_store.online_client import OnlineClient
-from step_scripts.feature_store.online_store import OnlineTarget, bring_online
+from step_scripts.feature_store.online_store import bring_online
+from step_scripts.parameters import OnlineTarget
 from step_scripts.runner.contract import StepError
-from tests.feature_rows import TABLE, Log
+from tests.feature_rows import TABLE, Log, step_context
 
-TARGET = OnlineTarget("sales", retry_timeout_seconds=900)
+TARGET = OnlineTarget(group="sales", retry_timeout_seconds=900)
 
 
 class Throttled:
@@ -34,9 +35,8 @@ def bring(folder: Path, log: Log, expected: int, outcomes: Any, looked_up: Any =
         assert [(part, parts) for _, part, parts, *_ in calls] == [(n, len(calls)) for n in range(-(-expected // 100))]
         yield from enumerate(outcomes if function is online_store.write_online else looked_up)
 
-    missing = str(folder / "missing.csv")
     items = [WriteItem((), str(folder), expected)]
-    bring_online(run, items, TABLE, TARGET, expected, log, offline="nothing", missing_uri=missing)
+    bring_online(run, items, TABLE, TARGET, expected, step_context(str(folder), log), "nothing")
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_progress_and_waiting_are_reported(tmp_path: Path) -> None:
         "100 of 150 records in the online store", "150 of 150 records in the online store"
     ]  # fmt: skip
     assert "waited out for up to 900 s" in "".join(log.messages)
-    assert not (tmp_path / "missing.csv").exists()
+    assert not list(tmp_path.rglob("*.csv"))
 
 
 def test_the_records_that_are_missing_are_listed(tmp_path: Path) -> None:
@@ -74,8 +74,8 @@ def test_the_records_that_are_missing_are_listed(tmp_path: Path) -> None:
         StepError, match=r"it broke\. Online: 197 of 200 .*3 not \(nothing is known of 1.*: b, c, d\."
     ) as caught:
         bring(tmp_path, Log(), 200, outcomes(), looked_up)
-    assert sorted((tmp_path / "missing.csv").read_text().split()) == ["b", "c", "d", "record_id"]
-    assert caught.value.keep == {"missing_record_ids.csv": str(tmp_path / "missing.csv")}
+    listed = Path(caught.value.keep["missing_record_ids.csv"])
+    assert sorted(listed.read_text().split()) == ["b", "c", "d", "record_id"]
 
 
 def test_calls_are_repeated_for_a_while_or_until_another_thread_gives_up() -> None:
