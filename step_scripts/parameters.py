@@ -54,7 +54,7 @@ class ValidateSourceSettings(StepSettings):
         default=1 << 20, ge=256, le=1 << 26, description="A longer row means that the file is damaged; bytes."
     )
     chunk_bytes: int = Field(
-        default=32 << 20, ge=1 << 10, le=1 << 32, description="Size of the fragments read in parallel; bytes."
+        default=24 << 20, ge=1 << 10, le=1 << 32, description="Size of the fragments read in parallel; bytes."
     )
 
 

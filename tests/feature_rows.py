@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -43,16 +44,15 @@ def row(number: int, price: float = 1.0, *, hours: float = 0, rooms: int | None 
     return record_id(number), NOON + timedelta(hours=hours), price, rooms, sold
 
 
-class Log:
+class Log(logging.Logger):
     """Keeps messages."""
 
     def __init__(self) -> None:
+        super().__init__("log")
         self.messages: list[str] = []
 
-    def info(self, message: str) -> None:
-        self.messages.append(message)
-
-    warning = info
+    def handle(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
 
 
 @dataclass(frozen=True, kw_only=True)

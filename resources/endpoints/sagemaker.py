@@ -201,7 +201,12 @@ class SageMakerRollout:
     def _create(self, config: str) -> SmokeTestResult:
         name = self.name
         self.log.info(f"Creating endpoint {name} for {self.version.reference}.")
-        own = {Tag.ENDPOINT: name, Tag.ROLE: SERVING, Tag.CONFIG: config, Tag.DEPLOYED: datetime.now(UTC).isoformat()}
+        own: dict[str, str] = {
+            Tag.ENDPOINT: name,
+            Tag.ROLE: SERVING,
+            Tag.CONFIG: config,
+            Tag.DEPLOYED: datetime.now(UTC).isoformat(),
+        }
         request = {"EndpointName": name, "EndpointConfigName": config, "Tags": self.host.owned(own)}
         self.parts.create("endpoint", request)
         try:

@@ -18,6 +18,7 @@ import polars as pl
 
 from step_scripts.feature_store.commits import Changes
 from step_scripts.feature_store.events import (
+    BY_RECORD,
     Source,
     WriteTarget,
     content_columns,
@@ -142,7 +143,7 @@ def item_events(item: WriteItem, table: TableSpec) -> pl.DataFrame:
 def write_files(item: WriteItem, target: WriteTarget) -> list[str]:
     """Write the files of `item`, one a day; their paths relative to `target.data_uri`."""
     events = item_events(item, target.table).with_columns(pl.col("event_time").dt.date().alias("_day"))
-    days = events.sort("record_id").partition_by("_day", maintain_order=False, include_key=False)
+    days = events.sort(*BY_RECORD).partition_by("_day", maintain_order=False, include_key=False)
     return [write_events(day, target) for day in days]
 
 

@@ -36,6 +36,11 @@ _MEANINGS = {
     "api_invocation_time": "when it was stored",
     "is_deleted": "whether the record does not exist from its event time on",
 }
+BY_RECORD = (
+    pl.col("record_id").cast(pl.Binary).bin.slice(0, 8).bin.reinterpret(dtype=pl.UInt64, endianness="big"),
+    pl.col("record_id"),
+)
+"""Sorts events by record id: a comparison of texts only where the first eight digits are equal takes a sixth."""
 _ROW_GROUP_ROWS = 1 << 15  # a look-up decodes one row group a file
 LARGEST_FILE = 1 << 20  # rows of a file that several others are brought together in
 _SAGEMAKERS_TYPES: dict[Any, Any] = {TIMESTAMP: pl.String(), pl.Boolean(): pl.Int64()}
@@ -235,7 +240,7 @@ def events_digest(events: pl.DataFrame, table: TableSpec) -> tuple[int, int]:
 def write_anew(source: Source, target: WriteTarget, group: str) -> list[str]:
     """Write the events of stored files of one day anew, sorted by record; the paths of the new files."""
     events = read_source(source, list(event_types(target.table)), target.table)
-    ordered = events.sort("record_id", "event_time", "write_time")
+    ordered = events.sort(*BY_RECORD, "event_time", "write_time")
     paths = [write_events(part, target) for part in ordered.iter_slices(LARGEST_FILE)]
     verify_events(paths, events, target, group)
     return paths

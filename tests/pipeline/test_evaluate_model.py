@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepR
 from step_scripts.runner.execution import run_step
 from step_scripts.runner.ray_session import RaySession
 from step_scripts.table.spec import ColumnSpec, TableSpec
+from tests.source_steps import CollectingReporter
 
 TABLE = TableSpec(
     name="flats",
@@ -33,18 +33,6 @@ TABLE = TableSpec(
     target="RENT",
     key_columns=("FLAT",),
 )
-
-
-@dataclass
-class Log:
-    messages: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    def info(self, message: str) -> None:
-        self.messages.append(message)
-
-    def warning(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 def rows(count: int, seed: int) -> pl.DataFrame:
@@ -108,7 +96,7 @@ def evaluate(
     *,
     train: Artifact | None = None,
     test: Artifact | None = None,
-    log: Log | None = None,
+    log: CollectingReporter | None = None,
     table: TableSpec = TABLE,
     extra: dict[str, Artifact] | None = None,
     **params: Any,
@@ -127,7 +115,7 @@ def evaluate(
         output_root=str(root),
         code_version="test",
     )
-    return run_step(request, log or Log(), session)
+    return run_step(request, log or CollectingReporter(), session)
 
 
 def report_of(result: StepResult, name: str = "evaluation.json") -> Any:
@@ -135,7 +123,7 @@ def report_of(result: StepResult, name: str = "evaluation.json") -> Any:
 
 
 def test_metrics_equal_those_computed_by_hand(ray_session: RaySession, tmp_path: Path, model: Artifact) -> None:
-    log = Log()
+    log = CollectingReporter()
     result = evaluate(ray_session, tmp_path, model, log=log)
     actual = TEST["RENT"].to_numpy()
     predicted = load_model(model.uri).predict(TEST).astype(float)
@@ -264,7 +252,7 @@ def test_a_champion_of_another_table_is_left_out_with_a_reason(
     ray_session: RaySession, tmp_path: Path, model: Artifact
 ) -> None:
     smaller = TABLE.model_copy(update={"columns": tuple(c for c in TABLE.columns if c.name != "FLOOR")})
-    log = Log()
+    log = CollectingReporter()
     champion = model
     candidate = trained(tmp_path / "smaller", smaller)
     test = split_files(tmp_path / "narrow", [TEST.drop("FLOOR")])

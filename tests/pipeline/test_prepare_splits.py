@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from step_scripts.runner.execution import run_step
 from step_scripts.runner.ray_session import RaySession
 from step_scripts.table.hashes import hashes_of_ids, split_fraction
 from step_scripts.table.spec import ColumnSpec, TableSpec
+from tests.feature_rows import Log
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 TABLE = TableSpec(
@@ -36,16 +36,6 @@ TABLE = TableSpec(
 )
 SPLITS = ("train", "validation", "test")
 COLUMNS = ["record_id", *TABLE.column_names]
-
-
-@dataclass
-class Log:
-    messages: list[str] = field(default_factory=list)
-
-    def info(self, message: str) -> None:
-        self.messages.append(message)
-
-    warning = info
 
 
 def record_id(number: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -32,18 +33,17 @@ from tests.split_files import TABLE, sales, scaler_of, write_inputs, write_split
 FAST = {"num_boost_round": 40, "early_stopping_rounds": 10, "num_trials": 3, "eta_min": 0.1, "eta_max": 0.3}
 
 
-class Messages:
+class Messages(logging.Logger):
     """Collects what a step reports, and reacts to it."""
 
     def __init__(self, react: Callable[[list[str]], None] = lambda texts: None) -> None:
+        super().__init__("messages")
         self.texts: list[str] = []
         self._react = react
 
-    def info(self, message: str) -> None:
-        self.texts.append(message)
+    def handle(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
         self._react(self.texts)
-
-    warning = info
 
     def trials(self) -> list[str]:
         return _done(self.texts)
