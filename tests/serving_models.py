@@ -89,8 +89,8 @@ def smoke_test(artifact: Artifact, rows: int = 12, *, offset: float = 0.0) -> Sm
     """Rows with the offline predictions of the model, plus `offset`."""
     frame = house_rows(rows, seed=5)
     expected = load_model(artifact.uri).predict(frame) + offset
-    rows = frame.write_csv(include_header=False).splitlines()
-    return SmokeTest(rows=tuple(rows), expected=tuple(expected.tolist()))
+    lines = frame.write_csv(include_header=False).splitlines()
+    return SmokeTest(rows=tuple(lines), expected=tuple(expected.tolist()))
 
 
 def request(
