@@ -201,13 +201,9 @@ class SageMakerRollout:
     def _create(self, config: str) -> SmokeTestResult:
         name = self.name
         self.log.info(f"Creating endpoint {name} for {self.version.reference}.")
-        own: dict[str, str] = {
-            Tag.ENDPOINT: name,
-            Tag.ROLE: SERVING,
-            Tag.CONFIG: config,
-            Tag.DEPLOYED: datetime.now(UTC).isoformat(),
-        }
-        request = {"EndpointName": name, "EndpointConfigName": config, "Tags": self.host.owned(own)}
+        now = datetime.now(UTC).isoformat()
+        tags = self.host.owned({Tag.ENDPOINT: name, Tag.ROLE: SERVING, Tag.CONFIG: config, Tag.DEPLOYED: now})
+        request = {"EndpointName": name, "EndpointConfigName": config, "Tags": tags}
         self.parts.create("endpoint", request)
         try:
             self._in_service(name, config, self.host.start_timeout_seconds)
