@@ -9,7 +9,7 @@ from housing_assets.reporting.lineage import lineage_rows
 from housing_assets.reporting.metadata import run_costs, run_timeline
 from resources.compute.base import as_metadata, table
 from resources.endpoints.base import EndpointDeploymentFailed, EndpointHost, EndpointStatus, VersionNotApproved
-from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound
+from resources.model_registry.base import ModelRegistry, ModelVersion, ModelVersionNotFound, split_reference
 from resources.references.evidence import EvidenceStore
 from resources.references.types import SplitRef
 from resources.services.optional import extra
@@ -32,7 +32,15 @@ def endpoint(
     they agree. It goes on serving when the run has ended.
     """
     name = config.endpoint_name or endpoint_host.default_name
-    version = _chosen_version(name, config, registered_model, model_registry, endpoint_host)
+    group, number = registered_model.group, config.version
+    if config.rollback:
+        group, number = _served_before(name, endpoint_host)
+    try:
+        version = model_registry.get(group, number or registered_model.version)
+    except ModelVersionNotFound as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+    if number is None and version.artifact.digest != registered_model.artifact.digest:
+        raise refusal(f"{version.reference} in the registry is another model", "materialize registered_model again")
     if not version.gate.passed:
         raise refusal(
             f"{version.reference} has no passed evaluation", "materialize evaluation_report and registered_model"
@@ -66,28 +74,8 @@ def endpoint(
     )
 
 
-def _chosen_version(
-    name: str,
-    config: EndpointConfig,
-    registered_model: ModelVersion,
-    model_registry: ModelRegistry,
-    endpoint_host: EndpointHost,
-) -> ModelVersion:
-    """The registered version, the one asked for, or the one that was served before."""
-    group, number = registered_model.group, config.version
-    if config.rollback:
-        status = endpoint_host.describe(name)
-        if status is None or status.previous_version is None:
-            raise dg.Failure(
-                f"endpoint {name} has served no other version that one could go back to",
-                allow_retries=False,
-            )
-        group, _, text = status.previous_version.rpartition("/")
-        number = int(text)
-    try:
-        version = model_registry.get(group, number or registered_model.version)
-    except ModelVersionNotFound as error:
-        raise dg.Failure(str(error), allow_retries=False) from error
-    if number is None and version.artifact.digest != registered_model.artifact.digest:
-        raise refusal(f"{version.reference} in the registry is another model", "materialize registered_model again")
-    return version
+def _served_before(name: str, host: EndpointHost) -> tuple[str, int]:
+    status = host.describe(name)
+    if status is None or status.previous_version is None:
+        raise dg.Failure(f"endpoint {name} has served no other version that one could go back to", allow_retries=False)
+    return split_reference(status.previous_version)

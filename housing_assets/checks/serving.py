@@ -28,7 +28,7 @@ from housing_assets.config import EndpointConfig
 from housing_assets.settings import Settings
 from resources.endpoints.base import EndpointHost, EndpointNotFound, EndpointStatus, InvocationFailed
 from resources.endpoints.captured_files import CapturedRows
-from resources.model_registry.base import ModelRegistry, ModelVersionNotFound, RegistryDamaged
+from resources.model_registry.base import ModelRegistry, ModelVersionNotFound, RegistryDamaged, split_reference
 from resources.references.evidence import Judged
 from resources.references.types import SplitRef
 from resources.services.notifier import Notifier
@@ -81,7 +81,7 @@ def serves_offline_predictions(
 
     def judge(status: EndpointStatus | None) -> dg.AssetCheckResult:
         served = status or endpoint
-        test = smoke_test_from(model_registry.get(*_parts(served.version)).artifact, test_split.rows, ROWS)
+        test = smoke_test_from(model_registry.get(*split_reference(served.version)).artifact, test_split.rows, ROWS)
         answers = ask(endpoint_host, served.name, test)
         rows, difference = len(answers.rows), max(answers.differences)
         return dg.AssetCheckResult(
@@ -152,13 +152,8 @@ def unless_redeployed(
     status = host.describe(name)
     result = judge(status)
     after = host.describe(name)
-    return result if result.passed or same_deployment(status, after) else judge(after)
-
-
-def same_deployment(before: EndpointStatus | None, after: EndpointStatus | None) -> bool:
-    """Whether no deployment has changed what is served in the meantime."""
-    kept = ("state", "version", "model_digest", "deployed_at")
-    return [getattr(before, field, None) for field in kept] == [getattr(after, field, None) for field in kept]
+    kept = [(s.state, s.version, s.model_digest, s.deployed_at) if s else None for s in (status, after)]
+    return result if result.passed or kept[0] == kept[1] else judge(after)
 
 
 def health(
@@ -167,7 +162,7 @@ def health(
     """Passed if the endpoint answers, and answers with a version that is approved now."""
     if status is None:
         return _ill(f"there is no endpoint {name}: materialize endpoint", {"endpoint_name": name})
-    group, number = _parts(status.version)
+    group, number = split_reference(status.version)
     facts: dict[str, Any] = {
         "endpoint_name": name,
         "state": status.state,
@@ -214,11 +209,6 @@ def _ill(
     return dg.AssetCheckResult(passed=False, severity=severity, description=reason, metadata=facts)
 
 
-def _parts(reference: str) -> tuple[str, int]:
-    group, _, number = reference.rpartition("/")
-    return group, int(number)
-
-
 def drift(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry) -> dg.AssetCheckResult:
     """Passed if captured features and predictions are distributed as the served model's training data, or if there is
     too little to judge."""
@@ -226,7 +216,7 @@ def drift(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry)
     if status is None:
         return dg.AssetCheckResult(passed=True, description=f"there is no endpoint {name}")
     try:
-        version = model_registry.get(*_parts(status.version))
+        version = model_registry.get(*split_reference(status.version))
     except (ModelVersionNotFound, RegistryDamaged) as error:
         return dg.AssetCheckResult(passed=True, description=f"nothing to compare with: {error}")
     table = table_of(version.artifact)
@@ -234,19 +224,19 @@ def drift(name: str, endpoint_host: EndpointHost, model_registry: ModelRegistry)
     read: list[CapturedRows | None] = []
     if problem := attempt(lambda: read.append(endpoint_host.captured(name, table, since, _MOST_ROWS))):
         return _ill(f"captured requests cannot be read: {problem}", {}, dg.AssetCheckSeverity.WARN)
-    rows = read[0]
-    if rows is None:
+    if (rows := read[0]) is None:
         return dg.AssetCheckResult(passed=True, description="requests are not captured (HOUSING_DATA_CAPTURE=on)")
+    count = len(rows.predictions)
     facts: dict[str, Any] = {
         "model_version": version.reference,
-        "captured_rows": rows.rows,
+        "captured_rows": count,
         "captured_requests": rows.requests,
         "unreadable_lines": rows.unreadable,
         "since": (rows.oldest or since).isoformat(),
         "threshold": PSI_THRESHOLD,
     }
-    if rows.rows < _SETTINGS.drift_rows:
-        reason = f"not enough captured rows: {rows.rows} since {since:%Y-%m-%d %H:%M}, {_SETTINGS.drift_rows} needed"
+    if count < _SETTINGS.drift_rows:
+        reason = f"not enough captured rows: {count} since {since:%Y-%m-%d %H:%M}, {_SETTINGS.drift_rows} needed"
         return dg.AssetCheckResult(passed=True, description=reason, metadata=facts)
     found = _indices(distributions(version.artifact), rows, table)
     if not found:
@@ -269,9 +259,7 @@ def _indices(known: dict[str, Any], rows: CapturedRows, table: TableSpec) -> dic
 
 watch_endpoint = dg.define_asset_job(
     "watch_endpoint",
-    selection=dg.AssetSelection.checks(
-        *(dg.AssetCheckKey(dg.AssetKey("endpoint"), name) for name in (HEALTH_CHECK, DRIFT_CHECK))
-    ),
+    selection=dg.AssetSelection.checks(endpoint_health, prediction_drift),
     description="Runs the endpoint's health and drift checks alone: does it answer, and is it asked what it was "
     "trained for? Alerts when one of them fails, once. Fails if the endpoint does not serve an approved version.",
 )

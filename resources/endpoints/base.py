@@ -10,14 +10,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import ClassVar, Literal
 
 import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from resources.endpoints.captured_files import CapturedFile, CapturedRows, read_captured, remove_captured
+from resources.endpoints import captured_files as captures
 from resources.inventory import OwnedItem
 from resources.model_registry.base import ModelVersion, check_name
+from step_scripts.runner.contract import StepParams
 from step_scripts.runner.wording import counted
 from step_scripts.serving.deployment import CaptureCounts
 from step_scripts.table.spec import TableSpec
@@ -92,14 +93,12 @@ class Answers:
         }
 
 
-class SmokeTest(BaseModel):
+class SmokeTest(StepParams):
     """Known rows and the predictions that the model gave for them offline.
 
     A served prediction is right if it differs by at most `tolerance` times the expected value's size (or 1, if that is
     larger).
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rows: tuple[str, ...] = Field(description="Raw rows, each a line of CSV.")
     expected: tuple[float, ...] = Field(min_length=1)
@@ -173,6 +172,8 @@ class EndpointStatus(BaseModel):
 class EndpointHost(dg.ConfigurableResource, ABC):
     """Serves models over HTTP. Assets depend on this type; the deployment picks the implementation."""
 
+    _capture_subfolder: ClassVar[str] = ""  # of an endpoint's folder below `_captured`
+
     default_name: str = Field(default="housing", description="Endpoint of a deployment that names no other.")
     root: str = Field(description="Below it the host keeps its files.")
 
@@ -201,9 +202,7 @@ class EndpointHost(dg.ConfigurableResource, ABC):
         """What the endpoint serves, or None if there is no such endpoint."""
 
     @abstractmethod
-    def invoke(
-        self, name: str, body: bytes, content_type: str, accept: str = "*/*", inference_id: str | None = None
-    ) -> bytes:
+    def invoke(self, name: str, body: bytes, content_type: str, accept: str = "*/*", inference_id: str = "") -> bytes:
         """The answer to one request. Raises `EndpointNotFound`, `InvocationFailed`.
 
         `inference_id` is captured with the request; `PROBE_ID` keeps it out of `captured`.
@@ -230,11 +229,14 @@ class EndpointHost(dg.ConfigurableResource, ABC):
     def _captured(self) -> str:
         """What the captured requests of all endpoints are below."""
 
-    @abstractmethod
-    def captured_files(self) -> Sequence[CapturedFile]:
-        """Files of captured requests below this host's root, also of endpoints that are gone."""
+    def captured_files(self) -> Sequence[captures.CapturedFile]:
+        """Files of captured requests below this host's root, also of endpoints that are gone.
 
-    def captured(self, name: str, table: TableSpec, since: datetime, limit: int) -> CapturedRows | None:
+        Not those captured to another `uri`: they are its owner's business.
+        """
+        return captures.captured_below(self._captured, self._capture_subfolder)
+
+    def captured(self, name: str, table: TableSpec, since: datetime, limit: int) -> captures.CapturedRows | None:
         """Raw features and predictions of at most `limit` rows, of the latest captured requests since that time.
 
         None: there is no such endpoint, or its requests are not captured.
@@ -242,11 +244,11 @@ class EndpointHost(dg.ConfigurableResource, ABC):
         status = self.describe(name)
         if status is None or status.capture_uri is None:
             return None
-        return read_captured(status.capture_uri, table, since, limit, without=PROBE_ID)
+        return captures.read_captured(status.capture_uri, table, since, limit, without=PROBE_ID)
 
-    def remove_captured(self, files: Sequence[CapturedFile]) -> None:
+    def remove_captured(self, files: Sequence[captures.CapturedFile]) -> None:
         """Remove some of them; missing files are ignored. Raises `NotOwned` for what is another's."""
-        remove_captured(files, self._captured)
+        captures.remove_captured(files, self._captured)
 
     def _not_served(self, name: str) -> EndpointNotFound:
         names = ", ".join(status.name for status in self.list() if status.state == "InService") or "none"

@@ -44,11 +44,6 @@ class CapturedRows:
     unreadable: int
     oldest: datetime | None
 
-    @property
-    def rows(self) -> int:
-        """How many there are."""
-        return len(self.predictions)
-
 
 def read_captured(uri: str, table: TableSpec, since: datetime, limit: int, without: str = "") -> CapturedRows:
     """Rows of requests captured below `uri`, a local folder or an s3:// prefix, that were answered at `since` or later.

@@ -239,7 +239,7 @@ class EndpointParts:
         else:
             self.delete(kind, item.name)
 
-    def send(self, name: str, body: bytes, content_type: str, accept: str, inference_id: str | None) -> bytes:
+    def send(self, name: str, body: bytes, content_type: str, accept: str, inference_id: str) -> bytes:
         """The answer of the endpoint, whoever created it.
 
         Raises `EndpointNotFound`, or `InvocationFailed` with the container's answer.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from abc import ABC
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, Self
@@ -134,7 +133,7 @@ def name_prefix(endpoint: str) -> str:
     return f"{endpoint[:_NAME_PART].rstrip('-')}-"
 
 
-class EndpointRequests(EndpointHost, ABC):
+class EndpointRequests(EndpointHost):
     """The configuration of `SageMakerEndpointHost`, and the requests that it leads to."""
 
     root: str = Field(description="s3:// prefix for captured data.")
@@ -226,24 +225,21 @@ class EndpointRequests(EndpointHost, ABC):
             variant["InstanceType"] = self.instance_type
             variant["InitialInstanceCount"] = 1 if role == CANDIDATE else self.instance_count
         content: dict[str, Any] = {"ProductionVariants": [variant]}
-        if self.data_capture and role != CANDIDATE:
-            content["DataCaptureConfig"] = self._capture_content(self.data_capture)
+        if (capture := self.data_capture) and role != CANDIDATE:
+            content["DataCaptureConfig"] = {
+                "EnableCapture": True,
+                "InitialSamplingPercentage": capture.sampling_percentage,
+                "DestinationS3Uri": capture.uri or self._captured,
+                "CaptureOptions": [{"CaptureMode": "Input"}, {"CaptureMode": "Output"}],
+                "CaptureContentTypeHeader": {
+                    "CsvContentTypes": ["text/csv"],
+                    "JsonContentTypes": ["application/json", "application/jsonlines"],
+                },
+                **({"KmsKeyId": capture.kms_key} if capture.kms_key else {}),
+            }
         if self.kms_key:
             content["KmsKeyId"] = self.kms_key
         return content
-
-    def _capture_content(self, capture: DataCapture) -> dict[str, Any]:
-        return {
-            "EnableCapture": True,
-            "InitialSamplingPercentage": capture.sampling_percentage,
-            "DestinationS3Uri": capture.uri or self._captured,
-            "CaptureOptions": [{"CaptureMode": "Input"}, {"CaptureMode": "Output"}],
-            "CaptureContentTypeHeader": {
-                "CsvContentTypes": ["text/csv"],
-                "JsonContentTypes": ["application/json", "application/jsonlines"],
-            },
-            **({"KmsKeyId": capture.kms_key} if capture.kms_key else {}),
-        }
 
     def model_request(self, endpoint: str, version: ModelVersion, container: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters of `create_model`."""

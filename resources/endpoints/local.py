@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import ClassVar
 
 import dagster as dg
 from pydantic import Field
@@ -27,7 +28,6 @@ from resources.endpoints.base import (
     SmokeTest,
     SmokeTestFailed,
 )
-from resources.endpoints.captured_files import CapturedFile, captured_below
 from resources.endpoints.local_rollout import LocalRollout, read_deployment
 from resources.inventory import NotOwned, OwnedItem, discarded_items, remove_discarded
 from resources.model_registry.base import NAME, ModelVersion, check_name
@@ -49,6 +49,8 @@ class LocalDataCapture(dg.Config):
 
 class LocalEndpointHost(EndpointHost):
     """Serving processes on the loopback interface, with their state below `root`."""
+
+    _capture_subfolder: ClassVar[str] = f"/{CAPTURE_FOLDER}"
 
     root: str = Field(description="Folder of the endpoints' state and logs.")
     port: int | None = Field(
@@ -103,9 +105,7 @@ class LocalEndpointHost(EndpointHost):
             capture_uri=str(folder / CAPTURE_FOLDER) if record.capture else None,
         )
 
-    def invoke(
-        self, name: str, body: bytes, content_type: str, accept: str = "*/*", inference_id: str | None = None
-    ) -> bytes:
+    def invoke(self, name: str, body: bytes, content_type: str, accept: str = "*/*", inference_id: str = "") -> bytes:
         """See `EndpointHost.invoke`."""
         if (server := servers.find_server(self.folder(name))) is None:
             raise self._not_served(name)
@@ -145,9 +145,8 @@ class LocalEndpointHost(EndpointHost):
             raise NotOwned(f"{item.location} is no endpoint of this host ({self.root})")
         if not item.temporary:
             self.delete(item.name)
-        for name, process in servers.orphan_servers(Path(self._captured)):
-            if name == item.name:
-                end_processes([process], 10.0)
+        orphans = servers.orphan_servers(Path(self._captured))
+        end_processes([process for name, process in orphans if name == item.name], 10.0)
 
     def _item(self, name: str) -> OwnedItem | None:
         location = str(self.folder(name))
@@ -176,10 +175,6 @@ class LocalEndpointHost(EndpointHost):
     @property
     def _captured(self) -> str:
         return str(Path(self.root).absolute())
-
-    def captured_files(self) -> Sequence[CapturedFile]:
-        """See `EndpointHost.captured_files`. The serving process bounds their size itself, but not their age."""
-        return captured_below(self._captured, f"/{CAPTURE_FOLDER}")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -29,7 +29,6 @@ from resources.endpoints.base import (
     SmokeTestFailed,
     SmokeTestResult,
 )
-from resources.endpoints.captured_files import CapturedFile, captured_below
 from resources.endpoints.endpoint_parts import BROKEN, MEMBERS, MOVING, EndpointParts, FoundEndpoint
 from resources.endpoints.endpoint_requests import CANDIDATE, SERVING, EndpointRequests, Tag, part_name
 from resources.inventory import NotOwned, OwnedItem, files_item
@@ -88,9 +87,7 @@ class SageMakerEndpointHost(EndpointRequests):
             capture_uri=storage.join(capture["DestinationS3Uri"], name) if capture.get("EnableCapture") else None,
         )
 
-    def invoke(
-        self, name: str, body: bytes, content_type: str, accept: str = "*/*", inference_id: str | None = None
-    ) -> bytes:
+    def invoke(self, name: str, body: bytes, content_type: str, accept: str = "*/*", inference_id: str = "") -> bytes:
         """See `EndpointHost.invoke`. Bodies may have at most 6,291,456 bytes; that is SageMaker's limit."""
         if len(body) > MAX_BODY_BYTES:
             limit = f"endpoints take at most {MAX_BODY_BYTES}. Send the rows in several requests"
@@ -135,10 +132,6 @@ class SageMakerEndpointHost(EndpointRequests):
     def _names(self) -> Sequence[str]:
         """With those of others and of candidates, which `describe` leaves out."""
         return sorted(item["EndpointName"] for item in pages(self._parts().client, "list_endpoints", "Endpoints"))
-
-    def captured_files(self) -> Sequence[CapturedFile]:
-        """See `EndpointHost.captured_files`. What is captured to another `uri` is its owner's business."""
-        return captured_below(self._captured)
 
     def _parts(self) -> EndpointParts:
         seconds = self.retry_timeout_seconds

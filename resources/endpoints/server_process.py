@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +161,9 @@ def find_process(server: ServerRecord) -> psutil.Process | None:
 def orphan_servers(root: Path) -> list[tuple[str, psutil.Process]]:
     """Serving processes of endpoints directly below `root` whose deployment file is gone, with the endpoints' names."""
     found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            command = process.cmdline()
-            if "step_scripts.serve_model" not in command or "--deployment" not in command[:-1]:
-                continue
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []  # None: another user's process
+        if "step_scripts.serve_model" in command and "--deployment" in command[:-1]:
             file = Path(command[command.index("--deployment") + 1])
             if file.parent.parent == root and not file.exists() and lives(process):
                 found.append((file.parent.name, process))
@@ -182,7 +180,7 @@ def ping(server: ServerRecord) -> dict[str, Any] | None:
 
 
 def invoke_server(
-    server: ServerRecord, name: str, body: bytes, content_type: str, accept: str, inference_id: str | None
+    server: ServerRecord, name: str, body: bytes, content_type: str, accept: str, inference_id: str
 ) -> bytes:
     """The answer to a request. Raises `InvocationFailed`, also if the server does not answer."""
     headers = {"Content-Type": content_type, "Accept": accept}
@@ -202,13 +200,10 @@ def invoke_server(
 def _request(
     server: ServerRecord, method: str, path: str, body: bytes | None, headers: dict[str, str], timeout_seconds: float
 ) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(server.host, server.port, timeout=timeout_seconds)
-    try:
+    with closing(http.client.HTTPConnection(server.host, server.port, timeout=timeout_seconds)) as connection:
         connection.request(method, path, body, headers)
         response = connection.getresponse()
         return response.status, response.read()
-    finally:
-        connection.close()
 
 
 def log_tail(folder: Path, lines: int = 15) -> str:

@@ -10,11 +10,11 @@ from datetime import UTC, datetime
 from typing import Literal
 
 import dagster as dg
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import Field, JsonValue
 
 from resources.inventory import OwnedItem
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, DamagedArtifactError, check_files
+from step_scripts.runner.contract import Artifact, DamagedArtifactError, StepParams, check_files
 
 ApprovalStatus = Literal["PendingManualApproval", "Approved", "Rejected"]
 NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")  # of model groups and endpoints; SageMaker's rule
@@ -33,10 +33,8 @@ class RegistryDamaged(RuntimeError):
     """A file of the registry cannot be read or is not what was written. The message names it."""
 
 
-class GateEvidence(BaseModel):
+class GateEvidence(StepParams):
     """The evaluation that let the model in. `evaluation_digest` is the digest of the evaluation's artifact."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     passed: bool
     metric: str
@@ -46,10 +44,8 @@ class GateEvidence(BaseModel):
     run_id: str
 
 
-class StatusChange(BaseModel):
+class StatusChange(StepParams):
     """One entry of a version's history."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     status: ApprovalStatus
     who: str
@@ -57,14 +53,12 @@ class StatusChange(BaseModel):
     when: datetime
 
 
-class ModelVersion(BaseModel):
+class ModelVersion(StepParams):
     """One registered model. Everything but `status` and its history never changes.
 
     `artifact` is the registry's own copy. `lineage` says where the model came from: run, code versions, data digests,
     parameters.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     group: str
     version: int = Field(ge=1)
@@ -106,6 +100,12 @@ class ModelVersion(BaseModel):
             require_gate(self.reference, self.gate)
         change = StatusChange(status=status, who=who, why=why, when=when)
         return self.model_copy(update={"status": status, "status_history": (*self.status_history, change)})
+
+
+def split_reference(reference: str) -> tuple[str, int]:
+    """Group and number of a `ModelVersion.reference`."""
+    group, _, number = reference.rpartition("/")
+    return group, int(number)
 
 
 def require_gate(name: str, gate: GateEvidence) -> None:

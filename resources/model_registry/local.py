@@ -86,24 +86,20 @@ class LocalModelRegistry(ModelRegistry):
 
     def remove(self, item: OwnedItem) -> None:
         """See `ModelRegistry.remove`. Raises `RegistryDamaged` for a group that has versions."""
-        if item.discarded:
-            versions = Path(item.location).parent
-            if versions.name != "versions" or versions.parent.parent != Path(self.root).absolute():
-                raise NotOwned(f"{item.location} is not of this registry ({self.root})")
-            remove_discarded(str(versions), item)
-            return
-        group, _, number = item.name.rpartition("/")
-        folder = self._group_folder(item.name if item.kind == "model_package_group" else group)
-        place = folder if item.kind == "model_package_group" else folder / "versions" / number
-        if item.location != str(place):
+        place = Path(item.location)
+        folder = place if item.kind == "model_package_group" else place.parent.parent
+        if folder.parent != Path(self.root).absolute() or place not in (folder, folder / "versions" / place.name):
             raise NotOwned(f"{item.location} is not of this registry ({self.root})")
-        if item.kind == "model_package":
+        group = folder.name
+        if item.discarded:
+            remove_discarded(str(folder / "versions"), item)
+        elif item.kind == "model_package":
             with contextlib.suppress(ModelVersionNotFound):
-                self.delete(group, int(number))
+                self.delete(group, int(place.name))
         elif folder.is_dir():
-            with self._locked(item.name, f"removing group {item.name}"):
-                if self._find(item.name) or discarded_folders(folder / "versions"):
-                    raise RegistryDamaged(f"group {item.name} has versions: remove them first")
+            with self._locked(group, f"removing group {group}"):
+                if self._find(group) or discarded_folders(folder / "versions"):
+                    raise RegistryDamaged(f"group {group} has versions: remove them first")
                 self._remove_unfinished(folder)
                 for name in ("last_version", "lock"):
                     (folder / name).unlink(missing_ok=True)

@@ -22,13 +22,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
+from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from resources.aws.code_package import archive, job_image
 from resources.aws.ownership import sanitised
 from resources.model_registry.base import GateEvidence, ModelVersion, RegistryDamaged, StatusChange, read_model
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, FileInfo
+from step_scripts.runner.contract import Artifact, FileInfo, StepParams
 
 Parsed = TypeVar("Parsed")
 ARCHIVE = "model.tar.gz"
@@ -52,10 +52,8 @@ setup(name="housing-serving", version="1", py_modules=["inference"], packages=fi
 """
 
 
-class PackageFacts(BaseModel):
+class PackageFacts(StepParams):
     """Everything about a version that SageMaker's own record cannot hold in full. `artifact.uri` is left out."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     artifact: Artifact
     archive: FileInfo
@@ -64,11 +62,6 @@ class PackageFacts(BaseModel):
     lineage: dict[str, JsonValue]
     registered: StatusChange
     created_at: datetime
-
-
-def package_uri(root: str, version: ModelVersion) -> str:
-    """The folder of the package."""
-    return storage.join(root, version.group, *_short_digests(version))
 
 
 def write_model(folder: str, version: ModelVersion) -> dict[str, str]:
@@ -86,11 +79,8 @@ def write_model(folder: str, version: ModelVersion) -> dict[str, str]:
     facts = PackageFacts(
         artifact=version.artifact.model_copy(update={"uri": "artifact"}),
         archive=FileInfo(path=ARCHIVE, bytes=len(packed), sha256=hashlib.sha256(packed).hexdigest()),
-        metrics=version.metrics,
-        gate=gate,
-        lineage=version.lineage,
         registered=version.status_history[0],
-        created_at=version.created_at,
+        **version.model_dump(include={"metrics", "gate", "lineage", "created_at"}),
     )
     uri, digest = _write(folder, "facts", facts.model_dump_json(indent=2).encode())
     lineage = {key: value for key, value in facts.lineage.items() if isinstance(value, str | int | float)}
@@ -128,7 +118,7 @@ def write_history(folder: str, history: tuple[StatusChange, ...]) -> dict[str, s
 
 def description_of(version: ModelVersion) -> str:
     """The text by which a model and its evaluation are found in a list of packages."""
-    model, evaluation = _short_digests(version)
+    model, evaluation = short_digests(version)
     return f"model {model}, evaluation {evaluation}"
 
 
@@ -158,13 +148,9 @@ def read_version(group: str, described: dict[str, Any]) -> tuple[ModelVersion, A
     version = ModelVersion(
         group=group,
         version=described["ModelPackageVersion"],
-        artifact=facts.artifact,
         status=history[-1].status,
         status_history=history,
-        metrics=facts.metrics,
-        gate=facts.gate,
-        lineage=facts.lineage,
-        created_at=facts.created_at,
+        **facts.model_dump(exclude={"archive", "registered"}),
     )
     return version.with_artifact_at(storage.join(folder, "artifact")), Artifact.of(folder, [facts.archive])
 
@@ -182,7 +168,7 @@ def _change_elsewhere(described: dict[str, Any], last: StatusChange) -> StatusCh
     return StatusChange(status=status, who=who, why=why, when=when.astimezone(UTC))
 
 
-def _short_digests(version: ModelVersion) -> tuple[str, str]:
+def short_digests(version: ModelVersion) -> tuple[str, str]:
     """The start of the model's digest and of the evaluation's in hexadecimal digits; of the SHA-256 of other names."""
     model, evaluation = (
         digest if _HEX.fullmatch(digest) else hashlib.sha256(digest.encode()).hexdigest() for digest in version.identity

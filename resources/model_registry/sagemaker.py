@@ -94,11 +94,11 @@ class SageMakerModelRegistry(ModelRegistry):
         """Creates the model package group if there is none."""
         if existing := self._registered(new):
             return existing
-        folder = files.package_uri(self.root, new)
+        folder = storage.join(self.root, new.group, *files.short_digests(new))
         properties = files.write_model(folder, new)
         region, code_root = self._client.meta.region_name, storage.join(self.root, _CODE)
-        container = serving_container(self.image, region, code_root, self.environment)
-        container["Environment"] = {DIGEST_VARIABLE: new.artifact.digest, **container["Environment"]}
+        environment = {DIGEST_VARIABLE: new.artifact.digest, **self.environment}
+        container = serving_container(self.image, region, code_root, environment)
         request = {
             "ModelPackageGroupName": new.group,
             "ModelPackageDescription": files.description_of(new),
@@ -169,28 +169,27 @@ class SageMakerModelRegistry(ModelRegistry):
 
     def remove(self, item: OwnedItem) -> None:
         """See `ModelRegistry.remove`. Raises `RegistryDamaged` for a group, or its files, while it has versions."""
+        uri, below = item.location, self.root.rstrip("/") + "/"
         if item.kind == "model_package":
-            self._remove_version(item)
+            if (described := describe_package(self._client, uri)) is None:
+                return
+            group = item.name.rpartition("/")[0]
+            if not self._is_here(group, described):
+                raise NotOwned(f"model package {item.name} was not registered by this deployment; it is left alone")
+            self.delete(group, described["ModelPackageVersion"])
         elif item.kind == "model_package_group":
-            self._remove_group(item)
-        elif item.location == storage.join(self.root, _CODE):
-            storage.delete(item.location)
-        elif item.location.startswith(self.root.rstrip("/") + "/"):
-            self._remove_files(item.location)
+            self._remove_group(item.name)
+        elif not uri.startswith(below):
+            raise NotOwned(f"{uri} is not below {self.root}")
+        elif uri == f"{below}{_CODE}":
+            storage.delete(uri)
+        elif self._versions(uri.removeprefix(below)):
+            raise RegistryDamaged(f"{uri} holds the files of registered versions: remove them first")
         else:
-            raise NotOwned(f"{item.location} is not below {self.root}")
+            for folder in filter(_MODEL.fullmatch, storage.list_folders(uri)):
+                storage.delete(storage.join(uri, folder))
 
-    def _remove_version(self, item: OwnedItem) -> None:
-        described = describe_package(self._client, item.location)
-        if described is None:
-            return
-        group = item.name.rpartition("/")[0]
-        if not self._is_here(group, described):
-            raise NotOwned(f"model package {item.name} was not registered by this deployment; it is left alone")
-        self.delete(group, described["ModelPackageVersion"])
-
-    def _remove_group(self, item: OwnedItem) -> None:
-        name = item.name
+    def _remove_group(self, name: str) -> None:
         found = if_found(self._client.describe_model_package_group, ModelPackageGroupName=name)
         if found is None:
             return
@@ -199,13 +198,6 @@ class SageMakerModelRegistry(ModelRegistry):
         if left := list_packages(self._client, name):
             raise RegistryDamaged(f"group {name} has {counted(len(left), 'version')}: it cannot be removed before them")
         self._client.delete_model_package_group(ModelPackageGroupName=name)
-
-    def _remove_files(self, uri: str) -> None:
-        if self._versions(uri.removeprefix(self.root.rstrip("/") + "/")):
-            raise RegistryDamaged(f"{uri} holds the files of registered versions: remove them first")
-        for folder in storage.list_folders(uri):
-            if _MODEL.fullmatch(folder):
-                storage.delete(storage.join(uri, folder))
 
     def _versions(self, group: str) -> list[OwnedItem]:
         """The versions that this deployment has registered."""

@@ -269,10 +269,10 @@ def watched_requests_are_those_of_others(host: SageMakerEndpointHost, aws: Aws, 
 
     def captured() -> CapturedRows | None:
         found = host.captured("full", HOUSING_TABLE, since, 100)
-        return found if found and found.rows else None
+        return found if found and found.predictions.size else None
 
     found = aws.until(captured, 120)
-    assert (found.rows, found.requests, found.unreadable) == (3, 1, 0)
+    assert (len(found.predictions), found.requests, found.unreadable) == (3, 1, 0)
     assert found.predictions.tolist() == load_model(model.uri).predict(rows).tolist()
     assert found.features.tolist() == [[float(value) for value in row] for row in rows.rows()]
     assert host.captured("nobody", HOUSING_TABLE, since, 100) is None

@@ -111,7 +111,7 @@ def test_what_is_captured_can_be_read_back(tmp_path: Path) -> None:
     assert capture.counts().model_dump() == {"written": 4, "dropped": 0, "error": ""}
 
     found = captured(tmp_path, without=PROBE_ID)
-    assert (found.rows, found.requests, found.unreadable) == (8, 3, 0)
+    assert (len(found.predictions), found.requests, found.unreadable) == (8, 3, 0)
     np.testing.assert_array_equal(found.features, np.concatenate([matrices[2], matrices[1], matrices[0]]))
     assert found.predictions.tolist() == [2.0] * 4 + [1.0] * 3 + [0.0]
     assert captured(tmp_path).requests == 4
@@ -130,7 +130,7 @@ def test_only_the_time_asked_for_is_read(tmp_path: Path) -> None:
     assert found.requests == 2
     assert found.oldest is not None
     assert timedelta(0) <= now - timedelta(hours=30) - found.oldest < timedelta(seconds=1)
-    assert captured(tmp_path / "nowhere").rows == 0
+    assert captured(tmp_path / "nowhere").predictions.size == 0
 
 
 def test_lines_that_are_no_request_of_the_table_are_counted(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_lines_that_are_no_request_of_the_table_are_counted(tmp_path: Path) -> N
     with file.open("a") as more:
         more.write("[]\n{}\n" + json.dumps(good) + "\n" + json.dumps(good)[:100])
     found = captured(tmp_path)
-    assert (found.rows, found.requests, found.unreadable) == (4, 2, 5)
+    assert (len(found.predictions), found.requests, found.unreadable) == (4, 2, 5)
 
 
 @settings(max_examples=20, deadline=None)
@@ -318,11 +318,11 @@ def test_an_endpoint_captures_through_changes_of_model_until_it_is_switched_off(
     shutil.rmtree(Path(host.root) / "housing" / "captured")  # somebody tidies up
     again = host.captured("housing", HOUSING_TABLE, since, 100)
     assert again is not None
-    assert again.rows == 0
+    assert again.predictions.size == 0
 
     def captured_again() -> int:
         assert json.loads(host.invoke("housing", rows.write_csv().encode(), CSV, JSON))["predictions"] == served[:3]
         found = host.captured("housing", HOUSING_TABLE, since, 100)
-        return found.rows if found else 0
+        return len(found.predictions) if found else 0
 
     until(captured_again)
