@@ -27,8 +27,18 @@ _PUNCTUATION = set("_.:/=+-@")
 
 
 def owned(*sources: Mapping[str, str]) -> list[dict[str, str]]:
-    """Tags as the API takes them, with the one that marks what this project created."""
-    return tag_list({CREATED_BY_TAG: CREATED_BY}, *sources)
+    """Tags as the API takes them, after the one that marks what this project created.
+
+    Of equal keys the first source wins; beyond 50 the last are left out. Keys that start with `aws:`, which AWS keeps
+    for itself, are left out too.
+    """
+    tags = {CREATED_BY_TAG: CREATED_BY}
+    for source in sources:
+        for key, value in source.items():
+            clean = sanitised(key, _KEY_LENGTH)
+            if clean and not clean.lower().startswith("aws:"):
+                tags.setdefault(clean, sanitised(value, _VALUE_LENGTH))
+    return [{"Key": key, "Value": value} for key, value in list(tags.items())[:_LIMIT]]
 
 
 def is_ours(tags: Mapping[str, str]) -> bool:
@@ -79,20 +89,6 @@ def sanitised(text: str, limit: int) -> str:
     """
     allowed = (c if c in _PUNCTUATION or unicodedata.category(c)[0] in "LNZ" else "_" for c in text)
     return "".join(allowed)[:limit]
-
-
-def tag_list(*sources: Mapping[str, str]) -> list[dict[str, str]]:
-    """Tags as the API takes them. Of equal keys the first source wins; beyond 50 the last are left out.
-
-    Keys that start with `aws:`, which AWS keeps for itself, are left out too.
-    """
-    tags: dict[str, str] = {}
-    for source in sources:
-        for key, value in source.items():
-            clean = sanitised(key, _KEY_LENGTH)
-            if clean and not clean.lower().startswith("aws:"):
-                tags.setdefault(clean, sanitised(value, _VALUE_LENGTH))
-    return [{"Key": key, "Value": value} for key, value in list(tags.items())[:_LIMIT]]
 
 
 def run_tags(context: dg.OpExecutionContext | dg.AssetExecutionContext) -> dict[str, str]:

@@ -242,9 +242,8 @@ class SageMakerCompute(ComputeBackend):
                 price_per_hour=self.config_of(request.step).price_per_hour,
             )
         except JobFailure as failure:
-            if failure.job_name:
-                with contextlib.suppress(OSError):
-                    storage.delete(storage.join(request.output_uri, failure.job_name))
+            with contextlib.suppress(OSError):
+                storage.delete(storage.join(request.output_uri, failure.job_name))
             raise self._step_failure(request.step, failure) from failure
         for key in context.selected_asset_keys:
             context.add_asset_metadata(as_metadata({**metadata, **invocation.metadata}), asset_key=key)

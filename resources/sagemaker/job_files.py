@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -74,22 +74,18 @@ class JobPrefix:
         """Remove an object; nothing happens if there is none."""
         self.client.delete_object(Bucket=self.bucket, Key=self.path(name))
 
-    def messages(self, chunk: int) -> list[dict[str, Any]] | None:
-        """The Pipes messages of a chunk, counted from 1; `None` if it has not been written."""
-        if (found := self.get(f"{MESSAGES}/{chunk}.json")) is None:
-            return None
-        return [json.loads(line) for line in found[0].splitlines()]
+    def message_chunks(self, first: int = 1) -> Iterator[list[dict[str, Any]]]:
+        """The Pipes messages that have been written, by chunk, from chunk `first` on."""
+        for chunk in itertools.count(first):
+            if (found := self.get(f"{MESSAGES}/{chunk}.json")) is None:
+                return
+            yield [json.loads(line) for line in found[0].splitlines()]
 
     def has_closed(self) -> bool:
         """Whether the job's messages end with a `closed` that reports no exception."""
-        closed = False
-        for chunk in itertools.count(1):
-            if (messages := self.messages(chunk)) is None:
-                break
-            for message in messages:
-                if message.get("method") == "closed":
-                    closed = "exception" not in (message.get("params") or {})
-        return closed
+        messages = itertools.chain.from_iterable(self.message_chunks())
+        closed = [message.get("params") or {} for message in messages if message.get("method") == "closed"]
+        return bool(closed) and "exception" not in closed[-1]
 
 
 @dataclass(frozen=True)

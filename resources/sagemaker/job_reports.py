@@ -188,9 +188,7 @@ def _status_history(job: Job) -> dg.TableMetadataValue:
         }
         for item in items
     ]
-    types = {"status": "string", "from": "string", "seconds": "float", "message": "string"}
-    schema = dg.TableSchema([dg.TableColumn(name, kind) for name, kind in types.items()])
-    return dg.MetadataValue.table([dg.TableRecord(row) for row in rows], schema=schema)
+    return dg.MetadataValue.table([dg.TableRecord(row) for row in rows])
 
 
 def job_metadata(job: Job, price_per_hour: float | None) -> dict[str, Any]:

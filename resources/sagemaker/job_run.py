@@ -52,7 +52,8 @@ class JobRun:
         self._context, self._params, self._inputs = context, params, inputs
         partition = context.partition_key if context.has_partition_key else None
         assets = asset_names(context) or [str(context.op_handle)]
-        self._work = jobs.work_digest(assets, partition, inputs.digest or jobs.request_digest(params))
+        # What the job is for: the same in every run that does it.
+        self._work = jobs.digest_of([assets, partition, inputs.digest or jobs.request_digest(params)])
         root_run = context.run.root_run_id or context.run_id
         # Names of tuning jobs have at most 32 characters.
         prefix, shown = ("tune", []) if kind is TUNING else (settings.name_prefix, assets)
@@ -98,13 +99,13 @@ class JobRun:
         self._exists = True  # from here on there may be a job
         try:
             arn = self.kind.method(self._client, "create")(**self._request(bootstrap or {}))[self.kind.member("Arn")]
+            job = Job(self.kind, self.name, arn, "InProgress", {})
         except ClientError as error:
-            found = self.kind.describe(self._client, self.name) if error_code(error) == "ResourceInUse" else None
-            if found is None or self._tags(found).get(WORK_TAG) != self._work:
+            job = self.kind.describe(self._client, self.name) if error_code(error) == "ResourceInUse" else None
+            if job is None or self._tags(job).get(WORK_TAG) != self._work:
                 self._exists = False
                 raise start_failure(self.kind, self.name, error) from error
-            arn = found.arn
-        self._context.log.info(self.kind.started_text(arn, self.name))
+        self._context.log.info(job.started_text())
 
     def wait(self, each: Callable[[], object] = lambda: None) -> Job:
         """The job when it has ended. Its statuses are logged, and `each` is called at each poll.

@@ -76,23 +76,6 @@ class JobKind:
         found = if_found(self.method(client, "describe"), **{self.member("Name"): name})
         return None if found is None else self.job(found)
 
-    def links(self, arn: str, name: str) -> dict[str, str]:
-        """The job's pages in the AWS console, `console` and `logs`; none where boto3 is sent elsewhere than to AWS."""
-        if not _has_console():
-            return {}
-        _, partition, _, region, *_ = arn.split(":")
-        console = f"https://{region}.{_CONSOLES.get(partition, 'console.aws.amazon.com')}"
-        group, streams = (quote(quote(t, safe=""), safe="").replace("%", "$") for t in (self.log_group, f"{name}/"))
-        return {
-            "console": f"{console}/sagemaker/home?region={region}#/{self.console_path}/{name}",
-            "logs": f"{console}/cloudwatch/home?region={region}#logsV2:log-groups/log-group/{group}"
-            f"$3FlogStreamNameFilter$3D{streams}",
-        }
-
-    def started_text(self, arn: str, name: str) -> str:
-        """The message that the job was created, with its page if there is one."""
-        return ": ".join([f"Started {self.noun} {name}", *list(self.links(arn, name).values())[:1]])
-
 
 @dataclass(frozen=True)
 class Job:
@@ -108,8 +91,22 @@ class Job:
         return f"{self.kind.noun} {self.name}"
 
     def links(self) -> dict[str, str]:
-        """See `JobKind.links`."""
-        return self.kind.links(self.arn, self.name)
+        """The job's pages in the AWS console, `console` and `logs`; none where boto3 is sent elsewhere than to AWS."""
+        if not _has_console():
+            return {}
+        _, partition, _, region, *_ = self.arn.split(":")
+        console = f"https://{region}.{_CONSOLES.get(partition, 'console.aws.amazon.com')}"
+        texts = (self.kind.log_group, f"{self.name}/")
+        group, streams = (quote(quote(text, safe=""), safe="").replace("%", "$") for text in texts)
+        return {
+            "console": f"{console}/sagemaker/home?region={region}#/{self.kind.console_path}/{self.name}",
+            "logs": f"{console}/cloudwatch/home?region={region}#logsV2:log-groups/log-group/{group}"
+            f"$3FlogStreamNameFilter$3D{streams}",
+        }
+
+    def started_text(self) -> str:
+        """The message that the job was created, with its page if there is one."""
+        return ": ".join([f"Started {self}", *list(self.links().values())[:1]])
 
     def instances(self) -> list[tuple[str, int]]:
         """Instance types and their counts; several only in heterogeneous training."""
@@ -144,14 +141,9 @@ def job_name(prefix: str, assets: Sequence[str], work: str, root_run_id: str) ->
     by its tags, which hold the whole digest.
     """
     digests = f"{work[:_DIGEST]}-{digest_of(root_run_id)[:_DIGEST]}"
-    readable = re.sub(r"[^a-zA-Z0-9]+", "-", "-".join([prefix, *sorted(assets)])).strip("-")
+    readable = re.sub(r"[^a-zA-Z0-9]+", "-", "-".join([prefix, *assets])).strip("-")
     room = _NAME_LENGTH - _SUFFIX - len(digests) - 1
     return "-".join(part for part in (readable[:room].rstrip("-"), digests) if part)
-
-
-def work_digest(assets: Sequence[str], partition: str | None, request: str) -> str:
-    """Digest of what a job is for; the same in every run that does it. `request`: the digest of the request."""
-    return digest_of([sorted(assets), partition, request])
 
 
 def attempts_of(name: str) -> Iterator[str]:

@@ -6,6 +6,8 @@ search, and goes straight to the final fit.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +17,6 @@ from pydantic import Field
 
 from resources.aws.calls import pages
 from resources.sagemaker.job_files import JobInputs, JobSettings
-from resources.sagemaker.job_reports import JobFailure
 from resources.sagemaker.job_requests import JobConfig, training_request
 from resources.sagemaker.job_run import Context, JobRun
 from resources.sagemaker.jobs import TRAINING, TUNING, Job, digest_of, request_digest
@@ -96,7 +97,7 @@ class NativeTuning:
     def run(self, context: Context, request: StepRequest) -> dict[str, Any]:
         """Run the trials that are not in the request's checkpoints yet, and put them there; metadata about the job.
 
-        Raises `JobFailure` unless the tuning job completes; what it has finished is kept all the same.
+        Raises `dagster.Failure` unless the tuning job completes; what it has finished is kept all the same.
         """
         search = TuneModelParams.model_validate(request.params)
         store = TrialStore(request.shared_checkpoint_uri, fingerprint(search, request.origins))
@@ -116,13 +117,15 @@ class NativeTuning:
             if run.job is None:
                 run.start()
             job = run.wait()
-        trials = self._trials(job)
-        for record in trial_records(trials, search.resolved()["num_boost_round"], {r.trial for r in finished}):
+        trials, taken = self._trials(job), {record.trial for record in finished}
+        numbers = (number for number in itertools.count(1) if number not in taken)
+        for trial in trials:
+            record = _record(next(numbers), trial, search.resolved()["num_boost_round"])
             if job.status == "Completed" or record.status == "completed":  # the others are to be run again
                 store.save(record)
             context.log.info(record.describe())
         if job.status != "Completed":
-            raise tuning_failure(job, trials)
+            raise _failure(job, trials)
         return _metadata(job, trials)
 
     def _trials(self, job: Job) -> list[Job]:
@@ -152,14 +155,12 @@ def _ranges(search: TuneModelSettings) -> tuple[dict[str, list[dict[str, str]]],
     return ranges, static
 
 
-def tuning_failure(job: Job, trials: Sequence[Job]) -> JobFailure:
+def _failure(job: Job, trials: Sequence[Job]) -> dg.Failure:
     """The failure for a tuning job that did not complete, with the first failure of its training jobs."""
     reason = job.facts.get("FailureReason") or "no reason was given"
     parts = [f"{job} ended as {job.status}: {reason}"]
-    reason_of_trial = ""
     if failed := next((trial for trial in trials if trial.facts.get("FailureReason")), None):
-        reason_of_trial = failed.facts["FailureReason"]
-        parts.append(f"The first training job that failed, {failed.name}: {reason_of_trial}")
+        parts.append(f"The first training job that failed, {failed.name}: {failed.facts['FailureReason']}")
         parts += [f"Its log: {url}" for what, url in failed.links().items() if what == "logs"]
     remedy = (
         "start the run again if stopping it was wrong: trials that have finished are not run again"
@@ -169,13 +170,7 @@ def tuning_failure(job: Job, trials: Sequence[Job]) -> JobFailure:
     page = job.links().get("console")
     text = "\n".join([*parts, f"What to do: {remedy}.", *([f"Job: {page}"] if page else [])])
     metadata = {"tuning_job": job.name, "failure_reason": reason, **_console(job)}
-    return JobFailure(text, metadata, allow_retries=False, job_name="", reason=reason_of_trial)
-
-
-def trial_records(trials: Sequence[Job], num_boost_round: int, taken: set[int]) -> list[TrialRecord]:
-    """The training jobs of a tuning job as records of trials, with the free numbers from 1 on."""
-    numbers = (number for number in range(1, len(taken) + len(trials) + 1) if number not in taken)
-    return [_record(next(numbers), trial, num_boost_round) for trial in trials]
+    return dg.Failure(text, metadata, allow_retries=False)
 
 
 def _record(number: int, trial: Job, num_boost_round: int) -> TrialRecord:
@@ -183,20 +178,15 @@ def _record(number: int, trial: Job, num_boost_round: int) -> TrialRecord:
     parameters = {name: parameter.kind(float(given[name])) for name, parameter in TUNED.items()}
     metrics = {metric["MetricName"]: metric["Value"] for metric in trial.facts.get("FinalMetricDataList", [])}
     seconds = float(trial.facts.get("TrainingTimeInSeconds") or trial.running_seconds() or 0.0)
+    record = functools.partial(TrialRecord, trial=number, parameters=parameters, seconds=seconds)
     if trial.status != "Completed" or OBJECTIVE not in metrics:
         error = trial.facts.get("FailureReason") or f"the training job ended as {trial.status}"
-        return TrialRecord(
-            trial=number, parameters=parameters, rmse=None, rounds=0, best_rounds=0, seconds=seconds, status="failed",
-            stopped_by="error", error=error,
-        )  # fmt: skip
+        return record(rmse=None, rounds=0, best_rounds=0, status="failed", stopped_by="error", error=error)
     rounds = int(metrics.get("trial:rounds", num_boost_round))
-    return TrialRecord(
-        trial=number,
-        parameters=parameters,
+    return record(
         rmse=float(metrics[OBJECTIVE]),
         rounds=rounds,
         best_rounds=int(metrics.get("trial:best_rounds", rounds)),
-        seconds=seconds,
         status="completed",
         stopped_by="all_rounds" if rounds >= num_boost_round else "early_stopping",
     )

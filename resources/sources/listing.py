@@ -34,9 +34,10 @@ def list_source(source: str) -> Listing:
             found.add(path, file_state(path))
         elif kind == "folder":
             found, looked = matching(path, "*.csv", re.IGNORECASE), path
-        elif _WILDCARD.search(path.removeprefix(_scheme(path))):
-            looked, pattern = _split_glob(path)
-            found = matching(looked, pattern)
+        elif wildcard := _WILDCARD.search(path):
+            slash = path.rfind("/", 0, wildcard.start())
+            looked = path[:slash].rstrip("/") or "/"
+            found = matching(looked, path[slash + 1 :])
     except ValueError as error:
         raise StepError(f"source {source!r}: {error}") from error
     except OSError as error:
@@ -91,10 +92,6 @@ def expanded(uri: str) -> str:
         return uri
 
 
-def _scheme(uri: str) -> str:
-    return uri.partition("://")[0] + "://" if storage.is_remote(uri) else ""
-
-
 def absolute(uri: str) -> str:
     """The absolute local path, with the home folder for `~`; or the URI, without a slash at its end."""
     return uri.rstrip("/") if storage.is_remote(uri) else str(storage.local_path(expanded(uri)).absolute())
@@ -115,14 +112,6 @@ def _kind(path: str) -> str | None:
     filesystem, place = storage.filesystem(path)
     kinds = {fs.FileType.File: "file", fs.FileType.Directory: "folder"}
     return kinds.get(filesystem.get_file_info(place).type)
-
-
-def _split_glob(path: str) -> tuple[str, str]:
-    """The folder before the first wildcard, and the rest."""
-    folder, rest = _scheme(path), path.removeprefix(_scheme(path))
-    while "/" in rest and not _WILDCARD.search(part := rest.partition("/")[0]):
-        folder, rest = f"{folder}{part}/", rest.removeprefix(f"{part}/")
-    return folder.rstrip("/") or "/", rest
 
 
 def _not_found(source: str, folder: str) -> str:

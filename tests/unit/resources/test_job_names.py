@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resources.aws.code_package import archive, code_package
-from resources.aws.ownership import sanitised, tag_list
+from resources.aws.ownership import owned, sanitised
 from resources.sagemaker.jobs import (
     PROCESSING,
     TRAINING,
+    Job,
     attempts_of,
+    digest_of,
     job_name,
     request_digest,
-    work_digest,
     work_of,
 )
 
@@ -32,7 +33,7 @@ TEXT = st.text(max_size=80)
 def test_names_are_valid_for_any_input(
     prefix: str, assets: list[str], partition: str | None, digest: str, run: str
 ) -> None:
-    name = job_name(prefix, assets, work_digest(assets, partition, digest), run)
+    name = job_name(prefix, assets, digest_of([assets, partition, digest]), run)
     for attempt in [*islice(attempts_of(name), 12), f"{name}-9999"]:
         assert VALID.fullmatch(attempt), attempt
         assert len(attempt) <= 63
@@ -43,7 +44,7 @@ def test_names_are_valid_for_any_input(
 @given(TEXT, TEXT)
 def test_different_work_has_different_names_and_equal_work_equal_ones(one: str, other: str) -> None:
     def name(asset: str = "a", partition: str | None = None, digest: str = "d", run: str = "r") -> str:
-        return job_name("p", [asset], work_digest([asset], partition, digest), run)
+        return job_name("p", [asset], digest_of([[asset], partition, digest]), run)
 
     assert name(one) == name(one)
     for field in ("asset", "partition", "digest", "run"):
@@ -51,7 +52,7 @@ def test_different_work_has_different_names_and_equal_work_equal_ones(one: str, 
 
 
 def test_runs_of_the_same_work_share_the_first_part() -> None:
-    work = work_digest(["model/tuned"], "2026-01", "d")
+    work = digest_of([["model/tuned"], "2026-01", "d"])
     one, other = (job_name("housing", ["model/tuned"], work, run) for run in ("run 1", "run 2"))
     assert work_of(one) == work_of(other)
     assert one != other
@@ -69,8 +70,9 @@ def test_the_request_digest_ignores_name_and_tags_alone() -> None:
 @settings(deadline=None, max_examples=50)
 @given(st.dictionaries(st.text(max_size=200), st.text(max_size=400), max_size=80))
 def test_tags_of_any_text_fit_the_rules(tags: dict[str, str]) -> None:
-    found = tag_list({"first": "kept"}, tags)
-    assert found[0] == {"Key": "first", "Value": "kept"}
+    found = owned({"first": "kept"}, tags)
+    assert [tag["Key"] for tag in found[:2]] == ["housing-assets:created-by", "first"]
+    assert found[1]["Value"] == "kept"
     assert len(found) <= 50
     assert len({tag["Key"] for tag in found}) == len(found)
     for tag in found:
@@ -92,7 +94,7 @@ def test_characters_that_tags_may_hold_are_kept() -> None:
     ],
 )
 def test_links_lead_to_the_console_of_the_partition(arn: str, host: str) -> None:
-    training, processing = (kind.links(arn, "j") for kind in (TRAINING, PROCESSING))
+    training, processing = (Job(kind, "j", arn, "InProgress", {}).links() for kind in (TRAINING, PROCESSING))
     assert training["console"].startswith(host)
     assert training["console"].endswith("#/jobs/j")
     assert processing["console"].endswith("#/processing-jobs/j")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resources.compute.base import as_metadata
-from resources.sagemaker.jobs import PROCESSING, TRAINING
+from resources.sagemaker.jobs import PROCESSING, TRAINING, Job
 from step_scripts.data.source_pass import Reason, rejection_message
 from step_scripts.parameters import ValidateSourceParams
 from step_scripts.runner.wording import are, counted, megabytes, number, percent, rounded
@@ -133,6 +133,6 @@ def test_links_to_the_console_are_left_out_where_it_cannot_show_the_job(
 ) -> None:
     monkeypatch.setenv(variable, value)
     for kind in (TRAINING, PROCESSING):
-        links = kind.links("arn:aws:sagemaker:eu-west-1:1:training-job/j", "j")
-        assert sorted(links) == (["console", "logs"] if there else [])
-        assert ("https://" in kind.started_text("arn:aws:sagemaker:eu-west-1:1:training-job/j", "j")) == there
+        job = Job(kind, "j", "arn:aws:sagemaker:eu-west-1:1:training-job/j", "InProgress", {})
+        assert sorted(job.links()) == (["console", "logs"] if there else [])
+        assert ("https://" in job.started_text()) == there
