@@ -7,7 +7,7 @@ that `HOUSING_CONFIG` names gives fields other defaults, for every launch (`conf
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Literal
 
 import dagster as dg
 from pydantic import Field, field_validator
@@ -133,8 +133,3 @@ class EndpointConfig(dg.Config):
 
 
 refuse_unknown_ops()
-
-
-def settings_of(config: dg.Config, model: type) -> dict[str, Any]:
-    """Those values of `config` that are fields of `model`, as plain data."""
-    return {name: value for name, value in config.model_dump().items() if name in model.model_fields}

@@ -47,8 +47,18 @@ def load_resources(environment: Mapping[str, str] | None = None) -> dict[str, An
             sample_rows=settings.sample_rows,
         ),
     }
+    fields: dict[str, dict[str, Any]] = {  # what every backend has
+        "compute": {
+            "artifact_root": storage.join(root, "artifacts"),
+            "use_cache": settings.cache,
+            "cache_expiry_hours": settings.cache_hours,
+        },
+        "feature_store": {"root": storage.join(root, "feature_store"), "name_suffix": _own(settings, "")},
+        "model_registry": {"root": storage.join(root, "model_registry"), "default_group": name},
+        "endpoint_host": {"root": storage.join(root, "endpoints"), "default_name": name},
+    }
     backend = _sagemaker if settings.deployment == "sagemaker" else _local
-    return common | backend(settings, root, name)
+    return common | backend(settings, fields)
 
 
 def _own(settings: Settings, name: str = _NAME) -> str:
@@ -90,28 +100,21 @@ def _experiments(settings: Settings, name: str) -> ExperimentTracker:
     )
 
 
-def _local(settings: Settings, root: str, name: str) -> dict[str, Any]:
+def _local(settings: Settings, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
     captured = _given(sampling_percentage=settings.capture_percent, megabytes=settings.capture_megabytes)
     return {
-        "compute": LocalRay(
-            artifact_root=storage.join(root, "artifacts"),
-            address=settings.ray_address,
-            num_cpus=settings.num_cpus,
-            use_cache=settings.cache,
-            cache_expiry_hours=settings.cache_hours,
-        ),
-        "feature_store": LocalFeatureStore(root=storage.join(root, "feature_store"), name_suffix=_own(settings, "")),
-        "model_registry": LocalModelRegistry(root=storage.join(root, "model_registry"), default_group=name),
+        "compute": LocalRay(**fields["compute"], address=settings.ray_address, num_cpus=settings.num_cpus),
+        "feature_store": LocalFeatureStore(**fields["feature_store"]),
+        "model_registry": LocalModelRegistry(**fields["model_registry"]),
         "endpoint_host": LocalEndpointHost(
-            root=storage.join(root, "endpoints"),
-            default_name=name,
+            **fields["endpoint_host"],
             port=settings.endpoint_port,
             data_capture=LocalDataCapture(**captured) if settings.data_capture else None,
         ),
     }
 
 
-def _sagemaker(settings: Settings, root: str, name: str) -> dict[str, Any]:
+def _sagemaker(settings: Settings, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
     from resources.compute.sagemaker import SageMakerCompute
     from resources.endpoints.endpoint_requests import DataCapture
     from resources.endpoints.sagemaker import SageMakerEndpointHost
@@ -119,7 +122,7 @@ def _sagemaker(settings: Settings, root: str, name: str) -> dict[str, Any]:
     from resources.model_registry.sagemaker import SageMakerModelRegistry
 
     role = settings.required("role_arn", "the ARN of the IAM role that SageMaker runs jobs and endpoints as")
-    region, image = _given(region_name=settings.region), _given(image=settings.image)
+    common, image = _given(region_name=settings.region), _given(image=settings.image)
     job = _given(
         instance_type=settings.instance_type,
         instance_count=settings.instance_count,
@@ -128,24 +131,12 @@ def _sagemaker(settings: Settings, root: str, name: str) -> dict[str, Any]:
         price_per_hour=settings.price_per_hour,
     )
     captured = _given(sampling_percentage=settings.capture_percent)  # job `prune` bounds how much is kept
-    fields: dict[str, dict[str, Any]] = {
-        "compute": {
-            "artifact_root": f"{root}/artifacts",
-            "job_root": f"{root}/jobs",
-            "name_prefix": name,
-            "use_cache": settings.cache,
-            "cache_expiry_hours": settings.cache_hours,
-            **image,
-        },
-        "feature_store": {"root": f"{root}/feature_store", "role_arn": role, "name_suffix": _own(settings, "")},
-        "model_registry": {"root": f"{root}/model_registry", "default_group": name, **image},
-        "endpoint_host": {
-            "root": f"{root}/endpoints",
-            "role_arn": role,
-            "default_name": name,
-            **_given(data_capture=DataCapture(**captured) if settings.data_capture else None),
-            **image,
-        },
+    capture = _given(data_capture=DataCapture(**captured) if settings.data_capture else None)
+    own: dict[str, dict[str, Any]] = {
+        "compute": {"job_root": storage.join(settings.own_root, "jobs"), "name_prefix": _own(settings), **image},
+        "feature_store": {"role_arn": role},
+        "model_registry": image,
+        "endpoint_host": {"role_arn": role, **capture, **image},
     }
     kinds = {
         "compute": SageMakerCompute,
@@ -154,11 +145,16 @@ def _sagemaker(settings: Settings, root: str, name: str) -> dict[str, Any]:
         "endpoint_host": SageMakerEndpointHost,
     }
     sections = _sections(settings.sagemaker_config, kinds)
-    fields = {resource: region | fields[resource] | sections.get(resource, {}) for resource in kinds}
+    fields = {name: common | fields[name] | own[name] | sections.get(name, {}) for name in kinds}
     fields["compute"]["job"] = {"role_arn": role, **job, **fields["compute"].get("job", {})}
-    if not fields["endpoint_host"].get("image") and not fields["model_registry"].get("image"):
-        _check_start_without_packages(fields["endpoint_host"])
-    return {resource: kind(**fields[resource]) for resource, kind in kinds.items()}
+    endpoints = fields["endpoint_host"]
+    offline = [name for name in ("serverless", "network_isolation") if endpoints.get(name) not in (None, False)]
+    if offline and not endpoints.get("image") and not fields["model_registry"].get("image"):
+        raise ValueError(
+            f"endpoint_host.{offline[0]} needs a custom image (HOUSING_IMAGE, built from the Dockerfile): AWS's image "
+            "installs this project's requirements when it starts, which such an endpoint cannot do"
+        )
+    return {name: kind(**fields[name]) for name, kind in kinds.items()}
 
 
 def _sections(path: str | None, kinds: Mapping[str, type[dg.ConfigurableResource]]) -> dict[str, dict[str, Any]]:
@@ -174,12 +170,3 @@ def _sections(path: str | None, kinds: Mapping[str, type[dg.ConfigurableResource
     if problems:
         raise ValueError(f"HOUSING_SAGEMAKER_CONFIG={path!r}: {'. '.join(problems)}")
     return content
-
-
-def _check_start_without_packages(endpoints: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for an endpoint that AWS's image cannot serve: it installs packages when it starts."""
-    if offline := [name for name in ("serverless", "network_isolation") if endpoints.get(name) not in (None, False)]:
-        raise ValueError(
-            f"endpoint_host.{offline[0]} needs a custom image (HOUSING_IMAGE, built from the Dockerfile): AWS's image "
-            "installs this project's requirements when it starts, which such an endpoint cannot do"
-        )

@@ -11,7 +11,7 @@ import dagster as dg
 
 from housing_assets.assets.landing import files_of_days
 from housing_assets.checks.gate import require_checks_passed
-from housing_assets.config import FeatureGroupConfig, RawCsvConfig, settings_of
+from housing_assets.config import FeatureGroupConfig, RawCsvConfig
 from housing_assets.own_resources import SourceLocation
 from housing_assets.partitions import BACKFILL, PARTITIONS
 from housing_assets.reporting.metadata import artifact_metadata, column_schema, made_by, materialized, run_metadata
@@ -61,7 +61,7 @@ def raw_csv(
         table = HOUSING_TABLE.with_ranges(ranges)
     except (StepError, ValueError) as error:
         raise dg.Failure(str(error), allow_retries=False) from error
-    settings = settings_of(config, ValidateSourceSettings)
+    settings = config.model_dump(include=set(ValidateSourceSettings.model_fields))
     params = ValidateSourceParams(**settings, table=table, files=tuple(listing.files))
     result = compute.run(context, "validate_source", params)
     rows = result.outputs["rows"]
@@ -172,9 +172,8 @@ def feature_group(
         context.log.info(f"feature group {name} already holds dataset {raw_csv.rows.digest[:12]}: nothing to add")
         figures: dict[str, Any] = {"reused": True, "seconds": 0.0}
     else:
-        params = IngestFeaturesParams(
-            **settings_of(config, IngestFeaturesSettings), table=HOUSING_TABLE, group=name, target=target
-        )
+        settings = config.model_dump(include=set(IngestFeaturesSettings.model_fields))
+        params = IngestFeaturesParams(**settings, table=HOUSING_TABLE, group=name, target=target)
         result = compute.run(context, "ingest_features", params, {"rows": raw_csv.rows}, cacheable=False)
         figures = {**result.metrics, **result.details, **run_metadata(result)}
         snapshot = feature_store.offline(name, commit=result.details["commit"])

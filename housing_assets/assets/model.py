@@ -37,7 +37,7 @@ def tuned_model(
     from housing_assets.reporting.plots import importance_plot, learning_curve_plot, load_matplotlib, trials_plot
     from housing_assets.schema import HOUSING_TABLE
 
-    passed = require_checks_passed(context, evidence, "tuned_model", train_split, validation_split)
+    judged, _ = require_checks_passed(context, evidence, "tuned_model", train_split, validation_split)
     assert train_split.statistics is not None
     result = compute.run(
         context,
@@ -59,7 +59,7 @@ def tuned_model(
         validation_digest=validation_split.rows.digest,
         train=train_split,
         versions=result.versions,
-        judged=passed.judged,
+        judged=judged,
     )
     plots = {
         "learning_curve": lambda: learning_curve_plot(details["learning_curve"], HOUSING_TABLE),
@@ -90,7 +90,7 @@ def evaluation_report(
     from housing_assets.reporting.plots import prediction_plot, residual_plot
     from housing_assets.schema import HOUSING_TABLE
 
-    passed = require_checks_passed(context, evidence, "evaluation_report", tuned_model, train_split, test_split)
+    judged, _ = require_checks_passed(context, evidence, "evaluation_report", tuned_model, train_split, test_split)
     damaged: dict[str, str] = {}
     approved = model_registry.list(config.model_group or model_registry.default_group, "Approved", damaged)
     for reason in damaged.values():
@@ -114,7 +114,7 @@ def evaluation_report(
         metrics=result.metrics,
         rmse_threshold=config.rmse_threshold,
         **made_by(context, result),
-        judged=passed.judged,
+        judged=judged,
     )
     details = dict(result.details)
     predictions = details.pop("predictions")
@@ -148,12 +148,22 @@ def registered_model(
     and whenever. Read by `endpoint`.
     """
     gate, judged = require_gate_passed(context, evidence, tuned_model, evaluation_report, train_split)
-    _require_intact(
-        tuned_model=tuned_model.model,
-        evaluation_report=evaluation_report.report,
-        train_split=(tuned_model.train or train_split).rows,
-        test_split=evaluation_report.test,
-    )
+    rests_on = {
+        "tuned_model": tuned_model.model,
+        "evaluation_report": evaluation_report.report,
+        "train_split": (tuned_model.train or train_split).rows,
+        "test_split": evaluation_report.test,
+    }
+    for asset, artifact in rests_on.items():
+        try:
+            if artifact is not None:
+                check_files(artifact, "all")
+        except DamagedArtifactError as error:
+            raise dg.Failure(
+                f"{asset} is damaged: {error}. Nothing was registered. Materialize {asset} again, with "
+                "HOUSING_CACHE=off, and what follows from it",
+                allow_retries=False,
+            ) from error
     version = model_registry.register(
         config.model_group or model_registry.default_group,
         tuned_model.model,
@@ -172,17 +182,3 @@ def registered_model(
         **run_costs(context.instance, context.run.run_id),
     }
     return materialized(version, version.artifact, metadata)
-
-
-def _require_intact(**artifacts: Artifact | None) -> None:
-    """Read all files that a registration rests on, by the names of their assets. Raises `Failure` for a damaged one."""
-    for asset, artifact in artifacts.items():
-        try:
-            if artifact is not None:
-                check_files(artifact, "all")
-        except DamagedArtifactError as error:
-            raise dg.Failure(
-                f"{asset} is damaged: {error}. Nothing was registered. Materialize {asset} again, with "
-                "HOUSING_CACHE=off, and what follows from it",
-                allow_retries=False,
-            ) from error

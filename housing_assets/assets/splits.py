@@ -6,7 +6,7 @@ from datetime import datetime
 import dagster as dg
 
 from housing_assets.checks.gate import require_checks_passed
-from housing_assets.config import SplitsConfig, settings_of
+from housing_assets.config import SplitsConfig
 from housing_assets.reporting.metadata import column_schema, made_by, materialized
 from housing_assets.runs.executor import RAY_POOL
 from resources.compute.base import ComputeBackend
@@ -54,9 +54,9 @@ def splits(
         as_of = datetime.fromisoformat(config.as_of)
         snapshot = feature_store.offline(feature_group.group, as_of, feature_group.commit)
     read = feature_store.snapshot_lineage(snapshot.model_copy(update={"run_id": feature_group.run_id}))
-    passed = require_checks_passed(context, evidence, "train_split", feature_group, read)
+    judged, _ = require_checks_passed(context, evidence, "train_split", feature_group, read)
     params = PrepareSplitsParams(
-        **settings_of(config, PrepareSplitsSettings),
+        **config.model_dump(include=set(PrepareSplitsSettings.model_fields)),
         table=HOUSING_TABLE,
         deduplicate=snapshot.deduplicate,
         as_of=snapshot.as_of.isoformat() if snapshot.as_of else None,
@@ -73,7 +73,7 @@ def splits(
             statistics=result.outputs["statistics"] if split == "train" else None,
             snapshot=read if split == "train" else None,
             splits={name: result.outputs[name].digest for name in SPLITS},
-            judged=passed.judged,
+            judged=judged,
             **made_by(context, result),
         )
         metadata = {

@@ -52,7 +52,10 @@ def notify_on_degradation(
     """
     if result.passed:
         return result
-    level, known = result.severity.value, _known(instance, key)
+    level, known = result.severity.value, _NOT_NOTIFIED
+    before = next(finished_checks(instance, key, limit=1), None)
+    if before is not None and not before[0].passed and NOTIFIED in before[0].metadata:
+        known = str(before[0].metadata[NOTIFIED].value)  # of the last notification since the check passed last
     facts: dict[str, Any] = {NOTIFIED: level}
     if _RANKS[level] > _RANKS[known]:
         title = f"Check {key.name} of {key.asset_key.to_user_string()} failed ({level.lower()})"
@@ -60,14 +63,6 @@ def notify_on_degradation(
         if problem := send(notifier, title, lines, dg.get_dagster_logger()):
             facts = {NOTIFIED: known, "message_not_sent": problem}
     return result.with_metadata({**(result.metadata or {}), **facts})
-
-
-def _known(instance: dg.DagsterInstance, key: dg.AssetCheckKey) -> str:
-    """The severity of the last notification since the check passed last."""
-    before = next(finished_checks(instance, key, limit=1), None)
-    if before is None or before[0].passed or NOTIFIED not in before[0].metadata:
-        return _NOT_NOTIFIED
-    return str(before[0].metadata[NOTIFIED].value)
 
 
 def _figures(metadata: Mapping[str, Any] | None) -> Iterator[str]:

@@ -17,13 +17,11 @@ from housing_assets.checks.gate import EVIDENCE, JUDGED, SUBJECT
 from resources.compute.base import as_metadata
 from resources.references.evidence import Evidence, EvidenceStore, Judged
 
-Judge = Callable[[Mapping[str, Any], dg.AssetCheckResult], Judged]
-
 
 def blocking_check(
     *,
     asset: str,
-    judged: Judge,
+    judged: Callable[[Mapping[str, Any], dg.AssetCheckResult], Judged],
     name: str | None = None,
     partitions_def: dg.PartitionsDefinition | None = None,
     **more: Any,
@@ -86,10 +84,8 @@ def _record_by_day(
 
     Dagster 1.13 records it once, without a partition; sensor `keep_up_to_date` would wait for the checks for ever.
     """
-    if partitions is None:
-        return
     run = context.op_execution_context
-    if run.has_partition_key or not run.has_partition_key_range:
+    if partitions is None or run.has_partition_key or not run.has_partition_key_range:
         return
     days = partitions.get_partition_keys_in_range(run.partition_key_range)  # pyright: ignore[reportAttributeAccessIssue]
     made = dg.AssetRecordsFilter(key.asset_key, asset_partitions=days)

@@ -30,7 +30,7 @@ from resources.references.types import EvaluationRef, ModelRef, SnapshotRef, Sou
 from step_scripts.runner import storage
 from step_scripts.runner.wording import listed
 
-GATE_CHECK = "rmse_threshold"
+GATE_CHECK = "rmse_threshold"  # the function in `checks.model`
 # In the metadata of a blocking check's result: what it judged, and where the evidence is.
 JUDGED, SUBJECT, EVIDENCE = "judged", "judged_subject", "evidence"
 _HISTORY = 1000
@@ -78,24 +78,17 @@ def judged_evaluation(model: str, evaluation: str, threshold: float) -> Judged:
     return Judged(asset="evaluation_report", subject=model, inputs=inputs)
 
 
-@dataclass(frozen=True)
-class Passed:
-    """What an asset stands on (for its own reference), and the evaluations that let it through."""
-
-    judged: tuple[Judged, ...]
-    evidence: tuple[Evidence, ...]
-
-
 Standing = SourceRef | OfflineSnapshot | SnapshotRef | SplitRef | ModelRef | EvaluationRef | ModelVersion
 
 
 def require_checks_passed(
     context: dg.AssetExecutionContext | dg.OpExecutionContext, evidence: EvidenceStore, asset: str, *inputs: Standing
-) -> Passed:
+) -> tuple[tuple[Judged, ...], list[Evidence]]:
     """What lets `asset` go on from `inputs`: every blocking check before it in the graph passed for exactly them.
 
-    Raises `dagster.Failure`, naming check, asset, digests, run and remedy, if one failed, has not judged them, is said
-    to have ended otherwise by the event log, or if the inputs do not say what they stand on.
+    Returns what the asset stands on (for its own reference), and the evaluations that let it through. Raises
+    `dagster.Failure`, naming check, asset, digests, run and remedy, if one failed, has not judged them, is said to have
+    ended otherwise by the event log, or if the inputs do not say what they stand on.
     """
     checks = blocking_checks_before(asset)
     rules: dict[str, tuple[Judged, Rule]] = {}  # each judgement once, by the strictest of its rules
@@ -124,8 +117,7 @@ def require_checks_passed(
     if refused := [error for answer in answers if isinstance(error := answer.exception(), _Refused)]:
         texts = listed([one.text for one in refused], most=_SHOWN, sign="; ")
         raise refusal(f"{asset} does not start: {texts}", refused[0].remedy)
-    evaluations = tuple(one for answer in answers for one in answer.result())
-    return Passed(tuple(judged for judged, _ in rules.values()), evaluations)
+    return tuple(judged for judged, _ in rules.values()), [one for answer in answers for one in answer.result()]
 
 
 def require_gate_passed(
@@ -144,17 +136,17 @@ def require_gate_passed(
             f"the evaluation is of model {evaluation.model_digest[:12]}, not of model {model.model.digest[:12]}",
             "materialize evaluation_report again",
         )
-    passed = require_checks_passed(context, evidence, "registered_model", model, evaluation, train)
-    judged = judged_report(evaluation)
+    judged, evaluations = require_checks_passed(context, evidence, "registered_model", model, evaluation, train)
+    report = judged_report(evaluation)
     gate = GateEvidence(
         passed=True,
         metric="rmse",
         value=evaluation.metrics["rmse"],
         threshold=evaluation.rmse_threshold,
         evaluation_digest=evaluation.report.digest,
-        run_id=next(e.run_id for e in passed.evidence if e.check == GATE_CHECK and e.judged == judged),
+        run_id=next(e.run_id for e in evaluations if e.check == GATE_CHECK and e.judged == report),
     )
-    return gate, passed.judged
+    return gate, judged
 
 
 @functools.cache
@@ -292,9 +284,8 @@ class _Question:
 
     @property
     def _words(self) -> str:
-        return f"check {self.check.name} of {self.check.asset_key.to_user_string()}"
+        return f"check {self.check.name} of {self.judged.asset}"
 
     @property
     def _evaluate(self) -> str:
-        asset = self.check.asset_key.to_user_string()
-        return f"materialize {asset} with its checks, or execute check {self.check.name} alone in the UI"
+        return f"materialize {self.judged.asset} with its checks, or execute check {self.check.name} alone in the UI"

@@ -4,16 +4,12 @@ import dagster as dg
 
 from housing_assets.checks.advisory import advisory_check
 from housing_assets.checks.blocking import blocking_check
-from housing_assets.checks.gate import GATE_CHECK, judged_report
+from housing_assets.checks.gate import judged_report
 from resources.references.types import EvaluationRef
 from step_scripts.runner.wording import number
 
 
-@blocking_check(
-    asset="evaluation_report",
-    name=GATE_CHECK,
-    judged=lambda given, _: judged_report(given["evaluation_report"]),
-)
+@blocking_check(asset="evaluation_report", judged=lambda given, _: judged_report(given["evaluation_report"]))
 def rmse_threshold(evaluation_report: EvaluationRef) -> dg.AssetCheckResult:
     """The quality gate: RMSE on the test split is at most the threshold; otherwise nothing is registered."""
     rmse, threshold = evaluation_report.metrics["rmse"], evaluation_report.rmse_threshold

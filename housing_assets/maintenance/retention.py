@@ -12,7 +12,6 @@ import dagster as dg
 from pydantic import Field
 
 from housing_assets.checks.serving import watch_endpoint
-from housing_assets.code_location import asset_keys
 from housing_assets.maintenance.inventory import CleanUp, Removable
 from housing_assets.maintenance.sweeper import sweep
 from housing_assets.maintenance.unneeded import (
@@ -23,7 +22,6 @@ from housing_assets.maintenance.unneeded import (
     nested,
     old_runs,
     reasons_to_keep,
-    served_versions,
     unneeded_evidence,
     unused_results,
     uris_in,
@@ -118,7 +116,6 @@ class Pruning:
             references = find_references(
                 self.context.instance,
                 resources.io_manager.root,
-                asset_keys(),
                 before=self.results_before,
                 forgotten=self.runs_before,
                 busy={run.run_id for run in self.busy},
@@ -167,7 +164,9 @@ class Pruning:
         known_problems = len(problems)
         with self.clean_up.noted("model versions"):
             items = {i.name: i for i in registry.inventory() if i.kind == "model_package" and not i.discarded}
-            served = served_versions(self.resources.endpoint_host)
+            endpoints = self.resources.endpoint_host.list()
+            served = {e.previous_version: f"endpoint {e.name} goes back to it" for e in endpoints if e.previous_version}
+            served |= {e.version: f"endpoint {e.name} serves it" for e in endpoints}
             pending_since = self.now - timedelta(days=self.config.pending_days)
             for group in sorted({name.rpartition("/")[0] for name in items}):
                 with self.clean_up.noted(group):

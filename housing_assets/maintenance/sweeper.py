@@ -83,37 +83,36 @@ def sweep_abandoned(context: dg.OpExecutionContext, config: SweepConfig) -> None
         places = {item.location for item, _ in chosen}
         clean_up.remove([one for one in found if one.place in places])
     rows: list[dict[str, Any]] = []
+    lines: dict[str, str] = {}
     for item, why in chosen:
         _, failed = clean_up.left.get(item.location, (None, None))
         outcome = f"could not be stopped: {failed}" if failed else "stopped" if config.stop else "reported"
         row = {"kind": item.kind, "name": item.name, "where": item.location, "detail": item.detail, "why": why}
         rows.append({**row, "outcome": outcome})
-        context.log.warning(f"{item.kind} {item.name} ({item.detail}): {why}; {outcome}")
+        lines[item.location] = f"{item.kind} {item.name} ({item.detail}): {why}; {outcome}"
+        context.log.warning(lines[item.location])
+    lines |= {name: f"{name} could not be asked: {reason}" for name, reason in clean_up.problems.items()}
     metadata = {
         "looked_at": len(found),
         "abandoned": len(rows),
         "found": table(rows),
-        NOTIFIED: _notify(context, rows, clean_up.problems, timedelta(hours=config.repeat_hours)),
+        NOTIFIED: _notify(context, config, rows, lines, all_known=not clean_up.problems),
     }
     clean_up.finish(context, "the sweep is incomplete", metadata)
 
 
 def _notify(
-    context: dg.OpExecutionContext, rows: Sequence[dict[str, Any]], problems: dict[str, str], repeat: timedelta
+    context: dg.OpExecutionContext, config: SweepConfig, rows: list[Any], lines: dict[str, str], *, all_known: bool
 ) -> int:
     """Send one message of what is new, if anything is, and record it. Returns the number of its lines."""
     now, root = datetime.now(UTC), context.resources.io_manager.root
-    lines = {
-        row["where"]: f"{row['kind']} {row['name']} ({row['detail']}): {row['why']}; {row['outcome']}" for row in rows
-    }
-    lines |= {name: f"{name} could not be asked: {reason}" for name, reason in problems.items()}
     known = _remembered(context.instance, root)
-    fresh = unreported(lines, known, now - repeat)
+    fresh = unreported(lines, known, now - timedelta(hours=config.repeat_hours))
     title = f"{len(rows)} abandoned jobs or endpoints, {len(fresh)} new or changed"
     if fresh and send(context.resources.notifier, title, list(fresh.values()), context.log):
         fresh = {}
     # What could not be listed this time may still be there.
-    reported = {place: known[place] for place in known if place in lines or problems}
+    reported = {place: known[place] for place in known if place in lines or not all_known}
     reported |= {place: (what, now) for place, what in fresh.items()}
     context.log_event(
         dg.AssetObservation(
@@ -122,7 +121,7 @@ def _notify(
             metadata={
                 "root": root,
                 "abandoned": len(rows),
-                "found": table(list(rows)),
+                "found": table(rows),
                 "reported": dg.MetadataValue.json(
                     {place: {"what": what, "at": at.isoformat()} for place, (what, at) in reported.items()}
                 ),

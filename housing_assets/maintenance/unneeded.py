@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from housing_assets.code_location import asset_keys, definitions
 from housing_assets.maintenance.inventory import Removable
 from housing_assets.runs.executor import FINISHED
-from resources.endpoints.base import EndpointHost
 from resources.endpoints.captured_files import CapturedFile
 from resources.inventory import RESULT_FILE
 from resources.model_registry.base import ModelVersion, champion_of
@@ -51,13 +50,12 @@ class References:
 def find_references(
     instance: dg.DagsterInstance,
     root: str,
-    assets: Sequence[dg.AssetKey],
     *,
     before: datetime,
     forgotten: datetime,
-    busy: Collection[str] = (),
+    busy: Collection[str],
 ) -> References:
-    """Look through the reference files of these assets.
+    """Look through the reference files of all assets.
 
     Current are those that the event log names as the latest of an asset or a partition, and those of which it knows
     nothing newer: they may stand in another event log. The others go if they were written `before` that time, unless
@@ -65,7 +63,7 @@ def find_references(
     go too. Raises `ValueError` naming the latest reference of an asset if it cannot be read.
     """
     found = References()
-    for key, files in reference_files(root, assets).items():
+    for key, files in reference_files(root, asset_keys()).items():
         latest: dict[str | None, tuple[str, float]] = {}
         folders: set[str] = set()
         folder = asset_folder(root, key)
@@ -139,13 +137,6 @@ def reasons_to_keep(versions: Sequence[ModelVersion], in_use: set[str], pending_
             reasons[before.reference] = "the latest approved version is compared with it"
         reasons[champion.reference] = "it is the latest approved version"
     return reasons
-
-
-def served_versions(endpoint_host: EndpointHost) -> dict[str, str]:
-    """Versions that endpoints serve, or would go back to, with the reason to keep them."""
-    endpoints = endpoint_host.list()
-    back = {s.previous_version: f"endpoint {s.name} goes back to it" for s in endpoints if s.previous_version}
-    return {**back, **{s.version: f"endpoint {s.name} serves it" for s in endpoints}}
 
 
 def unused_results(root: str, in_use: set[str], before: datetime) -> Iterator[Removable]:

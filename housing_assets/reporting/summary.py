@@ -25,7 +25,6 @@ from resources.model_registry.base import ModelVersion
 from resources.references.io_manager import event_log_name, latest_file, read_reference
 from resources.references.types import EvaluationRef, ModelRef
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact
 from step_scripts.runner.wording import number, percent
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -53,7 +52,7 @@ def plain_reason(text: str) -> str:
 
 
 def console_line(event: dg.DagsterEvent) -> str | None:
-    """What the terminal says of an event of Dagster's; `None` for what only the UI shows."""
+    """What the terminal says of an event of Dagster's; `None` for what only the UI shows, or other events say."""
     if event.event_type == dg.DagsterEventType.ASSET_MATERIALIZATION:
         key = event.asset_key
         partition = f" of {event.partition}" if event.partition else ""
@@ -67,20 +66,15 @@ def console_line(event: dg.DagsterEvent) -> str | None:
         return f"{level}check {check.check_name} of {check.asset_key.to_user_string()} failed{why}"
     if event.event_type == dg.DagsterEventType.STEP_UP_FOR_RETRY and (error := event.step_retry_data.error):
         return f"{_WARNING}{event.step_key} failed and is tried again: {said(error)}"
-    return f"{_ERROR}{reason}" if (reason := failure_reason(event)) is not None else None
-
-
-def failure_reason(event: dg.DagsterEvent) -> str | None:
-    """What failed and why, without stack traces. `None` if nothing did, or if other events say so themselves."""
     if event.is_step_failure:
         error = event.step_failure_data.error
         text = said(error) if error else plain_reason(event.message or "")
-        return None if text.startswith(_CHECK_FAILED) else f"{event.step_key} failed: {text}"
+        return None if text.startswith(_CHECK_FAILED) else f"{_ERROR}{event.step_key} failed: {text}"
     if event.is_job_failure and event.job_failure_data.first_step_failure_event is None:
         error = event.job_failure_data.error
         text = said(error) if error else ""
         # In the process of `dagster asset materialize` a check that blocks ends the run by an exception.
-        return None if not text or text.startswith(_CHECK_FAILED) else text
+        return None if not text or text.startswith(_CHECK_FAILED) else f"{_ERROR}{text}"
     return None
 
 
@@ -136,7 +130,7 @@ def summary(root: Path, instance: dg.DagsterInstance) -> str:
     model = ModelRef.model_validate(latest("tuned_model"))
     version = ModelVersion.model_validate(latest("registered_model"))
     endpoint = EndpointStatus.model_validate(latest("endpoint"))
-    m = evaluation.metrics
+    m, typical = evaluation.metrics, typical_row(model.model).write_csv(include_header=False).strip()
     lines = [
         "",
         "Evaluation on the test split",
@@ -152,7 +146,7 @@ def summary(root: Path, instance: dg.DagsterInstance) -> str:
         f"  registered as      {version.reference} ({version.status})",
         "",
         f"Endpoint {endpoint.name} serves version {endpoint.version} at {endpoint.url}",
-        f"  {curl_line(endpoint.url, model.model)}",
+        f"  curl -s {shlex.quote(endpoint.url)} -H 'Content-Type: text/csv' -d '{typical}'",
         "",
         "Dagster UI: make ui        Stop the endpoint: make stop        Remove everything: make clean-data",
     ]
@@ -176,12 +170,6 @@ def failure_summary(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
     lines += [f"Made:   {', '.join(dict.fromkeys(made)) or 'nothing'}"]
     lines += [f"Error:  {line}" for line in dict.fromkeys(failed)]
     return "\n".join(lines)
-
-
-def curl_line(url: str, model: Artifact) -> str:
-    """A command that asks the endpoint for one prediction: a typical row of the training split."""
-    values = typical_row(model).write_csv(include_header=False).strip()
-    return f"curl -s {shlex.quote(url)} -H 'Content-Type: text/csv' -d '{values}'"
 
 
 def main(arguments: Sequence[str] = ()) -> int:
