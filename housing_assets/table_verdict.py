@@ -1,7 +1,7 @@
 """Whether the table, the slices and the configured ranges fit together: checked when the code location loads.
 
-The table is declared with pandera, which takes most of a second to import. So what was found is kept in the user's
-cache folder, for as long as the schema's code, Python, pandera and Polars stay the same.
+The table is declared with pandera, which takes most of a second to import. So a child process loads it, and what it
+found is kept in the user's cache folder for as long as the schema's code, Python, pandera and Polars stay the same.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import subprocess
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -21,10 +22,12 @@ from pydantic import BaseModel
 from step_scripts.parameters import Slice, check_slices
 from step_scripts.runner.code_version import module_version
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.local_files import private_folder, write_private
+from step_scripts.runner.local_files import open_private, private_folder
 from step_scripts.table.spec import ColumnRange, TableSpec
 
 SCHEMA = Path(__file__).with_name("schema.py")
+_PROJECT = SCHEMA.parents[1]
+_SECONDS = 120.0
 
 
 class _Verdict(BaseModel):
@@ -60,24 +63,28 @@ def _fitting(table: TableSpec, slices: Sequence[Slice], ranges: Mapping[str, Map
 
 
 def _loaded_table() -> TableSpec:
-    """The table as the schema declares it. Raises `ValueError` saying where the schema is wrong."""
+    """The table that a child process loads."""
+    path = os.pathsep.join(filter(None, (str(_PROJECT), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", __name__]
     try:
-        from housing_assets.schema import HOUSING_TABLE
-
-        if not isinstance(HOUSING_TABLE, TableSpec):
-            raise TypeError(
-                f"HOUSING_TABLE is not a TableSpec but {type(HOUSING_TABLE).__name__}; use table_from_pandera"
-            )
-    except Exception as error:  # noqa: BLE001  # whatever a person's file raises
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(SCHEMA)]
-        where = f"{SCHEMA}, line {lines[-1]}" if lines else str(SCHEMA)
-        text = "; ".join(traceback.format_exception_only(error)[-1].strip().splitlines())
-        raise ValueError(f"the table cannot be used: {where}: {text}") from None
-    return HOUSING_TABLE
+        done = subprocess.run(
+            command,
+            env=os.environ | {"PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{SCHEMA} could not be loaded within {_SECONDS:.0f} s") from None
+    if done.returncode:
+        raise ValueError(f"the table cannot be used: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    return TableSpec.model_validate_json(done.stdout.splitlines()[-1])
 
 
 def _keep(verdict: _Verdict) -> None:
-    """Write it to the user's cache folder. Where that is not possible, every load imports the schema."""
+    """Write it to the user's cache folder. Where that is not possible, every load asks a child process again."""
     with contextlib.suppress(OSError, RuntimeError):
         if not Path.home().is_dir() and not os.environ.get("XDG_CACHE_HOME"):
             return  # a home folder is made by whoever made the user
@@ -85,7 +92,8 @@ def _keep(verdict: _Verdict) -> None:
         private_folder(place.parent)
         temporary = place.with_name(f".{place.name}.{os.getpid()}")
         try:
-            write_private(temporary, verdict.model_dump_json().encode())
+            with open_private(temporary) as file:
+                file.write(verdict.model_dump_json().encode())
             temporary.replace(place)
         finally:
             temporary.unlink(missing_ok=True)
@@ -108,3 +116,26 @@ def _found_with() -> dict[str, str]:
         code = sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
         code += module_version("step_scripts.table.column_types")
     return {"python": sys.version, "code": code, **libraries}
+
+
+def main() -> int:
+    """Print what there is to keep, or say on the standard error what is wrong with the schema."""
+    try:
+        from housing_assets.schema import HOUSING_TABLE
+
+        if not isinstance(HOUSING_TABLE, TableSpec):
+            raise TypeError(
+                f"HOUSING_TABLE is not a TableSpec but {type(HOUSING_TABLE).__name__}; use table_from_pandera"
+            )
+    except Exception as error:  # noqa: BLE001  # whatever a person's file raises
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(SCHEMA)]
+        where = f"{SCHEMA}, line {lines[-1]}" if lines else str(SCHEMA)
+        text = "; ".join(traceback.format_exception_only(error)[-1].strip().splitlines())
+        sys.stderr.write(f"{where}: {text}\n")
+        return 1
+    sys.stdout.write(f"\n{HOUSING_TABLE.model_dump_json()}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
