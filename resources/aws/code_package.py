@@ -12,8 +12,7 @@ import importlib.metadata
 import importlib.resources
 import io
 import tarfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import dagster as dg
@@ -45,30 +44,29 @@ REQUIRED = {
 _SUFFIXES = (".py", ".sh")
 
 
-@dataclass(frozen=True)
-class CodePackage:
-    """Files by name, and the first 16 digits of the SHA-256 over all of them."""
+def upload(package: Mapping[str, bytes], code_root: str) -> str:
+    """Put a package's files below `<code_root>/<digest>/` unless they are there. Returns that URI, ending with a slash.
 
-    files: dict[str, bytes]
-    digest: str
+    The digest: the first 16 digits of the SHA-256 over all files.
+    """
+    digest = hashlib.sha256()
+    for name, content in sorted(package.items()):
+        digest.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\0".encode())
+    uri = storage.join(code_root, digest.hexdigest()[:16])
+    present = storage.sizes(uri, list(package))
+    for name in package.keys() - present.keys():
+        storage.write_bytes(storage.join(uri, name), package[name])
+    return f"{uri}/"
 
-    def upload(self, code_root: str) -> str:
-        """Put the files below `<code_root>/<digest>/` unless they are there. Returns that URI, ending with a slash."""
-        uri = storage.join(code_root, self.digest)
-        present = storage.sizes(uri, list(self.files))
-        for name in self.files.keys() - present.keys():
-            storage.write_bytes(storage.join(uri, name), self.files[name])
-        return f"{uri}/"
 
-
-def code_package(packages: Iterable[str], steps: Iterable[str] = ()) -> CodePackage:
-    """The sources of whole packages and of all that these steps load, with pinned requirements and the start script.
+def code_package(packages: Iterable[str], steps: Iterable[str] = ()) -> dict[str, bytes]:
+    """Files by name: sources of whole packages and of all that these steps load, pinned requirements, the start script.
 
     Raises `FileNotFoundError` for a step that is not there.
     """
     sources: dict[str, Path] = {}
     for package in packages:
-        folder = _folder(package)
+        folder = Path(str(importlib.resources.files(package)))
         for path in folder.rglob("*"):
             if path.suffix in _SUFFIXES and "__pycache__" not in path.parts:
                 sources[f"{package.replace('.', '/')}/{path.relative_to(folder).as_posix()}"] = path
@@ -76,15 +74,11 @@ def code_package(packages: Iterable[str], steps: Iterable[str] = ()) -> CodePack
         if (path := file_of(module)) is not None:
             parent = module if path.name == "__init__.py" else module.rpartition(".")[0]
             sources["/".join([*parent.split("."), path.name]).lstrip("/")] = path
-    files = {
+    return {
         ARCHIVE: archive({name: path.read_bytes() for name, path in sources.items()}),
         REQUIREMENTS: requirements().encode(),
-        BOOTSTRAP: (_folder("step_scripts") / BOOTSTRAP).read_bytes(),
+        BOOTSTRAP: importlib.resources.files("step_scripts").joinpath(BOOTSTRAP).read_bytes(),
     }
-    digest = hashlib.sha256()
-    for name, content in sorted(files.items()):
-        digest.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\0".encode())
-    return CodePackage(files, digest.hexdigest()[:16])
 
 
 def archive(files: dict[str, bytes]) -> bytes:
@@ -129,7 +123,3 @@ def job_image(configured: str | None, region: str) -> str:
             f"there is no XGBoost image {XGBOOST_IMAGE_VERSION} for {region}: {error}. Configure a custom image",
             allow_retries=False,
         ) from error
-
-
-def _folder(package: str) -> Path:
-    return Path(str(importlib.resources.files(package)))

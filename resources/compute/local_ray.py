@@ -42,7 +42,6 @@ from step_scripts.runner.ray_environment import (
     processes_of,
     remove_abandoned,
 )
-from step_scripts.runner.ray_session import RaySettings
 
 _POLL_SECONDS = 0.2
 _TERMINATION_SECONDS = 4.0
@@ -168,14 +167,11 @@ class LocalRay(ComputeBackend):
         ours, theirs = multiprocessing.Pipe()
         # Short, because Ray puts sockets below it: a socket's path is limited to 107 bytes.
         folder = make_folder("housing-", parent="/tmp" if Path("/tmp").is_dir() else None)
-        settings = RaySettings(
-            address=self.address, num_cpus=self.num_cpus, object_store_memory=self.object_store_memory
-        )
         environment = os.environ | {
             # `_sessions` finds abandoned processes by these two.
             "HOUSING_ARTIFACTS": self.artifact_root,
             "HOUSING_RUN_ID": run_id,
-            "HOUSING_RAY_SETTINGS": settings.model_dump_json(),
+            "HOUSING_RAY_SETTINGS": self.model_dump_json(include={"address", "num_cpus", "object_store_memory"}),
             FOLDER_VARIABLE: str(folder.path),
             "TMPDIR": str(folder.path),
             "RAY_USAGE_STATS_ENABLED": "0",

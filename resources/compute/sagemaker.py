@@ -11,7 +11,7 @@ from typing import Any, Self
 import dagster as dg
 from pydantic import Field, create_model, model_validator
 
-from resources.aws.code_package import BOOTSTRAP, XGBOOST_IMAGE_VERSION, code_package, job_image
+from resources.aws.code_package import BOOTSTRAP, XGBOOST_IMAGE_VERSION, code_package, job_image, upload
 from resources.aws.request_validation import check_request
 from resources.compute.base import ComputeBackend, as_metadata, failure_of
 from resources.inventory import NotOwned, OwnedItem, files_below
@@ -129,11 +129,11 @@ class SageMakerCompute(ComputeBackend):
                 "HOUSING_ATTEMPT": _LONGEST_NAME,
             }
             named = {**request, kind.member("Name"): _LONGEST_NAME, "Environment": environment}
-            check_request(kind.create_operation, named)
+            check_request(f"Create{kind.operation}", named)
         if (tuning := self._native_tuning("image", code_uri)) is not None:
             search = TuneModelSettings()
             request = tuning.create_request(search, search.resolved()["num_trials"], 0)
-            check_request(TUNING.create_operation, {**request, TUNING.member("Name"): _LONGEST_NAME[:32]})
+            check_request(f"Create{TUNING.operation}", {**request, TUNING.member("Name"): _LONGEST_NAME[:32]})
 
     @property
     def client(self) -> PipesSageMakerClient:
@@ -217,7 +217,7 @@ class SageMakerCompute(ComputeBackend):
 
     def _execute(self, context: dg.AssetExecutionContext, request: StepRequest) -> StepResult:
         package = code_package(["step_scripts", "housing_assets"], [request.step] if "." in request.step else [])
-        code_uri = package.upload(f"{self.job_root}/code")
+        code_uri = upload(package, f"{self.job_root}/code")
         image = job_image(self.image, self.client.settings.client("sagemaker").meta.region_name)
         kind, params = self._request_of(request.step, image, code_uri, request.digest[:16])
         if kind is TRAINING:

@@ -173,22 +173,21 @@ class ReferenceIOManager(dg.ConfigurableIOManager):
             if (uri := file_of_run(instance, run_id, key)) is None:
                 raise _failure(f"{name} has no reference of run {run_id} in {event_log_name(instance)}", name)
             return uri
-        partitions = _partitions_to_read(context) or [None]
-        found = {partition: latest_file(instance, self.root, key, partition) for partition in partitions}
-        missing = [partition for partition, uri in found.items() if uri is None]
-        if missing:
-            which = f"partition {missing[0]} of {name}" if missing[0] else name
-            raise _failure(
-                f"{which} has not been materialized below {self.root}, as far as {event_log_name(instance)} knows", name
-            )
-        uris = sorted({uri for uri in found.values() if uri is not None})
-        if len(uris) > 1:
+        uris = set[str]()
+        for partition in _partitions_to_read(context) or [None]:
+            if (uri := latest_file(instance, self.root, key, partition)) is None:
+                which = f"partition {partition} of {name}" if partition else name
+                known = event_log_name(instance)
+                raise _failure(f"{which} has not been materialized below {self.root}, as far as {known} knows", name)
+            uris.add(uri)
+        first, *others = sorted(uris)
+        if others:
             raise dg.Failure(
-                f"{uris[0]} and {uris[1]} are of several runs: partitions of {name} that were materialized in several "
+                f"{first} and {others[0]} are of several runs: partitions of {name} that were materialized in several "
                 "runs cannot be read by one run over all of them. Include it in this run",
                 allow_retries=False,
             )
-        return uris[0]
+        return first
 
 
 def _source_run(context: dg.InputContext) -> str | None:

@@ -26,7 +26,7 @@ _REFUSED = ("AccessDeniedException", "AccessDenied", "UnrecognizedClientExceptio
 
 
 class JobLogs:
-    """Forwards the lines of a job's hosts to `emit`, prefixed with `[algo-N]`, and keeps each host's last 30.
+    """Forwards the lines of a job's hosts to `emit`, prefixed with `[algo-N]`; `tails` keeps each host's last 30.
 
     Polled, not streamed: each poll makes a bounded number of calls, and the next one goes on where it stopped. `client`
     should give up after a few attempts: the next poll tries again.
@@ -38,7 +38,7 @@ class JobLogs:
         self._job = job_name
         self._emit = emit
         self._read_to: dict[str, str | None] = {}  # by stream: CloudWatch's token
-        self._tails: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=_TAIL))  # by host
+        self.tails: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=_TAIL))  # by host
         self._last_event: dict[str, int] = {}  # by host
         self._refused = False
 
@@ -83,10 +83,6 @@ class JobLogs:
         except TimeoutError:
             return False
 
-    def tail(self, host: str) -> list[str]:
-        """The last lines of one host, at most 30."""
-        return list(self._tails[host])
-
     def hosts(self) -> list[str]:
         """Hosts that have written something, in the order of their last line: one that failed writes nothing after."""
         return sorted(self._last_event, key=lambda host: (self._last_event[host], host))
@@ -120,7 +116,7 @@ class JobLogs:
         host = stream.partition("/")[2].rpartition("-")[0] or stream
         self._last_event[host] = events[-1]["timestamp"]
         lines = [line for event in events for line in event["message"].splitlines() or [""]]
-        self._tails[host].extend(lines)
+        self.tails[host].extend(lines)
         for start in range(0, len(lines), _LINES_PER_EVENT):
             block = lines[start : start + _LINES_PER_EVENT]
             self._emit("\n".join(f"[{host}] {line}" for line in block))
@@ -162,7 +158,6 @@ def status_lines(job: Job) -> list[str]:
 
 
 def _progress(job: Job) -> str:
-    """How far a tuning job is."""
     counters = job.facts.get("TrainingJobStatusCounters", {})
     failed = counters.get("NonRetryableError", 0)
     done = counters.get("Completed", 0) + counters.get("Stopped", 0) + failed
@@ -245,7 +240,7 @@ def job_failure(
     host = failing_host(reason, logs)
     shown = job.status if secondary == job.status else f"{job.status} ({secondary})"
     parts = [f"{job} ended as {shown}: {reason}"]
-    if host and (tail := logs.tail(host)):
+    if host and (tail := logs.tails[host]):
         parts.append(f"Last {len(tail)} log lines of {host}:\n" + "\n".join(f"  {line}" for line in tail))
     parts.append(f"What to do: {remedy}.")
     words = {"console": "Job", "logs": "Logs"}
@@ -269,7 +264,7 @@ def failing_host(reason: str, logs: JobLogs) -> str | None:
     if (named := _HOST.search(reason)) and named[0] in hosts:
         return named[0]
     for host in hosts:
-        if any(_ERROR_LINE.search(line) for line in logs.tail(host)):
+        if any(_ERROR_LINE.search(line) for line in logs.tails[host]):
             return host
     return hosts[0] if hosts else None
 

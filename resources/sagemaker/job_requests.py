@@ -174,11 +174,11 @@ def processing_request(
 
 
 def _hosts(config: JobConfig) -> dict[str, Any]:
-    hosts: dict[str, Any] = {"InstanceType": config.instance_type, "InstanceCount": config.instance_count}
-    if config.instance_groups:
-        groups = [(group.name, group.instance_type, group.instance_count) for group in config.instance_groups]
-        members = ("InstanceGroupName", "InstanceType", "InstanceCount")
-        hosts = {"InstanceGroups": [dict(zip(members, group, strict=True)) for group in groups]}
+    def of_one_type(hosts: JobConfig | InstanceGroup) -> dict[str, Any]:
+        return {"InstanceType": hosts.instance_type, "InstanceCount": hosts.instance_count}
+
+    groups = [{"InstanceGroupName": group.name, **of_one_type(group)} for group in config.instance_groups]
+    hosts = {"InstanceGroups": groups} if groups else of_one_type(config)
     return {**hosts, "VolumeSizeInGB": config.volume_size_gb, "VolumeKmsKeyId": config.volume_kms_key}
 
 

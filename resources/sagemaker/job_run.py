@@ -58,9 +58,9 @@ class JobRun:
         # Names of tuning jobs have at most 32 characters.
         prefix, shown = ("tune", []) if kind is TUNING else (settings.name_prefix, assets)
         self.name = first_name = jobs.job_name(prefix, shown, self._work, root_run)
-        check_request(kind.create_operation, self._request({}))
+        check_request(f"Create{kind.operation}", self._request({}))
         self._client = settings.client("sagemaker")
-        self.job = self._attempt(first_name, completed_after) or self._orphan(jobs.work_of(first_name))
+        self.job = self._attempt(first_name, completed_after) or self._orphan(first_name)
         self._exists, self._ended = self.job is not None, False
 
     @property
@@ -102,7 +102,7 @@ class JobRun:
             job = Job(self.kind, self.name, arn, "InProgress", {})
         except ClientError as error:
             job = self.kind.describe(self._client, self.name) if error_code(error) == "ResourceInUse" else None
-            if job is None or self._tags(job).get(WORK_TAG) != self._work:
+            if job is None or tags_of(self._client, job.arn).get(WORK_TAG) != self._work:
                 self._exists = False
                 raise start_failure(self.kind, self.name, error) from error
         self._context.log.info(job.started_text())
@@ -157,7 +157,7 @@ class JobRun:
             self.name = name
             if (job := self.kind.describe(self._client, name)) is None:
                 return None
-            tags = self._tags(job)
+            tags = tags_of(self._client, job.arn)
             if tags.get(WORK_TAG) != self._work:
                 continue
             if job.status == "InProgress":
@@ -169,11 +169,12 @@ class JobRun:
                     return job
         raise RuntimeError(f"no name is left for another attempt of {first_name}")
 
-    def _orphan(self, work: str) -> Job | None:
+    def _orphan(self, first_name: str) -> Job | None:
         """A running job of another run that does the same work, and whose lease is not renewed."""
         from botocore.exceptions import ClientError
 
         kind, log = self.kind, self._context.log
+        work = first_name.rpartition("-")[0]  # the part that the names of all runs share
         try:
             found = getattr(self._client, f"list_{kind.method_name}s")(
                 NameContains=work, StatusEquals="InProgress", MaxResults=20
@@ -185,16 +186,13 @@ class JobRun:
             return None
         for summary in found[kind.member("Summaries")]:
             job = kind.describe(self._client, summary[kind.member("Name")])
-            if job is None or self._tags(job).get(WORK_TAG) != self._work:
+            if job is None or tags_of(self._client, job.arn).get(WORK_TAG) != self._work:
                 continue
             log.info(f"{job} of another run does the same work; waiting for its lease to be renewed")
             if self._lease(job.name).adopt():
                 self.name = job.name
                 return job
         return None
-
-    def _tags(self, job: Job) -> dict[str, str]:
-        return tags_of(self._client, job.arn)
 
     def _lease(self, name: str, retry_seconds: float | None = None) -> JobLease:
         prefix = self.settings.prefix(name, retry_seconds)

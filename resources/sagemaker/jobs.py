@@ -57,11 +57,6 @@ class JobKind:
         """Name of a member of requests and answers: `TrainingJobName` for `Name`, `ProcessingJobArn` for `Arn`."""
         return f"{self.operation}{what}"
 
-    @property
-    def create_operation(self) -> str:
-        """Name of the operation in the service model."""
-        return f"Create{self.operation}"
-
     def method(self, client: Any, verb: str) -> Any:
         """The client's method for `create`, `describe` or `stop`."""
         return getattr(client, f"{verb}_{self.method_name}")
@@ -149,11 +144,6 @@ def job_name(prefix: str, assets: Sequence[str], work: str, root_run_id: str) ->
 def attempts_of(name: str) -> Iterator[str]:
     """The names of the attempts: `name`, `name`-2, `name`-3 …"""
     return itertools.chain([name], (f"{name}-{number}" for number in range(2, 10_000)))
-
-
-def work_of(name: str) -> str:
-    """The part of a first attempt's name that all runs share."""
-    return name.rpartition("-")[0]
 
 
 def request_digest(params: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -181,7 +180,5 @@ def _log_trial(client: Any, experiment: str, parent: str, trial: Mapping[str, An
 def _log_files(client: Any, run_id: str, artifact: Artifact, folder: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for file in artifact.files:
-            local = Path(scratch, file.path)
-            local.parent.mkdir(parents=True, exist_ok=True)
-            local.write_bytes(storage.read_bytes(artifact.file_uri(file.path)))
+            storage.write_bytes(storage.join(scratch, file.path), storage.read_bytes(artifact.file_uri(file.path)))
         client.log_artifacts(run_id, scratch, folder)

@@ -25,7 +25,7 @@ PARTS = {"botocore": "boto3"}  # packages that never come without another
 
 def test_jobs_get_the_modules_and_packages_that_they_import() -> None:
     modules = set[str]().union(*(step_sources(step) for step in STEPS))
-    content = code_package(PROJECT).files[ARCHIVE]
+    content = code_package(PROJECT)[ARCHIVE]
     assert not modules - members(content)
     assert distributions(modules) == set(REQUIRED)
 
