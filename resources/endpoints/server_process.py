@@ -41,11 +41,10 @@ class ServerUnreachable(RuntimeError):
 
 def find_server(folder: Path) -> ServerRecord | None:
     """What the process that serves the state folder has recorded, if it is alive."""
-    try:
+    with suppress(FileNotFoundError, ValueError):
         record = ServerRecord.read(folder / SERVER_FILE)
-    except (FileNotFoundError, ValueError):
-        return None
-    return record if find_process(record) is not None else None
+        return record if find_process(record) is not None else None
+    return None
 
 
 def start_detached(folder: Path) -> None:
