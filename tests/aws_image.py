@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from resources.aws.code_package import requirements
-from resources.model_registry.package_files import serving_requirements
+from resources.model_registry.package_files import SERVING_PACKAGES
 from step_scripts.runner.locking import file_lock
 from tests.sagemaker_emulator import Image
 
@@ -52,7 +52,7 @@ def aws_image(python: str) -> tuple[Image, Path]:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "housing-assets", "aws-xgboost-image")
     environment = root / _digest(_version(python), *CONTENT)
     interpreter = environment / "bin" / "python3"
-    pins = requirements() + serving_requirements()
+    pins = requirements() + requirements(SERVING_PACKAGES)
     wheels = root / f"wheels-{_digest(environment.name, pins, *_BUILD)}"
     with file_lock(root / "lock", _LONGEST, "the environment of AWS's image is made"):
         if not (environment / ".complete").exists():

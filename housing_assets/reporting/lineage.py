@@ -17,7 +17,7 @@ from pydantic import Field, JsonValue
 from housing_assets.deployments import load_resources
 from resources.compute.base import table
 from resources.endpoints.base import EndpointHost, EndpointStatus
-from resources.model_registry.base import ModelRegistry, ModelVersion
+from resources.model_registry.base import ModelRegistry, ModelVersion, split_reference
 from resources.references.evidence import Judged
 from resources.references.types import EvaluationRef, ModelRef, SplitRef
 from step_scripts.runner.code_version import module_version, step_version
@@ -165,9 +165,8 @@ def lineage_of(
 
 def version_of(reference: str, registry: ModelRegistry) -> ModelVersion:
     """The version `<group>/<number>`. Raises `LookupError`."""
-    group, _, number = reference.rpartition("/")
     try:
-        return registry.get(group, int(number))
+        return registry.get(*split_reference(reference))
     except ValueError as error:
         raise LookupError(f"{reference!r} is no model version: give <group>/<number>") from error
 

@@ -95,9 +95,9 @@ def archive(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def requirements() -> str:
-    """One `name[extras]==version` a line, with the versions installed here."""
-    return "".join(f"{name}{extra}=={importlib.metadata.version(name)}\n" for name, extra in REQUIRED.items())
+def requirements(packages: Mapping[str, str] = REQUIRED) -> str:
+    """One `name[extras]==version` a line, with the versions installed here. `packages`: names and their extras."""
+    return "".join(f"{name}{extra}=={importlib.metadata.version(name)}\n" for name, extra in packages.items())
 
 
 @functools.cache

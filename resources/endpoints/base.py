@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import ClassVar, Literal
 
 import dagster as dg
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from resources.endpoints import captured_files as captures
 from resources.inventory import OwnedItem
@@ -53,10 +53,8 @@ class SmokeTestFailed(ValueError):
     """Served predictions are not the expected ones."""
 
 
-class SmokeTestResult(BaseModel):
+class SmokeTestResult(BaseModel, frozen=True):
     """Figures of a passed smoke test. `latency`: of requests of one row, as metadata."""
-
-    model_config = ConfigDict(frozen=True)
 
     rows: int
     largest_difference: float = Field(description="Relative to the expected prediction.")
@@ -148,10 +146,8 @@ class SmokeTest(StepParams):
         return max(differences)
 
 
-class EndpointStatus(BaseModel):
+class EndpointStatus(BaseModel, frozen=True):
     """What an endpoint serves. `previous_version` is what it served before, for going back."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     state: Literal["InService", "OutOfService"]

@@ -20,9 +20,9 @@ from resources.aws.request_validation import check_request
 from resources.endpoints.base import EndpointHost
 from resources.model_registry.base import ModelVersion
 from resources.model_registry.package_files import DIGEST_VARIABLE, VERSION_VARIABLE
+from step_scripts.serving.deployment import CAPTURE_FOLDER, CSV, JSON, JSON_LINES
 
 _VARIANT = "AllTraffic"
-_CAPTURED = "captured"  # folder of captured requests below the host's root
 _SMALLEST_LINEAR_STEP = 10  # percent
 CANDIDATE, SERVING = "candidate", "serving"
 _NAME_PART = 40  # of an endpoint's name in the names of its parts, which have at most 63 characters
@@ -231,10 +231,7 @@ class EndpointRequests(EndpointHost):
                 "InitialSamplingPercentage": capture.sampling_percentage,
                 "DestinationS3Uri": capture.uri or self._captured,
                 "CaptureOptions": [{"CaptureMode": "Input"}, {"CaptureMode": "Output"}],
-                "CaptureContentTypeHeader": {
-                    "CsvContentTypes": ["text/csv"],
-                    "JsonContentTypes": ["application/json", "application/jsonlines"],
-                },
+                "CaptureContentTypeHeader": {"CsvContentTypes": [CSV], "JsonContentTypes": [JSON, JSON_LINES]},
                 **({"KmsKeyId": capture.kms_key} if capture.kms_key else {}),
             }
         if self.kms_key:
@@ -270,4 +267,4 @@ class EndpointRequests(EndpointHost):
 
     @property
     def _captured(self) -> str:
-        return f"{self.root.rstrip('/')}/{_CAPTURED}"
+        return f"{self.root.rstrip('/')}/{CAPTURE_FOLDER}"

@@ -208,7 +208,6 @@ class SageMakerRollout:
         return result
 
     def _smoke_test_on_candidate(self, model: str) -> None:
-        """Run the smoke test on an endpoint of its own, and remove that."""
         from botocore.exceptions import ClientError
 
         config = self._config(model, CANDIDATE)
@@ -243,7 +242,6 @@ class SageMakerRollout:
             raise EndpointDeploymentFailed(f"{error}{self.parts.log_tail(candidate, since)}") from error
 
     def _change(self, current: FoundEndpoint, config: str) -> SmokeTestResult:
-        """Have SageMaker change over, test, and go back if the test fails."""
         name, served = self.name, current.config_tags.get(Tag.VERSION, "")
         self.log.info(f"Changing endpoint {name} from {served} to {self.version.reference}.")
         self.parts.update(name, config, None if self.host.serverless else self.host.traffic.request())

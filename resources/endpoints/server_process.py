@@ -41,11 +41,10 @@ class ServerUnreachable(RuntimeError):
 
 def find_server(folder: Path) -> ServerRecord | None:
     """What the process that serves the state folder has recorded, if it is alive."""
-    try:
+    with suppress(FileNotFoundError, ValueError):
         record = ServerRecord.read(folder / SERVER_FILE)
-    except (FileNotFoundError, ValueError):
-        return None
-    return record if find_process(record) is not None else None
+        return record if find_process(record) is not None else None
+    return None
 
 
 def start_detached(folder: Path) -> None:
@@ -71,17 +70,14 @@ def candidate(folder: Path, timeout_seconds: float) -> Iterator[ServerRecord]:
     command = [*_command(folder), "--until-input-closes"]
     with (
         open_private(folder / START_LOG_FILE, "ab") as log,
-        subprocess.Popen(
+        psutil.Popen(
             command, cwd="/", env=_environment(), stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
         ) as process,
     ):
         try:
             yield wait_until_serving(folder, timeout_seconds, process=process)
         finally:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(5)
-            process.kill()
+            end_processes([process], 5.0)
 
 
 def _command(folder: Path) -> list[str]:
@@ -97,7 +93,7 @@ def wait_until_serving(
     folder: Path,
     timeout_seconds: float,
     *,
-    process: subprocess.Popen[bytes] | None = None,
+    process: psutil.Popen | None = None,
     changing: ServerRecord | None = None,
 ) -> ServerRecord:
     """Wait until a server of the folder serves its deployment: `process`, if given, or `changing`, which ran before.
@@ -138,9 +134,7 @@ def end_server(folder: Path, timeout_seconds: float) -> bool:
 
     Raises `TimeoutError` if even that does not help.
     """
-    server = find_server(folder)
-    process = find_process(server) if server is not None else None
-    if process is None:
+    if (server := find_server(folder)) is None or (process := find_process(server)) is None:
         return False
     end_processes([process], timeout_seconds)
     if lives(process):

@@ -14,7 +14,6 @@ by `SAGEMAKER_PROGRAM` from the archive at `SAGEMAKER_SUBMIT_DIRECTORY`, after i
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ from typing import Any, TypeVar
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
-from resources.aws.code_package import archive, job_image
+from resources.aws.code_package import archive, job_image, requirements
 from resources.aws.ownership import sanitised
 from resources.model_registry.base import GateEvidence, ModelVersion, RegistryDamaged, StatusChange, read_model
 from step_scripts.runner import storage
@@ -43,8 +42,9 @@ _HEX = re.compile(r"[0-9a-f]{32,}")
 PROGRAM = "inference.py"
 # The container's name and its model's digest, which the server shows, and checks before it serves.
 VERSION_VARIABLE, DIGEST_VARIABLE = "HOUSING_MODEL_VERSION", "HOUSING_MODEL_DIGEST"
-# What serving imports and AWS's image lacks, or has in another version. XGBoost and NumPy stay the image's.
-_REQUIRED = ("polars", "pyarrow", "pydantic")
+# What serving imports and AWS's image lacks, or has in another version: its server installs them before it serves.
+# XGBoost and NumPy stay the image's.
+SERVING_PACKAGES = {"polars": "", "pyarrow": "", "pydantic": ""}
 _STEP_SCRIPTS = Path(__file__).parents[2] / "step_scripts"
 _SETUP = b"""from setuptools import find_packages, setup
 
@@ -212,21 +212,11 @@ def serving_container(image: str | None, region: str, code_root: str, environmen
     return {"Image": found, "Environment": {**script, **environment}}
 
 
-def serving_requirements() -> str:
-    """One `name==version` a line, with the versions installed here: what AWS's server installs before it serves."""
-    return "".join(f"{name}=={importlib.metadata.version(name)}\n" for name in _REQUIRED)
-
-
 def serving_code() -> bytes:
     """The archive for AWS's image: the module that its server imports, `step_scripts`, and pinned requirements."""
     files = {
         path.relative_to(_STEP_SCRIPTS.parent).as_posix(): path.read_bytes() for path in _STEP_SCRIPTS.rglob("*.py")
     }
-    return archive(
-        {
-            **files,
-            PROGRAM: (_STEP_SCRIPTS / PROGRAM).read_bytes(),
-            "setup.py": _SETUP,
-            "requirements.txt": serving_requirements().encode(),
-        }
-    )
+    files[PROGRAM] = files[f"{_STEP_SCRIPTS.name}/{PROGRAM}"]
+    files |= {"setup.py": _SETUP, "requirements.txt": requirements(SERVING_PACKAGES).encode()}
+    return archive(files)

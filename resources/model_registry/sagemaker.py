@@ -39,7 +39,6 @@ from resources.model_registry.model_packages import (
     find_package,
     list_packages,
 )
-from resources.model_registry.package_files import DIGEST_VARIABLE, serving_container
 from resources.waiting import wait_until
 from step_scripts.runner import storage
 from step_scripts.runner.wording import counted
@@ -97,8 +96,8 @@ class SageMakerModelRegistry(ModelRegistry):
         folder = storage.join(self.root, new.group, *files.short_digests(new))
         properties = files.write_model(folder, new)
         region, code_root = self._client.meta.region_name, storage.join(self.root, _CODE)
-        environment = {DIGEST_VARIABLE: new.artifact.digest, **self.environment}
-        container = serving_container(self.image, region, code_root, environment)
+        environment = {files.DIGEST_VARIABLE: new.artifact.digest, **self.environment}
+        container = files.serving_container(self.image, region, code_root, environment)
         request = {
             "ModelPackageGroupName": new.group,
             "ModelPackageDescription": files.description_of(new),

@@ -64,7 +64,7 @@ class JobMessageReader(PipesS3MessageReader):
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
-            while (messages := self._prefix.messages(self.counter)) is not None:
+            for messages in self._prefix.message_chunks(self.counter):
                 self.counter += 1
                 for message in messages:
                     self._handler.handle_message(message)  # pyright: ignore[reportArgumentType]  # parsed JSON

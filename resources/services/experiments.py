@@ -84,7 +84,7 @@ class MlflowTracking(ExperimentTracker):
             record = known[0].info.run_id if known else self._log(client, experiment, search, run_id)
         metadata: dict[str, Any] = {"mlflow_experiment": self.experiment, "mlflow_run_id": record}
         if self.tracking_uri.startswith("http"):
-            url = f"{self.tracking_uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+            url = f"{self.tracking_uri.rstrip('/')}/#/experiments/{experiment}/runs/{record}"
             metadata["mlflow_run"] = dg.MetadataValue.url(url)
         return metadata
 

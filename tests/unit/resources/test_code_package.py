@@ -11,9 +11,9 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from resources.aws.code_package import ARCHIVE, REQUIRED, code_package
+from resources.aws.code_package import ARCHIVE, REQUIRED, code_package, requirements
 from resources.compute.sagemaker import STEPS
-from resources.model_registry.package_files import serving_code, serving_requirements
+from resources.model_registry.package_files import SERVING_PACKAGES, serving_code
 from step_scripts.runner.code_version import _sources, step_sources
 from tests import ROOT
 from tests.aws_image import CONTENT
@@ -33,7 +33,7 @@ def test_jobs_get_the_modules_and_packages_that_they_import() -> None:
 def test_endpoints_get_the_modules_and_packages_that_they_import() -> None:
     modules = set(_sources("inference"))
     assert not modules - members(serving_code())
-    assert not distributions(modules) - names(CONTENT) - names(serving_requirements().split())
+    assert not distributions(modules) - names(CONTENT) - names(requirements(SERVING_PACKAGES).split())
 
 
 def members(content: bytes) -> set[str]:

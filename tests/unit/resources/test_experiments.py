@@ -49,7 +49,9 @@ def search(folder: Path) -> StepResult:
     )
 
 
-def test_a_search_is_recorded_once_with_trials_curve_and_artifacts(tmp_path: Path) -> None:
+def test_a_search_is_recorded_once_with_trials_curve_and_artifacts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     tracking = MlflowTracking(tracking_uri=uri, experiment="e", artifact_location=f"file://{tmp_path}/artifacts")
     found = tracking.record(search(tmp_path), "run-1")
@@ -73,6 +75,10 @@ def test_a_search_is_recorded_once_with_trials_curve_and_artifacts(tmp_path: Pat
     assert trials["trial 2"].data.metrics["rmse"] == 4000.0
     assert (tmp_path / "artifacts" / parent.info.run_id / "artifacts" / "model" / "m.json").exists()
     assert (tmp_path / "artifacts" / parent.info.run_id / "artifacts" / "report" / "trials.json").exists()
+
+    monkeypatch.setattr(MlflowTracking, "_client", lambda _: client)
+    served = MlflowTracking(tracking_uri="http://127.0.0.1:5000", experiment="e").record(search(tmp_path), "run-1")
+    assert served["mlflow_run"].url.endswith(f"/#/experiments/{experiment.experiment_id}/runs/{parent.info.run_id}")
 
 
 def test_without_configuration_nothing_is_imported_or_written(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from resources.model_registry.package_files import serving_code, serving_container, serving_requirements
+from resources.aws.code_package import requirements
+from resources.model_registry.package_files import SERVING_PACKAGES, serving_code, serving_container
 from step_scripts.inference import model_fn, transform_fn
 from step_scripts.model.artifact import load_model
 from step_scripts.runner.contract import Artifact, DamagedArtifactError
@@ -108,7 +109,7 @@ def test_what_is_imported_is_in_the_archive_or_the_image() -> None:
             elif isinstance(statement, ast.ImportFrom) and statement.module:
                 imported.add(statement.module)
     modules = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names - {"step_scripts"}
-    stated = {line.partition("==")[0].lower() for line in (*serving_requirements().split(), *CONTENT)}
+    stated = {line.partition("==")[0].lower() for line in (*requirements(SERVING_PACKAGES).split(), *CONTENT)}
     assert {"numpy", "polars", "pydantic"} <= modules <= stated
 
 
