@@ -13,12 +13,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[1]
 _SHELLS = ("bash", "sh", "console", "")
@@ -161,7 +163,7 @@ class Reader:
                 ["bash", "-c", f"exec {line}"], cwd=self.project, env=self._env, start_new_session=True,
                 stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
-            family = list(_until(lambda: _alive(process, sign, log), 180))
+            family = until(lambda: _alive(process, sign, log))
             os.killpg(process.pid, signal.SIGINT)
             _, left = psutil.wait_procs(family, 60)
             for each in left:
@@ -185,11 +187,3 @@ def _alive(process: subprocess.Popen[bytes], sign: str | re.Pattern[str], log: P
             return None
     own = psutil.Process(process.pid)
     return [own, *own.children(recursive=True)]
-
-
-def _until(look: Callable[[], list[psutil.Process] | None], seconds: float) -> Iterator[psutil.Process]:
-    deadline = time.monotonic() + seconds
-    while not (found := look()):
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.3)
-    yield from found

@@ -25,6 +25,7 @@ from resources.model_registry.local import LocalModelRegistry
 from step_scripts.runner.contract import Artifact
 from step_scripts.serving.deployment import DEPLOYMENT_FILE, LOG_FILE, DeploymentRecord
 from tests.serving_models import registered, request, small_model, smoke_test
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 LOG = logging.getLogger("test")
@@ -265,53 +266,36 @@ def test_a_killed_deployment_leaves_no_trial_server(stage: Stage) -> None:
     trials = _wait_for_trial(stage)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 30
-    while any(_alive(pid) for pid in trials):
-        assert time.monotonic() < deadline, "the trial server outlived its deployment"
-        time.sleep(0.05)
+    until(lambda: not any(_alive(pid) for pid in trials))
     assert stage.price() == old
     assert stage.deploy(artifact, version).version == "housing/2"
     assert list((Path(stage.host.root) / "housing").glob(".candidate-*")) == []
 
 
 def _wait_for_refusal(folder: Path, deployment_id: str) -> str:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
+    def refused() -> str | None:
         server = find_server(folder)
         assert server is not None
         refused = (ping(server) or {}).get("refused", {})
-        if refused.get("deployment_id") == deployment_id:
-            return refused["error"]
-        time.sleep(0.02)
-    raise AssertionError("the server did not report")
+        return refused["error"] if refused.get("deployment_id") == deployment_id else None
+
+    return until(refused)
 
 
 def _wait_for_log(folder: Path, text: str) -> None:
-    deadline = time.monotonic() + 30
-    while text not in (folder / LOG_FILE).read_text():
-        assert time.monotonic() < deadline, f"{text!r} is not in the log"
-        time.sleep(0.02)
+    until(lambda: text in (folder / LOG_FILE).read_text(), log=folder / LOG_FILE)
 
 
 def _wait_for_end(stage: Stage) -> EndpointStatus:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        status = stage.host.describe("housing")
-        if status is not None and status.pid is None:
-            return status
-        time.sleep(0.02)
-    raise AssertionError("the server did not end")
+    return until(lambda: (status := stage.host.describe("housing")) and status.pid is None and status)
 
 
 def _wait_for_trial(stage: Stage) -> list[int]:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        for process in psutil.process_iter(["pid", "cmdline"]):
-            line = " ".join(process.info["cmdline"] or [])
-            if ".candidate-" in line and stage.host.root in line:
-                return [process.info["pid"]]
-        time.sleep(0.02)
-    raise AssertionError("no trial server was started")
+    def trials() -> list[int]:
+        lines = [(p.pid, " ".join(p.info["cmdline"] or [])) for p in psutil.process_iter(["cmdline"])]
+        return [pid for pid, line in lines if ".candidate-" in line and stage.host.root in line]
+
+    return until(trials)
 
 
 def _alive(pid: int) -> bool:

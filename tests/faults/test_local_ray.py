@@ -22,6 +22,7 @@ import pytest
 from resources.compute.local_ray import LocalRay, _Worker
 from step_scripts.runner.ray_environment import remove_abandoned
 from tests.probe_step import ProbeParams
+from tests.waiting import until
 
 PROBE = "tests.probe_step"
 ROOT = Path(__file__).parents[2]
@@ -207,15 +208,6 @@ class Start:
         return until(lambda: self.processes().get(name))[0]
 
 
-def until(look: Callable[[], Any], seconds: float = 90) -> Any:
-    """What `look` returns once that is something."""
-    deadline = time.monotonic() + seconds
-    while not (found := look()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
-    return found
-
-
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     worker = backend(tmp_path)._start("run")
@@ -383,11 +375,7 @@ def test_termination_ends_everything_within_ten_seconds(tmp_path: Path, signal_n
     run = subprocess.Popen([sys.executable, str(script)], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     try:
         marker = tmp_path / "marker"
-        deadline = time.monotonic() + 60
-        while not (marker.exists() and marker.read_text().strip()):
-            assert time.monotonic() < deadline
-            assert run.poll() is None
-            time.sleep(0.1)
+        until(lambda: marker.exists() and marker.read_text().strip(), process=run)
         driver = psutil.Process(int(marker.read_text()))
         folder = Path(driver.environ()["TMPDIR"])
         keeper = psutil.Process(driver.ppid())

@@ -21,6 +21,7 @@ import pytest
 
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.ray_session import join_cluster
+from tests.waiting import until
 
 _START = "from ray.scripts.scripts import main; main()"
 _STARTS = 3
@@ -168,12 +169,9 @@ def _start_head(folder: Path, port: int) -> subprocess.Popen[bytes]:
 
 def _is_ready(head: subprocess.Popen[bytes], folder: Path) -> bool:
     """Whether the head has started; it says so, since its port is open before."""
-    deadline = time.monotonic() + 120
-    while head.poll() is None and time.monotonic() < deadline:
-        if "Ray runtime started" in (folder / "head.log").read_text():
-            return True
-        time.sleep(0.2)
-    return False
+    log = folder / "head.log"
+    until(lambda: head.poll() is not None or "Ray runtime started" in log.read_text())
+    return head.poll() is None
 
 
 def _end(head: subprocess.Popen[bytes]) -> None:

@@ -11,7 +11,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ import psutil
 import pytest
 
 from tests.platform_cli import ROOT, Platform
+from tests.waiting import until
 
 REAL_DATA = ROOT.parent / "shared" / "data" / "house_pricing.csv"
 STEPS = ["raw_csv", "feature_group", "train_split", "tuned_model", "evaluation_report"]
@@ -189,11 +189,7 @@ def test_a_terminated_run_is_canceled_within_ten_seconds(
             platform.command("*", slow), cwd=ROOT, env=platform.env, stdout=output, stderr=subprocess.STDOUT
         )
         try:
-            deadline = time.monotonic() + 120
-            while when not in log.read_text():
-                assert run.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.1)
+            until(lambda: when in log.read_text(), process=run, log=log)
             family = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
             run.send_signal(signal_number)
             run.wait(10)

@@ -21,6 +21,7 @@ from step_scripts.runner.ray_session import RaySession
 from step_scripts.training.boosting import SegmentedBoosting, xgboost_parameters
 from step_scripts.training.engines import ENGINES, FitRequest, FitResult, WorkersLost, boost, fit
 from tests.split_files import sales, splits_of, write_inputs
+from tests.waiting import until
 
 PATIENCE = 5
 PARAMETERS = xgboost_parameters({"max_depth": 3, "eta": 0.5, "min_child_weight": 1.0, "subsample": 1.0}, seed=7)
@@ -52,10 +53,7 @@ def plain(request_: FitRequest) -> tuple[xgb.Booster, dict[str, list[float]]]:
 
 
 def _wait_for_free_cpus() -> None:
-    deadline = time.monotonic() + 20
-    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
-        assert time.monotonic() < deadline, ray.available_resources()
-        time.sleep(0.1)
+    until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
 
 
 def _processes(name: str) -> list[psutil.Process]:
@@ -225,10 +223,7 @@ def test_xgboost_ray_leaves_nothing_behind_when_it_fails(ray_session: RaySession
     with pytest.raises(WorkersLost, match=r"xgboost_ray failed: (.|\n)*max_depth"):
         fit("xgboost_ray", replace(request_, parameters=PARAMETERS | {"max_depth": -3}, num_workers=2))
     _wait_for_free_cpus()
-    deadline = time.monotonic() + 20  # their CPUs are free a moment before they have ended
-    while _processes("RemoteRayXGBoostActor"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: not _processes("RemoteRayXGBoostActor"))  # their CPUs are free a moment before they have ended
 
 
 def test_more_workers_than_cpus_are_refused(ray_session: RaySession, request_: FitRequest) -> None:

@@ -7,7 +7,6 @@ import pwd
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 
 from tests.ports import free_port
 from tests.unit.project.test_deployment_files import POSTGRES_FILE
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,8 +76,8 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
 
 def wait_for(variables: dict[str, str], process: subprocess.Popen[bytes], log: Path) -> None:
     psycopg2 = pytest.importorskip("psycopg2")
-    deadline = time.monotonic() + 120
-    while True:
+
+    def answers() -> bool:
         try:
             psycopg2.connect(
                 host=variables["HOST"],
@@ -86,11 +86,11 @@ def wait_for(variables: dict[str, str], process: subprocess.Popen[bytes], log: P
                 user=variables["USER"],
                 password=variables["PASSWORD"],
             ).close()
-            return
         except psycopg2.OperationalError:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
+            return False
+        return True
+
+    until(answers, process=process, log=log)
 
 
 @pytest.mark.slow

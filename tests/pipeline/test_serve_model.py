@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -35,6 +36,7 @@ from step_scripts.serving.served_model import encode, response_media
 from step_scripts.table.spec import ColumnSpec, TableSpec
 from tests.ports import free_port
 from tests.serving_models import house_rows, request, small_model
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 ROW = "1990,2000.5,3,2.5,0.5,2,1,0"
@@ -48,16 +50,13 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
 
 
 def wait_for_ping(port: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+    def answers() -> bool:
         assert process.poll() is None, process.communicate()[0].decode()
-        try:
-            if request(port, "/ping", method="GET")[0] == 200:
-                return
-        except OSError:
-            pass
-        time.sleep(0.05)
-    raise AssertionError("the server does not answer")
+        with contextlib.suppress(OSError):
+            return request(port, "/ping", method="GET")[0] == 200
+        return False
+
+    until(answers)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from step_scripts.runner.ray_session import RaySession, private_folder_of_sessio
 from step_scripts.training import search
 from step_scripts.training.trials import TrialRecord, TrialStore
 from tests.split_files import TABLE, sales, scaler_of, write_inputs, write_split
+from tests.waiting import until
 
 FAST = {"num_boost_round": 40, "early_stopping_rounds": 10, "num_trials": 3, "eta_min": 0.1, "eta_max": 0.3}
 
@@ -109,10 +109,7 @@ def _kept_trials(folder: Path) -> list[Path]:
 
 
 def _wait_for_free_cpus() -> None:
-    deadline = time.monotonic() + 20
-    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
-        assert time.monotonic() < deadline, ray.available_resources()
-        time.sleep(0.1)
+    until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
 
 
 def test_model_and_report(tune: Callable[..., StepResult], inputs: dict[str, Artifact]) -> None:
@@ -221,10 +218,7 @@ def test_an_interrupted_search_goes_on(tune: Callable[..., StepResult], tmp_path
     with pytest.raises(KeyboardInterrupt):
         tune(Messages(interrupt), **settings)
     _wait_for_free_cpus()
-    deadline = time.monotonic() + 20
-    while _leftovers():
-        assert time.monotonic() < deadline, _leftovers()
-        time.sleep(0.1)
+    until(lambda: not _leftovers())
     kept = [json.loads(path.read_bytes()) for path in _kept_trials(tmp_path)]
     assert 2 <= len(kept) < 6
 

@@ -17,6 +17,7 @@ from step_scripts.runner.contract import StepRequest, StepResult
 from tests.sagemaker_emulator.cluster import plan_hosts, resource_config
 from tests.sagemaker_emulator.hosts import Host
 from tests.sagemaker_emulator.settings import Image
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from tests.sagemaker_emulator.testing import Aws
@@ -133,13 +134,13 @@ class RayJob:
             )
             self.hosts[name].start(["bash", "-c", _START], variables, str(PROJECT), self.output[name].append)
 
-    def await_output(self, name: str, text: str, timeout: float = 240) -> None:
+    def await_output(self, name: str, text: str) -> None:
         """Wait until a host has printed `text`."""
-        self.aws.until(lambda: any(text in line for line in self.output[name]), timeout)
+        until(lambda: any(text in line for line in self.output[name]))
 
     def await_tasks(self, number: int) -> list[str]:
         """Wait until so many tasks run at once; returns the hosts on which."""
-        self.aws.until(lambda: len(self.keys("signals/started/")) >= number, 240)
+        until(lambda: len(self.keys("signals/started/")) >= number)
         return [key.partition("-")[2] for key in self.keys("signals/started/")]
 
     def statuses(self, timeout: float = 240) -> dict[str, int | None]:

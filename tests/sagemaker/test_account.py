@@ -21,6 +21,7 @@ from tests.platform_cli import Platform
 from tests.rehearse import platform_environment
 from tests.sagemaker_emulator import SageMakerEmulator
 from tests.sagemaker_emulator.testing import Aws, channel
+from tests.waiting import until
 
 PAGE = TEMPLATE.parents[1] / "docs" / "sagemaker.md"
 REGION = "eu-west-1"  # other tests have log groups in theirs
@@ -235,7 +236,7 @@ def test_an_iceberg_table_is_made_with_the_creators_rights_and_filled_with_those
     assert code == "AccessDeniedException"
     assert "table/sagemaker_featurestore/others" in message
     sagemaker.create_feature_group(**request)
-    described = aws.until(
+    described = until(
         lambda: (d := sagemaker.describe_feature_group(FeatureGroupName=name))["FeatureGroupStatus"] != "Creating" and d
     )
     assert described["FeatureGroupStatus"] == "Created", described

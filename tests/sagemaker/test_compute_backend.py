@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from resources.compute.sagemaker import SageMakerCompute, StepJob
 from resources.sagemaker.job_requests import JobConfig
 from tests.probe_step import ProbeParams
 from tests.sagemaker.pipes_jobs import IMAGE, ROLE
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from tests.sagemaker_emulator.testing import Aws
@@ -199,9 +199,7 @@ time.sleep(60)
 """
     (code.parent / "program.py").write_text(program)
     process = container(code.parent, "program")
-    deadline = time.monotonic() + 30
-    while not (code.parent / "ready").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until((code.parent / "ready").exists)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 4
     assert (code.parent / "ended").exists()

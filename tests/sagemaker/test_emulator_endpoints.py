@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.sagemaker_emulator.testing import ROLE, Aws
+from tests.waiting import until
 
 SERVE = """
 import os, sys
@@ -57,7 +58,7 @@ def settled(aws: Aws, name: str) -> dict[str, Any]:
     def describe() -> dict[str, Any]:
         return aws.sagemaker.describe_endpoint(EndpointName=name)
 
-    aws.until(lambda: describe()["EndpointStatus"] in ("InService", "Failed"))
+    until(lambda: describe()["EndpointStatus"] in ("InService", "Failed"))
     return describe()
 
 
@@ -109,7 +110,7 @@ def test_create_invoke_update_roll_back_delete(aws: Aws) -> None:
     def gone() -> bool:
         return not sagemaker.list_endpoints(NameContains="ep")["Endpoints"]
 
-    aws.until(gone)
+    until(gone)
     with pytest.raises(error, match="Could not find endpoint"):
         sagemaker.describe_endpoint(EndpointName="ep")
 
@@ -136,7 +137,7 @@ def test_canary_rolls_back_on_an_alarm(aws: Aws) -> None:
         },
     )
     seen: set[str] = set()
-    aws.until(lambda: seen.add(invoke(aws, "canary")) or len(seen) == 2)
+    until(lambda: seen.add(invoke(aws, "canary")) or len(seen) == 2)
     watch.set_alarm_state(AlarmName="errors", StateValue="ALARM", StateReason="test")
     done = settled(aws, "canary")
     assert done["EndpointConfigName"] == "canary-1"
@@ -156,7 +157,7 @@ def test_data_capture(aws: Aws) -> None:
     aws.sagemaker.create_endpoint(EndpointName="captured", EndpointConfigName=name)
     assert settled(aws, "captured")["DataCaptureConfig"]["CaptureStatus"] == "Started"
     invoke(aws, "captured", "7,8")
-    key = aws.until(lambda: aws.keys("capture/captured/All/"))[0]
+    key = until(lambda: aws.keys("capture/captured/All/"))[0]
     line = json.loads(aws.get(key).decode().splitlines()[0])
     assert line["captureData"]["endpointInput"] == {
         "observedContentType": "text/csv", "mode": "INPUT", "data": "7,8", "encoding": "CSV",

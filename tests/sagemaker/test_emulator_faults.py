@@ -10,6 +10,7 @@ import pytest
 from botocore.config import Config
 
 from tests.sagemaker_emulator.testing import Aws
+from tests.waiting import until
 
 NO_RETRY = Config(retries={"total_max_attempts": 1})
 
@@ -100,7 +101,7 @@ def test_retry_after_an_internal_error(aws: Aws) -> None:
 
 def test_killed_host_fails_the_job(aws: Aws) -> None:
     aws.train("killed", SLEEP, 2, wait=False)
-    aws.until(lambda: len(aws.logs("killed")) == 2)
+    until(lambda: len(aws.logs("killed")) == 2)
     admin(aws, "POST", {"kind": "kill_host", "job": "killed", "host": "algo-2"})
     done = aws.await_training("killed")
     assert done["FailureReason"] == "AlgorithmError: , exit code: 137"
@@ -115,7 +116,7 @@ def test_slow_logs(aws: Aws) -> None:
     aws.faults.slow_logs(after=3, job="slow-logs")
     aws.train("slow-logs", "print('late')")
     assert aws.logs("slow-logs") == {}
-    assert aws.until(lambda: aws.logs("slow-logs"))["algo-1"] == ["late"]
+    assert until(lambda: aws.logs("slow-logs"))["algo-1"] == ["late"]
 
 
 def test_unknown_fault_is_refused(aws: Aws) -> None:

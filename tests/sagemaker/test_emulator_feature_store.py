@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.sagemaker_emulator.testing import ROLE, Aws
+from tests.waiting import until
 
 pq = pytest.importorskip("pyarrow.parquet")
 
@@ -36,7 +37,7 @@ def create(aws: Aws, name: str, online: bool = True, offline: bool = True) -> di
     def describe() -> dict[str, Any]:
         return aws.sagemaker.describe_feature_group(FeatureGroupName=name)
 
-    aws.until(lambda: describe()["FeatureGroupStatus"] == "Created")
+    until(lambda: describe()["FeatureGroupStatus"] == "Created")
     return describe()
 
 
@@ -66,7 +67,7 @@ def test_put_get_delete_and_offline_layout(aws: Aws) -> None:
     assert "Record" not in runtime.get_record(FeatureGroupName="houses", RecordIdentifierValueAsString="a")
     base = group["OfflineStoreConfig"]["S3StorageConfig"]["ResolvedOutputS3Uri"]
     prefix = base.removeprefix(aws.uri())
-    keys = aws.until(lambda: len(found := aws.keys(prefix)) == 4 and found)
+    keys = until(lambda: len(found := aws.keys(prefix)) == 4 and found)
     parts = [key.removeprefix(prefix + "/") for key in keys]
     assert [p.rsplit("/", 1)[0] for p in parts] == [
         "year=2023/month=01/day=01/hour=00", "year=2024/month=05/day=01/hour=10",
@@ -119,8 +120,8 @@ def test_blocked_offline_store_and_time_to_live(aws: Aws) -> None:
         return "Record" in runtime.get_record(FeatureGroupName="blocked", RecordIdentifierValueAsString="a")
 
     assert found()
-    aws.until(lambda: status() == "Blocked")
-    aws.until(lambda: not found(), 5)
+    until(lambda: status() == "Blocked")
+    until(lambda: not found())
 
 
 def test_group_life_cycle(aws: Aws) -> None:
@@ -140,7 +141,7 @@ def test_group_life_cycle(aws: Aws) -> None:
         return aws.sagemaker.describe_feature_group(FeatureGroupName="cycle")
 
     assert describe()["LastUpdateStatus"]["Status"] == "InProgress"
-    aws.until(lambda: describe()["LastUpdateStatus"]["Status"] == "Successful")
+    until(lambda: describe()["LastUpdateStatus"]["Status"] == "Successful")
     assert describe()["FeatureDefinitions"][-1]["FeatureName"] == "size"
     listed = aws.sagemaker.list_feature_groups(NameContains="cycle")["FeatureGroupSummaries"]
     assert [g["FeatureGroupStatus"] for g in listed] == ["Created"]

@@ -17,6 +17,7 @@ from pyiceberg.table import Table
 from pyiceberg.transforms import TruncateTransform
 
 from tests.sagemaker_emulator.testing import ROLE, Aws
+from tests.waiting import until
 
 NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
 
@@ -42,7 +43,7 @@ def create(aws: Aws, name: str, *, online: bool = False, **offline: Any) -> dict
     if online:
         request["OnlineStoreConfig"] = {"EnableOnlineStore": True}
     aws.sagemaker.create_feature_group(**request)
-    return aws.until(lambda: (d := describe(aws, name))["FeatureGroupStatus"] != "Creating" and d, 60)
+    return until(lambda: (d := describe(aws, name))["FeatureGroupStatus"] != "Creating" and d)
 
 
 def describe(aws: Aws, name: str) -> dict[str, Any]:
@@ -127,13 +128,13 @@ def test_added_features_are_columns_and_a_deleted_group_leaves_its_table(aws: Aw
     aws.sagemaker.update_feature_group(
         FeatureGroupName="wider", FeatureAdditions=[{"FeatureName": "GARDEN", "FeatureType": "Fractional"}]
     )
-    aws.until(lambda: describe(aws, "wider")["LastUpdateStatus"]["Status"] == "Successful")
+    until(lambda: describe(aws, "wider")["LastUpdateStatus"]["Status"] == "Successful")
     table.refresh()
     table.append(events(["b"]).append_column("GARDEN", [[2.5]]))
     rows = {row["record_id"]: row["GARDEN"] for row in table.scan().to_arrow().to_pylist()}
     assert rows == {"a": None, "b": 2.5}
     aws.sagemaker.delete_feature_group(FeatureGroupName="wider")
-    aws.until(lambda: not aws.sagemaker.list_feature_groups(NameContains="wider")["FeatureGroupSummaries"])
+    until(lambda: not aws.sagemaker.list_feature_groups(NameContains="wider")["FeatureGroupSummaries"])
     assert ids(catalog(aws).load_table(identifier(described))) == ["a", "b"]
 
 
@@ -143,7 +144,7 @@ def test_an_update_that_the_table_refuses_fails(aws: Aws) -> None:
         update.add_column("GARDEN", table_type())
     addition = [{"FeatureName": "GARDEN", "FeatureType": "Fractional"}]
     aws.sagemaker.update_feature_group(FeatureGroupName="clash", FeatureAdditions=addition)
-    found = aws.until(lambda: (s := describe(aws, "clash")["LastUpdateStatus"])["Status"] != "InProgress" and s)
+    found = until(lambda: (s := describe(aws, "clash")["LastUpdateStatus"])["Status"] != "InProgress" and s)
     assert found["Status"] == "Failed"
     assert "GARDEN" in found["FailureReason"]
     assert "GARDEN" not in str(describe(aws, "clash")["FeatureDefinitions"])
@@ -173,7 +174,7 @@ def test_records_that_are_put_arrive_in_the_table(aws: Aws) -> None:
     def stored() -> list[dict[str, Any]]:
         return catalog(aws).load_table(identifier(described)).scan().to_arrow().to_pylist()
 
-    rows = aws.until(lambda: len(found := stored()) == 3 and found)
+    rows = until(lambda: len(found := stored()) == 3 and found)
     assert sorted((r["record_id"], r["event_time"], r["PRICE"], r["is_deleted"]) for r in rows) == [
         ("a", "2024-05-01T10:00:00Z", 1.5, False), ("a", "2024-05-02T00:00:00Z", None, True),
         ("b", "2024-05-01T10:00:00.125Z", 1.5, False),

@@ -19,6 +19,7 @@ from tests.sagemaker_emulator import Image, SageMakerEmulator
 from tests.sagemaker_emulator.leftovers import LINK_PREFIX, OWNER_VARIABLE, PREFIX, remove_leftovers
 from tests.sagemaker_emulator.settings import Isolation
 from tests.sagemaker_emulator.testing import Aws
+from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 DAEMON = """
@@ -76,7 +77,7 @@ def start_job(endpoint: str) -> Aws:
 
     aws = Aws(endpoint)
     aws.train("daemon", DAEMON, 2, wait=False)
-    aws.until(lambda: sorted(aws.logs("daemon").values()) == [["up"], ["up"]])
+    until(lambda: sorted(aws.logs("daemon").values()) == [["up"], ["up"]])
     return aws
 
 
@@ -106,10 +107,7 @@ def test_what_a_killed_emulator_left_is_removed(alone: "subprocess.Popen[str]", 
     assert traces(tmp_path, alone.pid)["files"]
     removed = remove_leftovers(tmp_path)
     assert removed[0].startswith(f"{PREFIX}{alone.pid}-")
-    deadline = time.monotonic() + 5
-    while traces(tmp_path, alone.pid) != NOTHING and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert traces(tmp_path, alone.pid) == NOTHING
+    until(lambda: traces(tmp_path, alone.pid) == NOTHING)
 
 
 def test_a_running_emulator_is_left_alone(emulator: SageMakerEmulator) -> None:
@@ -121,7 +119,7 @@ def test_a_running_emulator_is_left_alone(emulator: SageMakerEmulator) -> None:
 def test_hosts_are_removed_when_a_job_ends(aws: Aws) -> None:
     aws.train("short", DAEMON.replace("time.sleep(300)", ""))
     hosts = aws.emulator.services.state.root / "hosts"
-    aws.until(lambda: not list(hosts.glob("training-short-*/*")))
+    until(lambda: not list(hosts.glob("training-short-*/*")))
 
 
 def test_writes_outside_private_places_do_not_reach_the_machine(aws: Aws) -> None:
@@ -165,7 +163,7 @@ def test_loopback_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert len({report["address"] for report in reports}) == 2
         assert reports[0]["config"]["network_interface_name"] == "lo"
         run("daemons", DAEMON, 1)
-        aws.until(lambda: aws.logs("daemons"))
+        until(lambda: aws.logs("daemons"))
         owner = emulator.services.state.owner
         aws.sagemaker.stop_training_job(TrainingJobName="daemons")
         assert aws.await_training("daemons")["TrainingJobStatus"] == "Stopped"
@@ -212,7 +210,7 @@ def test_stopping_with_an_endpoint_in_service(tmp_path: Path, isolation: Isolati
         variant = {"VariantName": "All", "ModelName": "web", "InitialInstanceCount": 2, "InstanceType": "ml.m5.large"}
         aws.sagemaker.create_endpoint_config(EndpointConfigName="web", ProductionVariants=[variant])
         aws.sagemaker.create_endpoint(EndpointName="web", EndpointConfigName="web")
-        aws.until(lambda: aws.sagemaker.describe_endpoint(EndpointName="web")["EndpointStatus"] == "InService")
+        until(lambda: aws.sagemaker.describe_endpoint(EndpointName="web")["EndpointStatus"] == "InService")
         owner = emulator.services.state.owner
         assert any(owner.encode() in read(p) for p in Path("/proc").glob("[0-9]*/environ"))
     assert not any(owner.encode() in read(p) for p in Path("/proc").glob("[0-9]*/environ"))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.sagemaker_emulator.testing import Aws, processing_input
+from tests.waiting import until
 
 
 def output(name: str, uri: str, mode: str = "EndOfJob") -> dict[str, Any]:
@@ -66,7 +67,7 @@ while True: time.sleep(0.05)
         },
         ProcessingOutputConfig={"Outputs": [output("live", aws.uri("live"), "Continuous")]},
     )
-    aws.until(lambda: aws.keys("live/"))
+    until(lambda: aws.keys("live/"))
     assert aws.get("live/early") == b"--rows 3"
     assert aws.logs("live-output", "ProcessingJobs") == {"algo-1": ["waiting"]}
     aws.sagemaker.stop_processing_job(ProcessingJobName="live-output")

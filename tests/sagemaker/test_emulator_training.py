@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.sagemaker_emulator.testing import Aws, channel
+from tests.waiting import until
 
 SHOW = """
 import json, os, socket
@@ -183,9 +184,7 @@ def test_logs_arrive_while_the_job_runs_and_sharded_input(aws: Aws) -> None:
     request = aws.training_request("live", script, 2)
     request["InputDataConfig"].append(channel("train", aws.uri("parts/"), S3DataDistributionType="ShardedByS3Key"))
     aws.sagemaker.create_training_job(**request)
-    lines = aws.until(
-        lambda: len(found := aws.logs("live")) == 2 and all(len(v) == 2 for v in found.values()) and found
-    )
+    lines = until(lambda: len(found := aws.logs("live")) == 2 and all(len(v) == 2 for v in found.values()) and found)
     assert aws.describe_training("live")["SecondaryStatus"] == "Training"
     assert {host: seen[1] for host, seen in lines.items()} == {
         "algo-1": "files ['0.csv', '2.csv']", "algo-2": "files ['1.csv', '3.csv']",
@@ -210,7 +209,7 @@ while True: time.sleep(0.05)
 def test_stop_is_sigterm_then_sigkill(aws: Aws, obey: bool) -> None:
     name = f"stop-{'obey' if obey else 'kill'}"
     aws.train(name, STUBBORN.format(obey=obey), wait=False)
-    aws.until(lambda: aws.logs(name).get("algo-1") == ["ready"])
+    until(lambda: aws.logs(name).get("algo-1") == ["ready"])
     begun = time.monotonic()
     aws.sagemaker.stop_training_job(TrainingJobName=name)
     assert aws.describe_training(name)["TrainingJobStatus"] in ("Stopping", "Stopped")
@@ -256,7 +255,7 @@ def spot_request(aws: Aws, name: str) -> dict[str, Any]:
 
 def test_spot_interruption_restores_the_checkpoint(aws: Aws) -> None:
     aws.sagemaker.create_training_job(**spot_request(aws, "spot"))
-    aws.until(lambda: "checkpoints/spot/first" in aws.keys("checkpoints/"))
+    until(lambda: "checkpoints/spot/first" in aws.keys("checkpoints/"))
     assert aws.describe_training("spot")["TrainingJobStatus"] == "InProgress"
     aws.faults.interrupt_spot("spot")
     done = aws.await_training("spot")

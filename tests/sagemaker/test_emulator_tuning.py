@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from tests.sagemaker_emulator.testing import Aws
+from tests.waiting import until
 
 SCRIPT = """
 import json
@@ -48,7 +49,7 @@ def await_tuning(aws: Aws, name: str) -> dict[str, Any]:
     def describe() -> dict[str, Any]:
         return aws.sagemaker.describe_hyper_parameter_tuning_job(HyperParameterTuningJobName=name)
 
-    aws.until(lambda: describe()["HyperParameterTuningJobStatus"] in ("Completed", "Failed", "Stopped"), 40)
+    until(lambda: describe()["HyperParameterTuningJobStatus"] in ("Completed", "Failed", "Stopped"))
     return describe()
 
 
@@ -96,7 +97,7 @@ def test_grid_with_failures_and_all_failing(aws: Aws) -> None:
 def test_stop_ends_the_training_jobs(aws: Aws) -> None:
     script = "import time\nprint('up', flush=True)\ntime.sleep(60)"
     aws.sagemaker.create_hyper_parameter_tuning_job(**request(aws, "halt", CONTINUOUS, script))
-    aws.until(lambda: sum(c["TrainingJobStatus"] == "InProgress" for c in children(aws, "halt")) == 2)
+    until(lambda: sum(c["TrainingJobStatus"] == "InProgress" for c in children(aws, "halt")) == 2)
     aws.sagemaker.stop_hyper_parameter_tuning_job(HyperParameterTuningJobName="halt")
     done = await_tuning(aws, "halt")
     assert done["HyperParameterTuningJobStatus"] == "Stopped"

@@ -45,6 +45,7 @@ from tests.registry_contract import clear
 from tests.sagemaker_emulator import SageMakerEmulator
 from tests.sagemaker_emulator.testing import ROLE, Aws
 from tests.serving_models import gate, house_rows, small_model, smoke_test
+from tests.waiting import until
 
 LOG = logging.getLogger("test")
 GROUP = "prices"
@@ -178,7 +179,7 @@ def test_the_life_of_an_endpoint(
     with Load(host, "houses", [artifact, second]) as load:
         aws.faults.throttle("*Endpoint*", count=5)
         status = host.deploy("houses", version, smoke_test(second), LOG)
-        aws.until(lambda: 1 in load.answers or load.errors, 120)
+        until(lambda: 1 in load.answers or load.errors)
     assert load.errors == []
     assert load.answers == sorted(load.answers)  # never back to the old version
     assert load.answers[0] == 0
@@ -256,7 +257,7 @@ def test_endpoints_of_others_are_left_alone(
     with pytest.raises(EndpointNotFound, match="theirs is not served"):
         host.invoke("theirs", b"1", "text/csv")
     assert present(aws) == before
-    aws.until(lambda: aws.sagemaker.describe_endpoint(EndpointName="theirs")["EndpointStatus"] == "Failed", 120)
+    until(lambda: aws.sagemaker.describe_endpoint(EndpointName="theirs")["EndpointStatus"] == "Failed")
     aws.sagemaker.delete_endpoint(EndpointName="theirs")
     aws.sagemaker.delete_endpoint_config(EndpointConfigName="theirs")
     aws.sagemaker.delete_model(ModelName="theirs")
@@ -271,7 +272,7 @@ def watched_requests_are_those_of_others(host: SageMakerEndpointHost, aws: Aws, 
         found = host.captured("full", HOUSING_TABLE, since, 100)
         return found if found and found.predictions.size else None
 
-    found = aws.until(captured, 120)
+    found = until(captured)
     assert (len(found.predictions), found.requests, found.unreadable) == (3, 1, 0)
     assert found.predictions.tolist() == load_model(model.uri).predict(rows).tolist()
     assert found.features.tolist() == [[float(value) for value in row] for row in rows.rows()]
@@ -297,7 +298,7 @@ def test_what_the_configuration_becomes(registry: SageMakerModelRegistry, aws: A
     model = aws.sagemaker.describe_model(ModelName=variant["ModelName"])
     assert model["PrimaryContainer"]["Image"] == "housing-image"
     assert {"Key": "team", "Value": "prices"} in aws.sagemaker.list_tags(ResourceArn=model["ModelArn"])["Tags"]
-    key = aws.until(lambda: aws.keys("endpoints/captured/full/"), 120)[0]
+    key = until(lambda: aws.keys("endpoints/captured/full/"))[0]
     line = json.loads(aws.get(key).decode().splitlines()[0])
     assert line["captureData"]["endpointInput"]["encoding"] == "CSV"
     watched_requests_are_those_of_others(host, aws, artifact)

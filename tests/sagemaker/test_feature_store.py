@@ -53,6 +53,7 @@ from tests.sagemaker.test_emulator_iceberg import catalog
 from tests.sagemaker_emulator import SageMakerEmulator
 from tests.sagemaker_emulator.testing import ROLE, Aws
 from tests.unit.housing_assets.checks.test_advisory import functions
+from tests.waiting import until
 
 ONLINE = OnlineTarget(group="sales", retry_timeout_seconds=120)
 
@@ -224,7 +225,7 @@ def test_a_failed_creation_says_why_and_can_be_repeated(offline: Group, aws: Aws
     # Deleted behind our back, and there are records.
     offline.ingest([row(0)])
     aws.sagemaker.delete_feature_group(FeatureGroupName="sales")
-    Aws.until(lambda: not aws.feature_groups("sales"), 120)
+    until(lambda: not aws.feature_groups("sales"))
     with pytest.raises(StepError, match="taken more than 0 s to be ready"):
         SageMakerFeatureStore(root=offline.resource.root, role_arn=ROLE, wait_seconds=0.001).ensure_group(
             "sales", TABLE
@@ -276,7 +277,7 @@ def test_what_goes_online_is_not_written_offline_again(group: Group, aws: Aws) -
         return {uri for uri in storage.list_files(data) if uri.removeprefix(data + "/") not in ours}
 
     # The service writes all that it was given together, so what came before the marker would be there with it.
-    Aws.until(foreign, 120)
+    until(foreign)
     (uri,) = foreign()
     with storage.open_input(uri) as file:
         assert pq.read_table(file).column("record_id").to_pylist() == ["marker"]

@@ -13,6 +13,7 @@ from tests.cluster_probe_step import ClusterProbeParams
 from tests.sagemaker.pipes_jobs import IMAGE, ROLE
 from tests.sagemaker.tuning_runs import ENVIRONMENT
 from tests.sagemaker_emulator.probe import abilities
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from tests.sagemaker_emulator.testing import Aws
@@ -50,7 +51,7 @@ def test_every_host_of_a_job_works(
 
     def release() -> None:
         # No task ends before there is one on every host.
-        aws.until(lambda: len(started()) == hosts, 240)
+        until(lambda: len(started()) == hosts)
         aws.put("signals/release", b"")
 
     @dg.asset

@@ -24,6 +24,7 @@ from tests.aws_account import act_as, deploy
 from tests.sagemaker.pipes_jobs import ROLE
 from tests.sagemaker.tuning_runs import NATIVE, TuningRun, inputs_on_s3, kept_trials
 from tests.sagemaker_emulator.probe import abilities
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from tests.sagemaker_emulator import SageMakerEmulator
@@ -97,7 +98,7 @@ def dagster_process(aws: "Aws", inputs: dict[str, Artifact]) -> Iterator[subproc
         told = {name: json.loads(artifact.model_dump_json()) for name, artifact in inputs.items()}
         process.stdin.write(json.dumps({"root": aws.uri(), "inputs": told, "params": PARAMS}).encode())
         process.stdin.close()
-        aws.until(lambda: tuning_jobs(aws), 120)
+        until(lambda: tuning_jobs(aws))
         yield process
     finally:
         process.kill()
@@ -109,7 +110,7 @@ def dagster_process(aws: "Aws", inputs: dict[str, Artifact]) -> Iterator[subproc
 def test_termination_of_the_run_stops_its_tuning_job(aws: "Aws", aws_environment: object, tmp_path: Path) -> None:
     with dagster_process(aws, inputs_on_s3(aws, tmp_path)) as process:
         process.send_signal(signal.SIGTERM)
-        aws.until(lambda: [job["HyperParameterTuningJobStatus"] for job in tuning_jobs(aws)] == ["Stopped"], 120)
+        until(lambda: [job["HyperParameterTuningJobStatus"] for job in tuning_jobs(aws)] == ["Stopped"])
         assert process.wait(60) != 0
     assert aws.keys("jobs/housing-tuned-") == [], "the final fit was not started"
 

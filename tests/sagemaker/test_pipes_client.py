@@ -21,6 +21,7 @@ from resources.aws.request_validation import InvalidJobRequest
 from resources.sagemaker.pipes_client import PipesSageMakerClient
 from tests.sagemaker.pipes_child import asset_on
 from tests.sagemaker.pipes_jobs import FAST, processing_request, training_request
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from tests.sagemaker_emulator.testing import Aws
@@ -112,7 +113,7 @@ def dagster_process(aws: "Aws", params: dict[str, Any], **options: Any) -> Itera
 
 def until_the_job_speaks(aws: "Aws") -> None:
     """Wait for the first message of a job."""
-    aws.until(lambda: any("messages/1.json" in key for key in aws.keys("jobs/")), 120)
+    until(lambda: any("messages/1.json" in key for key in aws.keys("jobs/")))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -217,7 +218,7 @@ def test_termination_stops_the_job_within_seconds(aws: "Aws", aws_environment: A
     with dagster_process(aws, params) as process:
         until_the_job_speaks(aws)
         process.send_signal(signal.SIGTERM)
-        aws.until(lambda: [s for _, s in jobs(aws, kind)] == ["Stopped"], 60)
+        until(lambda: [s for _, s in jobs(aws, kind)] == ["Stopped"])
         assert process.wait(30) != 0
 
 
@@ -314,7 +315,7 @@ os._exit(0)
     params = training_request(aws, script)
 
     def deliver_late() -> None:
-        aws.until(lambda: [status for _, status in jobs(aws, "training")] == ["Completed"], 120)
+        until(lambda: [status for _, status in jobs(aws, "training")] == ["Completed"])
         time.sleep(1.0)
         messages = [
             {"method": "log", "params": {"message": "late", "level": "INFO"}},
@@ -341,7 +342,7 @@ time.sleep(60)
     run = Materialized(asset_on(client, training_request(aws, script)))
     assert not run.success
     assert "Unknown message method" in run.error
-    aws.until(lambda: [status for _, status in jobs(aws, "training")] == ["Stopped"], 60)
+    until(lambda: [status for _, status in jobs(aws, "training")] == ["Stopped"])
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from step_scripts.training.boosting import SegmentedBoosting, finished, quantile
 from tests.sagemaker.tuning_runs import TRAIN, TuningRun, inputs_on_s3, kept_trials
 from tests.sagemaker_emulator.probe import abilities
 from tests.split_files import splits_of
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from tests.sagemaker_emulator.testing import Aws
@@ -44,9 +45,9 @@ def test_spot_interruption_in_mid_tuning_loses_no_finished_trial(
     seen: list[dict[str, Any]] = []
 
     def interrupt() -> None:
-        aws.until(lambda: kept_trials(aws), 240)
+        until(lambda: kept_trials(aws))
         aws.faults.interrupt_spot("housing-tuned-*")
-        aws.until(lambda: [s for s in statuses(aws) if "Interrupted" in s], 120)
+        until(lambda: [s for s in statuses(aws) if "Interrupted" in s])
         seen.extend(trials_left(aws))
 
     run = TuningRun(
@@ -80,7 +81,7 @@ def test_after_a_stopped_job_the_next_run_goes_on_with_the_finished_trials(
     inputs = inputs_on_s3(aws, tmp_path)
 
     def stop() -> None:
-        aws.until(lambda: kept_trials(aws), 240)
+        until(lambda: kept_trials(aws))
         [name] = {key.split("/")[1] for key in aws.keys("jobs/housing-tuned-")}
         aws.sagemaker.stop_training_job(TrainingJobName=name)
 
@@ -120,7 +121,7 @@ def test_the_final_fit_survives_the_loss_of_a_host(aws: Aws, aws_environment: ob
         return len(seen) > 1
 
     def lose_host() -> None:
-        aws.until(second_checkpoint, 240)
+        until(second_checkpoint)
         aws.faults.kill_host("housing-tuned-*", "algo-2", noticed=False)
 
     run = TuningRun(aws.uri(), inputs, params, hosts=3, meanwhile=lose_host)

@@ -1,14 +1,13 @@
 """A small helper for tests: boto3 on an emulator, and short ways to start tiny jobs and await them."""
 
-import time
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 import boto3
 
 from tests.sagemaker_emulator.emulator import SageMakerEmulator
 from tests.sagemaker_emulator.faults import Faults
+from tests.waiting import until
 
 ROLE = "arn:aws:iam::123456789012:role/housing-assets"
 IMAGE = "123456789012.dkr.ecr.us-east-1.amazonaws.com/jobs:1"
@@ -94,9 +93,9 @@ class Aws:
         """DescribeTrainingJob."""
         return self.sagemaker.describe_training_job(TrainingJobName=name)
 
-    def await_training(self, name: str, timeout: float = 40) -> dict[str, Any]:
+    def await_training(self, name: str) -> dict[str, Any]:
         """The description of a training job that has ended."""
-        self.until(lambda: self.describe_training(name)["TrainingJobStatus"] in ENDED, timeout)
+        until(lambda: self.describe_training(name)["TrainingJobStatus"] in ENDED)
         return self.describe_training(name)
 
     def process(self, name: str, script: str, hosts: int = 1, wait: bool = True, **changes: Any) -> dict[str, Any]:
@@ -119,13 +118,13 @@ class Aws:
         self.sagemaker.create_processing_job(**request)
         return self.await_processing(name) if wait else {}
 
-    def await_processing(self, name: str, timeout: float = 40) -> dict[str, Any]:
+    def await_processing(self, name: str) -> dict[str, Any]:
         """The description of a processing job that has ended."""
 
         def describe() -> dict[str, Any]:
             return self.sagemaker.describe_processing_job(ProcessingJobName=name)
 
-        self.until(lambda: describe()["ProcessingJobStatus"] in ENDED, timeout)
+        until(lambda: describe()["ProcessingJobStatus"] in ENDED)
         return describe()
 
     def logs(self, job: str, kind: str = "TrainingJobs") -> dict[str, list[str]]:
@@ -159,19 +158,9 @@ class Aws:
         for found in self.feature_groups(name):
             if found["FeatureGroupStatus"] != "Deleting":
                 self.sagemaker.delete_feature_group(FeatureGroupName=found["FeatureGroupName"])
-        self.until(lambda: not self.feature_groups(name), 120)
+        until(lambda: not self.feature_groups(name))
         for table in self.feature_tables(name):
             self.client("glue").delete_table(DatabaseName="sagemaker_featurestore", Name=table)
-
-    @staticmethod
-    def until(condition: Callable[[], Any], timeout: float = 20) -> Any:
-        """Poll until a condition holds; returns its value."""
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            if value := condition():
-                return value
-            time.sleep(0.05)
-        raise AssertionError(f"not within {timeout} s")
 
 
 ENDED = ("Completed", "Failed", "Stopped")

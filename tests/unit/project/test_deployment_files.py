@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from dagster._core.workspace.load import location_origins_from_yaml_paths
 from housing_assets.definitions import defs
 from tests import ROOT
 from tests.ports import free_port
+from tests.waiting import until
 
 POSTGRES_FILE = ROOT / "deploy" / "dagster.postgres.yaml"
 PG = {"HOST": "127.0.0.1", "PORT": "5432", "DB": "dagster", "USER": "dagster", "PASSWORD": "x"}
@@ -174,10 +174,8 @@ def test_the_code_location_of_the_image_answers() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DAGSTER_")}
     server = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 120
-        while subprocess.run([sys.executable, "-m", *check], cwd=ROOT, env=environment, check=False).returncode:
-            assert server.poll() is None, "the server has ended"
-            assert time.monotonic() < deadline
+        asked = [sys.executable, "-m", *check]
+        until(lambda: subprocess.run(asked, cwd=ROOT, env=environment, check=False).returncode == 0, process=server)
     finally:
         server.terminate()
         server.wait(60)

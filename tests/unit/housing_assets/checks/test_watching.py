@@ -39,6 +39,7 @@ from step_scripts.serving.deployment import DEPLOYMENT_FILE, DeploymentRecord
 from step_scripts.serving.feature_parser import FeatureParser
 from step_scripts.table.distributions import distribution_of
 from tests.serving_models import house_rows, registered, small_model, smoke_test
+from tests.waiting import until
 
 LOG = logging.getLogger("test")
 NAME = "housing"
@@ -109,10 +110,7 @@ class Platform:
         before = self.readable()
         for start in range(0, rows.height, 100):
             self.host.invoke(NAME, rows[start : start + 100].write_csv().encode(), "text/csv", "text/csv")
-        deadline = time.monotonic() + 60
-        while self.readable() < before + -(-rows.height // 100):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: self.readable() >= before + -(-rows.height // 100))
 
     def readable(self) -> int:
         """Captured requests, without those of the platform's own probes."""

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +17,7 @@ from dagster._daemon.monitoring.run_monitoring import execute_run_monitoring_ite
 from housing_assets.runs.executor import in_process_executor
 from housing_assets.runs.lost_runs import PROCESS_TAG, end_lost_runs, record_process
 from tests import ROOT
+from tests.waiting import until
 
 STARTED, FAILURE = dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.FAILURE
 
@@ -80,11 +80,7 @@ def running(instance: dg.DagsterInstance, tmp_path: Path) -> Iterator[tuple[subp
     environment = os.environ | {"PYTHONPATH": str(ROOT), "WAIT": str(sign)}
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
-        while not (sign.exists() and sign.read_text()):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: sign.exists() and sign.read_text(), process=process)
         yield process, sign.read_text()
     finally:
         process.kill()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from step_scripts.feature_store.online_store import bring_online
 from step_scripts.parameters import OnlineTarget
 from step_scripts.runner.contract import StepError
 from tests.feature_rows import TABLE, Log, step_context
+from tests.waiting import until
 
 TARGET = OnlineTarget(group="sales", retry_timeout_seconds=900)
 
@@ -50,10 +50,8 @@ def test_progress_and_waiting_are_reported(tmp_path: Path) -> None:
 
     def outcomes() -> Any:
         yield 100
-        deadline = time.monotonic() + 60
-        while not any("100 of 150 records, nothing more for 0 s; throttling" in message for message in log.messages):
-            assert time.monotonic() < deadline, log.messages
-            time.sleep(0.01)
+        line = "100 of 150 records, nothing more for 0 s; throttling"
+        until(lambda: any(line in message for message in log.messages))
         yield 50
 
     bring(tmp_path, log, 150, outcomes())

@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -39,17 +38,10 @@ from step_scripts.serving.deployment import (
 )
 from step_scripts.serving.served_model import encode
 from tests.serving_models import house_rows, registered, request, small_model, smoke_test
+from tests.waiting import until
 
 LOG = logging.getLogger("test")
 EVERYTHING = CaptureSettings()
-
-
-def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.05)
-    return found
 
 
 def exchange(rows: int = 1, *, at: datetime | None = None, seed: int = 0, inference_id: str = "") -> AnsweredRequest:
