@@ -14,10 +14,9 @@ from typing import Any
 import psutil
 from pydantic import BaseModel
 
-from step_scripts.runner.code_version import NodeReport, report_of_node
+from step_scripts.runner.code_version import JOURNAL, NodeReport, report_of_node
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.loaded_code import JOURNAL
-from step_scripts.runner.processes import how_ended, run_in_thread
+from step_scripts.runner.processes import how_ended
 from step_scripts.runner.ray_environment import (
     FOLDER_VARIABLE,
     SessionFolder,
@@ -71,7 +70,7 @@ class RaySession:
 
     @property
     def journal(self) -> Path | None:
-        """The file to which the workers of a private session add what they load (`step_scripts.runner.loaded_code`)."""
+        """The file to which the workers of a private session add what they load (`code_version`)."""
         return self.folder.path / "loaded-code" if self.folder is not None else None
 
     def ensure(self) -> None:
