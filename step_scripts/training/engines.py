@@ -27,7 +27,7 @@ from step_scripts.runner.cluster_resources import (
     waiting_is_told,
 )
 from step_scripts.runner.contract import Reporter, StepError
-from step_scripts.runner.processes import run_in_thread
+from step_scripts.runner.ray_session import run_in_thread
 from step_scripts.runner.wording import counted
 from step_scripts.training.boosting import (
     History,
