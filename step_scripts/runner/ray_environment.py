@@ -203,8 +203,8 @@ def processes_of(folder: Path) -> list[psutil.Process]:
             if environment.get(FOLDER_VARIABLE) == str(folder) or (
                 not environment and any(Path(file.path).is_relative_to(folder) for file in process.open_files())
             ):
-                found.append(process)
-    return sorted(found, key=lambda process: process.create_time())
+                found.append((process.create_time(), process))
+    return [process for _, process in sorted(found, key=lambda entry: entry[0])]
 
 
 def _marked_folders() -> Iterator[Path]:
