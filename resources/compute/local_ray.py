@@ -242,7 +242,7 @@ class LocalRay(ComputeBackend):
             # Any way out but the normal one (termination above all): nothing may go on running behind the run's back.
             if not goes_on:
                 self._stop()
-                storage.delete(storage.join(request.output_uri, attempt))
+                storage.delete_folder(storage.join(request.output_uri, attempt))
 
     def _how_it_ended(self) -> str:
         assert self._worker is not None

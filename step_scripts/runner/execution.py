@@ -36,7 +36,7 @@ from step_scripts.runner.contract import (
     check_files,
     noted_operators,
 )
-from step_scripts.runner.local_files import explain_full_disk
+from step_scripts.runner.local_files import explain_full_disk, sync_files
 from step_scripts.runner.ray_session import RaySession
 
 
@@ -117,7 +117,7 @@ def run_step(
         full = explain_full_disk(error, [*local, tempfile.gettempdir()])
         if isinstance(error, StepError):
             _keep(request, error)
-        storage.delete(context.attempt_uri)
+        storage.delete_folder(context.attempt_uri)
         if full is not None:
             raise StepError(full) from error
         raise
@@ -141,7 +141,7 @@ def _forget_checkpoints(context: StepContext) -> None:
     for uri in (context.request.shared_checkpoint_uri, context.attempt_checkpoint_uri):
         if uri is not None:
             try:
-                storage.delete(uri)
+                storage.delete_folder(uri)
             except OSError as error:
                 context.log.warning(f"checkpoints remain at {uri}: {error}")
 
@@ -183,9 +183,11 @@ def _commit(
         )
     written = context.attempt_uri.rstrip("/") + "/"
     for output in outcome.outputs.values():
-        if output.uri.startswith(written):  # what lies elsewhere was committed by whoever keeps it
+        # What lies elsewhere was committed by whoever keeps it.
+        if output.uri.startswith(written) and not storage.is_remote(written):
             folder = output.uri.removeprefix(request.output_root.rstrip("/") + "/")
-            storage.sync(request.output_root, [f"{folder.rstrip('/')}/{file.path}" for file in output.files])
+            root = storage.local_path(request.output_root)
+            sync_files(root, [f"{folder.rstrip('/')}/{file.path}" for file in output.files])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result = StepResult(
         step=request.step,

@@ -19,8 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from step_scripts.runner.local_files import write_private
-from step_scripts.runner.locking import try_lock
+from step_scripts.runner.local_files import open_private, try_lock
 from step_scripts.runner.processes import end_processes
 
 PREFIXES = ("housing-", "ray-")
@@ -90,7 +89,8 @@ def require_token(folder: Path, token: str | None = None) -> None:
     """
     path = folder / "ray_token"
     if not path.exists():
-        write_private(path, (token or secrets.token_hex(32)).encode())
+        with open_private(path, "xb") as file:
+            file.write((token or secrets.token_hex(32)).encode())
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # the token itself would win over the file
         os.environ.pop(name, None)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)

@@ -43,7 +43,7 @@ from step_scripts.runner.execution import PrintReporter, failure_of, run_step
 from step_scripts.runner.processes import StopSignal, interrupt
 from step_scripts.runner.ray_environment import SessionFolder, use_token_if_present
 from step_scripts.runner.ray_session import RayNotStarted, RaySession, RaySettings
-from step_scripts.runner.s3_objects import service_client
+from step_scripts.runner.storage import service_client
 
 _SHUTDOWN_SECONDS = 3.0
 _MESSAGES_SECONDS = 1.0
