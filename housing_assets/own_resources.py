@@ -72,7 +72,7 @@ class SourceLocation(dg.ConfigurableResource):
 
     def remove(self, item: OwnedItem) -> None:
         """Remove a generated file; with it the folder, if that leaves it empty."""
-        storage.delete(item.location)
+        storage.delete_file(item.location)
         remove_empty(self.sample_folder)
 
 
@@ -104,5 +104,5 @@ class CheckedReferenceIOManager(ReferenceIOManager):
         """Remove the reference files of an asset."""
         key = dg.AssetKey(item.location.removeprefix(self.root.rstrip("/") + "/").split("/"))
         for uri in reference_files(self.root, [key])[key]:
-            storage.delete(uri)
+            storage.delete_file(uri)
         remove_empty(item.location, self.root)

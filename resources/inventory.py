@@ -80,7 +80,7 @@ def remove_step_results(root: str, uri: str) -> None:
     files = (f"{step}/{path}" for path, _, _ in storage.list_details(uri))
     digests = {found["digest"] for file in files if (found := RESULT_FILE.fullmatch(file))}
     for digest in sorted(digests):
-        storage.delete(storage.join(uri, digest))
+        storage.delete_folder(storage.join(uri, digest))
     remove_empty(uri, root)
 
 

@@ -1,5 +1,5 @@
 """Steps of the training pipeline. A step knows Ray and data; it does not know Dagster's definitions or its backend."""
 
-from step_scripts.runner import loaded_code
+from step_scripts.runner import code_version
 
-loaded_code.install()
+code_version.install()

@@ -30,7 +30,7 @@ class SourceFile(StepParams):
     modified: float = Field(description="Modification time, seconds since 1970, UTC.")
     change: str = Field(
         default="",
-        description="Differs whenever the file is written (`step_scripts.runner.storage.FileState`). Empty: unknown.",
+        description="Differs whenever the file is written (`runner.local_files.FileState`). Empty: unknown.",
     )
 
 

@@ -52,7 +52,7 @@ def run(context: StepContext, params: PrepareSplitsParams) -> StepOutcome:
         for place, report in blocks.each(split_rows, plan, progress=progress):
             sketch = sketch.merge(report.sketch)  # at once, so that only one is held
             found[place] = replace(report, sketch=TableSketch.empty(0))
-    storage.delete(scratch_uri)
+    storage.delete_folder(scratch_uri)
     return split_outcome(context, plan, [found[place] for place in sorted(found)], sketch)
 
 

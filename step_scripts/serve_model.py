@@ -29,7 +29,7 @@ import uvicorn
 import uvloop
 
 from step_scripts.runner.contract import DamagedArtifactError
-from step_scripts.runner.locking import NoLocks, try_lock
+from step_scripts.runner.local_files import NoLocks, try_lock
 from step_scripts.serving.app import InferenceApp, RequestProtocol
 from step_scripts.serving.deployment import (
     CAPTURE_FOLDER,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from step_scripts.cluster.job import JobFiles, failure_of, ml_root, write_failure
 from step_scripts.parameters import TUNED, TuneModelParams
-from step_scripts.runner.code_version import CodeCheck
+from step_scripts.runner.execution import CodeCheck
 from step_scripts.runner.ray_session import RaySession, RaySettings
 from step_scripts.training.boosting import TrialBoosting, quantile_matrices, read_splits, useful_threads
 

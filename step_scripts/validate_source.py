@@ -62,7 +62,7 @@ def run(context: StepContext, params: ValidateSourceParams) -> StepOutcome:
         table, reasons = rejections(found, plan, duplicate_uris, dropped)
         rejected_uri = storage.join(context.output_uri("rejected"), _REJECTED)
         storage.write_bytes(rejected_uri, table.write_csv().encode())
-    storage.delete(plan.scratch_uri)
+    storage.delete_folder(plan.scratch_uri)
     total = sum(r.records for r in reports)
     rejected = sum(r.rejected_rows for r in reports) + dropped
     # A row that takes many lines may be many rows, swallowed by a stray quote.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from resources.aws.code_package import requirements
 from resources.model_registry.package_files import SERVING_PACKAGES
-from step_scripts.runner.locking import file_lock
+from step_scripts.runner.local_files import file_lock
 from tests.sagemaker_emulator import Image
 
 PATTERN = "*/sagemaker-xgboost:3.2-0*"

@@ -205,4 +205,4 @@ def wait_for_another_second(uri: str) -> None:
         if now >= written + 1:
             break
         time.sleep(0.1)
-    storage.delete(probe)
+    storage.delete_file(probe)

@@ -112,7 +112,7 @@ class RegistryContract:
         version = register(registry, artifact(tmp_path / "model"))
         uri = version.artifact.file_uri("model.ubj")
         if damage == "missing":
-            storage.delete(uri)
+            storage.delete_file(uri)
         else:
             storage.write_bytes(uri, b"treeX" if damage == "altered" else b"tree")
         with pytest.raises(RegistryDamaged, match=f"housing/1 is damaged: {uri}"):

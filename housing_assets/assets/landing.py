@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from resources.sources.folder_search import Listing, SetAside
 from resources.sources.listing import absolute, ends_within_a_line
 from step_scripts.parameters import SourceFile
-from step_scripts.runner.storage import lasting
+from step_scripts.runner.local_files import lasting
 
 WITHIN_A_LINE = 10
 _DATE = re.compile(r"(?<!\d)(\d{4})-(\d{2})-(\d{2})(?!\d)|year=(\d{4})/month=(\d{1,2})/day=(\d{1,2})(?!\d)")

@@ -140,7 +140,7 @@ class Pruning:
         readable = [*references.current.values(), *references.waiting.values()]
         registered, found, complete = self._versions(current)
         for uri in references.surplus:
-            found.append(Removable("reference", uri, uri, "replaced since", partial(storage.delete, uri)))
+            found.append(Removable("reference", uri, uri, "replaced since", partial(storage.delete_file, uri)))
         found += unused_results(resources.compute.artifact_root, uris_in(readable), self.results_before)
         if complete:  # else something that cannot be read may need any evidence, and any snapshot
             named = [stored.value for stored in readable]

@@ -152,7 +152,7 @@ def unused_results(root: str, in_use: set[str], before: datetime) -> Iterator[Re
         if max(modified for _, modified in files) < before.timestamp() and not _refers_into(in_use, uri):
             size = sum(size for size, _ in files)
             detail = f"{counted(len(files), 'file')}, {megabytes(size)}"
-            yield Removable("result", uri, uri, detail, functools.partial(storage.delete, uri), size)
+            yield Removable("result", uri, uri, detail, functools.partial(storage.delete_folder, uri), size)
 
 
 def unneeded_evidence(evidence: EvidenceStore, known: set[str], before: datetime) -> Iterator[Removable]:

@@ -17,7 +17,7 @@ def aws_client(service: str, region_name: str | None = None, *, retry_seconds: f
 
     It is shared by all that ask for the same one, in any thread. That a call is repeated is logged once.
     """
-    from step_scripts.runner.s3_objects import service_client
+    from step_scripts.runner.storage import service_client
 
     client = service_client(service, region_name, attempts=attempts_within(retry_seconds))
     client.meta.events.register("request-created", _log_retry, unique_id="log-retry")

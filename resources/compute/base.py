@@ -15,9 +15,9 @@ import dagster as dg
 from pydantic import Field
 
 from resources.inventory import RESULT_FILE, NotOwned, OwnedItem, files_below, remove_step_results
-from step_scripts.runner.code_version import library_versions, require_unchanged, step_sources, version_of
+from step_scripts.runner.code_version import library_versions, step_sources, version_of
 from step_scripts.runner.contract import Artifact, StepError, StepParams, StepRequest, StepResult
-from step_scripts.runner.execution import find_result
+from step_scripts.runner.execution import find_result, require_unchanged
 from step_scripts.runner.wording import rounded
 
 

@@ -2,7 +2,7 @@
 
 The Ray driver is a process of its own (`step_scripts.runner.worker`). It runs all steps of a run in one Ray session. If
 it crashes, the run's process survives; a termination does not wait for Ray, because the run's main thread only waits
-for a pipe. The run starts a small process, the keeper (`step_scripts.runner.keeper`), which starts the driver and
+for a pipe. The run starts a small process, the keeper (`step_scripts.runner.processes`), which starts the driver and
 ends all of Ray's processes when the driver or the run has ended, for whatever reason.
 """
 
@@ -181,7 +181,7 @@ class LocalRay(ComputeBackend):
             environment["PYTHONOPTIMIZE"] = "1"  # Ray cannot start without docstrings
         time_to_end = 0.0 if self.address is None else _TERMINATION_SECONDS - 1.0
         arguments = map(str, (theirs.fileno(), folder.lock, time_to_end))
-        keeper = [sys.executable, "-m", "step_scripts.runner.keeper", *arguments]
+        keeper = [sys.executable, "-m", "step_scripts.runner.processes", *arguments]
         try:
             with theirs:
                 process = subprocess.Popen(
@@ -242,7 +242,7 @@ class LocalRay(ComputeBackend):
             # Any way out but the normal one (termination above all): nothing may go on running behind the run's back.
             if not goes_on:
                 self._stop()
-                storage.delete(storage.join(request.output_uri, attempt))
+                storage.delete_folder(storage.join(request.output_uri, attempt))
 
     def _how_it_ended(self) -> str:
         assert self._worker is not None

@@ -200,7 +200,7 @@ class SageMakerCompute(ComputeBackend):
         elif item.location.startswith(f"{self.job_root}/"):
             if not self._job_file.fullmatch(f"{item.location.removeprefix(f'{self.job_root}/')}/"):
                 raise NotOwned(f"{item.location} holds no files of jobs of this deployment")
-            storage.delete(item.location)
+            storage.delete_folder(item.location)
         else:
             super().remove(item)
 
@@ -243,7 +243,7 @@ class SageMakerCompute(ComputeBackend):
             )
         except JobFailure as failure:
             with contextlib.suppress(OSError):
-                storage.delete(storage.join(request.output_uri, failure.job_name))
+                storage.delete_folder(storage.join(request.output_uri, failure.job_name))
             raise self._step_failure(request.step, failure) from failure
         for key in context.selected_asset_keys:
             context.add_asset_metadata(as_metadata({**metadata, **invocation.metadata}), asset_key=key)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resources.inventory import NotOwned, remove_empty
@@ -168,12 +169,6 @@ def remove_captured(files: Sequence[CapturedFile], root: str) -> None:
         if not folder.startswith(root.rstrip("/") + "/"):
             raise NotOwned(f"{folder} is not below {root}; it is left alone")
         paths = [file.path for file in files if file.folder == folder]
-        if storage.is_remote(folder):
-            from step_scripts.runner.s3_objects import delete_objects
-
-            delete_objects(folder, paths)
-            continue
+        storage.delete_files(folder, paths)
         for path in paths:
-            file = storage.local_path(folder) / path
-            file.unlink(missing_ok=True)
-            remove_empty(*(str(parent) for parent in list(file.parents)[:4]))
+            remove_empty(*(storage.join(folder, str(parent)) for parent in list(Path(path).parents)[:4]))

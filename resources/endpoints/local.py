@@ -32,8 +32,7 @@ from resources.endpoints.local_rollout import LocalRollout, read_deployment
 from resources.inventory import NotOwned, OwnedItem, discarded_items, remove_discarded
 from resources.model_registry.base import NAME, ModelVersion, check_name
 from step_scripts.runner.contract import DamagedArtifactError
-from step_scripts.runner.local_files import discard_folder, private_folder
-from step_scripts.runner.locking import file_lock
+from step_scripts.runner.local_files import discard_folder, file_lock, private_folder
 from step_scripts.runner.processes import end_processes
 from step_scripts.serving.deployment import CAPTURE_FOLDER, DEPLOYMENT_FILE, CaptureCounts
 

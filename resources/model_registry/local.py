@@ -30,8 +30,7 @@ from resources.model_registry.base import (
     verified,
 )
 from step_scripts.runner import storage
-from step_scripts.runner.local_files import discard_folder, discarded_folders
-from step_scripts.runner.locking import file_lock
+from step_scripts.runner.local_files import discard_folder, discarded_folders, file_lock, sync_files
 
 
 class LocalModelRegistry(ModelRegistry):
@@ -169,9 +168,9 @@ class LocalModelRegistry(ModelRegistry):
             for path, content in contents.items():
                 storage.write_bytes(str(staging / "artifact" / path), content)
             _write_record(staging, record)
-            storage.sync(str(staging), [str(Path("artifact", path)) for path in contents])
+            sync_files(staging, [str(Path("artifact", path)) for path in contents])
             staging.rename(folder / "versions" / str(record.version))
-            storage.sync(str(folder / "versions"), [])
+            sync_files(folder / "versions")
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise

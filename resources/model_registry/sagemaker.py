@@ -145,7 +145,7 @@ class SageMakerModelRegistry(ModelRegistry):
         described = self._describe(group, version)
         if_found(self._client.delete_model_package, ModelPackageName=described["ModelPackageArn"])
         if self._is_here(group, described):
-            storage.delete(files.folder_of(described))
+            storage.delete_folder(files.folder_of(described))
 
     def inventory(self) -> Sequence[OwnedItem]:
         """See `ModelRegistry.inventory`. Groups of others are left out, but not the versions that were put there."""
@@ -181,12 +181,12 @@ class SageMakerModelRegistry(ModelRegistry):
         elif not uri.startswith(below):
             raise NotOwned(f"{uri} is not below {self.root}")
         elif uri == f"{below}{_CODE}":
-            storage.delete(uri)
+            storage.delete_folder(uri)
         elif self._versions(uri.removeprefix(below)):
             raise RegistryDamaged(f"{uri} holds the files of registered versions: remove them first")
         else:
             for folder in filter(_MODEL.fullmatch, storage.list_folders(uri)):
-                storage.delete(storage.join(uri, folder))
+                storage.delete_folder(storage.join(uri, folder))
 
     def _remove_group(self, name: str) -> None:
         found = if_found(self._client.describe_model_package_group, ModelPackageGroupName=name)
@@ -264,7 +264,7 @@ class SageMakerModelRegistry(ModelRegistry):
             described = create_package(self._client, request, token, self.settle_seconds)
             if described is not None:
                 if described["CustomerMetadataProperties"].get(files.FACTS) != facts_uri:
-                    storage.delete(facts_uri)
+                    storage.delete_file(facts_uri)
                 return self.get(new.group, described["ModelPackageVersion"])
             # The token was used: by a process that registers the same, or for a version deleted since.
             with contextlib.suppress(TimeoutError):
@@ -274,6 +274,6 @@ class SageMakerModelRegistry(ModelRegistry):
                     interval=0.2,
                     what=f"the version of another process in {new.group}",
                 )
-                storage.delete(facts_uri)
+                storage.delete_file(facts_uri)
                 return existing
             token = uuid.uuid4().hex

@@ -94,8 +94,7 @@ class EvidenceStore(dg.ConfigurableResource):
         kept = evidence.model_copy(update={"at": at})
         storage.write_bytes(storage.join(folder, name), kept.model_dump_json(indent=2).encode())
         same = sorted(n for n in self._names(folder) if n.startswith(evidence.judged.digest))
-        for older in same[:-1]:
-            storage.delete(storage.join(folder, older))
+        storage.delete_files(folder, same[:-1])
         return storage.join(folder, name)
 
     def latest(self, judged: Judged, check: str, *, of_subject: bool = False) -> Evidence | None:
@@ -153,7 +152,7 @@ class EvidenceStore(dg.ConfigurableResource):
 
     def remove_file(self, uri: str) -> None:
         """Remove one file that `stored` listed, and with it the folders that this leaves empty."""
-        storage.delete(uri)
+        storage.delete_file(uri)
         folder = uri
         while (folder := folder.rpartition("/")[0]).startswith(self.root.rstrip("/")):
             remove_empty(folder)

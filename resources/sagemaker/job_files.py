@@ -17,7 +17,7 @@ from typing import Any
 
 from resources.aws.calls import aws_client, error_code, if_found
 from resources.waiting import wait_until
-from step_scripts.runner.s3_objects import split_uri
+from step_scripts.runner.storage import split_uri
 
 CONTEXT = "context.json"
 BOOTSTRAP = "pipes.json"

@@ -75,7 +75,7 @@ class PipesSageMakerClient(dg.PipesClient, TreatAsResourceParam):
             )
         run = JobRun(self.settings, kinds[0], context, params, inputs or JobInputs(), completed_after)
         if run.job is None:
-            storage.delete(run.prefix.uri + MESSAGES)  # of an earlier use of the same prefix
+            storage.delete_folder(run.prefix.uri + MESSAGES)  # of an earlier use of the same prefix
         injector = JobContextInjector(run.prefix, write=run.job is None)
         reader = JobMessageReader(self.settings.prefix(run.name, SHORT_RETRY_SECONDS))
         client = self.settings.client("logs", SHORT_RETRY_SECONDS)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from step_scripts.parameters import SourceFile
 from step_scripts.runner import storage
-from step_scripts.runner.storage import FileState, local_state
+from step_scripts.runner.local_files import FileState, local_state
 
 _ANY_DEPTH = re.compile("")  # what `**` stands for, in a list of patterns of one segment each
 _CALENDAR = (-62_135_596_800.0, 253_402_300_799.0)  # the years 1 to 9999, in seconds since 1970

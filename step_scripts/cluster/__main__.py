@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -35,7 +34,7 @@ from pathlib import Path
 from step_scripts.cluster import job
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.processes import Children, StopSignal
-from step_scripts.runner.ray_environment import require_token, worker_environment
+from step_scripts.runner.ray_environment import SessionFolder, make_folder, require_token, worker_environment
 
 _LONGEST_FOLDER = 24  # Ray puts sockets below its folder; a socket's path is limited to 107 bytes
 _log = logging.getLogger("step_scripts.cluster")  # not `__main__`
@@ -47,7 +46,7 @@ def main() -> int:
     started = time.monotonic()
     root = job.ml_root()
     hosts: job.JobHosts | None = None
-    folder: Path | None = None
+    folder: SessionFolder | None = None
     children = Children(stop)
     limits = job.ClusterLimits()
     try:
@@ -55,13 +54,13 @@ def main() -> int:
         _start_log(hosts, started)
         files = job.JobFiles(os.environ["HOUSING_JOB_URI"])
         limits = job.ClusterLimits.from_environment(os.environ)
-        folder = _own_folder()
-        _prepare_environment(hosts, files, folder)
+        folder = make_folder("ray-", None if len(tempfile.gettempdir()) <= _LONGEST_FOLDER else "/tmp")
+        _prepare_environment(hosts, files, folder.path)
         # Imported only now: Ray reads its environment when it is imported.
         from step_scripts.cluster.head import Head
         from step_scripts.cluster.node import Worker
 
-        failure = (Head if hosts.is_head else Worker)(hosts, files, limits, stop, children, folder).run()
+        failure = (Head if hosts.is_head else Worker)(hosts, files, limits, stop, children, folder.path).run()
         if failure is not None:
             job.write_failure(hosts.failure_file, failure)
         status = job.SUCCEEDED if failure is None else job.FAILED
@@ -75,7 +74,7 @@ def main() -> int:
         _log.info("ending Ray")
         children.end_all(limits.stop_seconds)
         if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.remove()
     _log.info("ends with status %d", status)
     return status
 
@@ -96,12 +95,6 @@ def _start_log(hosts: job.JobHosts, started: float) -> None:
     logger.propagate = False
     role = "head" if hosts.is_head else f"joins {hosts.head}"
     _log.info("%s job, %d hosts, %s", hosts.kind, len(hosts.names), role)
-
-
-def _own_folder() -> Path:
-    """A new folder that only this user can read, with a short path."""
-    usual = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="ray-", dir=usual if len(usual) <= _LONGEST_FOLDER else "/tmp"))
 
 
 def _prepare_environment(hosts: job.JobHosts, files: job.JobFiles, folder: Path) -> None:

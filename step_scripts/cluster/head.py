@@ -205,7 +205,7 @@ class Head(Node):
         """Remove the files of an attempt whose process could not remove them."""
         try:
             if find_result(self._request) is None:
-                storage.delete(storage.join(self._request.output_uri, self._attempt))
+                storage.delete_folder(storage.join(self._request.output_uri, self._attempt))
         except OSError as error:
             _log.warning("files of the failed attempt remain below %s: %s", self._request.output_uri, error)
 

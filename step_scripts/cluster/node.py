@@ -48,15 +48,11 @@ class Stopped(Exception):
 
 
 class HeadUnavailable(Exception):
-    """The head cannot be asked at the moment."""
+    """The head cannot be asked at the moment: it accepts connections, and does not answer in time."""
 
 
 class HeadUnreachable(HeadUnavailable):
     """Nothing accepts connections at the head's address."""
-
-
-class HeadUnresponsive(HeadUnavailable):
-    """The head accepts connections, and does not answer in time."""
 
 
 class TokenRefused(Exception):
@@ -122,7 +118,7 @@ class ClusterStatusClient:
             raise TokenRefused(str(error)) from error
         except (RayError, TimeoutError, OSError) as error:
             self._client = None
-            raise HeadUnresponsive(f"{type(error).__name__}: {error}") from error
+            raise HeadUnavailable(f"{type(error).__name__}: {error}") from error
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Where rows of different blocks meet: duplicates of a table, and the events of a record.
 
-Rows stay where they are: what is divided by `step_scripts.runner.partition_files` are ids, positions and times.
+Rows stay where they are: what is divided into partitions (`step_scripts.table.hashes`) are ids, positions and times.
 """
 
 from __future__ import annotations
@@ -14,10 +14,17 @@ import polars as pl
 
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Reporter
-from step_scripts.runner.partition_files import partition_of, read_partition, write_partitions
 from step_scripts.runner.ray_data import PATH, ParquetBlocks, Progress, each_call
 from step_scripts.table.column_types import TIMESTAMP, converted
-from step_scripts.table.hashes import Hash128, distinct_hashes, hashes_of_ids, split_fraction
+from step_scripts.table.hashes import (
+    Hash128,
+    distinct_hashes,
+    hashes_of_ids,
+    partition_of,
+    read_partition,
+    split_fraction,
+    write_partitions,
+)
 
 # In order of precedence: the latest event wins; of equal ones, the one that was written last.
 TIMES = ("event_time", "api_invocation_time", "write_time")

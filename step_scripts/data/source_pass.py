@@ -25,6 +25,7 @@ from step_scripts.data.partitions import first_duplicates
 from step_scripts.parameters import SourceFile, ValidateSourceParams
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepContext, StepError
+from step_scripts.runner.local_files import lasting
 from step_scripts.runner.ray_data import Progress, source_reports
 from step_scripts.runner.wording import are, counted, listed, percent
 
@@ -181,7 +182,7 @@ def check_unchanged(files: Sequence[SourceFile]) -> None:
             return False
         except OSError as error:
             raise StepError(f"{file.uri} cannot be looked at again: {error}") from error
-        return (state.bytes, storage.lasting(state.change)) != (file.bytes, storage.lasting(file.change))
+        return (state.bytes, lasting(state.change)) != (file.bytes, lasting(file.change))
 
     with ThreadPoolExecutor(_THREADS) as pool:
         known = [file for file in files if file.change]

@@ -30,6 +30,7 @@ from step_scripts.feature_store.group import GroupInfo
 from step_scripts.feature_store.group_places import LocalGroup
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
+from step_scripts.runner.local_files import sync_files
 from step_scripts.runner.wording import counted
 from step_scripts.table.spec import TableSpec
 
@@ -141,7 +142,7 @@ def _fresh(group: LocalGroup) -> LocalGroup:
 
 def _put_in_place(building: LocalGroup) -> None:
     (building.path / _BUILDING).replace(building.path / iceberg_table.DATABASE)
-    storage.sync(building.uri, [])
+    sync_files(building.path)
 
 
 class _MovedFiles(iceberg_table.LocalFileIO):

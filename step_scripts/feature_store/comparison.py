@@ -29,10 +29,17 @@ from step_scripts.feature_store.events import (
 )
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.partition_files import partition_of, read_partition, write_partitions
 from step_scripts.runner.wording import counted
 from step_scripts.table.column_types import TIMESTAMP
-from step_scripts.table.hashes import content_hashes, event_hashes, hash_sums, text_hashes
+from step_scripts.table.hashes import (
+    content_hashes,
+    event_hashes,
+    hash_sums,
+    partition_of,
+    read_partition,
+    text_hashes,
+    write_partitions,
+)
 from step_scripts.table.spec import TableSpec
 
 _DAY = 24 * 3_600_000_000  # microseconds

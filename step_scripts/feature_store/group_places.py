@@ -30,9 +30,7 @@ from step_scripts.feature_store.group import COMMAND, ORPHAN_AGE, Attempt, Group
 from step_scripts.feature_store.iceberg_table import path_in
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.local_files import discard_folder, private_folder
-from step_scripts.runner.locking import file_lock
-from step_scripts.runner.s3_objects import delete_objects
+from step_scripts.runner.local_files import discard_folder, file_lock, private_folder
 
 LOCK_SECONDS = 600.0
 _OWN_NAME = re.compile(r"/[A-Z0-9]{6}-[0-9a-f]{64}\.parquet$")
@@ -73,7 +71,7 @@ class LocalGroup(Group):
             temporary.unlink(missing_ok=True)
         orphans = self.orphan_files(datetime.max.replace(tzinfo=UTC))
         for uri, _ in orphans:
-            storage.delete(uri)
+            storage.delete_file(uri)
         return len(orphans)
 
     def remove(self) -> None:
@@ -156,7 +154,7 @@ class GlueGroup(Group):
         """See `Group.delete_orphan_files`. Only files older than `ORPHAN_AGE`, and none of SageMaker's and Athena's."""
         oldest = datetime.now(UTC) - ORPHAN_AGE
         orphans = [path_in(uri, self.data_uri) for uri, _ in self.orphan_files(oldest) if _OWN_NAME.search(uri)]
-        delete_objects(self.data_uri, orphans)
+        storage.delete_files(self.data_uri, orphans)
         return len(orphans)
 
     def remove(self) -> None:
@@ -167,10 +165,10 @@ class GlueGroup(Group):
         """
         data_uri = self.data_uri
         storage.write_bytes(storage.join(self.uri, _REMOVAL), b"{}")
-        storage.delete(storage.join(self.uri, "group.json"))
-        storage.delete(data_uri)
-        delete_objects(self.uri, [path for path, _, _ in storage.list_details(self.uri) if path != _REMOVAL])
-        storage.delete(self.uri)
+        storage.delete_file(storage.join(self.uri, "group.json"))
+        storage.delete_folder(data_uri)
+        storage.delete_files(self.uri, [path for path, _, _ in storage.list_details(self.uri) if path != _REMOVAL])
+        storage.delete_folder(self.uri)
 
     def removal_is_incomplete(self) -> bool:
         """Whether the group was to be deleted, and something of it is left."""
@@ -205,4 +203,4 @@ class GlueGroup(Group):
 
     def _delete_files_of(self, token: str) -> None:
         paths = (path for path, _, _ in storage.list_details(self.data_uri))
-        delete_objects(self.data_uri, [p for p in paths if p.rpartition("/")[2].startswith(f"{token}-")])
+        storage.delete_files(self.data_uri, [p for p in paths if p.rpartition("/")[2].startswith(f"{token}-")])

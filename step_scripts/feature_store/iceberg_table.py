@@ -25,8 +25,8 @@ from pyiceberg.transforms import DayTransform
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from step_scripts.feature_store.events import table_columns
-from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
+from step_scripts.runner.local_files import sync_files
 from step_scripts.table.spec import TableSpec
 
 CATALOG = "housing"
@@ -60,7 +60,7 @@ class _SyncedStream(io.BufferedWriter):
             self.flush()
             os.fsync(self.fileno())
             super().close()
-            storage.sync(str(Path(self.name).parent), [])
+            sync_files(Path(self.name).parent)
 
 
 class _SyncedFile(PyArrowFile):
@@ -101,7 +101,7 @@ def glue_catalog() -> Catalog:
     """Glue of this process's account and region. `AWS_ENDPOINT_URL` redirects it, and S3, to another server."""
     from pyiceberg.catalog.glue import GlueCatalog
 
-    from step_scripts.runner.s3_objects import region, service_client
+    from step_scripts.runner.storage import region, service_client
 
     options = {
         "s3.endpoint": os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),

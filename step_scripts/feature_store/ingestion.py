@@ -77,7 +77,7 @@ class Ingestion:
             if deleted := self.group.delete_orphan_files():
                 log.info(f"deleted what an earlier, unfinished ingestion has left: {counted(deleted, 'file')}")
             outcome = retry_on_commit_conflict(partial(self._attempt, deleted), log.info)
-        storage.delete(self._scratch_uri)
+        storage.delete_folder(self._scratch_uri)
         return outcome
 
     @property

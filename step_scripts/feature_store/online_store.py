@@ -30,7 +30,7 @@ from step_scripts.parameters import OnlineTarget
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepContext, StepError
 from step_scripts.runner.processes import repeated
-from step_scripts.runner.s3_objects import service_client
+from step_scripts.runner.storage import service_client
 from step_scripts.runner.wording import counted
 from step_scripts.table.spec import TableSpec
 

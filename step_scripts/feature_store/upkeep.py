@@ -58,7 +58,7 @@ def tidy(group: Group, kept: Collection[int], before: datetime, *, dry_run: bool
         orphans = group.orphan_files(datetime.now(UTC) - ORPHAN_AGE, metadata=True)
         if not dry_run:
             for uri, _ in orphans:
-                storage.delete(uri)
+                storage.delete_file(uri)
     left = {c.number for c in state.commits if c.snapshot_id is not None and c.snapshot_id not in surplus}
     gone = sorted(set(surplus.values()) - left)  # a compacted commit has two snapshots
     return Upkeep(tuple(gone), tuple(uri for uri, _ in orphans), sum(size for _, size in orphans))

@@ -1,31 +1,36 @@
-"""The version of a step's code, and whether a step runs with the code and the libraries that were asked for.
+"""The sources and libraries behind a step: the version of its code, and what this process has loaded of it.
 
 The version is a digest of all of the project's modules that can take part in running the step. Modules are followed
 from file to file: by import statements wherever they stand, by dotted names in strings (as engines and child processes
 are named), and by literal arguments of `import_module`. Nothing is imported. Modules of the project count wherever they
 lie; installed libraries count by their versions, which a request states beside the code.
 
-The process that runs the step compares the request with what it has loaded (`step_scripts.runner.loaded_code`).
+Files may change during a run; what counts is what a process has read. So the package installs the recorder here before
+it loads any other of its modules, in every process: a step's driver, Ray's workers. Imports only the standard library.
+`step_scripts.runner.execution` compares a request with what was loaded.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
+import hashlib
 import importlib.util
+import os
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from hashlib import sha256
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
-from step_scripts.runner.contract import StepError, StepRequest
-from step_scripts.runner.loaded_code import PACKAGE, digest_of, loaded_here, own_places, read_journal
-
-if TYPE_CHECKING:
-    from step_scripts.runner.ray_session import RaySession
-
+JOURNAL = "HOUSING_LOADED_CODE"
+"""Environment variable: the file to which processes add what they load, a line `<module> <digest>` each."""
+PACKAGE = __name__.partition(".")[0]
+_INSTALLED = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib") + os.sep
+_loaded: dict[str, set[str]] = {}
 # What runs every step, locally and in a job.
 _RUNNERS = tuple(f"{PACKAGE}.{name}" for name in ("runner.execution", "runner.worker", "cluster.__main__"))
 # Libraries that results depend on.
@@ -69,7 +74,7 @@ def module_version(module: str) -> str:
 
 def version_of(sources: Mapping[str, str]) -> str:
     """12 hexadecimal digits that stand for modules and their digests."""
-    return sha256("".join(f"{name}\0{sources[name]}\0" for name in sorted(sources)).encode()).hexdigest()[:12]
+    return hashlib.sha256("".join(f"{name}\0{sources[name]}\0" for name in sorted(sources)).encode()).hexdigest()[:12]
 
 
 def library_versions() -> dict[str, str]:
@@ -77,6 +82,8 @@ def library_versions() -> dict[str, str]:
 
     Python's minor version counts: `sum` of floating point numbers rounds differently since 3.12.
     """
+    import importlib.metadata  # slow
+
     found = {"python": f"{sys.version_info.major}.{sys.version_info.minor}"}
     for name in _COMPUTING:
         try:
@@ -147,66 +154,88 @@ def _mentioned(source: str, package: str) -> Iterator[str]:
             yield called or dotted
 
 
-def require_unchanged(request: StepRequest) -> None:
-    """Raise `StepError` if a file of the request's code has changed since. For before the step starts."""
-    files = {module: path for module in request.sources if (path := file_of(module)) is not None}
-    _require_same(request, {m: {digest_of(path.read_bytes())} if path.exists() else {} for m, path in files.items()})
+def digest_of(source: bytes) -> str:
+    """The first 16 hexadecimal digits of the SHA-256."""
+    return hashlib.sha256(source).hexdigest()[:16]
 
 
-def _require_same(request: StepRequest, found: Mapping[str, Collection[str]]) -> None:
-    asked = request.sources
-    if changed := sorted(name for name, digests in found.items() if name in asked and set(digests) != {asked[name]}):
-        raise StepError(
-            f"the code of step {request.step} has changed since Dagster loaded it: {', '.join(changed)} would be, or "
-            f"were, other sources than those asked for (code version {request.code_version}). Nothing was stored. Run "
-            "it again; if Dagster was started before the change, reload the code location first"
-        )
+def loaded_here() -> dict[str, set[str]]:
+    """Digests by module. More than one where a module was loaded again, or its file changed in that moment."""
+    return {module: set(digests) for module, digests in _loaded.copy().items()}
 
 
-def _require_libraries(request: StepRequest, here: Mapping[str, str], where: str) -> None:
-    differing = [
-        f"{name} {here.get(name, 'is missing')}, asked for was {version}"
-        for name, version in sorted(request.environment.items())
-        if name != "image" and here.get(name) != version
-    ]
-    if differing:
-        raise StepError(
-            f"step {request.step} runs with other libraries than those asked for{where}: {'; '.join(differing)}. "
-            "Nothing was stored. Install the same versions there and where Dagster runs; restart Dagster if they have "
-            "changed"
-        )
+def read_journal(path: Path | None, start: int = 0) -> Iterator[tuple[str, str]]:
+    """(Module, digest) of what other processes have loaded, from the byte `start` on; nothing if there is no file."""
+    if path is not None and path.exists():
+        for line in path.read_bytes()[start:].decode().splitlines():
+            module, _, digest = line.partition(" ")
+            yield module, digest
 
 
-class CodeCheck:
-    """Compares a request with what this process and the workers of `session` load while it is served.
+@cache
+def own_places(package: str) -> tuple[Path, ...]:
+    """Folders of a top-level package of the project, or the file of a module; empty for a library."""
+    try:
+        spec = None if package in sys.stdlib_module_names else importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # `__main__` has no spec
+        spec = None
+    if spec is None:
+        return ()
+    places = list(spec.submodule_search_locations or [spec.origin])
+    return tuple(Path(place) for place in places if place) if all(_is_own(package, p) for p in places) else ()
 
-    Workers of a private session record what they load. Nodes of a given cluster are asked once what they have: their
-    code is a copy that was made for this session, or for the job.
+
+def _is_own(module: str, place: str | None) -> bool:
+    """Whether a module is the project's: not Python's, and not below the installed packages, unless it is this one."""
+    if module.partition(".")[0] == PACKAGE:
+        return True
+    return (
+        place is not None
+        and not place.startswith(_STANDARD_LIBRARY)
+        and not any(folder in place for folder in _INSTALLED)
+    )
+
+
+class _RecordingLoader(SourceFileLoader):
+    def get_code(self, fullname: str):  # a code object, or None
+        # Before and after: the file may change in that moment.
+        before = digest_of(self.get_data(self.path))
+        code = super().get_code(fullname)
+        for digest in {before, digest_of(self.get_data(self.path))}:
+            _record(fullname, digest)
+        return code
+
+
+def _record(module: str, digest: str) -> None:
+    _loaded.setdefault(module, set()).add(digest)
+    if journal := os.environ.get(JOURNAL):
+        with Path(journal).open("a") as file:
+            file.write(f"{module} {digest}\n")
+
+
+class _Recorder:
+    """Finds modules as Python's own finder does, those of the project with a loader that records them."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """See `importlib.abc.MetaPathFinder`."""
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and type(spec.loader) is SourceFileLoader and _is_own(name, spec.origin):
+            spec.loader = _RecordingLoader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+def install() -> None:
+    """Record what is loaded from now on, and what was loaded before: this package, its room and this module; in Ray's
+    workers also the modules of a step outside this package, which imports it.
     """
-
-    def __init__(self, request: StepRequest, session: RaySession) -> None:
-        self._request, self._session = request, session
-        self._known = set(loaded_here())
-        self._start = journal.stat().st_size if (journal := session.journal) is not None and journal.exists() else 0
-
-    def require(self) -> None:
-        """Raise `StepError` if a module was loaded that is not the one asked for, or a library has another version.
-
-        Modules count from the start of the processes on: they serve one request after the other.
-        """
-        loaded = loaded_here()
-        for module, digest in read_journal(self._session.journal):
-            loaded.setdefault(module, set()).add(digest)
-        _require_same(self._request, loaded)
-        _require_libraries(self._request, library_versions(), "")
-        for node, report in self._session.node_reports().items():
-            _require_same(self._request, {module: {digest} for module, digest in report.sources.items()})
-            _require_libraries(self._request, report.libraries, f" on Ray node {node}")
-
-    def unversioned(self) -> list[str]:
-        """Modules of the project that have been loaded since, and that the request's code version does not cover."""
-        if not self._request.sources:
-            return []
-        since = set(loaded_here()) - self._known
-        since.update(module for module, _ in read_journal(self._session.journal, self._start))
-        return sorted(since - self._request.sources.keys())
+    if any(type(finder).__name__ == _Recorder.__name__ for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(sys.meta_path.index(PathFinder), _Recorder())  # behind the finders of others, such as pytest's
+    before = [PACKAGE, __package__, __name__]
+    if os.environ.get(JOURNAL):
+        before += [name for name in list(sys.modules) if name != "__main__" and own_places(name.partition(".")[0])]
+    for module in dict.fromkeys(before):
+        if (file := getattr(sys.modules[module], "__file__", None)) and file.endswith(".py"):
+            _record(module, digest_of(Path(file).read_bytes()))

@@ -1,6 +1,6 @@
 """Runs one step: reuses a valid manifest, or executes the step and commits its outputs.
 
-By hand: `python -m step_scripts.runner request.json`, where the file holds a `StepRequest`.
+The process that runs the step compares the request with the code that it has loaded (`CodeCheck`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ import tempfile
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from step_scripts.runner import storage
-from step_scripts.runner.code_version import CodeCheck, library_versions
+from step_scripts.runner.code_version import digest_of, file_of, library_versions, loaded_here, read_journal
 from step_scripts.runner.contract import (
     DamagedArtifactError,
     Reporter,
@@ -37,8 +36,8 @@ from step_scripts.runner.contract import (
     check_files,
     noted_operators,
 )
-from step_scripts.runner.local_files import explain_full_disk
-from step_scripts.runner.ray_session import RaySession, RaySettings
+from step_scripts.runner.local_files import explain_full_disk, sync_files
+from step_scripts.runner.ray_session import RaySession
 
 
 def load_step(name: str) -> StepDefinition:
@@ -118,7 +117,7 @@ def run_step(
         full = explain_full_disk(error, [*local, tempfile.gettempdir()])
         if isinstance(error, StepError):
             _keep(request, error)
-        storage.delete(context.attempt_uri)
+        storage.delete_folder(context.attempt_uri)
         if full is not None:
             raise StepError(full) from error
         raise
@@ -142,7 +141,7 @@ def _forget_checkpoints(context: StepContext) -> None:
     for uri in (context.request.shared_checkpoint_uri, context.attempt_checkpoint_uri):
         if uri is not None:
             try:
-                storage.delete(uri)
+                storage.delete_folder(uri)
             except OSError as error:
                 context.log.warning(f"checkpoints remain at {uri}: {error}")
 
@@ -184,9 +183,11 @@ def _commit(
         )
     written = context.attempt_uri.rstrip("/") + "/"
     for output in outcome.outputs.values():
-        if output.uri.startswith(written):  # what lies elsewhere was committed by whoever keeps it
+        # What lies elsewhere was committed by whoever keeps it.
+        if output.uri.startswith(written) and not storage.is_remote(written):
             folder = output.uri.removeprefix(request.output_root.rstrip("/") + "/")
-            storage.sync(request.output_root, [f"{folder.rstrip('/')}/{file.path}" for file in output.files])
+            root = storage.local_path(request.output_root)
+            sync_files(root, [f"{folder.rstrip('/')}/{file.path}" for file in output.files])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result = StepResult(
         step=request.step,
@@ -220,6 +221,71 @@ def _keep(request: StepRequest, error: StepError) -> None:
         error.details[name] = kept
 
 
+def require_unchanged(request: StepRequest) -> None:
+    """Raise `StepError` if a file of the request's code has changed since. For before the step starts."""
+    files = {module: path for module in request.sources if (path := file_of(module)) is not None}
+    _require_same(request, {m: {digest_of(path.read_bytes())} if path.exists() else {} for m, path in files.items()})
+
+
+def _require_same(request: StepRequest, found: Mapping[str, Collection[str]]) -> None:
+    asked = request.sources
+    if changed := sorted(name for name, digests in found.items() if name in asked and set(digests) != {asked[name]}):
+        raise StepError(
+            f"the code of step {request.step} has changed since Dagster loaded it: {', '.join(changed)} would be, or "
+            f"were, other sources than those asked for (code version {request.code_version}). Nothing was stored. Run "
+            "it again; if Dagster was started before the change, reload the code location first"
+        )
+
+
+def _require_libraries(request: StepRequest, here: Mapping[str, str], where: str) -> None:
+    differing = [
+        f"{name} {here.get(name, 'is missing')}, asked for was {version}"
+        for name, version in sorted(request.environment.items())
+        if name != "image" and here.get(name) != version
+    ]
+    if differing:
+        raise StepError(
+            f"step {request.step} runs with other libraries than those asked for{where}: {'; '.join(differing)}. "
+            "Nothing was stored. Install the same versions there and where Dagster runs; restart Dagster if they have "
+            "changed"
+        )
+
+
+class CodeCheck:
+    """Compares a request with what this process and the workers of `session` load while it is served.
+
+    Workers of a private session record what they load. Nodes of a given cluster are asked once what they have: their
+    code is a copy that was made for this session, or for the job.
+    """
+
+    def __init__(self, request: StepRequest, session: RaySession) -> None:
+        self._request, self._session = request, session
+        self._known = set(loaded_here())
+        self._start = journal.stat().st_size if (journal := session.journal) is not None and journal.exists() else 0
+
+    def require(self) -> None:
+        """Raise `StepError` if a module was loaded that is not the one asked for, or a library has another version.
+
+        Modules count from the start of the processes on: they serve one request after the other.
+        """
+        loaded = loaded_here()
+        for module, digest in read_journal(self._session.journal):
+            loaded.setdefault(module, set()).add(digest)
+        _require_same(self._request, loaded)
+        _require_libraries(self._request, library_versions(), "")
+        for node, report in self._session.node_reports().items():
+            _require_same(self._request, {module: {digest} for module, digest in report.sources.items()})
+            _require_libraries(self._request, report.libraries, f" on Ray node {node}")
+
+    def unversioned(self) -> list[str]:
+        """Modules of the project that have been loaded since, and that the request's code version does not cover."""
+        if not self._request.sources:
+            return []
+        since = set(loaded_here()) - self._known
+        since.update(module for module, _ in read_journal(self._session.journal, self._start))
+        return sorted(since - self._request.sources.keys())
+
+
 class PrintReporter(logging.Logger):
     """Prints messages on standard error; warnings are marked."""
 
@@ -230,21 +296,3 @@ class PrintReporter(logging.Logger):
         """See `logging.Logger`."""
         mark = "warning: " if record.levelno >= logging.WARNING else ""
         print(f"{mark}{record.getMessage()}", file=sys.stderr, flush=True)
-
-
-def main(arguments: list[str]) -> int:
-    """Run the request in the file named by the only argument; print the manifest. Returns the exit status."""
-    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
-        print(__doc__, file=sys.stderr)
-        return 2
-    request = StepRequest.model_validate_json(Path(arguments[0]).read_bytes())
-    session = RaySession(RaySettings())
-    try:
-        result = run_step(request, PrintReporter(), session)
-    except StepError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        session.stop()
-    print(json.dumps(result.model_dump(mode="json"), indent=2))
-    return 0

@@ -1,4 +1,4 @@
-"""Local files: folders and files that only their user may read, removal of folders, messages for a full disk."""
+"""Local files: private ones, atomic writes, states, locks, removal of folders, messages for a full disk."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 _DISCARDED = re.compile(r"\..+\.[0-9a-f]{32}\.deleted")
+_WITHOUT_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
+_INODE = " inode "
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Libraries in other languages pass on the reason as text only; NumPy only counts the items that it could not write.
 _FULL_TEXTS = re.compile(
@@ -32,14 +35,74 @@ def private_folder(path: Path) -> None:
 
 
 def open_private(path: Path, mode: str = "wb") -> IO[bytes]:
-    """Open a binary file for writing or appending; a new one has mode 0600."""
+    """Open a binary file for writing, appending, or creating it; a new one has mode 0600."""
     return open(path, mode, opener=lambda name, flags: os.open(name, flags, 0o600))
 
 
-def write_private(path: Path, data: bytes) -> None:
-    """Write a new file of mode 0600. Raises `FileExistsError`."""
-    with open_private(path, "xb") as file:
-        file.write(data)
+@contextmanager
+def replacing(target: Path) -> Iterator[IO[bytes]]:
+    """A file open for writing, which takes the place of `target` when the block has ended; nothing does if it fails."""
+    private_folder(target.parent)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with file_named(target), temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        _sync(target.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_files(root: Path, paths: Iterable[str] = ()) -> None:
+    """Sync the files at `paths` below `root`, their folders, and the folder of `root`: so they survive a power cut.
+
+    Call it before the file that commits them is written.
+    """
+    root = root.absolute()
+    files = [root / path for path in paths]
+    folders = {root, root.parent}
+    for file in files:
+        folders.update(folder for folder in file.parents if folder.is_relative_to(root))
+    for path in [*files, *folders]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class FileState:
+    """The state of a file. `modified`: seconds since 1970. `change` differs whenever the file is written or replaced.
+
+    Size and time of modification do not tell: `cp -p`, `rsync --times` and `touch -r` keep both. The writer of a file
+    cannot keep the time of change and the inode of a local file, or the ETag of an object on S3. S3's version id would
+    add nothing: versions with the same ETag have the same content, and a listing does not include it.
+    """
+
+    bytes: int
+    modified: float
+    change: str
+
+
+def local_state(found: os.stat_result) -> FileState:
+    """The state of a local file: `change` is the time of change in ns and the inode."""
+    return FileState(found.st_size, found.st_mtime_ns / 1e9, f"{found.st_ctime_ns}{_INODE}{found.st_ino}")
+
+
+def lasting(change: str) -> str:
+    """`change` without the inode, which some file systems (sshfs, s3fs) make up anew for each call.
+
+    For comparisons of a file that has not been replaced. There the inode would only cause a needless read.
+    """
+    return change.partition(_INODE)[0]
 
 
 def discard_folder(folder: Path) -> None:
@@ -59,6 +122,60 @@ def discard_folder(folder: Path) -> None:
 def discarded_folders(parent: Path) -> list[Path]:
     """What is left, directly in `parent`, of folders whose removal was interrupted or has failed."""
     return sorted(p for p in parent.iterdir() if _DISCARDED.fullmatch(p.name)) if parent.is_dir() else []
+
+
+class NoLocks(OSError):
+    """The file system that a file is on has no locks."""
+
+
+@contextmanager
+def file_lock(path: Path, timeout_seconds: float, purpose: str) -> Iterator[None]:
+    """Hold an exclusive lock on `path` (created if absent, never removed) during the block.
+
+    The operating system releases it when its holder dies. Raises `TimeoutError` naming file and `purpose` if another
+    process or thread still holds it after `timeout_seconds`, `NoLocks` where the file system refuses locks.
+    """
+    from filelock import FileLock, Timeout  # the endpoint in AWS's image has none, and takes no lock
+
+    private_folder(path.parent)
+    lock = FileLock(path, timeout_seconds, mode=0o600, poll_interval=0.02, fallback_to_soft=False)
+    with _refusal_explained(path):
+        try:
+            lock.acquire()
+        except Timeout as error:
+            message = f"{purpose}: another process has held {path} for more than {timeout_seconds:g} s"
+            raise TimeoutError(message) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def try_lock(descriptor: int, path: Path) -> bool:
+    """Take an exclusive lock on an open file or folder, which is at `path`; False if another process has it.
+
+    Raises `NoLocks` naming the path and the remedy where the file system refuses locks.
+    """
+    from filelock import lock_descriptor
+
+    with _refusal_explained(path):
+        return lock_descriptor(descriptor, blocking=False)
+
+
+@contextmanager
+def _refusal_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
+        raise NoLocks(
+            error.errno,
+            "the file system refuses locks (flock), without which two runs could overwrite each other's work. Mount it "
+            "with locks (NFS: a lock service, or the option local_lock=flock on a single machine), or let HOUSING_ROOT "
+            "name a folder on another disk",
+            str(path),
+        ) from error
 
 
 @contextmanager

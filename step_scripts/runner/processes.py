@@ -4,14 +4,15 @@ A step that can save unfinished work registers a function with `on_interruption`
 thread, while the step's own thread still runs, when the job is stopped or its machine is taken away. It has
 `checkpoint_seconds` (see `step_scripts.cluster.job.ClusterLimits`). The process ends when the functions have returned.
 
-Imports nothing heavy: a run's keeper stands on it.
+As a program it is the keeper of a run's Ray driver, started by the local backend:
+`python -m step_scripts.runner.processes <control descriptor> <lock descriptor> <seconds>`. Imports next to nothing, so
+that a keeper costs a few milliseconds and megabytes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
 import os
 import select
 import signal
@@ -22,16 +23,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import psutil
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-Result = TypeVar("Result")
 _LONGEST_END_SECONDS = 10.0
-_POLL_SECONDS = 0.2
-_INTERRUPTED_SECONDS = 4.0
 _functions: list[Callable[[], None]] = []
 
 
@@ -208,40 +206,6 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def run_in_thread(
-    function: Callable[[], Result], on_interrupt: Callable[[], None] | None = None, timeout: float | None = None
-) -> Result:
-    """The result of `function`, which runs in a second thread; its exception is raised here.
-
-    A signal reaches Python only when the main thread is not inside Ray, and in the main thread Ray Tune and Ray Train
-    install signal handlers that they leave behind. On an interrupt `on_interrupt` is called, and the thread has a few
-    seconds to end; without it, the thread is left to end with the process. Raises `TimeoutError` after `timeout`
-    seconds.
-    """
-    from concurrent.futures import Future, wait
-
-    outcome: Future[Result] = Future()
-
-    def call() -> None:
-        try:
-            outcome.set_result(function())
-        except BaseException as error:  # noqa: BLE001  # raised again, in the thread that waits
-            outcome.set_exception(error)
-
-    threading.Thread(target=call, name="ray-driver", daemon=True).start()
-    deadline = math.inf if timeout is None else time.monotonic() + timeout
-    try:
-        while not wait([outcome], _POLL_SECONDS).done:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no answer within {timeout:g} s")
-    except BaseException:
-        if on_interrupt is not None:
-            on_interrupt()
-            wait([outcome], _INTERRUPTED_SECONDS)
-        raise
-    return outcome.result()
-
-
 @contextmanager
 def repeated(function: Callable[[], object], seconds: float, name: str) -> Iterator[None]:
     """Call `function` every so many seconds, in a thread of that name, until the block ends."""
@@ -258,3 +222,68 @@ def repeated(function: Callable[[], object], seconds: float, name: str) -> Itera
     finally:
         over.set()
         thread.join()
+
+
+def keep_driver(descriptor: int, lock: int, seconds: float) -> None:
+    """Be the keeper: the parent of a run's Ray driver, which outlives it and ends all that it has started.
+
+    Forks the driver (`step_scripts.runner.worker`), adopts what the driver's processes leave behind, and waits: for the
+    driver's end, for the other end of the control descriptor to close, or for SIGTERM. Then the driver has so many
+    seconds to shut down, everything that is left is killed, and the folder of the session is removed. This process ends
+    with the driver's status. Returns in the driver process only, with the driver's work done.
+    """
+    adopt_orphans()
+    keeper = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # it waits until this process can handle it
+    driver = os.fork()
+    if driver == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        end_with_parent(keeper)
+        os.close(lock)
+        from step_scripts.runner import worker
+
+        worker.main(descriptor)
+        return
+    stop = StopSignal()
+    children = Children(stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    _await_end(driver, descriptor, seconds, stop, children)
+    children.end_all(0)
+    if folder := os.environ.get("HOUSING_RAY_FOLDER"):
+        import shutil
+
+        shutil.rmtree(folder, ignore_errors=True)
+    _end_like(children.ended.get(driver, -signal.SIGKILL))
+
+
+def _await_end(driver: int, descriptor: int, seconds: float, stop: StopSignal, children: Children) -> None:
+    """Wait for the driver's end; for so many seconds from when it was told to end, or its run has gone."""
+    deadline = None
+    children.reap()
+    while driver not in children.ended:
+        if deadline is None:
+            if stop.wait(None, descriptor) or stop.stop_requested:
+                deadline = time.monotonic() + seconds
+                if stop.stop_requested and seconds:  # of the run's end the driver knows
+                    os.kill(driver, signal.SIGTERM)
+        elif (left := deadline - time.monotonic()) > 0:
+            stop.wait(left)
+        else:
+            return
+        children.reap()
+
+
+def _end_like(code: int) -> None:
+    """End this process as the driver did: with its exit status, or by the same signal, and without a memory dump."""
+    if code >= 0:
+        os._exit(code)
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError):  # there is no other handler for SIGKILL
+        signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+
+
+if __name__ == "__main__":
+    keep_driver(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))

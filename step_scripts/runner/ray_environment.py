@@ -19,8 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from step_scripts.runner.local_files import write_private
-from step_scripts.runner.locking import try_lock
+from step_scripts.runner.local_files import open_private, try_lock
 from step_scripts.runner.processes import end_processes
 
 PREFIXES = ("housing-", "ray-")
@@ -90,7 +89,8 @@ def require_token(folder: Path, token: str | None = None) -> None:
     """
     path = folder / "ray_token"
     if not path.exists():
-        write_private(path, (token or secrets.token_hex(32)).encode())
+        with open_private(path, "xb") as file:
+            file.write((token or secrets.token_hex(32)).encode())
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # the token itself would win over the file
         os.environ.pop(name, None)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
@@ -203,8 +203,8 @@ def processes_of(folder: Path) -> list[psutil.Process]:
             if environment.get(FOLDER_VARIABLE) == str(folder) or (
                 not environment and any(Path(file.path).is_relative_to(folder) for file in process.open_files())
             ):
-                found.append(process)
-    return sorted(found, key=lambda process: process.create_time())
+                found.append((process.create_time(), process))
+    return [process for _, process in sorted(found, key=lambda entry: entry[0])]
 
 
 def _marked_folders() -> Iterator[Path]:

@@ -7,19 +7,20 @@ import functools
 import os
 import socket
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 from pydantic import BaseModel
 
-from step_scripts.runner.code_version import NodeReport, report_of_node
+from step_scripts.runner.code_version import JOURNAL, NodeReport, report_of_node
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.loaded_code import JOURNAL
-from step_scripts.runner.processes import how_ended, run_in_thread
+from step_scripts.runner.processes import how_ended
 from step_scripts.runner.ray_environment import (
     FOLDER_VARIABLE,
     SessionFolder,
@@ -38,6 +39,8 @@ _PACKAGE_FOLDER = Path(__file__).parents[1]
 _REPORT_SECONDS = 60.0
 _NEEDED = ("gcs_server", "raylet")
 _LAST_LINES = 3
+_INTERRUPTED_SECONDS = 4.0
+Result = TypeVar("Result")
 _private_folders: list[Path] = []
 
 
@@ -73,7 +76,7 @@ class RaySession:
 
     @property
     def journal(self) -> Path | None:
-        """The file to which the workers of a private session add what they load (`step_scripts.runner.loaded_code`)."""
+        """The file to which the workers of a private session add what they load (`code_version`)."""
         return self.folder.path / "loaded-code" if self.folder is not None else None
 
     def ensure(self) -> None:
@@ -229,6 +232,34 @@ def is_open(address: str, port: int, seconds: float = 1.0) -> bool:
     with contextlib.suppress(OSError), socket.create_connection((address, port), seconds):
         return True
     return False
+
+
+def run_in_thread(
+    function: Callable[[], Result], on_interrupt: Callable[[], None] | None = None, timeout: float | None = None
+) -> Result:
+    """The result of `function`, which runs in a second thread; its exception is raised here.
+
+    A signal reaches Python only when the main thread is not inside Ray, and in the main thread Ray Tune and Ray Train
+    install signal handlers that they leave behind. On an interrupt `on_interrupt` is called, and the thread has a few
+    seconds to end; without it, the thread is left to end with the process. Raises `TimeoutError` after `timeout`
+    seconds.
+    """
+    outcome: Future[Result] = Future()
+
+    def call() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:  # noqa: BLE001  # raised again, in the thread that waits
+            outcome.set_exception(error)
+
+    threading.Thread(target=call, name="ray-driver", daemon=True).start()
+    try:
+        return outcome.result(timeout)
+    except BaseException:
+        if on_interrupt is not None and not outcome.done():
+            on_interrupt()
+            wait([outcome], _INTERRUPTED_SECONDS)
+        raise
 
 
 def join_cluster(address: str, **options: Any) -> None:

@@ -1,7 +1,8 @@
 """Files behind URIs: a local path, or `s3://bucket/prefix`. The same calls serve both, through Arrow's file systems.
 
-Small objects are written atomically: a reader sees the old bytes or the new ones, never a part of them. Whether a file
-has changed is seen without reading it, by `FileState`.
+What S3 can do and Arrow cannot is done by boto3, whose clients are made here: entity tags, deletion without folder
+markers. Small objects are written atomically: a reader sees the old bytes or the new ones, never a part of them.
+Whether a file has changed is seen without reading it, by `FileState`.
 """
 
 from __future__ import annotations
@@ -11,23 +12,18 @@ import functools
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from step_scripts.runner import s3_objects
-from step_scripts.runner.local_files import file_named, private_folder
+from step_scripts.runner.local_files import FileState, file_named, local_state, private_folder, replacing
+from step_scripts.runner.wording import counted
 
 if TYPE_CHECKING:
     from pyarrow import fs
 
-
-_INODE = " inode "
-# What Arrow takes credentials from, other than files and services that renew them.
-_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
+_ATTEMPTS = 10  # of one request, with exponential backoff: about a minute of throttling
+_DELETED_AT_ONCE = 1000
 
 
 def is_remote(uri: str) -> bool:
@@ -56,18 +52,17 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     scheme, _, path = uri.partition("://")
     if scheme not in ("s3", "s3a"):
         raise ValueError(f"{uri}: only local paths and s3:// URIs are supported")
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return _s3(endpoint, s3_objects.region(), tuple(os.environ.get(name) for name in _CREDENTIALS)), path
+    return _s3(_environment()), path
 
 
 @functools.lru_cache(maxsize=8)
-def _s3(endpoint: str | None, region: str | None, credentials: tuple[str | None, ...]) -> fs.FileSystem:
-    """One file system for each place and account, so that connections are kept."""
+def _s3(environment: tuple[tuple[str, str], ...]) -> fs.FileSystem:
+    """One file system for each environment, so that connections are kept."""
     from pyarrow import fs
 
     return fs.S3FileSystem(
-        region=region,
-        endpoint_override=endpoint,
+        region=region(),
+        endpoint_override=os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
         # Arrow's own limit for connecting, one second, is too short for a busy machine.
         connect_timeout=10,
         request_timeout=60,
@@ -83,24 +78,9 @@ def read_bytes(uri: str) -> bytes:
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write `data` atomically: locally by renaming a temporary file, on S3 because a put is atomic."""
-    if is_remote(uri):
-        content = memoryview(data)  # fails before anything is written: Arrow would store a part
-        with open_output(uri) as stream:
-            stream.write(content)
-        return
-    target = local_path(uri)
-    private_folder(target.parent)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with file_named(target), temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-        _sync(target.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    content = memoryview(data)  # fails before anything is written: Arrow would store a part
+    with open_output(uri) if is_remote(uri) else replacing(local_path(uri)) as file:
+        file.write(content)
 
 
 def write_json(uri: str, value: object) -> None:
@@ -110,25 +90,22 @@ def write_json(uri: str, value: object) -> None:
 
 def upload(file: Path, uri: str) -> None:
     """Copy a local file to `uri` on S3, in pieces. If that fails, nothing is changed at `uri`."""
-    if not is_remote(uri):
-        raise ValueError(f"{uri} is a local path: write the file there")
-    bucket, key = s3_objects.split_uri(uri)
-    s3_objects.service_client("s3").upload_file(str(file), bucket, key)
+    bucket, key = split_uri(uri)
+    service_client("s3").upload_file(str(file), bucket, key)
 
 
-def open_input(uri: str) -> AbstractContextManager[IO[bytes]]:
+def open_input(uri: str) -> contextlib.AbstractContextManager[IO[bytes]]:
     """A seekable binary file open for reading. Raises `FileNotFoundError`."""
     filesystem_, path = filesystem(uri)
-    # Arrow's NativeFile implements the file protocol.
-    return filesystem_.open_input_file(path)  # pyright: ignore[reportReturnType]
+    return filesystem_.open_input_file(path)  # pyright: ignore[reportReturnType]  # NativeFile is like a file of Python
 
 
-def open_plain(uri: str) -> AbstractContextManager[IO[bytes]]:
+def open_plain(uri: str) -> contextlib.AbstractContextManager[IO[bytes]]:
     """As `open_input`, but local files without Arrow, which takes a while to import."""
     return open_input(uri) if is_remote(uri) else local_path(uri).open("rb")
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_output(uri: str) -> Iterator[IO[bytes]]:
     """A binary stream open for writing; parent folders are made. Not atomic: commit by a manifest."""
     filesystem_, path = filesystem(uri)
@@ -137,7 +114,7 @@ def open_output(uri: str) -> Iterator[IO[bytes]]:
     naming = contextlib.nullcontext() if is_remote(uri) else file_named(Path(path))
     # Without `compression` Arrow compresses what goes into a file whose name ends with .gz.
     with naming, filesystem_.open_output_stream(path, compression=None) as stream:
-        yield stream  # pyright: ignore[reportReturnType]  # Arrow's NativeFile implements the file protocol
+        yield stream  # pyright: ignore[reportReturnType]
 
 
 def exists(uri: str) -> bool:
@@ -182,81 +159,61 @@ def sizes(uri: str, paths: Sequence[str]) -> dict[str, int]:
         return {path: size for path, size, _ in list_details(uri) if path in wanted} if wanted else {}
     found = {}
     for path in paths:
-        try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             found[path] = local_path(join(uri, path)).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            continue
     return found
 
 
-def sync(uri: str, paths: Iterable[str]) -> None:
-    """Sync the local files at `paths` below `uri` and their folders to disk, so that they survive a power cut.
-
-    Does nothing on S3. Call it before the file that commits them is written.
-    """
+def delete_file(uri: str) -> None:
+    """Remove the file at `uri`; nothing happens if there is none. Raises `OSError`."""
     if is_remote(uri):
+        folder, _, name = uri.rpartition("/")
+        delete_files(folder, [name])
+    else:
+        local_path(uri).unlink(missing_ok=True)
+
+
+def delete_files(uri: str, paths: Sequence[str]) -> None:
+    """Remove the files at `paths` below `uri`; missing ones are ignored. Raises `OSError`."""
+    if not is_remote(uri):
+        for path in paths:
+            local_path(join(uri, path)).unlink(missing_ok=True)
         return
-    root = local_path(uri).absolute()
-    files = [root / path for path in paths]
-    folders = {root, root.parent}
-    for file in files:
-        _sync(file)
-        folders.update(folder for folder in file.parents if folder.is_relative_to(root))
-    for folder in folders:
-        _sync(folder)
+    bucket, key = split_uri(uri)
+    for start in range(0, len(paths), _DELETED_AT_ONCE):
+        chosen = [{"Key": f"{key.rstrip('/')}/{path}"} for path in paths[start : start + _DELETED_AT_ONCE]]
+        with _os_errors(uri):
+            answer = service_client("s3").delete_objects(Bucket=bucket, Delete={"Objects": chosen, "Quiet": True})
+        if errors := answer.get("Errors"):
+            first = errors[0]
+            raise OSError(
+                f"{counted(len(errors), 'object')} below {uri} could not be deleted, the first is {first.get('Key')}: "
+                f"{first.get('Code')} {first.get('Message')}. Allow s3:DeleteObject for this prefix"
+            )
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def delete(uri: str) -> None:
-    """Remove the file, or everything below the prefix, on S3 with folder markers. Does nothing if there is nothing.
+def delete_folder(uri: str) -> None:
+    """Remove everything below `uri`, on S3 with folder markers; nothing happens if there is nothing.
 
     Raises `OSError`; `ValueError` for a whole bucket.
     """
     if is_remote(uri):
-        with s3_objects.os_errors(uri):
-            try:
-                file_state(uri)
-            except FileNotFoundError:
-                s3_objects.delete_prefix(uri)
-            else:
-                folder, _, name = uri.rpartition("/")
-                s3_objects.delete_objects(folder, [name])
-        return
-    path = local_path(uri)
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        if not split_uri(uri)[1].strip("/"):
+            raise ValueError(f"{uri} is a bucket")
+        delete_files(uri, [path for path, _ in _objects(uri)])
+    elif (folder := local_path(uri)).is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder)
     else:
-        path.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class FileState:
-    """The state of a file. `modified`: seconds since 1970. `change` differs whenever the file is written or replaced.
-
-    Size and time of modification do not tell: `cp -p`, `rsync --times` and `touch -r` keep both. The writer of a file
-    cannot keep the time of change and the inode of a local file, or the ETag of an object on S3. S3's version id would
-    add nothing: versions with the same ETag have the same content, and a listing does not include it.
-    """
-
-    bytes: int
-    modified: float
-    change: str
+        folder.unlink(missing_ok=True)
 
 
 def file_state(uri: str) -> FileState:
     """The state of the file at `uri` now. Raises `FileNotFoundError`, or `OSError` if it cannot be asked for."""
     if not is_remote(uri):
         return local_state(local_path(uri).stat())
-    bucket, key = s3_objects.split_uri(uri)
-    with s3_objects.os_errors(uri):
-        found = s3_objects.service_client("s3").head_object(Bucket=bucket, Key=key)
+    bucket, key = split_uri(uri)
+    with _os_errors(uri):
+        found = service_client("s3").head_object(Bucket=bucket, Key=key)
     return _object_state(found["ContentLength"], found)
 
 
@@ -265,25 +222,76 @@ def object_states(uri: str, *, deep: bool = True) -> Iterator[tuple[str, FileSta
 
     Unless `deep`, without the objects in folders below the prefix.
     """
-    with s3_objects.os_errors(uri):
-        for prefix, page in s3_objects.listed(uri, **({} if deep else {"Delimiter": "/"})):
-            for item in page.get("Contents", []):
-                if not item["Key"].endswith("/"):
-                    yield item["Key"].removeprefix(prefix), _object_state(item["Size"], item)
+    for path, item in _objects(uri, **({} if deep else {"Delimiter": "/"})):
+        if not item["Key"].endswith("/"):
+            yield path, _object_state(item["Size"], item)
 
 
 def _object_state(size: int, found: Mapping[str, Any]) -> FileState:
     return FileState(size, found["LastModified"].timestamp(), found["ETag"].strip('"'))
 
 
-def local_state(found: os.stat_result) -> FileState:
-    """The state of a local file: `change` is the time of change in ns and the inode."""
-    return FileState(found.st_size, found.st_mtime_ns / 1e9, f"{found.st_ctime_ns}{_INODE}{found.st_ino}")
+def _objects(uri: str, **options: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Path below a prefix on S3 and description of each object there, folder markers included. Raises `OSError`."""
+    bucket, key = split_uri(uri.rstrip("/"))
+    prefix = f"{key}/" if key else ""
+    pages = service_client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, **options)
+    with _os_errors(uri):
+        for page in pages:
+            for item in page.get("Contents", []):
+                yield item["Key"].removeprefix(prefix), item
 
 
-def lasting(change: str) -> str:
-    """`change` without the inode, which some file systems (sshfs, s3fs) make up anew for each call.
+@contextlib.contextmanager
+def _os_errors(uri: str) -> Iterator[None]:
+    """Turns the errors of boto3 in the block into `OSError`, `FileNotFoundError` if there is no object at `uri`."""
+    from botocore.exceptions import BotoCoreError, ClientError
 
-    For comparisons of a file that has not been replaced. There the inode would only cause a needless read.
-    """
-    return change.partition(_INODE)[0]
+    try:
+        yield
+    except (BotoCoreError, ClientError) as error:
+        if isinstance(error, ClientError) and error.response["Error"]["Code"] == "404":
+            raise FileNotFoundError(f"{uri} does not exist") from error
+        raise OSError(str(error)) from error
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Bucket and key of an s3:// URI."""
+    bucket, _, key = uri.partition("://")[2].partition("/")
+    return bucket, key
+
+
+def region() -> str | None:
+    """The region of this process. Boto3 does not read `AWS_REGION`, which is what SageMaker sets in its jobs."""
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+
+
+def _environment() -> tuple[tuple[str, str], ...]:
+    """Server, region and credentials, as far as the environment has them."""
+    return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+
+
+def service_client(
+    service: str, region_name: str | None = None, connections: int = 32, attempts: int = _ATTEMPTS
+) -> Any:
+    """A boto3 client that makes `attempts` attempts where it is throttled. It may be used by several threads."""
+    return _client(service, region_name or region(), connections, attempts, _environment())
+
+
+@functools.lru_cache(maxsize=32)
+def _client(
+    service: str, region_name: str | None, connections: int, attempts: int, environment: tuple[tuple[str, str], ...]
+) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": attempts},
+        connect_timeout=10,
+        read_timeout=60,
+        max_pool_connections=connections,
+        tcp_keepalive=True,
+    )
+    # A session of its own: boto3's default session must not be used by several threads at once.
+    session = boto3.Session(region_name=region_name)
+    return session.client(service, config=config)  # pyright: ignore[reportCallIssue, reportArgumentType]

@@ -1,7 +1,8 @@
 """The process that runs steps, as the driver of a Ray session: one after the other on a laptop, one in a job.
 
-Forked by `step_scripts.runner.keeper`, or started by the head of a job (`step_scripts.cluster.head`). They end what
-this process leaves behind. The control descriptor is one end of a `multiprocessing.Pipe` that carries JSON:
+Forked by the keeper (`step_scripts.runner.processes`), or started by the head of a job (`step_scripts.cluster.head`).
+They end what this process leaves behind. The control descriptor is one end of a `multiprocessing.Pipe` that carries
+JSON:
 
 - `{"request": …, "attempt": …, "pipes": {…}}` runs a step. The answer is `{"result": …}` or `{"error": …}`. With the
   `"address"` of a cluster it runs there, after `"note"` was logged, and the process ends with the step.
@@ -42,7 +43,7 @@ from step_scripts.runner.execution import PrintReporter, failure_of, run_step
 from step_scripts.runner.processes import StopSignal, interrupt
 from step_scripts.runner.ray_environment import SessionFolder, use_token_if_present
 from step_scripts.runner.ray_session import RayNotStarted, RaySession, RaySettings
-from step_scripts.runner.s3_objects import service_client
+from step_scripts.runner.storage import service_client
 
 _SHUTDOWN_SECONDS = 3.0
 _MESSAGES_SECONDS = 1.0

@@ -2,6 +2,6 @@
 
 Begin with `spec` (`TableSpec`, what a step knows of its table) and `column_types` (constraints, from the pandera model
 and applied; the columns in Polars).
-Ids and digests: `hashes`. Statistics that merge: `distributions`.
+Ids, digests, and files divided by hash: `hashes`. Statistics that merge: `distributions`.
 Imports `runner` only.
 """

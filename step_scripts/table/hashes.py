@@ -1,4 +1,4 @@
-"""The one family of hashes: of rows, of texts, of a row's content, of events; record ids; digests of sets of rows.
+"""The one family of hashes: of rows, texts, a row's content, events; record ids; digests of sets; files by hash.
 
 A hash has 128 bits, as two independent halves that mix in one value after the other: `hash_hi` with the finalizer of
 splitmix64, `hash_lo` with that of MurmurHash3. All is computed in numpy, in columns.
@@ -19,6 +19,8 @@ from functools import cache
 import numpy as np
 import polars as pl
 import pyarrow as pa
+
+from step_scripts.runner import storage
 
 Hash128 = tuple[np.ndarray, np.ndarray]
 """`hash_hi` and `hash_lo`: uint64, one value a row."""
@@ -154,6 +156,32 @@ def split_fraction(hashes: Hash128, salt: str = "") -> np.ndarray:
     mixed ^= hashes[1] ^ salts[1]
     _mix(mixed, 1, scratch)
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def partition_of(hash_hi: np.ndarray, count: int) -> np.ndarray:
+    """The partition of each key, given by 64 bits of its hash: rows of different blocks meet in it."""
+    return ((hash_hi >> np.uint64(32)) * np.uint64(count) >> np.uint64(32)).astype(np.int64)
+
+
+def write_partitions(frame: pl.DataFrame, partition: np.ndarray, count: int, uri: str) -> None:
+    """Write the rows of `frame`, of which `partition` holds the number, from 0 and below `count`.
+
+    The file is Arrow's, with one record batch for each partition: a partition is read without the others.
+    """
+    rows_in_order = frame[np.argsort(partition, kind="stable")] if count > 1 else frame
+    ends = np.cumsum(np.bincount(partition, minlength=count))
+    arrays = [column.to_arrow(compat_level=pl.CompatLevel.oldest()) for column in rows_in_order]
+    rows = pa.RecordBatch.from_arrays(arrays, names=frame.columns)
+    with storage.open_output(uri) as file, pa.ipc.new_file(file, rows.schema) as writer:
+        for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
+            writer.write_batch(rows.slice(start, end - start))
+
+
+def read_partition(uris: Sequence[str], number: int) -> Iterator[pl.DataFrame]:
+    """The rows of partition `number` of each file, in the order in which they were written."""
+    for uri in uris:
+        with storage.open_input(uri) as file:
+            yield pl.DataFrame(pa.ipc.open_file(file).get_batch(number))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from step_scripts.runner.cluster_resources import (
     waiting_is_told,
 )
 from step_scripts.runner.contract import Reporter, StepError
-from step_scripts.runner.processes import run_in_thread
+from step_scripts.runner.ray_session import run_in_thread
 from step_scripts.runner.wording import counted
 from step_scripts.training.boosting import (
     History,
@@ -88,7 +88,7 @@ class FitCheckpoints:
         try:
             storage.write_bytes(uri, _digest(model) + b"\n" + model)
             for old in self._files()[:-_KEPT]:
-                storage.delete(old)
+                storage.delete_file(old)
         except OSError as error:
             _log.warning("round %d could not be kept below %s: %s", rounds, self.uri, error)
 
@@ -216,7 +216,7 @@ def _fit(engine: str, request: FitRequest, log: Reporter) -> FitResult:
     began, attempts = time.perf_counter(), 0
     with contextlib.ExitStack() as stack:
         uri = request.checkpoint_uri or stack.enter_context(scratch_folder("fit-"))
-        stack.callback(storage.delete, uri)  # at the end, unless the process is killed
+        stack.callback(storage.delete_folder, uri)  # at the end, unless the process is killed
         request = replace(request, checkpoint_uri=uri)
         while True:
             start = (request.checkpoints and request.checkpoints.latest(log.warning)) or _BEGINNING

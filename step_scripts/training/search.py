@@ -29,8 +29,8 @@ from step_scripts.runner.cluster_resources import (
     wait_seconds,
 )
 from step_scripts.runner.contract import Reporter, StepError
-from step_scripts.runner.processes import run_in_thread
 from step_scripts.runner.ray_environment import environment_set
+from step_scripts.runner.ray_session import run_in_thread
 from step_scripts.runner.wording import counted, number
 from step_scripts.training.boosting import TrainingSplit
 from step_scripts.training.search_trials import BoostingTrial, LivesInDriver, TrialProposals, report_rounds, scheduler

@@ -28,7 +28,7 @@ from resources.model_registry.base import ModelVersion
 from resources.model_registry.local import LocalModelRegistry
 from step_scripts.model.artifact import load_model
 from step_scripts.runner.contract import Artifact
-from step_scripts.runner.locking import file_lock
+from step_scripts.runner.local_files import file_lock
 from step_scripts.serving.deployment import DEPLOYMENT_FILE, SERVER_FILE, ServerRecord
 from tests.serving_models import house_rows, registered, small_model, smoke_test
 

@@ -11,7 +11,7 @@ from resources.feature_store.feature_groups import FeatureGroups
 from resources.feature_store.sagemaker import SageMakerFeatureStore
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.feature_store.online_client import feature_types
-from step_scripts.runner import s3_objects
+from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.table.spec import ColumnSpec
 from tests.feature_rows import TABLE
@@ -111,7 +111,7 @@ def test_what_glue_refuses_is_said(aws: Aws, monkeypatch: pytest.MonkeyPatch) ->
     target = store(aws).ensure_group("iced", TABLE)
     aws.faults.throttle("glue:GetTable", count=2)
     assert store(aws).ensure_group("iced", TABLE) == target
-    monkeypatch.setattr(s3_objects.service_client, "__defaults__", (None, 32, 1))  # without the usual ten attempts
+    monkeypatch.setattr(storage.service_client, "__defaults__", (None, 32, 1))  # without the usual ten attempts
     aws.faults.throttle("glue:GetTable", count=10_000)
     message = "reading sagemaker_featurestore.iced_.* in AWS Glue, .*was refused: ThrottlingException"
     with pytest.raises(StepError, match=message):

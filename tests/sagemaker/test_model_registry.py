@@ -130,7 +130,7 @@ def test_packages_of_others_in_the_group_are_left_alone(
 def test_damaged_facts_are_named(registry: SageMakerModelRegistry, aws: Aws, tmp_path: Path, damage: str) -> None:
     register(registry, artifact(tmp_path / "model"))
     key = next(key for key in aws.keys("registry/housing/") if "/facts-" in key)
-    storage.delete(aws.uri(key)) if damage == "missing" else aws.put(key, "{}")
+    storage.delete_file(aws.uri(key)) if damage == "missing" else aws.put(key, "{}")
     for read in (lambda: registry.get("housing", 1), lambda: registry.list("housing")):
         with pytest.raises(RegistryDamaged, match=key):
             read()

@@ -13,7 +13,7 @@ import pytest
 from resources.model_registry.base import RegistryDamaged
 from resources.model_registry.local import LocalModelRegistry
 from step_scripts.runner.contract import DamagedArtifactError
-from step_scripts.runner.locking import file_lock
+from step_scripts.runner.local_files import file_lock
 from tests import ROOT
 from tests.registry_contract import RegistryContract, artifact, register
 

@@ -26,7 +26,7 @@ from housing_assets.partitions import ingestion_days
 from resources.sources.folder_search import Listing
 from resources.sources.listing import list_landing
 from step_scripts.parameters import SourceFile
-from step_scripts.runner.storage import FileState
+from step_scripts.runner.local_files import FileState
 
 NOW = 1_790_000_000.0  # 2026-09-21, 14:13 UTC
 TODAY = date(2026, 9, 21)

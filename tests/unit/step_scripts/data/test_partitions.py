@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step_scripts.data.partitions import find_duplicates, first_duplicates, without_duplicates, write_ids
-from step_scripts.runner.partition_files import read_partition, write_partitions
-from step_scripts.table.hashes import ids_of_hashes, row_hashes
+from step_scripts.table.hashes import ids_of_hashes, read_partition, row_hashes, write_partitions
 
 BLOCKS = st.lists(st.lists(st.integers(0, 6), max_size=12), min_size=1, max_size=4)
 

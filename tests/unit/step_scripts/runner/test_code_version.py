@@ -16,20 +16,18 @@ import ray
 
 from housing_assets.sample_data import write_sample
 from housing_assets.schema import HOUSING_TABLE
-from step_scripts.runner import code_version, loaded_code
+from step_scripts.runner import code_version, execution
 from step_scripts.runner.code_version import (
-    CodeCheck,
     NodeReport,
     library_versions,
     module_version,
-    require_unchanged,
+    own_places,
     step_sources,
     step_version,
     version_of,
 )
 from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepResult
-from step_scripts.runner.execution import find_result, run_step
-from step_scripts.runner.loaded_code import own_places
+from step_scripts.runner.execution import CodeCheck, find_result, require_unchanged, run_step
 from step_scripts.runner.ray_session import RaySession, RaySettings
 from tests import ROOT
 from tests.source_steps import CollectingReporter, source_file
@@ -59,7 +57,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     for name in set(sys.modules) - before:
         if name.partition(".")[0] in ("shop", "tables"):
             del sys.modules[name]
-            loaded_code._loaded.pop(name, None)
+            code_version._loaded.pop(name, None)
 
 
 EVERY_WAY = {
@@ -123,7 +121,7 @@ def test_a_version_changes_with_every_way_of_loading_a_module(package: Callable[
 
 def test_what_runs_a_step_is_part_of_its_version() -> None:
     for step in ("validate_source", "tests.probe_step"):
-        runner = {f"runner.{name}" for name in ("execution", "worker", "ray_session", "storage", "loaded_code")}
+        runner = {f"runner.{name}" for name in ("execution", "worker", "ray_session", "storage", "code_version")}
         assert {f"step_scripts.{name}" for name in {*runner, "cluster.head"}} < step_sources(step).keys()
     assert "step_scripts.tune_trial" in step_sources("tune_model"), "SageMaker's tuning jobs run it"
     assert "step_scripts.data.csv_fragments" not in step_sources("tune_model"), "else nothing could be reused"
@@ -168,7 +166,7 @@ def test_every_file_that_a_step_loads_while_it_runs_changes_its_version(
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         manifest, modules = json.loads(done.stdout.splitlines()[-1])
-        in_workers = {module for module, _ in loaded_code.read_journal(journal, start)}
+        in_workers = {module for module, _ in code_version.read_journal(journal, start)}
         assert in_workers
         loaded.setdefault(step, set()).update(in_workers, modules)
         result = StepResult.model_validate(manifest)
@@ -329,6 +327,6 @@ def test_nodes_of_a_cluster_are_asked_for_their_code_and_libraries(
         CodeCheck(asked, joined).require()
     asked = asked.model_copy(update={"environment": {"xgboost": "0.1"}})
     joined._reports = {"10.0.0.1": NodeReport({}, {"xgboost": "0.1"}), "10.0.0.2": report}
-    monkeypatch.setattr(code_version, "library_versions", lambda: {"xgboost": "0.1"})
+    monkeypatch.setattr(execution, "library_versions", lambda: {"xgboost": "0.1"})
     with pytest.raises(StepError, match=r"on Ray node 10\.0\.0\.2: xgboost .*, asked for was 0\.1"):
         CodeCheck(asked, joined).require()

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from step_scripts.runner import storage
-from step_scripts.runner.local_files import open_private, private_folder, write_private
-from step_scripts.runner.locking import file_lock
+from step_scripts.runner.local_files import file_lock, open_private, private_folder
 from step_scripts.runner.ray_session import RaySession
 from step_scripts.serving.deployment import AnsweredRequest, CaptureSettings, RequestCapture
 
@@ -45,12 +44,13 @@ def test_new_folders_are_private_and_others_keep_their_mode(tmp_path: Path) -> N
     private_folder(shared / "a" / "b")
     private_folder(shared)
     assert [mode(p) for p in (shared, shared / "a", shared / "a" / "b")] == [0o755, 0o700, 0o700]
-    write_private(shared / "token", b"x")
+    with open_private(shared / "token", "xb") as file:
+        file.write(b"x")
     with open_private(shared / "log", "ab") as file:
         file.write(b"x")
     assert (mode(shared / "token"), mode(shared / "log")) == (0o600, 0o600)
     with pytest.raises(FileExistsError):
-        write_private(shared / "token", b"y")
+        open_private(shared / "token", "xb")
     with pytest.raises(FileExistsError, match="is no folder"):
         private_folder(shared / "token")
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from step_scripts.runner import contract, storage
+from step_scripts.runner import contract, local_files, storage
 from step_scripts.runner.code_version import step_version
 from step_scripts.runner.contract import (
     Artifact,
@@ -133,13 +133,13 @@ def test_files_and_their_folders_are_synced_before_the_manifest_is_written(
     tmp_path: Path, ray_session: RaySession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[Path] = []
-    sync = storage._sync
+    sync = local_files._sync
 
     def noted(path: Path) -> None:
         order.append(path)
         sync(path)
 
-    monkeypatch.setattr(storage, "_sync", noted)
+    monkeypatch.setattr(local_files, "_sync", noted)
     asked = request(tmp_path)
     result = run(asked, ray_session)
     monkeypatch.undo()

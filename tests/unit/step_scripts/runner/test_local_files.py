@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from step_scripts.runner.locking import NoLocks, file_lock
+from step_scripts.runner.local_files import NoLocks, file_lock
 from step_scripts.runner.ray_environment import make_folder, remove_abandoned
 
 

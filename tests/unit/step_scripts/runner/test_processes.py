@@ -36,8 +36,8 @@ worker.main = main
 sys.modules["step_scripts.runner.worker"] = worker
 import step_scripts.runner
 step_scripts.runner.worker = worker
-from step_scripts.runner import keeper
-keeper.main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+from step_scripts.runner.processes import keep_driver
+keep_driver(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
 """
 
 
