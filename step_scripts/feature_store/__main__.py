@@ -25,7 +25,7 @@ from pyiceberg.typedef import Properties
 
 from step_scripts.feature_store import iceberg_table
 from step_scripts.feature_store.commits import FORMAT, REPLAYED_KEY, Commit, summary_of
-from step_scripts.feature_store.events import Source, event_types, write_anew
+from step_scripts.feature_store.events import write_anew
 from step_scripts.feature_store.group import GroupInfo
 from step_scripts.feature_store.group_places import LocalGroup
 from step_scripts.runner import storage
@@ -124,9 +124,7 @@ def _take_over_commit(group: LocalGroup, facts: dict[str, Any]) -> None:
     written: list[str] = []
     with group.attempt(group.state(), commit.table, commit.write_time) as attempt:
         for files in by_day.values():
-            uris = tuple(storage.join(group.data_uri, file["path"]) for file in files)
-            source = Source(0, uris, sum(file["rows"] for file in files), event_types(commit.table))
-            written += write_anew(source, attempt.target, group.name)
+            written += write_anew({file["path"]: file["rows"] for file in files}, attempt.target, group.name)
         group.append(attempt, commit, written)
 
 
