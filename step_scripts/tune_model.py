@@ -69,6 +69,7 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
         f"{counted(fitted.history.best_rounds, 'round')}, "
         f"{fitted.seconds:.1f} s, {fitted.history.seconds:.1f} s of it boosting"
     )
+    rmse = {"validation_rmse": fitted.validation_rmse, "train_rmse": fitted.train_rmse}
     with context.phase("write"):
         model = save_model(
             context.output_uri("model"),
@@ -77,11 +78,7 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
             table=params.table,
             statistics=json.loads(storage.read_bytes(context.inputs["statistics"].file_uri("statistics.json"))),
             parameters=parameters,
-            metrics={
-                "validation_rmse": fitted.validation_rmse,
-                "train_rmse": fitted.train_rmse,
-                "rounds": fitted.history.best_rounds,
-            },
+            metrics=rmse | {"rounds": fitted.history.best_rounds},
             versions={name: importlib.metadata.version(name) for name in _VERSIONS},
         )
         importance = feature_importance(fitted.booster)
@@ -97,8 +94,7 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
     return StepOutcome(
         outputs={"model": model, "report": Artifact.of(uri, files)},
         metrics={
-            "validation_rmse": fitted.validation_rmse,
-            "train_rmse": fitted.train_rmse,
+            **rmse,
             "best_rounds": float(fitted.history.best_rounds),
             "num_trials": float(len(trials)),
             "trials_failed": float(sum(t.status == "failed" for t in trials)),

@@ -147,15 +147,8 @@ class FeatureStore(dg.ConfigurableResource, ABC):
                 found = DatasetRef(digest=commit.dataset_digest)
             at = {"commit": commit.number, "ingested_at": commit.created_at}
             datasets[commit.dataset_digest] = found.model_copy(update=at)
-        return SnapshotRef(
-            group=snapshot.group,
-            commit=snapshot.commit,
-            snapshot_id=snapshot.snapshot_id,
-            digest=snapshot.artifact.digest,
-            as_of=snapshot.as_of,
-            run_id=snapshot.run_id,
-            datasets=tuple(datasets.values()),
-        )
+        shared = snapshot.model_dump(include=set(SnapshotRef.model_fields))
+        return SnapshotRef(**shared, digest=snapshot.artifact.digest, datasets=tuple(datasets.values()))
 
     def _dataset_uri(self, name: str, digest: str) -> str:
         return storage.join(self._store().folder(name).uri, "_datasets", f"{digest}.json")

@@ -27,7 +27,7 @@ from step_scripts.feature_store import iceberg_table
 from step_scripts.feature_store.commits import FORMAT, REPLAYED_KEY, Commit, summary_of
 from step_scripts.feature_store.events import write_anew
 from step_scripts.feature_store.group import GroupInfo
-from step_scripts.feature_store.group_places import LocalGroup
+from step_scripts.feature_store.group_places import DATABASE, NAMESPACE, LocalGroup
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.wording import counted
@@ -49,7 +49,7 @@ def replay(group: LocalGroup) -> int:
         schemas = old.schemas()
         building = _fresh(group)
         catalog = building.catalog()
-        catalog.create_namespace_if_not_exists(iceberg_table.NAMESPACE)
+        catalog.create_namespace_if_not_exists(NAMESPACE)
         table = catalog.create_table(
             group.identifier,
             schemas[min(schemas)],
@@ -138,7 +138,7 @@ def _fresh(group: LocalGroup) -> LocalGroup:
 
 
 def _put_in_place(building: LocalGroup) -> None:
-    (building.path / _BUILDING).replace(building.path / iceberg_table.DATABASE)
+    (building.path / _BUILDING).replace(building.path / DATABASE)
     storage.sync(building.uri, [])
 
 
@@ -155,7 +155,7 @@ def _here(moved: Properties, place: str) -> str:
 
 def _moved_table(group: LocalGroup) -> Table:
     """The table by its newest metadata: those that the catalog names, or, without it, of the highest version."""
-    named = iceberg_table.metadata_location(group.path)
+    named = group.metadata_location()
     found = sorted(
         group.metadata.glob("*.metadata.json"), key=lambda p: (int(p.name.partition("-")[0]), p.stat().st_mtime)
     )
