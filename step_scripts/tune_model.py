@@ -140,11 +140,11 @@ def feature_importance(booster: xgb.Booster) -> dict[str, dict[str, float]]:
     }
 
 
-def _checkpoint_uri(context: StepContext) -> str | None:
-    """Where all nodes can keep checkpoints: as the request says, or beside remote outputs; None: on this machine."""
+def _checkpoint_uri(context: StepContext) -> str:
+    """Where all nodes can keep checkpoints: as the request says, or beside remote outputs; empty: on this machine."""
     if context.attempt_checkpoint_uri is not None:
         return storage.join(context.attempt_checkpoint_uri, "fit")
-    return context.output_uri("checkpoints") if storage.is_remote(context.attempt_uri) else None
+    return context.output_uri("checkpoints") if storage.is_remote(context.attempt_uri) else ""
 
 
 STEP = StepDefinition(

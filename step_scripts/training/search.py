@@ -33,12 +33,14 @@ from step_scripts.runner.processes import run_in_thread
 from step_scripts.runner.ray_environment import environment_set
 from step_scripts.runner.wording import counted, number
 from step_scripts.training.boosting import TrainingSplit
-from step_scripts.training.search_trials import BoostingTrial, LivesInDriver, TrialProposals, report_rounds, scheduler
+from step_scripts.training.search_trials import BoostingTrial, LivesInDriver, TrialProposals, scheduler
 from step_scripts.training.trials import TrialRecord, TrialStore
 
 # Training rows × rounds, one or two seconds on a core: to stop a shorter trial early spares little, and the search
 # could not be repeated.
 _WORTH_STOPPING = 30_000_000
+_REPORTS_PER_TRIAL = 8  # to the scheduler
+_REPORT_ROUNDS = 250  # of a trial that no scheduler watches: people who wait need reports, too
 _SECONDS_BETWEEN_MESSAGES = 15.0
 _FAILED_TRIALS = 3  # without a completed one: then more trials would fail too
 # What Ray Tune would otherwise write, print or check.
@@ -93,7 +95,7 @@ def run_search(
         matrices = run_in_thread(lambda: [ray.put(split.load()) for split in (train, validation)])
         monitor = _SearchMonitor(proposals, matrices, list(finished), num_trials, store, log)
         rounds = resolved["num_boost_round"]
-        reported = report_rounds(rounds, stops_early)
+        reported = max(1, min(100, -(-rounds // _REPORTS_PER_TRIAL))) if stops_early else min(_REPORT_ROUNDS, rounds)
         shared = {"settings": resolved, "report_rounds": reported, "cpus": cpus_per_worker(concurrent, nodes)}
         tune_config = tune.TuneConfig(
             metric="rmse",
@@ -218,7 +220,7 @@ class _SearchMonitor(LivesInDriver, tune.Callback, tune.Stopper):
     ) -> None:
         """Report an unfinished trial if nothing has been reported for a while."""
         if not result["done"] and time.monotonic() - self.last_message > _SECONDS_BETWEEN_MESSAGES:
-            this, rmse = self.proposals.number_of(trial.trial_id), number(result["rmse"])
+            this, rmse = self.proposals.numbers[trial.trial_id], number(result["rmse"])
             self._say(f"trial {this} of {self.num_trials}: round {result['rounds']}, RMSE {rmse}")
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -236,7 +238,7 @@ class _SearchMonitor(LivesInDriver, tune.Callback, tune.Stopper):
         if self.interrupted.is_set():  # its end says nothing
             return
         record = TrialRecord(
-            trial=self.proposals.number_of(trial.trial_id),
+            trial=self.proposals.numbers[trial.trial_id],
             parameters=dict(trial.config),
             seconds=round(time.monotonic() - self.started.get(trial.trial_id, time.monotonic()), 4),
             **values,

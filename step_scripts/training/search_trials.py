@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from optuna.distributions import FloatDistribution, IntDistribution
     from ray.tune.search.optuna import OptunaSearch
 
-_REPORTS_PER_TRIAL = 8
-_ROUNDS_WITHOUT_SCHEDULER = 250
 _REDUCTION_FACTOR = 3
 
 
@@ -66,6 +64,7 @@ class TrialProposals(LivesInDriver, Searcher):
     `finished` are the trials of an interrupted search. All its proposals are made once more, with the results that are
     known. Where they differ from `finished` (another number of trials at a time, trials that SageMaker proposed),
     `replayed` is False: the algorithm then learns from `finished`, and proposes from another seed.
+    `numbers`: of the trials that have begun, by the ids that Ray Tune gives them.
     """
 
     def __init__(self, params: TuneModelParams, finished: list[TrialRecord], concurrent: int) -> None:
@@ -73,7 +72,7 @@ class TrialProposals(LivesInDriver, Searcher):
         resolved = params.resolved()
         random = resolved["search_algorithm"] == "random"
         self._lag = resolved["num_trials"] if random else max(concurrent, 2 * concurrent - 2)
-        self._numbers: dict[str, int] = {}
+        self.numbers: dict[str, int] = {}
         self._begin(_algorithm(params, resolved["seed"], first_trial(params)), count(1))
         self.replayed = self._replay({record.trial: record for record in finished})
         if not self.replayed:
@@ -122,21 +121,17 @@ class TrialProposals(LivesInDriver, Searcher):
         self._proposed.append(number)
         return number, parameters
 
-    def number_of(self, trial_id: str) -> int:
-        """The number of the trial that Ray Tune calls `trial_id`."""
-        return self._numbers[trial_id]
-
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The parameters of a trial that begins; None if it has to wait for results."""
         proposal = self._waiting.pop(0) if self._waiting else self._propose()
         if proposal is None:
             return None
-        self._numbers[trial_id], parameters = proposal
+        self.numbers[trial_id], parameters = proposal
         return parameters
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Take the result of a trial."""
-        self._rmse[self._numbers[trial_id]] = result["rmse"] if result and not error else None
+        self._rmse[self.numbers[trial_id]] = result["rmse"] if result and not error else None
 
     def save(self, checkpoint_path: str) -> None:
         """Ray Tune's own checkpoints are not used: a search goes on from the records of its trials."""
@@ -208,13 +203,6 @@ class BoostingTrial(tune.Trainable):
             self._threads = useful_threads(len(train.target), self._cpus)
             self._binned = quantile_matrices(train, validation, self._threads)
         return TrialBoosting(self._binned, self._tuned, self._threads, self._settings)
-
-
-def report_rounds(rounds: int, stops_early: bool) -> int:
-    """Rounds between two reports of a trial. Only the early-stopping scheduler and people who wait need them."""
-    if not stops_early:
-        return min(rounds, _ROUNDS_WITHOUT_SCHEDULER)
-    return max(1, min(100, -(-rounds // _REPORTS_PER_TRIAL)))
 
 
 def scheduler(name: str, rounds: int, reported: int) -> TrialScheduler:
