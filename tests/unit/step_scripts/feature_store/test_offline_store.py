@@ -23,11 +23,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_scripts.feature_store import comparison, group_places, ingestion
+from step_scripts import ingest_features
+from step_scripts.feature_store import comparison, group_places
 from step_scripts.feature_store.commits import digest_of
+from step_scripts.feature_store.comparison import divided
 from step_scripts.feature_store.group_places import LocalGroup
 from step_scripts.feature_store.iceberg_table import CommitTaken
-from step_scripts.feature_store.ingestion import divided
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
@@ -138,7 +139,7 @@ def test_any_history_reads_as_the_model_says(operations: list[tuple[Any, ...]], 
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         if small_pieces:  # as large data is worked on: many buckets, many pieces
             patch.setattr(comparison, "_PARTITION_EVENTS", 2)
-            patch.setattr(ingestion, "_PIECE_ROWS", (1, 2))
+            patch.setattr(ingest_features, "_PIECE_ROWS", (1, 2))
         folder = Path(name)
         store, model = OfflineStore(str(folder / "store")), Model()
         for kind, *arguments in operations:
