@@ -12,8 +12,7 @@ from pydantic import ValidationError
 from step_scripts.parameters import PRESETS, TUNED, TuneModelParams
 from step_scripts.runner.cluster_resources import cpus_per_worker
 from step_scripts.training.boosting import useful_threads
-from step_scripts.training.search_trials import TrialProposals, first_trial
-from step_scripts.training.trials import TrialRecord, fingerprint
+from step_scripts.training.trials import TrialProposals, TrialRecord, fingerprint, first_trial
 from tests.split_files import TABLE
 
 
