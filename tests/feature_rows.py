@@ -12,9 +12,10 @@ from typing import Any
 
 import polars as pl
 
-from step_scripts.feature_store.commits import Commit
-from step_scripts.feature_store.ingestion import Ingestion
+from step_scripts.feature_store.commits import Commit, as_utc
+from step_scripts.feature_store.events import Source, event_types, file_types, read_source, row_types
 from step_scripts.feature_store.offline_store import OfflineStore
+from step_scripts.ingest_features import Ingestion
 from step_scripts.parameters import IngestFeaturesParams, IngestionTarget
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, FileInfo, StepContext, StepRequest, file_info
@@ -143,3 +144,22 @@ def records(frame: pl.LazyFrame) -> dict[str, tuple[Any, ...]]:
     by_id = {r[0]: r[1:] for r in rows}
     assert len(by_id) == len(rows), "a record was read twice"
     return by_id
+
+
+def latest_events(events: pl.LazyFrame, as_of: datetime | None = None) -> pl.LazyFrame:
+    """The latest event of each record up to `as_of`, without deleted records."""
+    if as_of is not None:
+        events = events.filter(pl.col("event_time") <= as_utc(as_of))
+    latest = events.sort("event_time", "api_invocation_time", "write_time").unique("record_id", keep="last")
+    return latest.filter(~pl.col("is_deleted"))
+
+
+def scan(store: OfflineStore, *, as_of: datetime | None = None, commit: int | None = None) -> pl.LazyFrame:
+    """Records of group `sales` at a point in time, from all its files: record_id, event_time, the table's columns."""
+    state = store.state("sales", commit)
+    table, iceberg = state.commits[-1].table, state.iceberg
+    assert iceberg is not None
+    uris = tuple(storage.join(state.data_uri, file.path) for file in state.files)
+    rows, types = sum(file.rows or 0 for file in state.files), file_types(iceberg.schema().as_arrow())
+    events = read_source(Source(0, uris, rows, types), list(event_types(table)), table)
+    return latest_events(events.lazy(), as_of).select(*row_types(table))

@@ -194,10 +194,7 @@ class Pruning:
             return found
         with self.clean_up.noted("evidence"):
             for group in groups:
-                if store.describe(group)["commits"]:
-                    # As of now: with the datasets before the last one that replaced all others.
-                    snapshot = store.offline(group, as_of=self.now)
-                    known |= {dataset.digest for dataset in store.snapshot_lineage(snapshot).datasets}
+                known |= store.dataset_digests(group)
             found += unneeded_evidence(self.resources.evidence, known, self.results_before)
         return found
 

@@ -20,8 +20,7 @@ from step_scripts.table.spec import TableSpec
 
 if TYPE_CHECKING:
     from step_scripts.feature_store.commits import GroupState
-    from step_scripts.feature_store.offline_store import OfflineStore
-    from step_scripts.feature_store.upkeep import Upkeep
+    from step_scripts.feature_store.offline_store import OfflineStore, Upkeep
 
 
 class OfflineSnapshot(Reference):
@@ -64,10 +63,6 @@ class FeatureStore(dg.ConfigurableResource, ABC):
 
     root: str = Field(description="Folder or s3:// prefix of the feature groups.")
     name_suffix: str = Field(default="", description="Suffix of the names of groups whose name is not configured.")
-    mirror: bool = Field(
-        default=False,
-        description="Whether records that an ingested dataset lacks are deleted; an asset may decide otherwise.",
-    )
 
     @abstractmethod
     def ensure_group(self, name: str, table: TableSpec) -> IngestionTarget:
@@ -102,10 +97,6 @@ class FeatureStore(dg.ConfigurableResource, ABC):
         """Remove the group with all its records, after any writer has finished."""
         self._store().delete_group(name)
 
-    def describe(self, name: str) -> dict[str, Any]:
-        """Schema, size, span of event times, number of commits, as plain data."""
-        return self._store().describe(name)
-
     @abstractmethod
     def inventory(self) -> Sequence[OwnedItem]:
         """All feature groups of this store."""
@@ -124,15 +115,15 @@ class FeatureStore(dg.ConfigurableResource, ABC):
 
         With `dry_run`, nothing is changed.
         """
-        from step_scripts.feature_store.upkeep import tidy
-
-        return tidy(self._store().folder(name), kept, before, dry_run=dry_run)
+        return self._store().tidy(name, kept, before, dry_run=dry_run)
 
     def compact(self, name: str) -> dict[str, int]:
         """Bring small files together. Returns the numbers of files before and after. Raises `StepError` on S3."""
-        from step_scripts.feature_store.upkeep import compact
+        return self._store().compact(name)
 
-        return compact(self._store().folder(name))
+    def dataset_digests(self, name: str) -> set[str]:
+        """Digests of all datasets that have ever been ingested into the group."""
+        return {c.dataset_digest for c in self._store().commits(name) if c.dataset_digest is not None}
 
     def record_dataset(self, name: str, dataset: DatasetRef) -> None:
         """Keep, beside the group, which files a dataset came from. The first record of a dataset stays."""
@@ -156,15 +147,8 @@ class FeatureStore(dg.ConfigurableResource, ABC):
                 found = DatasetRef(digest=commit.dataset_digest)
             at = {"commit": commit.number, "ingested_at": commit.created_at}
             datasets[commit.dataset_digest] = found.model_copy(update=at)
-        return SnapshotRef(
-            group=snapshot.group,
-            commit=snapshot.commit,
-            snapshot_id=snapshot.snapshot_id,
-            digest=snapshot.artifact.digest,
-            as_of=snapshot.as_of,
-            run_id=snapshot.run_id,
-            datasets=tuple(datasets.values()),
-        )
+        shared = snapshot.model_dump(include=set(SnapshotRef.model_fields))
+        return SnapshotRef(**shared, digest=snapshot.artifact.digest, datasets=tuple(datasets.values()))
 
     def _dataset_uri(self, name: str, digest: str) -> str:
         return storage.join(self._store().folder(name).uri, "_datasets", f"{digest}.json")
@@ -172,12 +156,12 @@ class FeatureStore(dg.ConfigurableResource, ABC):
 
 def store_item(store: OfflineStore, name: str, arn: str | None = None) -> OwnedItem:
     """A group that is there, as an item of the inventory: also one that cannot be read, so that it can be removed."""
-    created_at = None
+    folder, created_at = store.folder(name), None
     try:
-        facts = store.describe(name)
-        created_at = datetime.fromisoformat(facts["created_at"])
-        detail = f"{counted(facts['live_rows'], 'record')}, {megabytes(facts['bytes'])}"
+        info, state = folder.info(), folder.state()
+        created_at = info.created_at if info else None
+        live_rows = state.last.live_rows if state.last else 0
+        detail = f"{counted(live_rows, 'record')}, {megabytes(sum(file.bytes for file in state.files))}"
     except StepError as error:  # moved, damaged, of another version
         detail = str(error).splitlines()[0]
-    location = arn or store.folder(name).uri
-    return OwnedItem(kind="feature_group", name=name, location=location, created_at=created_at, detail=detail)
+    return OwnedItem(kind="feature_group", name=name, location=arn or folder.uri, created_at=created_at, detail=detail)

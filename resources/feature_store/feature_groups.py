@@ -54,7 +54,7 @@ class FeatureGroups:
             if described is None:
                 with _refusals(f"creating feature group {name}", but=already_exists):
                     self.client.create_feature_group(**request)
-            if (described := self._ready(name)) is None:
+            if (described := self._awaited(name, _is_ready, "be ready")) is None:
                 continue
             if not (additions := missing(described)):
                 return described
@@ -69,13 +69,10 @@ class FeatureGroups:
                 time.sleep(random.uniform(self.poll_seconds / 2, self.poll_seconds))
                 continue
             refusal = "the added features do not appear"
-            update = (self._ready(name) or {}).get("LastUpdateStatus", {})
+            update = (self._awaited(name, _is_ready, "be ready") or {}).get("LastUpdateStatus", {})
             if update.get("Status") == "Failed":
                 raise StepError(f"adding features to group {name} failed: {update.get('FailureReason')}")
         raise StepError(f"feature group {name} could not be made ready: {refusal}")
-
-    def _ready(self, name: str) -> dict[str, Any] | None:
-        return self._awaited(name, _is_ready, "be ready")
 
     def delete(self, name: str) -> None:
         """Delete a group and its table, and wait until it is gone. Nothing happens if there is none."""

@@ -16,7 +16,7 @@ class LocalFeatureStore(FeatureStore):
     def ensure_group(self, name: str, table: TableSpec) -> IngestionTarget:
         """Create the group, or check its schema. Returns the step's `target`."""
         self._store().ensure_group(name, table)
-        return IngestionTarget(root=self.root, mirror=self.mirror)
+        return IngestionTarget(root=self.root)
 
     def inventory(self) -> Sequence[OwnedItem]:
         """See `FeatureStore.inventory`."""

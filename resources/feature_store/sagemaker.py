@@ -13,7 +13,7 @@ from resources.aws.calls import aws_client
 from resources.aws.ownership import created_here, owned, root_tags
 from resources.aws.request_validation import InvalidJobRequest, check_request
 from resources.feature_store.base import FeatureStore, store_item
-from resources.feature_store.feature_groups import FeatureGroups, place_of, table_of
+from resources.feature_store.feature_groups import FeatureGroups, place_of
 from resources.inventory import NotOwned, OwnedItem
 from step_scripts.parameters import IngestionTarget, OnlineTarget
 from step_scripts.runner import storage
@@ -98,7 +98,7 @@ class SageMakerFeatureStore(FeatureStore):
             in_flight=self.calls_in_flight,
             retry_timeout_seconds=self.retry_timeout_seconds,
         )
-        return IngestionTarget(root=self.root, mirror=self.mirror, online=online if self.online_store else None)
+        return IngestionTarget(root=self.root, online=online if self.online_store else None)
 
     def get_record(self, name: str, record_id: str) -> dict[str, Any] | None:
         """The latest state of one record, from the online store if there is one; None if unknown or deleted.
@@ -143,17 +143,6 @@ class SageMakerFeatureStore(FeatureStore):
             self._groups().delete(name)
         if storage.exists(folder.uri):
             folder.remove()
-
-    def describe(self, name: str) -> dict[str, Any]:
-        """See `FeatureStore.describe`; also ARN, status and stores of the feature group."""
-        described = self._groups().describe(name) or {}
-        facts = {
-            "arn": described.get("FeatureGroupArn"),
-            "status": described.get("FeatureGroupStatus", "missing in SageMaker"),
-            "online_store": bool(described.get("OnlineStoreConfig", {}).get("EnableOnlineStore")),
-            "glue_table": table_of(described),
-        }
-        return super().describe(name) | facts
 
     def inventory(self) -> Sequence[OwnedItem]:
         """See `FeatureStore.inventory`. Groups below `root`, also those that only SageMaker or only S3 still has."""

@@ -25,9 +25,9 @@ from pyiceberg.typedef import Properties
 
 from step_scripts.feature_store import iceberg_table
 from step_scripts.feature_store.commits import FORMAT, REPLAYED_KEY, Commit, summary_of
-from step_scripts.feature_store.events import Source, event_types, write_anew
+from step_scripts.feature_store.events import write_anew
 from step_scripts.feature_store.group import GroupInfo
-from step_scripts.feature_store.group_places import LocalGroup
+from step_scripts.feature_store.group_places import DATABASE, NAMESPACE, LocalGroup
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.local_files import sync_files
@@ -50,7 +50,7 @@ def replay(group: LocalGroup) -> int:
         schemas = old.schemas()
         building = _fresh(group)
         catalog = building.catalog()
-        catalog.create_namespace_if_not_exists(iceberg_table.NAMESPACE)
+        catalog.create_namespace_if_not_exists(NAMESPACE)
         table = catalog.create_table(
             group.identifier,
             schemas[min(schemas)],
@@ -125,9 +125,7 @@ def _take_over_commit(group: LocalGroup, facts: dict[str, Any]) -> None:
     written: list[str] = []
     with group.attempt(group.state(), commit.table, commit.write_time) as attempt:
         for files in by_day.values():
-            uris = tuple(storage.join(group.data_uri, file["path"]) for file in files)
-            source = Source(0, uris, sum(file["rows"] for file in files), event_types(commit.table))
-            written += write_anew(source, attempt.target, group.name)
+            written += write_anew({file["path"]: file["rows"] for file in files}, attempt.target, group.name)
         group.append(attempt, commit, written)
 
 
@@ -141,7 +139,7 @@ def _fresh(group: LocalGroup) -> LocalGroup:
 
 
 def _put_in_place(building: LocalGroup) -> None:
-    (building.path / _BUILDING).replace(building.path / iceberg_table.DATABASE)
+    (building.path / _BUILDING).replace(building.path / DATABASE)
     sync_files(building.path)
 
 
@@ -158,7 +156,7 @@ def _here(moved: Properties, place: str) -> str:
 
 def _moved_table(group: LocalGroup) -> Table:
     """The table by its newest metadata: those that the catalog names, or, without it, of the highest version."""
-    named = iceberg_table.metadata_location(group.path)
+    named = group.metadata_location()
     found = sorted(
         group.metadata.glob("*.metadata.json"), key=lambda p: (int(p.name.partition("-")[0]), p.stat().st_mtime)
     )

@@ -11,7 +11,9 @@ group. Every function can be repeated: it overwrites what an earlier attempt has
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, cast
 
 import polars as pl
@@ -152,6 +154,29 @@ def write_files(item: WriteItem, target: WriteTarget) -> list[str]:
     events = item_events(item, target.table).with_columns(pl.col("event_time").dt.date().alias("_day"))
     days = events.sort(*BY_RECORD).partition_by("_day", maintain_order=False, include_key=False)
     return [write_events(day, target) for day in days]
+
+
+def divided(counts: Sequence[tuple[int, int, int]], most_rows: int) -> Iterator[tuple[dict[int, tuple[int, int]], int]]:
+    """Divide rows, counted as (day, source, rows) and sorted, into pieces: first and last day by source, and rows.
+
+    A piece has at most `most_rows` rows or is one day of one source. A day is divided only if it has more rows than
+    that, so that there are as few files as the layout allows.
+    """
+    days: dict[int, tuple[int, int]] = {}
+    held = 0
+    for day, of_day in groupby(counts, key=lambda count: count[0]):
+        sources = [(source, rows) for _, source, rows in of_day]
+        whole = sum(rows for _, rows in sources) <= most_rows
+        for part in [sources] if whole else [[one] for one in sources]:
+            rows = sum(count for _, count in part)
+            if days and held + rows > most_rows:
+                yield days, held
+                days, held = {}, 0
+            held += rows
+            for source, _ in part:
+                days[source] = (days[source][0] if source in days else day, day)
+    if days:
+        yield days, held
 
 
 def changes(incoming: pl.DataFrame, stored: pl.DataFrame, mirror_time: int | None) -> tuple[Changes, pl.DataFrame]:

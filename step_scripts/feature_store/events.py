@@ -237,8 +237,10 @@ def events_digest(events: pl.DataFrame, table: TableSpec) -> tuple[int, int]:
     return hash_sums(event_hashes(text_hashes(events["record_id"]), time, content, deleted))
 
 
-def write_anew(source: Source, target: WriteTarget, group: str) -> list[str]:
-    """Write the events of stored files of one day anew, sorted by record; the paths of the new files."""
+def write_anew(files: Mapping[str, int], target: WriteTarget, group: str) -> list[str]:
+    """Write the events of stored files of one day (rows by path) anew, sorted by record; the paths of the new files."""
+    uris = tuple(storage.join(target.data_uri, path) for path in files)
+    source = Source(0, uris, sum(files.values()), file_types(target.schema))
     events = read_source(source, list(event_types(target.table)), target.table)
     ordered = events.sort(*BY_RECORD, "event_time", "write_time")
     paths = [write_events(part, target) for part in ordered.iter_slices(LARGEST_FILE)]

@@ -1,8 +1,9 @@
 """Where a feature group is: in a local folder, or on S3 with its table in Glue; and how two writers are kept apart.
 
-Locally, writers lock a file beside the folder, which goes with the group; the lock goes with its holder. On S3 there is
-no lock: writers work side by side, and the first commits. Glue accepts a change of a table only on top of the version
-that it was based on; the loser compares its rows again with what the winner stored.
+Locally, the table's catalog is an SQLite file in the group's own folder, so that a group is removed, moved and restored
+as a whole. Writers lock a file beside the folder, which goes with the group; the lock goes with its holder.
+On S3 there is no lock: writers work side by side, and the first commits. Glue accepts a change of a table only on top
+of the version that it was based on; the loser compares its rows again with what the winner stored.
 Files of a killed writer cannot be told from those of one that is at work, except by their age: what no snapshot has is
 deleted after `ORPHAN_AGE`, and a writer that took more than half as long gives up instead of committing.
 """
@@ -13,6 +14,7 @@ import contextlib
 import re
 import shlex
 import shutil
+import sqlite3
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +34,8 @@ from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.local_files import discard_folder, file_lock, private_folder
 
+NAMESPACE = "feature_store"
+DATABASE = "catalog.db"
 LOCK_SECONDS = 600.0
 _OWN_NAME = re.compile(r"/[A-Z0-9]{6}-[0-9a-f]{64}\.parquet$")
 _REMOVAL = "removal.json"  # there while a group on S3 is being deleted
@@ -46,8 +50,8 @@ class LocalGroup(Group):
         self.data = self.path / "data"
         self.metadata = self.path / "metadata"
         self._lock_path = self.path.with_name(f".{name}.lock")
-        self.identifier = (iceberg_table.NAMESPACE, name)
-        self.database = iceberg_table.DATABASE
+        self.identifier = (NAMESPACE, name)
+        self.database = DATABASE
 
     @contextlib.contextmanager
     def lock(self, *, create: bool = False) -> Iterator[None]:
@@ -80,16 +84,30 @@ class LocalGroup(Group):
         self._lock_path.unlink(missing_ok=True)  # last: who waits for it notices, and takes a new one
 
     def catalog(self) -> Catalog:
-        """The catalog in the group's folder."""
-        return iceberg_table.local_catalog(self.path, self.database)
+        """The catalog in the group's folder; made if it is not there."""
+        from pyiceberg.catalog.sql import SqlCatalog
+
+        io = iceberg_table.LocalFileIO
+        places = {"uri": f"sqlite:///{self.path / self.database}", "warehouse": f"file://{self.path}"}
+        return SqlCatalog(iceberg_table.CATALOG, **places, **{"py-io-impl": f"{io.__module__}.{io.__name__}"})
+
+    def metadata_location(self) -> str | None:
+        """Where the catalog says that the table's metadata are; None if it knows no table."""
+        uri = f"{(self.path / self.database).as_uri()}?mode=ro"
+        try:
+            with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+                row = connection.execute("SELECT metadata_location FROM iceberg_tables").fetchone()
+        except sqlite3.OperationalError:  # no catalog, or one whose writer was killed while it made it
+            return None
+        return row[0] if row else None
 
     def _load(self) -> Table | None:
         command = f"{COMMAND} replay {shlex.quote(self.root)} {self.name}"
-        location = iceberg_table.metadata_location(self.path, self.database)
+        location = self.metadata_location()
         if location is None:
-            if self.database == iceberg_table.DATABASE and any(self.metadata.glob("*.metadata.json")):
+            if self.database == DATABASE and any(self.metadata.glob("*.metadata.json")):
                 raise StepError(
-                    f"the catalog {self.path / iceberg_table.DATABASE} of feature group {self.name} is missing. "
+                    f"the catalog {self.path / DATABASE} of feature group {self.name} is missing. "
                     f"Restore it from a backup, or make it again from the table's metadata by\n    {command}"
                 )
             return None

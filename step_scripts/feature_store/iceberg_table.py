@@ -1,7 +1,6 @@
 """Iceberg through pyiceberg: catalogs, tables, files of a snapshot, and what is written in one commit.
 
-Locally the catalog is an SQLite file in the group's own folder, so that a group is removed, moved and restored as a
-whole; on SageMaker it is Glue.
+On SageMaker the catalog is Glue; a local group has its own, see `step_scripts.feature_store.group_places`.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,8 +28,6 @@ from step_scripts.runner.local_files import sync_files
 from step_scripts.table.spec import TableSpec
 
 CATALOG = "housing"
-NAMESPACE = "feature_store"
-DATABASE = "catalog.db"
 # Of a table of ours; of every table that is loaded, in memory only: SageMaker's own properties stay.
 _WRITING = {
     # Texts are cut to 16 characters in statistics unless it is said otherwise.
@@ -85,18 +81,6 @@ class S3Retries(AwsStandardS3RetryStrategy):
         super().__init__(max_attempts=10)
 
 
-def local_catalog(folder: Path, database: str = DATABASE) -> Catalog:
-    """The catalog in a group's folder; made if it is not there."""
-    from pyiceberg.catalog.sql import SqlCatalog
-
-    return SqlCatalog(
-        CATALOG,
-        uri=f"sqlite:///{folder / database}",
-        warehouse=f"file://{folder}",
-        **{"py-io-impl": f"{__name__}.{LocalFileIO.__name__}"},
-    )
-
-
 def glue_catalog() -> Catalog:
     """Glue of this process's account and region. `AWS_ENDPOINT_URL` redirects it, and S3, to another server."""
     from pyiceberg.catalog.glue import GlueCatalog
@@ -112,17 +96,6 @@ def glue_catalog() -> Catalog:
     }
     given = {name: value for name, value in options.items() if value is not None}
     return GlueCatalog(CATALOG, client=service_client("glue"), **given)
-
-
-def metadata_location(folder: Path, database: str = DATABASE) -> str | None:
-    """Where the local catalog says that the table's metadata are; None if it knows no table."""
-    uri = f"{(folder / database).absolute().as_uri()}?mode=ro"
-    try:
-        with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
-            row = connection.execute("SELECT metadata_location FROM iceberg_tables").fetchone()
-    except sqlite3.OperationalError:  # no catalog, or one whose writer was killed while it made it
-        return None
-    return row[0] if row else None
 
 
 def load(catalog: Catalog, identifier: tuple[str, ...]) -> Table | None:

@@ -2,32 +2,45 @@
 
 There is no second copy for look-ups: stored files are sorted by record id, so that one record is found by the
 statistics in the files' footers. The online view cannot disagree with the offline one.
+A table stays small by expiry of snapshots, removal of orphan files, and compaction.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Collection
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import polars as pl
-from pyiceberg.expressions import AlwaysTrue, In
+from pyiceberg.expressions import In
 from pyiceberg.io.pyarrow import ArrowScan
 
-from step_scripts.feature_store.commits import Changes, Commit, GroupState, as_utc, digest_of, is_ingested
+from step_scripts.feature_store.commits import (
+    Changes,
+    Commit,
+    GroupState,
+    as_utc,
+    is_ingested,
+    number_of,
+    own_snapshots,
+)
 from step_scripts.feature_store.events import (
+    LARGEST_FILE,
     event_types,
     events_digest,
     row_types,
     tombstones,
     validate_schema_change,
     verify_events,
+    write_anew,
     write_events,
 )
-from step_scripts.feature_store.group import GROUP_NAME, Group
+from step_scripts.feature_store.group import GROUP_NAME, ORPHAN_AGE, Group
 from step_scripts.feature_store.group_places import GlueGroup, LocalGroup
-from step_scripts.feature_store.iceberg_table import retry_on_commit_conflict
+from step_scripts.feature_store.iceberg_table import path_in, reading, retry_on_commit_conflict
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.table.column_types import TIMESTAMP, columns_as
@@ -35,14 +48,16 @@ from step_scripts.table.spec import TableSpec
 
 _SAMPLED_FILES = 10
 _EVENT_ORDER = ("event_time", "api_invocation_time", "write_time")
+_TAG = "kept-"
 
 
-def latest_events(events: pl.LazyFrame, as_of: datetime | None = None) -> pl.LazyFrame:
-    """The latest event of each record up to `as_of`, without deleted records. Columns stay as they are."""
-    if as_of is not None:
-        events = events.filter(pl.col("event_time") <= as_utc(as_of))
-    latest = events.sort(_EVENT_ORDER).unique("record_id", keep="last", maintain_order=False)
-    return latest.filter(~pl.col("is_deleted"))
+@dataclass(frozen=True)
+class Upkeep:
+    """Commits whose snapshots have been expired, and paths of orphan files, with their bytes, that were removed."""
+
+    expired: tuple[int, ...]
+    orphans: tuple[str, ...]
+    bytes: int
 
 
 class OfflineStore:
@@ -111,17 +126,6 @@ class OfflineStore:
         assert known is not None
         return known.table
 
-    def scan(self, group: str, as_of: datetime | None = None, commit: int | None = None) -> pl.LazyFrame:
-        """Records at a point in time: record_id, event_time and the table's columns, no order.
-
-        `as_of`: the latest event of each record up to this time, inclusive. `commit`: as if later commits had not
-        been made. Deleted records are left out. Holds all events in memory; steps read the files of `state`.
-        """
-        state = self._existing(group).state(commit)
-        if state.last is None:
-            return pl.LazyFrame(schema=row_types(self.table(group)))
-        return latest_events(_events(state).lazy(), as_of).select(*row_types(state.last.table))
-
     def find_ingestion(self, group: str, dataset_digest: str) -> GroupState | None:
         """The group as it is now if to mirror this dataset (again) would change nothing, and no file is missing."""
         folder = self.folder(group)
@@ -168,30 +172,71 @@ class OfflineStore:
         with folder.lock():
             folder.remove()
 
-    def describe(self, group: str) -> dict[str, Any]:
-        """Facts about the group, as plain data: schema, size, span of event times, commits."""
-        folder = self._existing(group)
-        info, state = folder.info(), folder.state()
-        files, times, last = state.files, state.event_times, state.last
-        assert info is not None
-        return {
-            "name": group,
-            "path": folder.uri,
-            "data": folder.data_uri,
-            "created_at": info.created_at.isoformat(),
-            "columns": {c.name: c.dtype for c in (last or info).table.columns},
-            "commits": len(state.commits),
-            "snapshot_id": last.snapshot_id if last else None,
-            "last_commit_at": last.created_at.isoformat() if last else None,
-            "live_rows": last.live_rows if last else 0,
-            "live_digest": last.live_digest if last else digest_of((0, 0)),
-            "events": sum(f.rows or 0 for f in files),
-            "deduplicate": last.deduplicate if last else False,
-            "files": len(files),
-            "bytes": sum(f.bytes for f in files),
-            "first_event_time": min(first for first, _ in times).isoformat() if times else None,
-            "last_event_time": max(last for _, last in times).isoformat() if times else None,
-        }
+    def tidy(self, group: str, kept: Collection[int], before: datetime, *, dry_run: bool = False) -> Upkeep:
+        """Expire snapshots that were made `before`, and remove orphan files older than `ORPHAN_AGE`.
+
+        The snapshots of the commits in `kept` are tagged, so that nobody's expiry removes them; tags of others go. What
+        the expired commits changed stays known. Snapshots of other programs stay, as does the latest. With `dry_run`,
+        nothing is changed, and files that only expired snapshots have are not counted.
+        """
+        folder = self.folder(group)
+        with folder.lock(), reading(folder.uri):
+            folder.info()  # raises for another format
+            state = folder.state()
+            table = state.iceberg
+            if table is None:
+                return Upkeep((), (), 0)
+            tags = {f"{_TAG}{c.number}": c.snapshot_id for c in state.commits if c.number in kept and c.snapshot_id}
+            current = table.current_snapshot()
+            needed = {*tags.values(), current.snapshot_id if current else None}
+            old = [s for s in own_snapshots(table) if s.timestamp_ms < before.timestamp() * 1000]
+            surplus = {s.snapshot_id: number_of(s) for s in old if s.snapshot_id not in needed}
+            if not dry_run:
+                present = {name: ref.snapshot_id for name, ref in table.refs().items() if name.startswith(_TAG)}
+                with table.manage_snapshots() as manage:  # commits nothing if there is nothing to be changed
+                    for name, _ in present.items() - tags.items():
+                        manage.remove_tag(name)
+                    for name, snapshot_id in tags.items() - present.items():
+                        manage.create_tag(snapshot_id, name)
+                if surplus:
+                    _keep_facts(folder, state, surplus)
+                    table.maintenance.expire_snapshots().by_ids(list(surplus)).commit()
+            orphans = folder.orphan_files(datetime.now(UTC) - ORPHAN_AGE, metadata=True)
+            if not dry_run:
+                for uri, _ in orphans:
+                    storage.delete_file(uri)
+        left = {c.number for c in state.commits if c.snapshot_id is not None and c.snapshot_id not in surplus}
+        gone = sorted(set(surplus.values()) - left)  # a compacted commit has two snapshots
+        return Upkeep(tuple(gone), tuple(uri for uri, _ in orphans), sum(size for _, size in orphans))
+
+    def compact(self, group: str) -> dict[str, int]:
+        """Bring the files of each day together, sorted by record. No event changes; readers see old files or new ones.
+
+        Holds one day at a time. Returns the numbers of files before and after. Raises `StepError` if what was written
+        is not what was read, or another program has changed the table meanwhile; on S3, engines beside the data do it.
+        """
+        folder = self.folder(group)
+        if storage.is_remote(folder.uri):
+            raise StepError(
+                f"feature group {group} is on S3: let Athena compact it, by OPTIMIZE <table> REWRITE DATA USING "
+                "BIN_PACK"
+            )
+        with folder.lock():
+            folder.info()  # raises for another format
+            state = folder.state()
+            last, before = state.last, len(state.files)
+            days: dict[str, dict[str, int]] = {}
+            for file in state.files:
+                days.setdefault(file.path.rpartition("/")[0], {})[file.path] = file.rows or 0
+            several = [rows for rows in days.values() if len(rows) > max(1, -(-sum(rows.values()) // LARGEST_FILE))]
+            if last is None or not several:
+                return {"files_before": before, "files_after": before}
+            with folder.attempt(state, last.table, last.write_time) as attempt:
+                written = [path for files in several for path in write_anew(files, attempt.target, group)]
+                old = {path for files in several for path in files}
+                removed = [file for file in state.data_files if path_in(file.file_path, state.data_uri) in old]
+                folder.append(attempt, last, written, removed)
+        return {"files_before": before, "files_after": before - len(old) + len(written)}
 
     def _existing(self, group: str) -> Group:
         folder = self.folder(group)
@@ -203,8 +248,8 @@ class OfflineStore:
         return StepError(f"there is no feature group {group} in {self.root}; it has {self.groups() or 'none'}")
 
 
-def _events(state: GroupState, record_ids: Collection[str] | None = None) -> pl.DataFrame:
-    """Events of a group that has some, all or those of some records. Columns that older files lack are null.
+def _events(state: GroupState, record_ids: Collection[str]) -> pl.DataFrame:
+    """Events of some records of a group that has any. Columns that older files lack are null.
 
     Of the files only those row groups are read that may have one of the records.
     """
@@ -214,13 +259,23 @@ def _events(state: GroupState, record_ids: Collection[str] | None = None) -> pl.
     assert state.iceberg is not None
     last = state.commits[-1]
     wanted = event_types(last.table)
-    row_filter = AlwaysTrue() if record_ids is None else In("record_id", record_ids)  # pyright: ignore[reportCallIssue]
+    row_filter = In("record_id", record_ids)  # pyright: ignore[reportCallIssue]
     scan = state.iceberg.scan(row_filter, snapshot_id=last.snapshot_id, selected_fields=tuple(wanted))
     own = {file.file_path for file in state.data_files}  # other programs may have added some
     tasks = [task for task in scan.plan_files() if task.file.file_path in own]
     reader = ArrowScan(state.iceberg.metadata, state.iceberg.io, scan.projection(), row_filter)
     events = pl.DataFrame(reader.to_table(tasks))
     return events.select(columns_as(events.schema, wanted))
+
+
+def _keep_facts(folder: Group, state: GroupState, surplus: Collection[int]) -> None:
+    """Keep what commits changed whose snapshots are about to be expired. That a commit is known twice does no harm."""
+    history = {commit.number: commit for commit in folder.expired()}
+    for commit in state.commits:
+        if commit.snapshot_id in surplus:
+            history[commit.number] = commit.model_copy(update={"snapshot_id": None})
+    facts = [history[number].model_dump(mode="json", exclude_defaults=True) for number in sorted(history)]
+    storage.write_bytes(folder.expired_uri, json.dumps(facts, indent=1).encode())
 
 
 def _delete_record(folder: Group, record_id: str, event_time: datetime) -> bool:

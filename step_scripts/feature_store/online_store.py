@@ -126,10 +126,9 @@ def write_online(item: WriteItem, part: int, parts: int, table: TableSpec, targe
     Returns how many. Raises `StepError` for the first that the store refuses, does not accept in time, or does not hold
     afterwards; nothing more is then written.
     """
-    store = _client(target, target.retry_timeout_seconds)
-    synchronizer = _Synchronizer(store, table)
+    store = _store(target, target.retry_timeout_seconds, table)
     with ThreadPoolExecutor(target.in_flight) as pool:
-        futures = [pool.submit(synchronizer.synchronize, batch) for batch in _batches(item, part, parts, table)]
+        futures = [pool.submit(store.synchronize, batch) for batch in _batches(item, part, parts, table)]
         ended, _ = wait(futures, return_when=FIRST_EXCEPTION)
         failed = [future for future in ended if future.exception() is not None]
         if failed:
@@ -142,13 +141,12 @@ def look_up_online(
     item: WriteItem, part: int, parts: int, table: TableSpec, target: OnlineTarget
 ) -> tuple[list[str], list[str]]:
     """Ids of the same records, as far as the store holds them in another state, or cannot be read."""
-    store = _client(target, _LOOKUP_SECONDS)
-    synchronizer = _Synchronizer(store, table)
+    store = _store(target, _LOOKUP_SECONDS, table)
 
     def look_up(batch: pl.DataFrame) -> tuple[list[str], list[str]]:
         if not store.stop.is_set():
             try:
-                return [record.record_id for record in synchronizer.different(synchronizer.records(batch))], []
+                return [record.record_id for record in store.different(store.records(batch))], []
             except StepError:
                 store.stop.set()
         return [], batch["record_id"].to_list()
@@ -165,22 +163,22 @@ def _batches(item: WriteItem, part: int, parts: int, table: TableSpec) -> list[p
     return list(events[part * size : (part + 1) * size].iter_slices(_BATCH))
 
 
-def _client(target: OnlineTarget, retry_timeout_seconds: float) -> OnlineClient:
+def _store(target: OnlineTarget, retry_timeout_seconds: float, table: TableSpec) -> _Synchronizer:
     client = service_client("sagemaker-featurestore-runtime", target.region_name, target.in_flight, attempts=1)
-    return OnlineClient(client, target.group, retry_timeout_seconds)
+    return _Synchronizer(client, target.group, retry_timeout_seconds, table=table)
 
 
-class _Synchronizer:
+@dataclass(frozen=True, kw_only=True)
+class _Synchronizer(OnlineClient):
     """Brings records into their states."""
 
-    def __init__(self, store: OnlineClient, table: TableSpec) -> None:
-        self._store, self._table = store, table
+    table: TableSpec
 
     def records(self, events: pl.DataFrame) -> list[OnlineRecord]:
         """The states that events bring about."""
         return [
             OnlineRecord(features[RECORD_ID], decoded_time(features[EVENT_TIME]), None if is_deleted else features)
-            for features, is_deleted in zip(encoded_records(events, self._table), events["is_deleted"], strict=True)
+            for features, is_deleted in zip(encoded_records(events, self.table), events["is_deleted"], strict=True)
         ]
 
     def synchronize(self, events: pl.DataFrame) -> int:
@@ -198,7 +196,7 @@ class _Synchronizer:
         if wrong:
             raise StepError(
                 f"{len(wrong):,} of {counted(len(records), 'record')} written to the online store of feature group "
-                f"{self._store.group} cannot be read from it as they were"
+                f"{self.group} cannot be read from it as they were"
             )
         return len(records)
 
@@ -213,14 +211,14 @@ class _Synchronizer:
 
     def _send(self, records: Sequence[OnlineRecord]) -> None:
         puts = [record.features for record in records if record.features is not None]
-        self._store.write(puts)
-        self._store.delete([(r.record_id, encoded_time(r.event_time)) for r in records if r.features is None])
+        self.write(puts)
+        self.delete([(r.record_id, encoded_time(r.event_time)) for r in records if r.features is None])
 
     def _replace(self, wrong: Mapping[OnlineRecord, int | None]) -> None:
         """Remove for good what is in the way, a record or the trace of a deletion, and write again."""
         known = [moment for record, present in wrong.items() for moment in (record.event_time, present or 0)]
         later = encoded_time(max(time.time_ns() // 1000, *known) + _SECOND)
-        self._store.delete([(r.record_id, later) for r in wrong], hard=True)
+        self.delete([(r.record_id, later) for r in wrong], hard=True)
         self._send([record for record in wrong if record.features is not None])
 
     def different(self, records: Sequence[OnlineRecord]) -> dict[OnlineRecord, int | None]:
@@ -228,7 +226,7 @@ class _Synchronizer:
 
         A later event is that of another writer, who commits after this one or has failed and will be repeated.
         """
-        found = self._store.read([r.record_id for r in records])
+        found = self.read([r.record_id for r in records])
         wrong: dict[OnlineRecord, int | None] = {}
         for record in records:
             present = found.get(record.record_id)
@@ -239,7 +237,7 @@ class _Synchronizer:
             if present is None or wanted is None:
                 is_same = present is wanted
             else:  # by value: the store may write a number in another way
-                is_same = decoded_record(present, self._table) == decoded_record(wanted, self._table)
+                is_same = decoded_record(present, self.table) == decoded_record(wanted, self.table)
             if not is_same:
                 wrong[record] = moment
         return wrong

@@ -73,7 +73,6 @@ def controller_interval(request: FitRequest) -> float:
 def _trainer(request: FitRequest, start: Checkpoint) -> Any:
     from ray.train.xgboost import XGBoostTrainer  # imports XGBoost, which `xgboost_native` is to do first
 
-    assert request.checkpoint_uri is not None  # see `step_scripts.training.engines.fit`
     filesystem, path = storage.filesystem(request.checkpoint_uri)
     return XGBoostTrainer(
         _train_loop,

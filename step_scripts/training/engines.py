@@ -92,8 +92,8 @@ class FitCheckpoints:
         except OSError as error:
             _log.warning("round %d could not be kept below %s: %s", rounds, self.uri, error)
 
-    def latest(self, warn: Callable[[str], None]) -> Checkpoint | None:
-        """The latest checkpoint that is whole; None if there is none. What is damaged is reported to `warn`."""
+    def latest(self, warn: Callable[[str], None]) -> Checkpoint:
+        """The latest checkpoint that is whole, or the beginning. What is damaged is reported to `warn`."""
         if not storage.is_remote(self.uri):
             storage.local_path(self.uri).mkdir(parents=True, exist_ok=True)
         for uri in reversed(self._files()):
@@ -104,7 +104,7 @@ class FitCheckpoints:
                 return Checkpoint(model, int(uri.rpartition("-")[2].removesuffix(_SUFFIX)))
             except (OSError, ValueError) as error:
                 warn(f"the checkpoint {uri} cannot be used ({error}): the final fit goes on from the one before")
-        return None
+        return _BEGINNING
 
     def _files(self) -> list[str]:
         """Checkpoints of this fit, by their rounds."""
@@ -121,7 +121,7 @@ class FitRequest:
     """What to fit. `parameters` go to `xgboost.train`.
 
     `checkpoint_uri` is where workers keep the model while they fit: a prefix that all nodes reach and that is this
-    fit's alone, or None for a temporary folder. `fit` fills in the CPUs of each worker.
+    fit's alone; empty: a temporary folder. `fit` fills in the CPUs of each worker.
     """
 
     train: TrainingSplit
@@ -131,7 +131,7 @@ class FitRequest:
     early_stopping_rounds: int
     num_workers: int = 1
     cpus_per_worker: int = 1
-    checkpoint_uri: str | None = None
+    checkpoint_uri: str = ""
 
     @property
     def checkpoint_rounds(self) -> int:
@@ -139,10 +139,8 @@ class FitRequest:
         return segment_rounds(self.num_boost_round)
 
     @property
-    def checkpoints(self) -> FitCheckpoints | None:
+    def checkpoints(self) -> FitCheckpoints:
         """The checkpoints of this fit. Those that other parameters or rows have left at the same place are not."""
-        if self.checkpoint_uri is None:
-            return None
         decisive = {
             "parameters": self.parameters,
             "rounds": (self.num_boost_round, self.checkpoint_rounds, self.early_stopping_rounds),
@@ -150,14 +148,12 @@ class FitRequest:
             "columns": (self.train.scaler.to_json(), self.train.target),
         }
         text = json.dumps(decisive, sort_keys=True, default=str)
-        return FitCheckpoints(
-            storage.join(self.checkpoint_uri, "rounds"), hashlib.sha256(text.encode()).hexdigest()[:16]
-        )
+        fit = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return FitCheckpoints(storage.join(self.checkpoint_uri, "rounds"), fit)
 
     def segmented(self) -> SegmentedBoosting:
         """What cuts `xgboost.train` into segments, keeps checkpoints and stops early."""
-        kept = self.checkpoints
-        keep = None if kept is None else kept.save
+        keep = self.checkpoints.save
         return SegmentedBoosting(self.early_stopping_rounds, self.checkpoint_rounds, self.parameters["seed"], keep)
 
     def parameters_from(self, start: Checkpoint) -> dict[str, Any]:
@@ -219,7 +215,7 @@ def _fit(engine: str, request: FitRequest, log: Reporter) -> FitResult:
         stack.callback(storage.delete_folder, uri)  # at the end, unless the process is killed
         request = replace(request, checkpoint_uri=uri)
         while True:
-            start = (request.checkpoints and request.checkpoints.latest(log.warning)) or _BEGINNING
+            start = request.checkpoints.latest(log.warning)
             try:
                 with waiting_is_told(WHAT, log):
                     booster, nodes = train_booster(request, start)

@@ -129,13 +129,13 @@ def test_two_workers_agree_within_tolerance(
     tmp_path: Path,
 ) -> None:
     _wait_for_free_cpus()
-    uri = str(tmp_path / "checkpoints") if engine == "ray_train" else None
+    uri = str(tmp_path / "checkpoints") if engine == "ray_train" else ""
     result = fit(engine, replace(request_, num_workers=2, checkpoint_uri=uri))
     _check(result, request_)
     assert result.num_workers == 2
     # Bins are made from both workers' summaries of their rows, and so are not quite the same.
     assert result.validation_rmse == pytest.approx(min(plain[1]["validation"]), rel=0.05)
-    assert uri is None or not [path for path in Path(uri).rglob("*") if path.is_file()]
+    assert not uri or not [path for path in Path(uri).rglob("*") if path.is_file()]
     _wait_for_free_cpus()
 
 
@@ -156,7 +156,7 @@ def test_an_interrupted_fit_is_the_fit_that_was_not_interrupted(
 
     class Interrupted(FitRequest):
         def segmented(self) -> SegmentedBoosting:
-            keep = self.checkpoints.save if self.checkpoints is not None else None
+            keep = self.checkpoints.save
             return Dies(self.early_stopping_rounds, self.checkpoint_rounds, self.parameters["seed"], keep)
 
     _wait_for_free_cpus()
@@ -188,7 +188,7 @@ def test_a_lost_worker_is_replaced_and_the_history_goes_on(
         num_boost_round=rounds,
         early_stopping_rounds=rounds,
         num_workers=2,
-        checkpoint_uri=str(tmp_path) if engine == "ray_train" else None,
+        checkpoint_uri=str(tmp_path) if engine == "ray_train" else "",
     )
     killed: list[int] = []
 

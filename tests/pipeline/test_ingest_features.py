@@ -18,7 +18,7 @@ import pytest
 import ray
 import ray.data
 
-from step_scripts.feature_store.offline_store import OfflineStore, latest_events
+from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepResult
 from step_scripts.runner.execution import run_step
 from step_scripts.runner.ray_data import configure, each_call
@@ -29,11 +29,13 @@ from tests.feature_rows import (
     TABLE,
     Log,
     ingest_rows,
+    latest_events,
     record_id,
     records,
     row,
     rows_frame,
     run_here,
+    scan,
     write_frame,
     write_rows,
 )
@@ -118,7 +120,7 @@ def test_a_mirror_deletes_what_the_dataset_lacks(ray_session: RaySession, tmp_pa
     fewer = ingest(ray_session, tmp_path, write_frame(tmp_path, frame[:2_900]), mirror=True)
     assert (fewer.metrics["deleted"], fewer.metrics["rows_readable"], fewer.details["live_rows"]) == (100, 2_900, 2_900)
     store = OfflineStore(str(tmp_path / "store"))
-    assert set(records(store.scan("sales"))) == set(frame[:2_900]["record_id"])
+    assert set(records(scan(store))) == set(frame[:2_900]["record_id"])
     tombstones = pl.read_parquet(fewer.outputs["features"].file_uris(), hive_partitioning=False).filter("is_deleted")
     assert set(tombstones["event_time"]) == {NOON + timedelta(days=2), NOON + timedelta(days=2, microseconds=1)}
     assert tombstones["PRICE"].null_count() == tombstones.height == 100
@@ -142,7 +144,7 @@ def test_two_ingestions_at_once_both_land(ray_session: RaySession, tmp_path: Pat
         thread.join()
     assert sorted(r.details["commit"] for r in results) == [1, 2]
     store = OfflineStore(str(tmp_path / "store"))
-    assert set(records(store.scan("sales"))) == {record_id(n) for n in range(200)}
+    assert set(records(scan(store))) == {record_id(n) for n in range(200)}
 
 
 def test_a_lost_row_fails_the_step_and_commits_nothing(ray_session: RaySession, tmp_path: Path) -> None:
@@ -248,7 +250,7 @@ def test_a_killed_actor_loses_and_doubles_nothing(ray_session: RaySession, tmp_p
         killer.join()
     assert killed, "no actor was caught at work"
     assert result.metrics["rows_readable"] == 200_000
-    read = OfflineStore(str(tmp_path / "store")).scan("sales").collect()
+    read = scan(OfflineStore(str(tmp_path / "store"))).collect()
     assert read.sort("record_id").equals(frame.sort("record_id"))
     counts = Counter(p.name for p in (tmp_path / "store" / "sales" / "data").rglob("*.parquet"))
     assert sorted(counts) == sorted(Path(f.path).name for f in result.outputs["features"].files)

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from resources.aws.request_validation import InvalidJobRequest
 from resources.feature_store.base import OfflineSnapshot
+from resources.feature_store.feature_groups import table_of
 from resources.feature_store.sagemaker import SageMakerFeatureStore
 from step_scripts.feature_store import online_store
 from step_scripts.feature_store.offline_store import OfflineStore
@@ -45,6 +46,7 @@ from tests.feature_rows import (
     records,
     row,
     rows_frame,
+    scan,
     write_frame,
     write_rows,
 )
@@ -118,7 +120,7 @@ def test_a_group_is_created_once_and_tagged(offline: Group, aws: Aws) -> None:
     resolved = described["OfflineStoreConfig"]["S3StorageConfig"]["ResolvedOutputS3Uri"]
     assert len(targets) == 3
     assert all(t == targets[0] for t in targets)
-    assert (store.describe("sales")["data"], targets[0].online) == (resolved, None)
+    assert (offline.store.folder("sales").data_uri, targets[0].online) == (resolved, None)
     assert {d["FeatureName"]: d["FeatureType"] for d in described["FeatureDefinitions"]} == {
         "record_id": "String", "event_time": "String",
         "PRICE": "Fractional", "ROOMS": "Integral", "SOLD": "Integral",
@@ -139,12 +141,11 @@ def test_files_are_readable_at_once_and_deleted_with_the_group(offline: Group, a
     assert all(storage.exists(uri) and "/offline-store/sales-" in uri for uri in now.artifact.file_uris())
     early = store.offline("sales", NOON + timedelta(minutes=1))
     assert len(early.artifact.files) == 1
-    assert records(offline.store.scan("sales", as_of=NOON))[record_id(1)][1] == 1.0
+    assert records(scan(offline.store, as_of=NOON))[record_id(1)][1] == 1.0
     found = store.get_record("sales", record_id(1))
     assert found is not None
     assert found["PRICE"] == 2.0
-    facts = store.describe("sales")
-    assert (facts["status"], facts["live_rows"], facts["online_store"]) == ("Created", 2, False)
+    assert "2 records" in next(item.detail for item in store.inventory())
     store.delete_group("sales")
     assert aws.keys() == ["features/salesroom/data/part.parquet"]
     assert not aws.feature_groups("sales")
@@ -157,7 +158,7 @@ def test_athenas_standard_query_on_the_glue_table_gives_the_records(offline: Gro
     offline.ingest([row(n, hours=n) for n in range(30)])
     offline.ingest([row(n, 2.0, hours=n + 1, rooms=None) for n in range(5, 20)], mirror=True)
     offline.store.delete_record("sales", record_id(7), NOON + timedelta(days=9))
-    table = catalog(aws).load_table(offline.resource.describe("sales")["glue_table"])
+    table = catalog(aws).load_table(table_of(aws.sagemaker.describe_feature_group(FeatureGroupName="sales")) or "")
     found = latest_by_duckdb(table.scan().to_arrow()).select(
         "record_id",
         pl.col("event_time").str.to_datetime(time_unit="us", time_zone="UTC"),
@@ -166,7 +167,7 @@ def test_athenas_standard_query_on_the_glue_table_gives_the_records(offline: Gro
         pl.col("SOLD").cast(pl.Boolean),
     )
     assert found.height == 14
-    assert records(found.lazy()) == records(offline.store.scan("sales"))
+    assert records(found.lazy()) == records(scan(offline.store))
 
 
 def _with(*columns: ColumnSpec) -> TableSpec:
@@ -185,7 +186,7 @@ def test_a_new_column_that_may_be_empty_is_added_to_the_group(offline: Group, aw
     assert described["FeatureDefinitions"][-1] == {"FeatureName": "GARDEN", "FeatureType": "Fractional"}
     frame = rows_frame([(*row(1), 2.5)], wider)  # pyright: ignore[reportArgumentType]
     ingest_rows(offline.store, write_frame(offline.folder, frame), table=wider)
-    assert records(offline.store.scan("sales"))[record_id(0)][-1] is None
+    assert records(scan(offline.store))[record_id(0)][-1] is None
     with pytest.raises(StepError, match="GARDEN is missing"):
         offline.resource.ensure_group("sales", TABLE)
 
@@ -281,7 +282,7 @@ def test_what_goes_online_is_not_written_offline_again(group: Group, aws: Aws) -
     (uri,) = foreign()
     with storage.open_input(uri) as file:
         assert pq.read_table(file).column("record_id").to_pylist() == ["marker"]
-    assert set(records(group.store.scan("sales"))) == {record_id(n) for n in range(30)}
+    assert set(records(scan(group.store))) == {record_id(n) for n in range(30)}
 
 
 def test_throttling_and_unprocessed_entries_lose_nothing(group: Group, aws: Aws) -> None:
@@ -306,7 +307,7 @@ def test_an_ingestion_that_fails_online_commits_nothing_and_a_repeat_heals_it(gr
         )
     aws.faults.clear()
     assert len(group.store.commits("sales")) == 1
-    assert {v[1] for v in records(group.store.scan("sales")).values()} == {1.0}
+    assert {v[1] for v in records(scan(group.store)).values()} == {1.0}
     assert len([k for k in aws.keys("features/sales/") if "/data/" in k]) == 1, "its files are removed"
     healed = group.ingest([row(n, 2.0, hours=1) for n in range(50)])
     assert (healed.superseded, healed.added, healed.written_online) == (3, 47, 50)

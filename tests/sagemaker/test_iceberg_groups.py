@@ -56,7 +56,7 @@ def test_the_description_names_the_table_which_follows_the_groups_columns_and_go
     )
     assert store(aws).ensure_group("iced", wider) == target
     assert str(table.refresh().schema().find_type("GARDEN")) == "double"
-    assert store(aws).describe("iced")["glue_table"] == named
+    assert glue_table(aws) == named
     store(aws).delete_group("iced")
     assert not aws.feature_tables("iced")
     assert not aws.keys("features")

@@ -15,13 +15,14 @@ import polars as pl
 import pytest
 from pyiceberg.exceptions import TableAlreadyExistsError
 
-from step_scripts.feature_store import comparison, group_places, iceberg_table, ingestion
+from step_scripts import ingest_features
+from step_scripts.feature_store import comparison, group_places, iceberg_table
 from step_scripts.feature_store.group import Group, GroupInfo
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.feature_store.online_client import feature_types
 from step_scripts.runner.contract import StepError
 from step_scripts.table.spec import TableSpec
-from tests.feature_rows import TABLE, ingest_rows, record_id, records, row, run_here, write_rows
+from tests.feature_rows import TABLE, ingest_rows, record_id, records, row, run_here, scan, write_rows
 from tests.sagemaker_emulator import SageMakerEmulator
 from tests.sagemaker_emulator.iceberg_tables import create_table
 from tests.sagemaker_emulator.testing import Aws
@@ -124,7 +125,7 @@ def test_who_was_overtaken_compares_again(store: OfflineStore, aws: Aws, tmp_pat
     # Against the first commit both rows were news; against the second one of them is stored already.
     assert (result.commit.number, result.added, result.unchanged, result.superseded) == (3, 1, 1, 0)
     assert result.rows_readable == 2
-    assert set(records(store.scan("sales"))) == {record_id(n) for n in range(4)}
+    assert set(records(scan(store))) == {record_id(n) for n in range(4)}
     assert result.commit.live_rows == 4
     assert data_files(aws) == committed_files(store)
 
@@ -140,11 +141,11 @@ def test_a_failure_removes_its_own_files_only(store: OfflineStore, aws: Aws, tmp
         with pytest.raises(KeyboardInterrupt):
             ingest_rows(store, write_rows(tmp_path, [row(1)]), run=interrupting("read_back", interrupt))
         assert len(data_files(aws)) == 2
-        assert set(records(store.scan("sales"))) == {record_id(0)}
+        assert set(records(scan(store))) == {record_id(0)}
 
     result = ingest_rows(store, write_rows(tmp_path, [row(2)]), run=interrupting("read_back", fail))
     assert result.commit.number == 2
-    assert set(records(store.scan("sales"))) == {record_id(0), record_id(2)}
+    assert set(records(scan(store))) == {record_id(0), record_id(2)}
     assert data_files(aws) == committed_files(store)
 
 
@@ -157,7 +158,7 @@ def test_a_killed_ingestion_is_invisible_and_tidied_up_when_it_is_old(
     )
     assert killed.returncode == -signal.SIGKILL
     assert len(data_files(aws)) == 3
-    assert set(records(store.scan("sales"))) == {record_id(0)}
+    assert set(records(scan(store))) == {record_id(0)}
     assert store.get_record("sales", record_id(1)) is None
     # They could be those of a writer that is at work.
     assert ingest_rows(store, write_rows(tmp_path, [row(1)])).orphan_files_deleted == 0
@@ -165,7 +166,7 @@ def test_a_killed_ingestion_is_invisible_and_tidied_up_when_it_is_old(
     monkeypatch.setattr(group_places, "ORPHAN_AGE", timedelta(seconds=-60))
     assert store.folder("sales").delete_orphan_files() == 2
     assert data_files(aws) == committed_files(store)
-    assert set(records(store.scan("sales"))) == {record_id(0), record_id(1)}
+    assert set(records(scan(store))) == {record_id(0), record_id(1)}
 
 
 def test_a_writer_whose_files_may_be_taken_for_leftovers_gives_up(
@@ -186,7 +187,7 @@ def test_lost_files_are_named(store: OfflineStore, aws: Aws, tmp_path: Path) -> 
     aws.s3.delete_object(Bucket=aws.bucket, Key=key)
     assert store.find_ingestion("sales", dataset.digest) is None
     with pytest.raises(StepError, match="1 of 2 files"):
-        store.scan("sales")
+        store.get_record("sales", record_id(0))
     with pytest.raises(StepError, match=f"1 record of the dataset cannot be read: {record_id(1)}"):
         ingest_rows(store, dataset)
 
@@ -202,12 +203,12 @@ def test_small_pieces_store_what_one_piece_stores_locally(
     for rows in batches:
         ingest_rows(local, write_rows(tmp_path, rows), mirror=True)
     monkeypatch.setattr(comparison, "_PARTITION_EVENTS", 4)
-    monkeypatch.setattr(ingestion, "_PIECE_ROWS", (2, 4))
+    monkeypatch.setattr(ingest_features, "_PIECE_ROWS", (2, 4))
     for rows in batches:
         ingest_rows(store, write_rows(tmp_path, rows, parts=3), mirror=True, workers=2)
-    assert records(store.scan("sales")) == records(local.scan("sales"))
+    assert records(scan(store)) == records(scan(local))
     assert store.state("sales").artifact().digest == local.state("sales").artifact().digest
-    one = store.scan("sales").filter(pl.col("PRICE") > 5).select("PRICE").collect()
+    one = scan(store).filter(pl.col("PRICE") > 5).select("PRICE").collect()
     assert sorted(one["PRICE"]) == [6.0, 7.0, 8.0, 9.0]
 
 

@@ -28,7 +28,7 @@ def test_the_target_is_what_the_step_takes(feature_store: FeatureStore, tmp_path
     assert target == IngestionTarget(root=str(tmp_path / "store"), mirror=False)
     assert IngestFeaturesParams(table=TABLE, group="sales", target=target).target == target
     assert feature_store.ensure_group("sales", TABLE) == target
-    assert feature_store.describe("sales")["live_rows"] == 0
+    assert [item.detail for item in feature_store.inventory()] == ["0 records, 0 MB"]
     with pytest.raises(StepError, match="is no name of a feature group"):
         feature_store.ensure_group("sales/2024", TABLE)
 
@@ -57,7 +57,7 @@ def test_snapshots_are_what_was_ingested(feature_store: FeatureStore, tmp_path: 
     assert feature_store.get_record("sales", record_id(9)) is None
     feature_store.delete_group("sales")
     with pytest.raises(StepError, match="there is no feature group sales"):
-        feature_store.describe("sales")
+        feature_store.get_record("sales", record_id(1))
 
 
 def test_a_dataset_is_found_as_long_as_nothing_undid_it(feature_store: FeatureStore, tmp_path: Path) -> None:

@@ -22,15 +22,25 @@ from housing_assets.maintenance.retention import compact as compaction
 from housing_assets.maintenance.retention import prune
 from resources.references.io_manager import StoredReference
 from step_scripts.feature_store import __main__ as command
-from step_scripts.feature_store import iceberg_table, upkeep
+from step_scripts.feature_store import iceberg_table, offline_store
 from step_scripts.feature_store.commits import is_ingested
 from step_scripts.feature_store.group import COMMAND
 from step_scripts.feature_store.group_places import LocalGroup
 from step_scripts.feature_store.offline_store import OfflineStore
-from step_scripts.feature_store.upkeep import compact, tidy
 from step_scripts.runner.contract import StepError
 from step_scripts.table.spec import ColumnSpec
-from tests.feature_rows import NOON, TABLE, ingest_rows, record_id, records, row, rows_frame, write_frame, write_rows
+from tests.feature_rows import (
+    NOON,
+    TABLE,
+    ingest_rows,
+    record_id,
+    records,
+    row,
+    rows_frame,
+    scan,
+    write_frame,
+    write_rows,
+)
 from tests.other_engines import latest_by_duckdb, opened
 from tests.registry_contract import artifact, register
 
@@ -56,7 +66,7 @@ def by_duckdb(store: OfflineStore) -> dict[str, tuple[Any, ...]]:
 
 
 def test_other_engines_read_the_same_records(history: OfflineStore) -> None:
-    wanted = records(history.scan("sales"))
+    wanted = records(scan(history))
     table = opened(history.root)
     assert by_duckdb(history) == wanted
     order = ["event_time", "api_invocation_time", "write_time"]
@@ -97,7 +107,7 @@ def test_a_table_of_sagemakers_types_holds_the_same(
     monkeypatch.setattr(iceberg_table, "create", as_sagemaker)
     rows = [row(0, sold=False), row(1, hours=-24 * 366 * 60 + 1e-7, rooms=None), row(2, hours=1 / 3600e6)]
     first = ingest_rows(store, write_rows(tmp_path, rows))
-    assert records(store.scan("sales")) == {r[0]: r[1:] for r in rows}
+    assert records(scan(store)) == {r[0]: r[1:] for r in rows}
     first_times = [first for first, _ in store.state("sales").event_times]
     assert sorted(first_times) == sorted({r[1] for r in rows} - {rows[2][1]})
     assert all(f.path.startswith("event_time_trunc=") for f in first.stored)
@@ -106,10 +116,10 @@ def test_a_table_of_sagemakers_types_holds_the_same(
     wider = TABLE.model_copy(update={"columns": (*TABLE.columns, extra)})
     frame = rows_frame([(*row(0, 2.0, hours=1), False)], wider)  # pyright: ignore[reportArgumentType]
     ingest_rows(store, write_frame(tmp_path, frame), table=wider)
-    assert records(store.scan("sales"))[record_id(0)] == (NOON + timedelta(hours=1), 2.0, 3, True, False)
+    assert records(scan(store))[record_id(0)] == (NOON + timedelta(hours=1), 2.0, 3, True, False)
     assert store.delete_record("sales", record_id(2), NOON + timedelta(hours=2))
-    assert set(records(store.scan("sales", as_of=NOON + timedelta(minutes=1)))) == {r[0] for r in rows}
-    assert set(records(store.scan("sales"))) == {record_id(0), record_id(1)}
+    assert set(records(scan(store, as_of=NOON + timedelta(minutes=1)))) == {r[0] for r in rows}
+    assert set(records(scan(store))) == {record_id(0), record_id(1)}
     found = latest_by_duckdb(opened(store.root).scan().to_arrow())
     assert dict(found.select("record_id", "event_time").iter_rows())[record_id(0)] == "2024-05-01T13:00:00.000000Z"
     assert set(found["record_id"]) == {record_id(0), record_id(1)}
@@ -122,7 +132,7 @@ def test_roots_with_blanks_umlauts_and_plus_work(tmp_path: Path) -> None:
     store = OfflineStore(str(tmp_path / "Häuser + mehr (1)"))
     ingest_rows(store, write_rows(tmp_path, [row(0)]))
     ingest_rows(store, write_rows(tmp_path, [row(1)]))
-    assert set(records(store.scan("sales"))) == set(by_duckdb(store)) == {record_id(0), record_id(1)}
+    assert set(records(scan(store))) == set(by_duckdb(store)) == {record_id(0), record_id(1)}
     assert sorted(p.name for p in tmp_path.iterdir() if len(p.name) < 30) == ["Häuser + mehr (1)"]
 
 
@@ -137,16 +147,16 @@ def test_a_moved_root_is_refused_until_its_snapshots_are_replayed(history: Offli
     wider = TABLE.model_copy(update={"columns": (*TABLE.columns, ColumnSpec(name="X", dtype="float64", nullable=True))})
     frame = rows_frame([(*row(8), 0.5)], wider)  # pyright: ignore[reportArgumentType]
     ingest_rows(history, write_frame(tmp_path, frame), table=wider)
-    compact(history.folder("sales"))
+    history.compact("sales")
     ingest_rows(history, write_frame(tmp_path, frame.with_columns(X=1.5, PRICE=9.0)), table=wider)
-    tidy(history.folder("sales"), {2}, datetime(2000, 1, 1, tzinfo=UTC))
-    before, commits = records(history.scan("sales")), history.commits("sales")
-    early = records(history.scan("sales", commit=2))
+    history.tidy("sales", {2}, datetime(2000, 1, 1, tzinfo=UTC))
+    before, commits = records(scan(history)), history.commits("sales")
+    early = records(scan(history, commit=2))
     old = Path(history.root)
     new = old.rename(tmp_path / "moved hither")
     moved = OfflineStore(str(new))
     for use in (
-        lambda: moved.scan("sales"),
+        lambda: moved.state("sales"),
         lambda: moved.get_record("sales", record_id(0)),
         lambda: ingest_rows(moved, write_rows(tmp_path, [row(9)])),
     ):
@@ -155,7 +165,7 @@ def test_a_moved_root_is_refused_until_its_snapshots_are_replayed(history: Offli
     assert not old.exists()
     assert f"{COMMAND} replay '{new}' sales" in str(refused.value)
     assert command.main(["replay", str(new), "sales"]) == 0
-    assert (records(moved.scan("sales")), records(moved.scan("sales", commit=2))) == (before, early)
+    assert (records(scan(moved)), records(scan(moved, commit=2))) == (before, early)
     alike = [c.model_dump(exclude={"snapshot_id"}) for c in commits]
     assert [c.model_dump(exclude={"snapshot_id"}) for c in moved.commits("sales")] == alike
     table = opened(new)
@@ -168,29 +178,28 @@ def test_a_moved_root_is_refused_until_its_snapshots_are_replayed(history: Offli
 
 
 def test_a_lost_catalog_is_made_again_from_the_metadata(history: OfflineStore, tmp_path: Path) -> None:
-    before = records(history.scan("sales"))
+    before = records(scan(history))
     (Path(history.root) / "sales" / "catalog.db").unlink()
     with pytest.raises(StepError, match=r"the catalog .* of feature group sales is missing"):
         ingest_rows(history, write_rows(tmp_path, [row(9)]))
     assert command.main(["replay", history.root, "sales"]) == 0
-    assert records(history.scan("sales")) == before
+    assert records(scan(history)) == before
 
 
 # --- upkeep --------------------------------------------------------------------------------------------------------
 
 
 def test_compaction_changes_no_record(history: OfflineStore, tmp_path: Path) -> None:
-    group = history.folder("sales")
-    before, commits = records(history.scan("sales")), history.commits("sales")
-    early = records(history.scan("sales", as_of=NOON))
-    assert compact(group) == {"files_before": 5, "files_after": 2}
+    before, commits = records(scan(history)), history.commits("sales")
+    early = records(scan(history, as_of=NOON))
+    assert history.compact("sales") == {"files_before": 5, "files_after": 2}
     assert len(history.state("sales").files) == 2
-    assert records(history.scan("sales")) == before == by_duckdb(history)
-    assert records(history.scan("sales", as_of=NOON)) == early
+    assert records(scan(history)) == before == by_duckdb(history)
+    assert records(scan(history, as_of=NOON)) == early
     assert [c.model_dump(exclude={"snapshot_id"}) for c in history.commits("sales")] == [
         c.model_dump(exclude={"snapshot_id"}) for c in commits
     ]
-    assert compact(group) == {"files_before": 2, "files_after": 2}
+    assert history.compact("sales") == {"files_before": 2, "files_after": 2}
     # Later comparisons order events of one time by when they were stored, not by file.
     again = ingest_rows(history, write_rows(tmp_path, [row(n, 3.0, hours=30) for n in range(3, 5)]))
     assert (again.unchanged, again.stored) == (2, ())
@@ -198,33 +207,33 @@ def test_compaction_changes_no_record(history: OfflineStore, tmp_path: Path) -> 
 
 def test_expiry_leaves_what_is_kept(history: OfflineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     group = history.folder("sales")
-    before, second = records(history.scan("sales")), records(history.scan("sales", commit=2))
-    compact(group)
+    before, second = records(scan(history)), records(scan(history, commit=2))
+    history.compact("sales")
     stray = Path(group.data_uri) / "event_time_day=2024-05-01" / "STRAY0.parquet"
     stray.write_bytes(b"killed")
-    listed = tidy(group, {2}, datetime.now(UTC), dry_run=True)
+    listed = history.tidy("sales", {2}, datetime.now(UTC), dry_run=True)
     assert (listed.expired, listed.orphans) == ((1, 3), ())
     assert len(opened(history.root).snapshots()) == 5
-    done = tidy(group, {2}, datetime.now(UTC))
+    done = history.tidy("sales", {2}, datetime.now(UTC))
     assert (done.expired, done.orphans) == ((1, 3), ())
     table = opened(history.root)
     assert len(table.snapshots()) == 2
     assert set(table.refs()) == {"main", "kept-2"}
     assert stray.exists()
-    assert (records(history.scan("sales")), records(history.scan("sales", commit=2))) == (before, second)
+    assert (records(scan(history)), records(scan(history, commit=2))) == (before, second)
     assert [c.number for c in history.commits("sales")] == [1, 2, 3, 4]
     with pytest.raises(StepError, match="commit 3 has been expired"):
-        history.scan("sales", commit=3)
-    monkeypatch.setattr(upkeep, "ORPHAN_AGE", timedelta(seconds=-60))
-    swept = tidy(group, {2}, datetime.now(UTC))
+        scan(history, commit=3)
+    monkeypatch.setattr(offline_store, "ORPHAN_AGE", timedelta(seconds=-60))
+    swept = history.tidy("sales", {2}, datetime.now(UTC))
     assert str(stray) in swept.orphans
     # What the kept snapshot has stays; the files of later commits were replaced by compaction.
-    assert (records(history.scan("sales")), records(history.scan("sales", commit=2))) == (before, second)
+    assert (records(scan(history)), records(scan(history, commit=2))) == (before, second)
     assert not stray.exists()
     assert ingest_rows(history, write_rows(tmp_path, [row(9)])).commit.number == 5
-    tidy(group, set(), datetime.now(UTC))
+    history.tidy("sales", set(), datetime.now(UTC))
     assert len(opened(history.root).snapshots()) == 1
-    assert records(history.scan("sales")) == before | {record_id(9): (NOON, 1.0, 3, True)}
+    assert records(scan(history)) == before | {record_id(9): (NOON, 1.0, 3, True)}
 
 
 # --- formats -------------------------------------------------------------------------------------------------------
@@ -234,7 +243,7 @@ def test_a_later_format_is_refused(history: OfflineStore) -> None:
     path = Path(history.root) / "sales" / "group.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
     with pytest.raises(StepError, match="written by a later version of this project"):
-        history.scan("sales")
+        history.state("sales")
 
 
 def earlier_layout(folder: Path) -> list[dict[str, Any]]:
@@ -284,7 +293,7 @@ def test_the_layout_of_before_is_refused_until_it_is_imported(tmp_path: Path) ->
     commits = earlier_layout(root)
     store = OfflineStore(str(root))
     assert store.groups() == ["sales"]
-    for use in (lambda: store.scan("sales"), lambda: ingest_rows(store, write_rows(tmp_path, [row(5)]))):
+    for use in (lambda: store.state("sales"), lambda: ingest_rows(store, write_rows(tmp_path, [row(5)]))):
         with pytest.raises(StepError, match=f"layout of an earlier version.*\n    {COMMAND} import {root} sales"):
             use()
     copy = shutil.copytree(root, tmp_path / "to delete")
@@ -292,11 +301,11 @@ def test_the_layout_of_before_is_refused_until_it_is_imported(tmp_path: Path) ->
     assert command.main(["import", str(root), "sales"]) == 0
     assert command.main(["import", str(root), "sales"]) == 1
     at = NOON + timedelta(hours=1)
-    assert records(store.scan("sales")) == {
+    assert records(scan(store)) == {
         record_id(0): (NOON + timedelta(hours=2), 2.0, 3, True), record_id(2): (at, 1.0, 3, True),
     }  # fmt: skip
-    assert set(records(store.scan("sales", commit=1))) == {record_id(n) for n in range(3)}
-    assert set(records(store.scan("sales", as_of=at))) == {record_id(n) for n in range(3)}
+    assert set(records(scan(store, commit=1))) == {record_id(n) for n in range(3)}
+    assert set(records(scan(store, as_of=at))) == {record_id(n) for n in range(3)}
     found = [c.model_dump(mode="json", exclude={"snapshot_id"}) for c in store.commits("sales")]
     for new, old in zip(found, commits, strict=True):
         old.pop("files")
@@ -307,7 +316,7 @@ def test_the_layout_of_before_is_refused_until_it_is_imported(tmp_path: Path) ->
     assert is_ingested(store.commits("sales"), "dataset-2", mirror=False)
     assert sorted(p.name for p in (root / "sales").iterdir()) == ["catalog.db", "data", "group.json", "metadata"]
     assert isinstance(store.folder("sales"), LocalGroup)
-    assert by_duckdb(store) == records(store.scan("sales"))
+    assert by_duckdb(store) == records(scan(store))
 
 
 # --- jobs ----------------------------------------------------------------------------------------------------------
@@ -330,8 +339,6 @@ def test_the_jobs_keep_what_splits_and_versions_name(tmp_path: Path) -> None:
         done = prune.execute_in_process(run_config=config, resources=resources, instance=instance)
         assert done.success
     assert set(opened(store.root).refs()) == {"main", "kept-2", "kept-3"}
-    assert [set(records(store.scan("sales", commit=n))) for n in (2, 3)] == [
-        {record_id(k) for k in range(n)} for n in (2, 3)
-    ]
+    assert [set(records(scan(store, commit=n))) for n in (2, 3)] == [{record_id(k) for k in range(n)} for n in (2, 3)]
     with pytest.raises(StepError, match="commit 4 has been expired"):
-        store.scan("sales", commit=4)
+        scan(store, commit=4)

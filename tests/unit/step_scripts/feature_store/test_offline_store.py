@@ -23,11 +23,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_scripts.feature_store import comparison, group_places, ingestion
+from step_scripts import ingest_features
+from step_scripts.feature_store import comparison, group_places
 from step_scripts.feature_store.commits import digest_of
+from step_scripts.feature_store.comparison import divided
 from step_scripts.feature_store.group_places import LocalGroup
 from step_scripts.feature_store.iceberg_table import CommitTaken
-from step_scripts.feature_store.ingestion import divided
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
@@ -44,6 +45,7 @@ from tests.feature_rows import (
     row,
     rows_frame,
     run_here,
+    scan,
     write_frame,
     write_rows,
 )
@@ -137,7 +139,7 @@ def test_any_history_reads_as_the_model_says(operations: list[tuple[Any, ...]], 
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         if small_pieces:  # as large data is worked on: many buckets, many pieces
             patch.setattr(comparison, "_PARTITION_EVENTS", 2)
-            patch.setattr(ingestion, "_PIECE_ROWS", (1, 2))
+            patch.setattr(ingest_features, "_PIECE_ROWS", (1, 2))
         folder = Path(name)
         store, model = OfflineStore(str(folder / "store")), Model()
         for kind, *arguments in operations:
@@ -155,7 +157,7 @@ def test_any_history_reads_as_the_model_says(operations: list[tuple[Any, ...]], 
                 assert result.rows_in == result.rows_readable == len(rows)
                 assert result.added + result.superseded + result.unchanged == len(rows)
                 if mirror:
-                    assert set(records(store.scan("sales"))) == {r[0] for r in rows}
+                    assert set(records(scan(store))) == {r[0] for r in rows}
                 again = ingest_rows(
                     store, dataset.model_copy(update={"digest": uuid.uuid4().hex}), mirror=mirror, workers=2
                 )
@@ -185,24 +187,24 @@ def test_data_that_arrives_in_order_reads_as_its_last_event_says(batches: list[t
         for moment in sorted({event[0] for event in log}):
             state = {key: content for time, key, content in log if time <= moment}
             expected = {key: content for key, content in state.items() if content is not None}
-            assert {k: v[1:] for k, v in records(store.scan("sales", as_of=moment)).items()} == expected
+            assert {k: v[1:] for k, v in records(scan(store, as_of=moment)).items()} == expected
 
 
 def _assert_same(store: OfflineStore, model: Model) -> None:
     if "sales" not in store.groups():
         assert not model.timelines
         return
-    live = records(store.scan("sales"))
+    live = records(scan(store))
     assert live == model.read()
     for hours in (-1e6, 0.0, 0.25, 1.0, 26.0):
         moment = NOON + timedelta(hours=hours)
-        assert records(store.scan("sales", as_of=moment)) == model.read(moment)
+        assert records(scan(store, as_of=moment)) == model.read(moment)
     for number in range(5):
         found = store.get_record("sales", record_id(number))
         assert (tuple(found.values())[1:] if found else None) == live.get(record_id(number))
     commit = store.commits("sales")[-1]
     assert commit.live_rows == len(live)
-    assert commit.live_digest == _digest(store.scan("sales").collect())
+    assert commit.live_digest == _digest(scan(store).collect())
     if not commit.deduplicate:
         assert sum(f.rows or 0 for f in store.state("sales").files) == len(live)
 
@@ -273,10 +275,10 @@ def test_a_changed_row_supersedes_and_an_older_one_is_history(store: OfflineStor
     changed = ingest_rows(store, write_rows(tmp_path, [row(0, 2.0), row(1, 0.5, hours=-1)]))
     assert (changed.superseded, changed.added, changed.outdated) == (1, 1, 1)
     assert changed.commit.deduplicate
-    assert {k: v[1] for k, v in records(store.scan("sales")).items()} == {record_id(0): 2.0, record_id(1): 1.0}
-    early = records(store.scan("sales", as_of=NOON - timedelta(minutes=1)))
+    assert {k: v[1] for k, v in records(scan(store)).items()} == {record_id(0): 2.0, record_id(1): 1.0}
+    early = records(scan(store, as_of=NOON - timedelta(minutes=1)))
     assert {k: v[1] for k, v in early.items()} == {record_id(1): 0.5}
-    assert records(store.scan("sales", commit=1)) == {record_id(n): (NOON, 1.0, 3, True) for n in range(2)}
+    assert records(scan(store, commit=1)) == {record_id(n): (NOON, 1.0, 3, True) for n in range(2)}
 
 
 def test_a_dataset_that_was_superseded_is_not_taken_for_known(store: OfflineStore, tmp_path: Path) -> None:
@@ -296,13 +298,11 @@ def test_mirror_follows_the_dataset_also_back_to_an_older_file(store: OfflineSto
     ingest_rows(store, older, mirror=True)
     dropped = ingest_rows(store, newer, mirror=True)
     assert (dropped.deleted, dropped.superseded, dropped.unchanged) == (1, 1, 1)
-    assert set(records(store.scan("sales"))) == {record_id(0), record_id(2)}
+    assert set(records(scan(store))) == {record_id(0), record_id(2)}
     back = ingest_rows(store, older, mirror=True)
     assert (back.deleted, back.outdated) == (0, 0)
-    assert {k: v[1:] for k, v in records(store.scan("sales")).items()} == {
-        record_id(n): (1.0, 3, True) for n in range(3)
-    }
-    assert set(records(store.scan("sales", as_of=NOON + timedelta(hours=2)))) == {record_id(0), record_id(2)}
+    assert {k: v[1:] for k, v in records(scan(store)).items()} == {record_id(n): (1.0, 3, True) for n in range(3)}
+    assert set(records(scan(store, as_of=NOON + timedelta(hours=2)))) == {record_id(0), record_id(2)}
 
 
 def test_mirror_takes_an_older_row_for_the_latest(store: OfflineStore, tmp_path: Path) -> None:
@@ -311,8 +311,8 @@ def test_mirror_takes_an_older_row_for_the_latest(store: OfflineStore, tmp_path:
     assert (result.superseded, result.unchanged, result.outdated) == (1, 1, 0)
     moment = NOON + timedelta(hours=2)
     just_after = moment + timedelta(microseconds=1)
-    assert records(store.scan("sales"))[record_id(0)] == (just_after, 1.0, 3, True)
-    assert records(store.scan("sales", as_of=moment))[record_id(0)] == (moment, 2.0, 3, True)
+    assert records(scan(store))[record_id(0)] == (just_after, 1.0, 3, True)
+    assert records(scan(store, as_of=moment))[record_id(0)] == (moment, 2.0, 3, True)
     again = ingest_rows(store, write_rows(tmp_path, [row(1), row(0, 1.0)]), mirror=True)
     assert (again.unchanged, again.stored) == (2, ())
 
@@ -325,7 +325,7 @@ def test_order_of_rows_and_parts_does_not_matter(tmp_path: Path) -> None:
     ingest_rows(stores[1], write_rows(tmp_path, shuffled, parts=4), workers=2)
     one, two = (s.commits("sales")[-1] for s in stores)
     assert (one.live_digest, one.live_rows, one.added) == (two.live_digest, two.live_rows, two.added)
-    assert records(stores[0].scan("sales")) == records(stores[1].scan("sales"))
+    assert records(scan(stores[0])) == records(scan(stores[1]))
 
 
 def test_a_small_dataset_is_compared_with_its_own_records_only(
@@ -343,7 +343,7 @@ def test_a_small_dataset_is_compared_with_its_own_records_only(
     monkeypatch.setattr(comparison, "changes", counted)
     result = ingest_rows(store, write_rows(tmp_path, [row(0, 2.0, hours=1), row(1), row(99)]))
     assert (result.superseded, result.unchanged, result.added, sum(compared)) == (1, 1, 1, 2)
-    assert result.commit.live_digest == _digest(store.scan("sales").collect())
+    assert result.commit.live_digest == _digest(scan(store).collect())
 
 
 def test_rows_of_other_programs_are_left_alone(store: OfflineStore, tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_rows_of_other_programs_are_left_alone(store: OfflineStore, tmp_path: Pa
     table = opened(store.root)
     events = table.scan().to_arrow()
     table.append(events.set_column(events.column_names.index("record_id"), "record_id", [["theirs"]]))
-    assert (set(records(store.scan("sales"))), len(store.state("sales").files)) == ({record_id(0)}, 1)
+    assert (set(records(scan(store))), len(store.state("sales").files)) == ({record_id(0)}, 1)
     assert store.get_record("sales", "theirs") is None
     changed = ingest_rows(store, write_rows(tmp_path, [row(0, 2.0, hours=1)]))
     assert (changed.commit.number, changed.superseded, len(store.state("sales").files)) == (2, 1, 2)
@@ -408,10 +408,10 @@ def test_a_new_column_that_may_be_empty_is_adopted(store: OfflineStore, tmp_path
     filled = frame.with_columns(EXTRA=pl.Series([0.0, None, 0.5]), event_time=NOON + timedelta(hours=1))
     changed = ingest_rows(store, write_frame(tmp_path, filled.cast(frame.schema)), table=wider)
     assert (changed.unchanged, changed.superseded) == (1, 2)
-    read = store.scan("sales").collect().sort("PRICE")
+    read = scan(store).collect().sort("PRICE")
     assert read.columns == ["record_id", "event_time", "EXTRA", "PRICE", "ROOMS", "SOLD"]
     assert sorted(read["EXTRA"].to_list(), key=str) == [0.0, 0.5, None]
-    assert store.scan("sales", commit=1).collect().columns[2:] == ["PRICE", "ROOMS", "SOLD"]
+    assert scan(store, commit=1).collect().columns[2:] == ["PRICE", "ROOMS", "SOLD"]
     assert store.get_record("sales", record_id(1)) is not None
 
 
@@ -450,18 +450,18 @@ def _data_files(store: OfflineStore) -> set[str]:
 
 def test_a_failure_before_the_commit_changes_and_leaves_nothing(store: OfflineStore, tmp_path: Path) -> None:
     ingest_rows(store, write_rows(tmp_path, [row(0)]))
-    before = _data_files(store), records(store.scan("sales"))
+    before = _data_files(store), records(scan(store))
 
     def run(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Any:
         if function.__name__ == "read_back":
             assert len(_data_files(store)) == 2
-            assert records(store.scan("sales")) == before[1]
+            assert records(scan(store)) == before[1]
             raise KeyboardInterrupt
         return run_here(function, calls)
 
     with pytest.raises(KeyboardInterrupt):
         ingest_rows(store, write_rows(tmp_path, [row(1)]), run=run)
-    assert (_data_files(store), records(store.scan("sales"))) == before
+    assert (_data_files(store), records(scan(store))) == before
     assert sorted(p.name for p in _group(store).path.iterdir()) == ["catalog.db", "data", "group.json", "metadata"]
 
 
@@ -498,13 +498,13 @@ def test_a_killed_ingestion_is_invisible_and_the_next_one_tidies_up(
             impatient.setattr(group_places, "LOCK_SECONDS", 0.1)
             with pytest.raises(StepError, match="being written to by another run"):
                 ingest_rows(store, write_rows(tmp_path, [row(3)]))
-        assert set(records(store.scan("sales"))) == {record_id(0)}
+        assert set(records(scan(store))) == {record_id(0)}
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close() if process.stdout else None
     assert len(_data_files(store) - before) == 2
-    assert set(records(store.scan("sales"))) == {record_id(0)}
+    assert set(records(scan(store))) == {record_id(0)}
     assert store.get_record("sales", record_id(1)) is None
     after = ingest_rows(store, write_rows(tmp_path, [row(1)]))
     assert (after.orphan_files_deleted, after.added) == (2, 1)
@@ -519,7 +519,7 @@ def test_ingestions_at_the_same_time_all_land(store: OfflineStore, tmp_path: Pat
     for thread in threads:
         thread.join()
     assert [c.number for c in store.commits("sales")] == [1, 2, 3, 4, 5, 6]
-    assert set(records(store.scan("sales"))) == {record_id(n) for n in range(60)}
+    assert set(records(scan(store))) == {record_id(n) for n in range(60)}
     assert store.commits("sales")[-1].live_rows == 60
 
 
@@ -532,7 +532,7 @@ def test_a_stale_writer_cannot_commit(store: OfflineStore, tmp_path: Path) -> No
         with pytest.raises(CommitTaken, match="another writer has made commit 2"):
             folder.append(stale, commit.model_copy(update={"live_rows": 99}), [file.path for file in state.files])
     assert folder.state().last == commit
-    assert set(records(store.scan("sales"))) == {record_id(0), record_id(1)}
+    assert set(records(scan(store))) == {record_id(0), record_id(1)}
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda p: p.write_bytes(p.read_bytes()[:100])])
@@ -576,11 +576,7 @@ def test_a_lost_file_is_found_by_readers_and_by_the_next_ingestion(store: Offlin
     lost = next(_group(store).data.rglob("event_time_day=2024-05-02/*.parquet"))
     lost.unlink()
     assert store.find_ingestion("sales", dataset.digest) is None
-    for attempt in (
-        lambda: store.scan("sales"),
-        lambda: store.get_record("sales", record_id(0)),
-        lambda: ingest_rows(store, dataset),
-    ):
+    for attempt in (lambda: store.get_record("sales", record_id(0)), lambda: ingest_rows(store, dataset)):
         with pytest.raises(StepError, match=f"1 of 2 files.*{lost.name}"):
             attempt()
     with pytest.raises(StepError, match=f"1 record of the dataset cannot be read: {record_id(1)}"):
@@ -600,7 +596,7 @@ def test_a_lost_manifest_is_found_by_readers(store: OfflineStore, tmp_path: Path
         ingest_rows(store, write_rows(tmp_path, [row(number)]))
     next(_group(store).metadata.glob("*-m0.avro")).unlink()
     with pytest.raises(StepError, match=r"the table of the feature group at .* cannot be read"):
-        store.scan("sales")
+        store.get_record("sales", record_id(0))
 
 
 # --- groups and records --------------------------------------------------------------------------------------------
@@ -615,7 +611,7 @@ def test_groups_are_separate_and_can_be_deleted(store: OfflineStore, tmp_path: P
     assert store.groups() == ["two"]
     assert not [uri for uri in storage.list_files(store.root) if "/two/" not in uri and not uri.endswith("/.two.lock")]
     with pytest.raises(StepError, match=r"there is no feature group one.*\['two'\]"):
-        store.scan("one")
+        store.state("one")
     assert ingest_rows(store, write_rows(tmp_path, [row(1)]), group="one").commit.number == 1
 
 
@@ -627,7 +623,7 @@ def test_deleting_waits_for_the_writer_and_a_waiting_writer_starts_anew(store: O
         writer.start()
         store.folder("sales").remove()
     writer.join()
-    assert set(records(store.scan("sales"))) == {record_id(1)}
+    assert set(records(scan(store))) == {record_id(1)}
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "-a", "a" * 65, "a b"])
@@ -644,11 +640,11 @@ def test_deleting_a_record(store: OfflineStore, tmp_path: Path) -> None:
     assert store.delete_record("sales", record_id(0), moment.replace(tzinfo=None))
     assert not store.delete_record("sales", record_id(0), moment)
     assert store.get_record("sales", record_id(0)) is None
-    assert set(records(store.scan("sales"))) == {record_id(1)}
-    assert set(records(store.scan("sales", as_of=NOON))) == {record_id(0), record_id(1)}
-    described = store.describe("sales")
-    assert (described["live_rows"], described["events"], described["commits"]) == (1, 3, 2)
-    assert described["last_event_time"] == moment.isoformat()
+    assert set(records(scan(store))) == {record_id(1)}
+    assert set(records(scan(store, as_of=NOON))) == {record_id(0), record_id(1)}
+    state = store.state("sales")
+    assert (state.commits[-1].live_rows, sum(f.rows or 0 for f in state.files), len(state.commits)) == (1, 3, 2)
+    assert max(last for _, last in state.event_times) == moment
 
 
 def test_snapshots_differ_by_what_they_hold(store: OfflineStore, tmp_path: Path) -> None:
@@ -661,7 +657,7 @@ def test_snapshots_differ_by_what_they_hold(store: OfflineStore, tmp_path: Path)
     assert (early.rows, early.digest == now.digest) == (None, False)
     assert len(early.files) == 2
     assert len(state.artifact(NOON.replace(tzinfo=None)).files) == 1
-    assert len(records(store.scan("sales", as_of=NOON + timedelta(hours=24)))) == 2
+    assert len(records(scan(store, as_of=NOON + timedelta(hours=24)))) == 2
 
 
 # --- division of work ----------------------------------------------------------------------------------------------

@@ -12,8 +12,7 @@ from pydantic import ValidationError
 from step_scripts.parameters import PRESETS, TUNED, TuneModelParams
 from step_scripts.runner.cluster_resources import cpus_per_worker
 from step_scripts.training.boosting import useful_threads
-from step_scripts.training.search_trials import TrialProposals, first_trial
-from step_scripts.training.trials import TrialRecord, fingerprint
+from step_scripts.training.trials import TrialProposals, TrialRecord, fingerprint, first_trial
 from tests.split_files import TABLE
 
 
@@ -83,10 +82,10 @@ def _search(
                 waits += 1
                 assert running, "nothing runs whose end it could wait for"
                 break
-            proposed[search.number_of(trial_id)] = proposal
+            proposed[search.numbers[trial_id]] = proposal
             running.append(trial_id)
         trial_id = running.pop(ends[len(done)] % len(running))
-        number = search.number_of(trial_id)
+        number = search.numbers[trial_id]
         search.on_trial_complete(trial_id, {"rmse": _rmse(proposed[number])})
         done.append(_record(number, proposed[number], _rmse(proposed[number])))
     return proposed
@@ -129,7 +128,7 @@ def test_where_a_search_cannot_be_repeated_other_trials_follow(algorithm: str, p
     assert not resumed.replayed
     again = [resumed.suggest(str(number)) for number in range(3)]
     assert not [p for p in again if p in [r.parameters for r in done]]
-    assert [resumed.number_of(str(number)) for number in range(3)] == [4, 5, 6]
+    assert [resumed.numbers[str(number)] for number in range(3)] == [4, 5, 6]
 
 
 def test_a_trial_that_takes_long_holds_up_only_those_that_are_proposed_from_it() -> None:
