@@ -22,7 +22,7 @@ from step_scripts.evaluation.report import (
     products,
     sample_of,
 )
-from step_scripts.model.artifact import TrainedModel, load_model
+from step_scripts.model import TrainedModel, load_model
 from step_scripts.parameters import EvaluateModelParams, check_slices
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepContext, StepDefinition, StepError, StepOutcome

@@ -132,7 +132,7 @@ def evaluation_report(
     return materialized(value, report, metadata, result)
 
 
-@dg.asset(group_name="model", kinds={"xgboost"}, code_version=module_version("step_scripts.model.artifact"))
+@dg.asset(group_name="model", kinds={"xgboost"}, code_version=module_version("step_scripts.model"))
 def registered_model(
     context: dg.AssetExecutionContext,
     config: RegistrationConfig,

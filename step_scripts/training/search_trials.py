@@ -15,7 +15,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
-from step_scripts.model.xgboost_native import xgb
+from step_scripts.model import xgb
 from step_scripts.parameters import TUNED, TuneModelParams
 from step_scripts.training.boosting import TrialBoosting, quantile_matrices, useful_threads
 from step_scripts.training.trials import TrialRecord

@@ -12,7 +12,7 @@ import pytest
 import xgboost as xgb
 
 from step_scripts import evaluate_model
-from step_scripts.model.artifact import Scaler, load_model, save_model
+from step_scripts.model import Scaler, load_model, save_model
 from step_scripts.parameters import EvaluateModelParams, Slice
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepResult, file_info
