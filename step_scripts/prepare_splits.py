@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from step_scripts.data.partitions import TIMES, latest_events
-from step_scripts.data.splits import SPLITS, SplitPlan, SplitReport, split_outcome, split_rows
+from step_scripts.data.splits import SPLITS, TIMES, SplitPlan, SplitReport, latest_events, split_outcome, split_rows
 from step_scripts.parameters import PrepareSplitsParams
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepContext, StepDefinition, StepError, StepOutcome
