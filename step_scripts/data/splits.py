@@ -115,7 +115,6 @@ class SplitPlan:
 
     params: PrepareSplitsParams
     uris: dict[str, str]
-    as_of: datetime | None
     files_per_block: int
     places: dict[str, int]
     latest: LatestEvents | None = None
@@ -145,7 +144,8 @@ def split_rows(rows: pl.DataFrame, plan: SplitPlan) -> SplitReport:
     frame = rows.with_columns(*columns_as(rows.schema, types), pl.col("is_deleted").fill_null(False))
     if plan.latest is not None:
         return _write(plan, place, plan.latest.of(frame, place))
-    current = frame.filter(pl.col("event_time") <= plan.as_of) if plan.as_of is not None else frame
+    as_of = plan.params.as_of
+    current = frame.filter(pl.col("event_time") <= as_of) if as_of is not None else frame
     live = current.filter(~pl.col("is_deleted")) if current["is_deleted"].any() else current
     report = _write(plan, place, live)
     later, deleted = frame.height - current.height, current.height - live.height

@@ -88,12 +88,18 @@ def write_bytes(uri: str, data: bytes) -> None:
         with open_output(uri) as stream:
             stream.write(content)
         return
-    target = local_path(uri)
+    with replacing(local_path(uri)) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[IO[bytes]]:
+    """A file open for writing, which takes the place of `target` when the block has ended; nothing does if it fails."""
     private_folder(target.parent)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with file_named(target), temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
