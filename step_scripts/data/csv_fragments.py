@@ -129,10 +129,6 @@ class CsvFragments(Datasource):
         super().__init__()
         self._fragments = fragments
 
-    def get_name(self) -> str:
-        """See `Datasource`; shown in statistics."""
-        return "Csv"
-
     def estimate_inmemory_data_size(self) -> int | None:
         """See `Datasource`."""
         return sum(fragment.end - fragment.start for fragment in self._fragments)

@@ -22,7 +22,7 @@ from step_scripts.runner.contract import Artifact, FileInfo, Reporter, StepConte
 from step_scripts.runner.partition_files import partition_of, read_partition, write_partitions
 from step_scripts.runner.ray_data import PATH, ParquetBlocks, Progress, each_call
 from step_scripts.runner.wording import counted, rounded
-from step_scripts.table.column_types import TIMESTAMP, columns_as, converted, polars_schema
+from step_scripts.table.column_types import TIMESTAMP, columns_as, polars_schema
 from step_scripts.table.distributions import MOST_VALUES, Moments, TableSketch, quantile
 from step_scripts.table.hashes import RowSetDigest, distinct_hashes, hashes_of_ids, split_fraction
 
@@ -72,11 +72,10 @@ def _scatter(
 ) -> int:
     """Write ids, times and positions of a block's events. Returns how many are later than `as_of`."""
     place = files[rows[PATH][0]]
-    times = [name for name in TIMES if name in rows.columns]
     hashes = distinct_hashes(rows["record_id"], hashes_of_ids(rows["record_id"]))
     events = rows.select(
         *map(pl.Series, _ID, hashes),
-        *[converted(pl.col(name), rows.schema[name], TIMESTAMP) for name in times],
+        *columns_as(rows.schema, dict.fromkeys(TIMES, TIMESTAMP)),
         pl.col("is_deleted").fill_null(False),
         pl.int_range(pl.len(), dtype=pl.UInt32).alias("row"),
         pl.lit(place, pl.UInt32).alias("place"),
@@ -94,11 +93,9 @@ def _choose(number: int, places: int, scratch_uri: str) -> tuple[int, int]:
     frames = list(read_partition(storage.list_files(storage.join(scratch_uri, "events")), number))
     if not frames:
         return 0, 0
-    events = pl.concat(frames, how="diagonal")
-    times = [name for name in TIMES if name in events.columns]
-    latest = events.sort(*_ID, *times, maintain_order=True, nulls_last=False).unique(
-        _ID, keep="last", maintain_order=True
-    )
+    events = pl.concat(frames)
+    ordered = events.sort(*_ID, *TIMES, maintain_order=True, nulls_last=False)
+    latest = ordered.unique(_ID, keep="last", maintain_order=True)
     live = latest.filter(~pl.col("is_deleted"))
     uri = storage.join(scratch_uri, "kept", f"{number:05d}.arrow")
     write_partitions(live.select("row"), live["place"].cast(pl.Int64).to_numpy(), places, uri)
