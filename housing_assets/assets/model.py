@@ -100,7 +100,6 @@ def evaluation_report(
         "model": tuned_model.model,
         "train": train_split.rows,
         "test": test_split.rows,
-        **({"statistics": train_split.statistics} if train_split.statistics else {}),
         **({"champion": champion.artifact} if champion else {}),
     }
     params = EvaluateModelParams(table=HOUSING_TABLE, slices=SLICES)

@@ -168,14 +168,16 @@ def write_rows(block: pa.Table, plan: RowsPlan) -> FragmentReport:
         report.fault = fault
         return report
     if rejected.height:
+        rejected = rejected.with_columns(pl.lit(fragment.index, pl.Int32).alias("fragment"))
         with storage.open_output(plan.rejections_uri(fragment.index)) as file:
             rejected.head(LISTED_REJECTIONS).write_parquet(file)
         groups = rejected.group_by("column", "problem", maintain_order=True)
-        report.problems = groups.agg(pl.len().alias("count"), pl.col("line", "value").first())
+        report.problems = groups.agg(pl.len().alias("count"), pl.col("line", "value", "fragment").first())
     if accepted.height:
         hashes = row_hashes(accepted, table.key_columns or table.column_names)
-        event_time = _event_time(table, fragment.file.modified)
-        frame = accepted.select(ids_of_hashes(hashes), event_time, *table.column_names)
+        modified = pl.lit(round(fragment.file.modified * 1e6), dtype=pl.Int64)
+        time = pl.col(table.event_time_column) if table.event_time_column else modified
+        frame = accepted.select(ids_of_hashes(hashes), time.cast(TIMESTAMP).alias("event_time"), *table.column_names)
         report.written = _write(frame, hashes, fragment.index, plan)
         write_ids(plan.ids_uri(fragment.index), fragment.index, hashes, accepted[LINE], plan.partitions)
     return report
@@ -257,9 +259,3 @@ def _file_name(fragment: int) -> str:
 
 def _plain(value: Any) -> Any:
     return value.isoformat() if isinstance(value, datetime) else value
-
-
-def _event_time(table: TableSpec, modified: float) -> pl.Expr:
-    if table.event_time_column:
-        return pl.col(table.event_time_column).cast(TIMESTAMP).alias("event_time")
-    return pl.lit(round(modified * 1e6), dtype=pl.Int64).cast(TIMESTAMP).alias("event_time")

@@ -19,7 +19,7 @@ from step_scripts.runner.contract import FileInfo
 from step_scripts.runner.partition_files import partition_of, read_partition, write_partitions
 from step_scripts.runner.wording import counted
 from step_scripts.table.column_types import polars_schema, violations
-from step_scripts.table.hashes import Hash128
+from step_scripts.table.hashes import Hash128, hashes_of_ids
 from step_scripts.table.spec import TableSpec
 
 _SAMPLED_ROWS = 1000  # that tell whether a column's values repeat
@@ -93,14 +93,12 @@ def sampled_record_ids(uris: Sequence[str], *, at_most: int, total: int) -> tupl
     can be compared id by id, in memory that does not grow with the data.
     """
     share = min(1.0, at_most / max(total, 1))
-    limit = np.uint64(min(int(share * 2**32), 2**32 - 1))
     found: list[pl.Series] = []
     for uri in uris:
         with storage.open_input(uri) as file:
             ids = pl.read_parquet(file, columns=["record_id"])["record_id"]
         if share < 1.0:
-            prefix = ids.str.slice(0, 8).str.to_integer(base=16, dtype=pl.UInt64)
-            ids = ids.filter(prefix <= limit)
+            ids = ids.filter(pl.Series(hashes_of_ids(ids)[0] < np.uint64(share * 2**64)))
         found.append(ids)
     return (pl.concat(found) if found else pl.Series("record_id", [], dtype=pl.String)), share
 

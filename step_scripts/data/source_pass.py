@@ -224,14 +224,11 @@ def rejections(
     )
     frames, problems, listed_cells = [], [], 0
     for report, *_ in reports:
-        if report.problems is None:
-            continue
-        fragment = pl.lit(report.fragment.index, pl.Int32).alias("fragment")
-        problems.append(report.problems.with_columns(fragment))
-        if listed_cells < LISTED_REJECTIONS:
-            stored = storage.read_bytes(plan.rejections_uri(report.fragment.index))
-            frames.append(pl.read_parquet(stored).with_columns(fragment))
-            listed_cells += frames[-1].height
+        if report.problems is not None:
+            problems.append(report.problems)
+            if listed_cells < LISTED_REJECTIONS:
+                frames.append(pl.read_parquet(storage.read_bytes(plan.rejections_uri(report.fragment.index))))
+                listed_cells += frames[-1].height
     if dropped:
         frames.append(_duplicates(duplicate_uris, places, plan.params.table.key_columns))
         first = pl.lit("").alias("column"), pl.lit(dropped, pl.UInt32).alias("count")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from resources.aws.request_validation import InvalidJobRequest, check_request, compiled, problems
+from resources.aws.request_validation import InvalidJobRequest, check_request, compiled
 from resources.compute.sagemaker import StepJob
 from resources.sagemaker.job_requests import TRAINING_ONLY, JobConfig, processing_request, training_request
 
@@ -93,6 +93,15 @@ def test_requests_with_every_setting_are_valid_and_hold_it() -> None:
 def test_what_the_service_would_refuse_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidJobRequest, match=message):
         check_request("CreateTrainingJob", training() | changes)
+
+
+def problems(operation: str, request: dict[str, Any]) -> list[str]:
+    """What is wrong with the request."""
+    try:
+        check_request(operation, request)
+    except InvalidJobRequest as error:
+        return str(error).split("; ")
+    return []
 
 
 def test_all_problems_are_reported_at_once() -> None:
