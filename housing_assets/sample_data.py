@@ -14,9 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.local_files import explain_full_disk
+from step_scripts.runner.local_files import explain_full_disk, replacing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +47,7 @@ def write_sample(path: Path, *, rows: int = 10_000, seed: int = 42, invalid_frac
     if not 0 <= invalid_fraction <= 1:
         raise ValueError(f"invalid_fraction must be between 0 and 1, not {invalid_fraction}")
     try:
-        with storage.replacing(path) as file:
+        with replacing(path) as file:
             for number, first in enumerate(range(0, rows, _BATCH_ROWS)):
                 batch = _batch(seed, number, invalid_fraction)
                 batch.head(rows - first).write_csv(file, include_header=number == 0, quote_style="never")

@@ -28,6 +28,7 @@ from step_scripts.table.spec import TableSpec
 sys.modules.setdefault("sklearn", None)  # pyright: ignore[reportArgumentType]
 try:
     import xgboost as xgb
+    from xgboost.callback import TrainingCallback as TrainingCallback
 finally:
     if sys.modules["sklearn"] is None:
         del sys.modules["sklearn"]

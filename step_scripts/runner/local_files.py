@@ -1,4 +1,4 @@
-"""Local files: folders and files that only their user may read, removal of folders, messages for a full disk."""
+"""Local files: private ones, atomic writes, removal of folders, messages for a full disk."""
 
 from __future__ import annotations
 
@@ -40,6 +40,32 @@ def write_private(path: Path, data: bytes) -> None:
     """Write a new file of mode 0600. Raises `FileExistsError`."""
     with open_private(path, "xb") as file:
         file.write(data)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[IO[bytes]]:
+    """A file open for writing, which takes the place of `target` when the block has ended; nothing does if it fails."""
+    private_folder(target.parent)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with file_named(target), temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        sync_path(target.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_path(path: Path) -> None:
+    """Sync a file or a folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def discard_folder(folder: Path) -> None:

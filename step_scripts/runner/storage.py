@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from step_scripts.runner import s3_objects
-from step_scripts.runner.local_files import file_named, private_folder
+from step_scripts.runner.local_files import file_named, private_folder, replacing, sync_path
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -90,23 +89,6 @@ def write_bytes(uri: str, data: bytes) -> None:
         return
     with replacing(local_path(uri)) as file:
         file.write(data)
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[IO[bytes]]:
-    """A file open for writing, which takes the place of `target` when the block has ended; nothing does if it fails."""
-    private_folder(target.parent)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with file_named(target), temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-        _sync(target.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_json(uri: str, value: object) -> None:
@@ -206,18 +188,10 @@ def sync(uri: str, paths: Iterable[str]) -> None:
     files = [root / path for path in paths]
     folders = {root, root.parent}
     for file in files:
-        _sync(file)
+        sync_path(file)
         folders.update(folder for folder in file.parents if folder.is_relative_to(root))
     for folder in folders:
-        _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_path(folder)
 
 
 def delete(uri: str) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
-from step_scripts.model import Scaler, xgb
+from step_scripts.model import Scaler, TrainingCallback, xgb
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, StepError
 from step_scripts.runner.wording import counted
@@ -202,7 +202,7 @@ def segment_seed(seed: int, segment: int) -> int:
     return (seed + segment * _SEED_STEP) % 2**31
 
 
-class SegmentedBoosting(xgb.callback.TrainingCallback):
+class SegmentedBoosting(TrainingCallback):
     """Records the history, stops `early_stopping_rounds` after the best one, and cuts the fit into segments.
 
     XGBoost keeps neither the state of its random numbers nor its early stopping in a model. So every `interval` rounds

@@ -133,13 +133,14 @@ def test_files_and_their_folders_are_synced_before_the_manifest_is_written(
     tmp_path: Path, ray_session: RaySession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[Path] = []
-    sync = storage._sync
+    sync = storage.sync_path
 
     def noted(path: Path) -> None:
         order.append(path)
         sync(path)
 
-    monkeypatch.setattr(storage, "_sync", noted)
+    for module in (storage, local_files):
+        monkeypatch.setattr(module, "sync_path", noted)
     asked = request(tmp_path)
     result = run(asked, ray_session)
     monkeypatch.undo()
