@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from step_scripts.runner import contract, storage
+from step_scripts.runner import contract, local_files, storage
 from step_scripts.runner.code_version import step_version
 from step_scripts.runner.contract import (
     Artifact,
