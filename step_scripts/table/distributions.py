@@ -127,13 +127,14 @@ class TableSketch:
     @classmethod
     def of(cls, values: np.ndarray, hashes: np.ndarray, size: int = SAMPLE_ROWS) -> TableSketch:
         """Of float64 `values` of shape (rows, columns), with one hash a row, and a sample of at most `size` rows."""
-        missing = np.isnan(values).sum(axis=0)
+        columns = [_without_nan(column) for column in values.T]
+        rows = np.array([len(column) for column in columns], np.int64)
         return cls(
-            rows=len(values) - missing,
-            missing=missing,
-            minimum=np.fmin.reduce(values, axis=0, initial=np.inf),
-            maximum=np.fmax.reduce(values, axis=0, initial=-np.inf),
-            counts=tuple(map(_counts, values.T)),
+            rows=rows,
+            missing=len(values) - rows,
+            minimum=np.array([column.min(initial=np.inf) for column in columns]),
+            maximum=np.array([column.max(initial=-np.inf) for column in columns]),
+            counts=tuple(map(_counts, columns)),
             sample=Sample(size, hashes, values).merge(),
         )
 
@@ -165,13 +166,12 @@ class TableSketch:
 
 
 def _counts(values: np.ndarray) -> Counter[float] | None:
-    """How often there is each value of a column, if they are few."""
-    present = _without_nan(values)
-    if len(np.unique(present[:1000])) > MOST_VALUES:  # spares counting what is continuous anyway
+    """How often there is each of the values, if they are few."""
+    if len(np.unique(values[:1000])) > MOST_VALUES:  # spares counting what is continuous anyway
         return None
     import polars as pl  # here, because asset checks use this module without it
 
-    counted = pl.Series("value", present).value_counts()  # numpy sorts
+    counted = pl.Series("value", values).value_counts()  # numpy sorts
     # Adding zero makes -0.0 the same text as 0.0; Polars leaves such an addition out.
     return Counter({v + 0.0: n for v, n in counted.rows()}) if counted.height <= MOST_VALUES else None
 

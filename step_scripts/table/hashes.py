@@ -27,7 +27,7 @@ Hash128 = np.ndarray
 ID_DIGITS = 32
 _MODULUS = 1 << 64
 _WORD_BYTES = 8
-_BLOCK_ROWS = 1 << 13  # intermediate arrays stay in the CPU's cache
+_BLOCK_ROWS = 1 << 14  # intermediate arrays stay in the CPU's cache
 _ROW_SEEDS = np.array([[0x243F6A8885A308D3], [0x13198A2E03707344]], np.uint64)  # digits of pi
 _NULLS = np.array([[0xA4093822299F31D0], [0x082EFA98EC4E6C89]], np.uint64)
 # Shift, multiplier, shift, multiplier, shift.
@@ -236,7 +236,8 @@ def _text_bits(column: pl.Series) -> Hash128:
         else:
             part = hashes.take(here, axis=1)
             _mix_in(part, [words])
-            hashes[:, here] = part
+            for half, mixed in zip(hashes, part, strict=True):
+                half[here] = mixed
     return hashes
 
 
