@@ -152,7 +152,7 @@ def write_models(folder: Path, with_mlflow: bool) -> None:
 
     from housing_assets.sample_data import generate_sales
     from housing_assets.schema import HOUSING_TABLE
-    from step_scripts.model.artifact import save_model
+    from step_scripts.model import save_model
 
     sales = generate_sales(np.random.default_rng(1), 50_000)
     features = list(HOUSING_TABLE.features)

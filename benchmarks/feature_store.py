@@ -122,11 +122,12 @@ def _write_rows(sample: Path, rows_file: str) -> None:
     """The file as step `validate_source` would write it."""
     from housing_assets.schema import HOUSING_TABLE
     from step_scripts.table.column_types import polars_schema
-    from step_scripts.table.hashes import record_ids
+    from step_scripts.table.hashes import ids_of_hashes, row_hashes
 
     frame = pl.read_csv(sample).cast(dict(polars_schema(HOUSING_TABLE).items()))
     moment = pl.datetime(2024, 1, 1, time_unit="us", time_zone="UTC").alias("event_time")
-    frame = frame.select(record_ids(frame, HOUSING_TABLE.column_names), moment, *HOUSING_TABLE.column_names)
+    names = HOUSING_TABLE.column_names
+    frame = frame.select(ids_of_hashes(row_hashes(frame, names)), moment, *names)
     frame.write_parquet(rows_file)
 
 

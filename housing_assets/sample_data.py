@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from step_scripts.runner.contract import StepError
-from step_scripts.runner.local_files import explain_full_disk, file_named, private_folder
+from step_scripts.runner.local_files import explain_full_disk, replacing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,21 +46,15 @@ def write_sample(path: Path, *, rows: int = 10_000, seed: int = 42, invalid_frac
         raise ValueError(f"rows must be at least 1, not {rows}")
     if not 0 <= invalid_fraction <= 1:
         raise ValueError(f"invalid_fraction must be between 0 and 1, not {invalid_fraction}")
-    private_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with file_named(temporary), temporary.open("wb") as file:
+        with replacing(path) as file:
             for number, first in enumerate(range(0, rows, _BATCH_ROWS)):
                 batch = _batch(seed, number, invalid_fraction)
                 batch.head(rows - first).write_csv(file, include_header=number == 0, quote_style="never")
-            file.flush()
-            os.fsync(file.fileno())  # the file is known by its name from now on
-        os.utime(temporary, (MODIFIED.timestamp(), MODIFIED.timestamp()))
-        temporary.replace(path)
-    except BaseException as error:
-        full = explain_full_disk(error, [path.parent])
-        temporary.unlink(missing_ok=True)
-        if full is not None:
+            file.flush()  # writing changes the time
+            os.utime(file.fileno(), (MODIFIED.timestamp(), MODIFIED.timestamp()))
+    except Exception as error:
+        if full := explain_full_disk(error, [path.parent]):
             raise StepError(full) from error
         raise
     return path

@@ -7,7 +7,6 @@ block by block; what is kept in memory are sums, and at most about five million 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,9 +21,8 @@ from step_scripts.evaluation.report import (
     products,
     sample_of,
 )
-from step_scripts.model.artifact import TrainedModel, load_model
+from step_scripts.model import TrainedModel, load_model
 from step_scripts.parameters import EvaluateModelParams, check_slices
-from step_scripts.runner import storage
 from step_scripts.runner.contract import StepContext, StepDefinition, StepError, StepOutcome
 from step_scripts.runner.ray_data import ParquetBlocks, Progress, parquet_blocks
 from step_scripts.table.spec import TableSpec
@@ -47,7 +45,8 @@ def run(context: StepContext, params: EvaluateModelParams) -> StepOutcome:
                 f"the model at {model.uri} does not fit the table: {unknown}. Train it again on these splits"
             )
         champion_uri, champion_remark = _champion(context, table)
-        means = _means(context, table, loaded)
+        fitted = loaded.scaler.to_json()["mean"]
+        means = np.array([fitted.get(name, 0.0) for name in table.features], dtype=np.float64)
         train, test = (_blocks(context, name, ["record_id", *table.column_names]) for name in ("train", "test"))
     with context.phase("fit linear baseline"):
         progress = Progress(context.log, "evaluate_model, linear baseline", train.rows)
@@ -93,14 +92,6 @@ def _champion(context: StepContext, table: TableSpec) -> tuple[str | None, str]:
         context.log.warning(f"the champion at {artifact.uri} cannot be compared: {reason}")
         return None, f"cannot be compared: {reason}"
     return artifact.uri, ""
-
-
-def _means(context: StepContext, table: TableSpec, model: TrainedModel) -> np.ndarray:
-    """Means of the features in the training split; they replace nulls in the linear baseline."""
-    means = model.scaler.to_json()["mean"]
-    if (statistics := context.inputs.get("statistics")) is not None:
-        means = json.loads(storage.read_bytes(statistics.file_uri("scaler.json")))["mean"]
-    return np.array([means.get(name, 0.0) for name in table.features], dtype=np.float64)
 
 
 def _blocks(context: StepContext, name: str, columns: Sequence[str]) -> ParquetBlocks:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from step_scripts.runner.contract import StepError, StepParams
 from step_scripts.table.spec import NUMERIC_DTYPES, TableSpec
@@ -123,7 +123,7 @@ class PrepareSplitsParams(PrepareSplitsSettings, StepParams):
 
     table: TableSpec
     deduplicate: bool = True
-    as_of: str | None = Field(default=None, description="Latest event time to read, ISO 8601.")
+    as_of: AwareDatetime | None = Field(default=None, description="Latest event time to read.")
 
 
 class TunedParameter(NamedTuple):

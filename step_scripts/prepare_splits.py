@@ -8,13 +8,11 @@ out first which rows count (`latest_events`).
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime
 
-from step_scripts.data.partitions import TIMES, latest_events
-from step_scripts.data.splits import SPLITS, SplitPlan, SplitReport, split_outcome, split_rows
+from step_scripts.data.splits import SPLITS, TIMES, SplitPlan, SplitReport, latest_events, split_outcome, split_rows
 from step_scripts.parameters import PrepareSplitsParams
 from step_scripts.runner import storage
-from step_scripts.runner.contract import StepContext, StepDefinition, StepError, StepOutcome
+from step_scripts.runner.contract import StepContext, StepDefinition, StepOutcome
 from step_scripts.runner.ray_data import Progress, parquet_blocks
 from step_scripts.table.distributions import TableSketch
 
@@ -24,7 +22,7 @@ _SMALLEST_DIVIDED_BLOCK = 1000
 def run(context: StepContext, params: PrepareSplitsParams) -> StepOutcome:
     """Write the three splits and the training split's statistics.
 
-    Raises `StepError` if a split would be empty, a file lacks a column, or `as_of` is no time.
+    Raises `StepError` if a split would be empty, or a file lacks a column.
     """
     table, features = params.table, context.inputs["features"]
     nullable = [column.name for column in table.columns if column.nullable]
@@ -36,7 +34,6 @@ def run(context: StepContext, params: PrepareSplitsParams) -> StepOutcome:
         plan = SplitPlan(
             params=params,
             uris={split: context.output_uri(split) for split in SPLITS},
-            as_of=_parsed_time(params.as_of),
             files_per_block=2 if blocks.count == 1 and blocks.rows >= _SMALLEST_DIVIDED_BLOCK else 1,
             places=blocks.files,
         )
@@ -44,7 +41,7 @@ def run(context: StepContext, params: PrepareSplitsParams) -> StepOutcome:
     if params.deduplicate:
         with context.phase("exchange"):
             events = blocks.select("record_id", "is_deleted", *TIMES)
-            plan = replace(plan, latest=latest_events(events, plan.as_of, scratch_uri, context.log))
+            plan = replace(plan, latest=latest_events(events, params.as_of, scratch_uri, context.log))
     with context.phase("split"):
         progress = Progress(context.log, "prepare_splits", blocks.rows)
         found: dict[int, SplitReport] = {}
@@ -54,16 +51,6 @@ def run(context: StepContext, params: PrepareSplitsParams) -> StepOutcome:
             found[place] = replace(report, sketch=TableSketch.empty(0))
     storage.delete_folder(scratch_uri)
     return split_outcome(context, plan, [found[place] for place in sorted(found)], sketch)
-
-
-def _parsed_time(text: str | None) -> datetime | None:
-    if text is None:
-        return None
-    try:
-        parsed = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise StepError(f"as_of = {text!r} is not a time in ISO 8601, for example 2024-05-01T00:00:00+00:00") from error
-    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
 
 
 STEP = StepDefinition(params=PrepareSplitsParams, run=run, inputs=("features",), outputs=(*SPLITS, "statistics"))

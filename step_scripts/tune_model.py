@@ -1,7 +1,7 @@
 """Step `tune_model`: a hyperparameter search on Ray Tune, then the final fit, by the engine that was chosen.
 
 Inputs: `train` and `validation` (Parquet files of raw rows), `statistics` (`scaler.json`, `statistics.json`).
-Outputs: `model` (see `step_scripts.model.artifact`) and `report`:
+Outputs: `model` (see `step_scripts.model`) and `report`:
 `trials.json` (a list of `TrialRecord`), `learning_curve.json` (RMSE of both splits by round of the final fit) and
 `importance.json` (gain, weight and cover of each feature).
 """
@@ -18,8 +18,7 @@ import ray
 import ray.tune.search.optuna  # Optuna sets up its loggers and the environment when it is imported, which is here
 from ray import tune
 
-from step_scripts.model.artifact import save_model
-from step_scripts.model.xgboost_native import xgb
+from step_scripts.model import save_model, xgb
 from step_scripts.parameters import TuneModelParams
 from step_scripts.runner import storage
 from step_scripts.runner.cluster_resources import cpus_per_worker, free_cpus, no_room, node_cpus

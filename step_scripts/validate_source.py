@@ -14,7 +14,8 @@ from typing import Any
 
 from step_scripts.data.csv_fragments import FragmentReport, RowsPlan, merged_statistics, rewrite_rows, rows_artifact
 from step_scripts.data.csv_header import CsvFile, read_header
-from step_scripts.data.partitions import find_duplicates, partition_count
+from step_scripts.data.csv_rows import RowCounts
+from step_scripts.data.row_files import find_duplicates, partition_count
 from step_scripts.data.source_pass import (
     check_counts,
     check_rows,
@@ -63,23 +64,17 @@ def run(context: StepContext, params: ValidateSourceParams) -> StepOutcome:
         rejected_uri = storage.join(context.output_uri("rejected"), _REJECTED)
         storage.write_bytes(rejected_uri, table.write_csv().encode())
     storage.delete_folder(plan.scratch_uri)
-    total = sum(r.records for r in reports)
-    rejected = sum(r.rejected_rows for r in reports) + dropped
-    # A row that takes many lines may be many rows, swallowed by a stray quote.
-    rejected_lines, lines_total = sum(r.rejected_lines for r in reports) + dropped, sum(r.record_lines for r in reports)
-    fraction = max(rejected / total, rejected_lines / lines_total)
+    counts = RowCounts.total([*(r.counts for r in reports), RowCounts(rejected=dropped, rejected_lines=dropped)])
     details: dict[str, Any] = {
         "rejected_rows": table.head(_ROWS_SHOWN).to_dicts(),
         "rejection_reasons": [vars(reason) for reason in reasons[:_REASONS_SHOWN]],
     }
-    if fraction > params.max_rejected_fraction or rejected == total:
-        message = rejection_message(
-            (rejected, total), (rejected_lines, lines_total), reasons, params, context.request.kept_uri(_REJECTED)
-        )
+    if counts.rejected_fraction > params.max_rejected_fraction or counts.rejected == counts.records:
+        message = rejection_message(counts, reasons, params, context.request.kept_uri(_REJECTED))
         raise StepError(message, details=details, keep={_REJECTED: rejected_uri})
-    if rejected:
+    if counts.rejected:
         context.log.warning(
-            f"{rejected:,} of {counted(total, 'row')} {are(rejected)} rejected: "
+            f"{counts.rejected:,} of {counted(counts.records, 'row')} {are(counts.rejected)} rejected: "
             f"{'; '.join(r.sentence() for r in reasons[:5])}. {rejected_uri} lists them"
         )
     rejected_file = file_info(rejected_uri, context.output_uri("rejected"), rows=table.height)
@@ -90,9 +85,9 @@ def run(context: StepContext, params: ValidateSourceParams) -> StepOutcome:
             "rejected": Artifact.of(context.output_uri("rejected"), [rejected_file]),
         },
         metrics={
-            "rows": total - rejected,
-            "rejected_rows": rejected,
-            "rejected_fraction": fraction,
+            "rows": counts.records - counts.rejected,
+            "rejected_rows": counts.rejected,
+            "rejected_fraction": counts.rejected_fraction,
             "duplicate_rows": duplicates.total(),
             "extra_columns": len({name for names in extra.values() for name in names}),
             "files": len(files),

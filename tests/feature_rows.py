@@ -20,6 +20,7 @@ from step_scripts.parameters import IngestFeaturesParams, IngestionTarget
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, FileInfo, StepContext, StepRequest, file_info
 from step_scripts.table.column_types import polars_schema
+from step_scripts.table.hashes import ids_of_hashes, row_hashes
 from step_scripts.table.spec import ColumnSpec, TableSpec
 
 NOON = datetime(2024, 5, 1, 12, tzinfo=UTC)
@@ -33,6 +34,11 @@ TABLE = TableSpec(
     target="PRICE",
 )
 Row = tuple[str, datetime, float, int | None, bool]
+
+
+def record_ids(frame: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
+    """Ids of the rows over `columns`."""
+    return ids_of_hashes(row_hashes(frame, columns))
 
 
 def record_id(number: int) -> str:

@@ -15,7 +15,7 @@ from housing_assets.schema import HOUSING_TABLE
 from resources.endpoints.base import SmokeTest
 from resources.model_registry.base import GateEvidence, ModelVersion
 from resources.model_registry.local import LocalModelRegistry
-from step_scripts.model.artifact import load_model, save_model
+from step_scripts.model import load_model, save_model
 from step_scripts.runner.contract import Artifact
 from step_scripts.table.spec import TableSpec
 

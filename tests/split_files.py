@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from step_scripts.model.artifact import Scaler
+from step_scripts.model import Scaler
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, file_info
 from step_scripts.table.spec import ColumnSpec, TableSpec

@@ -100,7 +100,6 @@ def evaluation_report(
         "model": tuned_model.model,
         "train": train_split.rows,
         "test": test_split.rows,
-        **({"statistics": train_split.statistics} if train_split.statistics else {}),
         **({"champion": champion.artifact} if champion else {}),
     }
     params = EvaluateModelParams(table=HOUSING_TABLE, slices=SLICES)
@@ -132,7 +131,7 @@ def evaluation_report(
     return materialized(value, report, metadata, result)
 
 
-@dg.asset(group_name="model", kinds={"xgboost"}, code_version=module_version("step_scripts.model.artifact"))
+@dg.asset(group_name="model", kinds={"xgboost"}, code_version=module_version("step_scripts.model"))
 def registered_model(
     context: dg.AssetExecutionContext,
     config: RegistrationConfig,

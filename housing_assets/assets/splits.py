@@ -59,7 +59,7 @@ def splits(
         **config.model_dump(include=set(PrepareSplitsSettings.model_fields)),
         table=HOUSING_TABLE,
         deduplicate=snapshot.deduplicate,
-        as_of=snapshot.as_of.isoformat() if snapshot.as_of else None,
+        as_of=snapshot.as_of,
     )
     result = compute.run(context, "prepare_splits", params, {"features": snapshot.artifact})
     total = sum(result.outputs[split].rows or 0 for split in SPLITS)

@@ -18,7 +18,7 @@ from step_scripts.table.spec import TableSpec
 if TYPE_CHECKING:
     import polars as pl
 
-    from step_scripts.model.artifact import TrainedModel
+    from step_scripts.model import TrainedModel
 
 # Served and offline predictions come from the same float32 model; only the text form of a number may differ.
 RELATIVE_TOLERANCE = 1e-5
@@ -34,7 +34,7 @@ def smoke_test_from(model: Artifact, rows: Artifact, count: int) -> SmokeTest:
     """The first `count` rows of `rows` as CSV of raw features, with the predictions of `model` made here."""
     import polars as pl
 
-    from step_scripts.model.artifact import load_model
+    from step_scripts.model import load_model
 
     trained = load_model(model.uri, threads=1)
     frames: list[pl.DataFrame] = []
@@ -50,7 +50,7 @@ def typical_test(model: Artifact, requests: int) -> SmokeTest:
     """A typical row, so many times."""
     import polars as pl
 
-    from step_scripts.model.artifact import load_model
+    from step_scripts.model import load_model
 
     return _predicted(load_model(model.uri, threads=1), pl.concat([typical_row(model)] * requests))
 

@@ -26,7 +26,7 @@ def schema(raw_csv: SourceRef) -> dg.AssetCheckResult:
     Looks at the files written, not at what the step reported: the columns of all of them, the values of the first
     million rows.
     """
-    from step_scripts.data.parquet_files import schema_violations
+    from step_scripts.data.row_files import schema_violations
 
     violations, figures = schema_violations(
         raw_csv.rows.file_uris(".parquet"), raw_csv.table, sample_rows=VALIDATED_ROWS
@@ -57,7 +57,7 @@ def reconciliation(
     feature_group: OfflineSnapshot, raw_csv: SourceRef, feature_store: FeatureStore
 ) -> dg.AssetCheckResult:
     """Every row that went in can be read from the feature store. Compares record ids, not counts alone."""
-    from step_scripts.data.parquet_files import sampled_record_ids
+    from step_scripts.data.row_files import sampled_record_ids
 
     rows_in, readable = raw_csv.rows.rows or 0, feature_group.artifact.rows or 0
     total = max(rows_in, readable)

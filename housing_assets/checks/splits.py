@@ -30,7 +30,7 @@ def no_leakage(train_split: SplitRef, validation_split: SplitRef, test_split: Sp
     """No record is in two splits."""
     import polars as pl
 
-    from step_scripts.data.parquet_files import sampled_record_ids
+    from step_scripts.data.row_files import sampled_record_ids
 
     splits = {"train": train_split, "validation": validation_split, "test": test_split}
     total = sum(split.rows.rows or 0 for split in splits.values())

@@ -35,17 +35,12 @@ class InvalidJobRequest(ValueError):
 
 def check_request(operation: str, params: Mapping[str, Any]) -> None:
     """Raise `InvalidJobRequest` with all problems of a SageMaker request, if it has any."""
-    if found := problems(operation, params):
-        raise InvalidJobRequest(f"{operation} would be refused: {'; '.join(found)}")
-
-
-def problems(operation: str, params: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a request to a SageMaker operation; empty if nothing is."""
     from botocore.validate import ParamValidator
 
     shape = _model().operation_model(operation).input_shape
     report = ParamValidator().validate(params, shape)  # members that are missing or unknown, types, minima
-    return [*report.generate_report().splitlines(), *_limits(shape, params, "", operation)]
+    if found := [*report.generate_report().splitlines(), *_limits(shape, params, "", operation)]:
+        raise InvalidJobRequest(f"{operation} would be refused: {'; '.join(found)}")
 
 
 @functools.cache

@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
 import dagster as dg
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from resources.inventory import NotOwned, OwnedItem, files_below, remove_empty
 from step_scripts.runner import storage
+from step_scripts.runner.contract import StepParams
 from step_scripts.runner.wording import counted, number
 
 _TIME = "%Y%m%dT%H%M%S%fZ"
@@ -32,13 +33,11 @@ class EvidenceUnreadable(ValueError):
     """A file of evidence is damaged. The message names it."""
 
 
-class Judged(BaseModel):
+class Judged(StepParams):
     """What the blocking checks of an asset judge: digests of content, and what else the result depends on.
 
     `subject` brings results about the same thing together (of a model: all its evaluations).
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     asset: str
     subject: str
@@ -57,10 +56,8 @@ class Judged(BaseModel):
         )
 
 
-class Evidence(BaseModel):
+class Evidence(StepParams):
     """One evaluation of a blocking check. `figures` are the plain values of its metadata, the threshold among them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     check: str
     judged: Judged

@@ -15,9 +15,10 @@ from typing import Any
 
 import dagster as dg
 from dagster._core.execution.context.output import RUN_ID_PLACEHOLDER  # has no public name
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PrivateAttr, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, JsonValue, PrivateAttr, TypeAdapter, ValidationError
 
 from step_scripts.runner import storage
+from step_scripts.runner.contract import StepParams
 
 # Metadata of a materialization: the URI of its reference file, and those of the files that its step has read.
 REFERENCE, READ = "reference", "references_read"
@@ -26,15 +27,13 @@ _OWN = re.compile(r"[\w-]+-[0-9a-f]{16}\.json|\d{4}-\d\d-\d\d\.json")
 _PAGE = 200
 
 
-class StoredReference(BaseModel):
+class StoredReference(StepParams):
     """The content of a reference file: `value` is what the asset returned, `read` the files of its inputs by asset."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     asset: str
     partitions: tuple[str, ...] = ()
     run_id: str
-    read: dict[str, str] = {}
+    read: dict[str, str] = Field(default_factory=dict)
     value: JsonValue
 
     def write(self, root: str) -> str:

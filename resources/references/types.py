@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from resources.references.evidence import Judged
 from step_scripts.parameters import SourceFile
-from step_scripts.runner.contract import Artifact
+from step_scripts.runner.contract import Artifact, StepParams
 from step_scripts.table.spec import TableSpec
 
 
-class Reference(BaseModel):
+class Reference(StepParams):
     """Base of all references."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ProducedRef(Reference):
@@ -84,7 +82,7 @@ class SplitRef(ProducedRef):
     configured_fraction: float
     statistics: Artifact | None = None
     snapshot: SnapshotRef | None = None
-    splits: dict[str, str] = {}
+    splits: dict[str, str] = Field(default_factory=dict)
     judged: tuple[Judged, ...] = ()
 
 
@@ -99,7 +97,7 @@ class ModelRef(ProducedRef):
     made_at: datetime | None = None
     validation_digest: str | None = None
     train: SplitRef | None = None
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
     judged: tuple[Judged, ...] = ()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial, reduce
 from itertools import pairwise
@@ -21,7 +21,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from step_scripts.data.csv_header import DIGEST_BLOCK, CsvFile, block_sum
-from step_scripts.data.csv_rows import LINE, read_rows
+from step_scripts.data.csv_rows import LINE, RowCounts, read_rows
 from step_scripts.data.csv_text import (
     QUOTE,
     DamagedText,
@@ -31,8 +31,7 @@ from step_scripts.data.csv_text import (
     record_end,
     with_newlines,
 )
-from step_scripts.data.parquet_files import write_parquet
-from step_scripts.data.partitions import without_duplicates, write_ids
+from step_scripts.data.row_files import without_duplicates, write_ids, write_parquet
 from step_scripts.parameters import ValidateSourceParams
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, FileInfo
@@ -77,10 +76,8 @@ class FragmentReport:
 
     `start`, `end`: the bytes of the file that were read. `odd_quotes`: the next fragment begins inside of quotes if
     this one begins outside. `content`: the sum of its blocks (`block_sum`). `fault`: what is wrong with the fragment as
-    a whole; there are no rows then. `counted` rows were found by line ends alone, `records` were parsed or are
-    `malformed_rows`, without the header's number of fields. `record_lines` and `rejected_lines` are the lines that all
-    and the rejected rows take. `problems`: of each column and problem, how many cells have it, and the first one's line
-    and value.
+    a whole; there are no rows then. `counted` rows were found by line ends alone, those of `counts` by parsing.
+    `problems`: of each column and problem, how many cells have it, and the first one's line and value.
     """
 
     fragment: Fragment
@@ -91,11 +88,7 @@ class FragmentReport:
     lines: int = 0
     content: int = 0
     counted: int = 0
-    records: int = 0
-    malformed_rows: int = 0
-    rejected_rows: int = 0
-    record_lines: int = 0
-    rejected_lines: int = 0
+    counts: RowCounts = field(default_factory=RowCounts)
     problems: pl.DataFrame | None = None
     written: WrittenRows = field(default_factory=WrittenRows)
 
@@ -136,10 +129,6 @@ class CsvFragments(Datasource):
         super().__init__()
         self._fragments = fragments
 
-    def get_name(self) -> str:
-        """See `Datasource`; shown in statistics."""
-        return "Csv"
-
     def estimate_inmemory_data_size(self) -> int | None:
         """See `Datasource`."""
         return sum(fragment.end - fragment.start for fragment in self._fragments)
@@ -174,20 +163,21 @@ def write_rows(block: pa.Table, plan: RowsPlan) -> FragmentReport:
     fragment, table, text = report.fragment, plan.params.table, block["text"][0].as_py()
     try:
         report.lines, report.counted = count_lines(text), count_records(text, plan.params.delimiter)
-        accepted, rejected, counts = read_rows(text, report.start, fragment.file, plan.params)
+        accepted, rejected, report.counts = read_rows(text, report.start, fragment.file, plan.params)
     except DamagedText as fault:
         report.fault = fault
         return report
-    report = replace(report, **counts)
     if rejected.height:
+        rejected = rejected.with_columns(pl.lit(fragment.index, pl.Int32).alias("fragment"))
         with storage.open_output(plan.rejections_uri(fragment.index)) as file:
             rejected.head(LISTED_REJECTIONS).write_parquet(file)
         groups = rejected.group_by("column", "problem", maintain_order=True)
-        report.problems = groups.agg(pl.len().alias("count"), pl.col("line", "value").first())
+        report.problems = groups.agg(pl.len().alias("count"), pl.col("line", "value", "fragment").first())
     if accepted.height:
         hashes = row_hashes(accepted, table.key_columns or table.column_names)
-        event_time = _event_time(table, fragment.file.modified)
-        frame = accepted.select(ids_of_hashes(hashes), event_time, *table.column_names)
+        modified = pl.lit(round(fragment.file.modified * 1e6), dtype=pl.Int64)
+        time = pl.col(table.event_time_column) if table.event_time_column else modified
+        frame = accepted.select(ids_of_hashes(hashes), time.cast(TIMESTAMP).alias("event_time"), *table.column_names)
         report.written = _write(frame, hashes, fragment.index, plan)
         write_ids(plan.ids_uri(fragment.index), fragment.index, hashes, accepted[LINE], plan.partitions)
     return report
@@ -269,9 +259,3 @@ def _file_name(fragment: int) -> str:
 
 def _plain(value: Any) -> Any:
     return value.isoformat() if isinstance(value, datetime) else value
-
-
-def _event_time(table: TableSpec, modified: float) -> pl.Expr:
-    if table.event_time_column:
-        return pl.col(table.event_time_column).cast(TIMESTAMP).alias("event_time")
-    return pl.lit(round(modified * 1e6), dtype=pl.Int64).cast(TIMESTAMP).alias("event_time")

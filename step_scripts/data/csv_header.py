@@ -5,13 +5,14 @@ Also the digest of a file's content, which starts with the header and is continu
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import hashlib
 import io
 import re
 
-from step_scripts.data.csv_text import count_lines, line_end, long_line_fault, record_end, with_newlines
+from step_scripts.data.csv_text import DamagedText, count_lines, line_end, long_line_fault, record_end, with_newlines
 from step_scripts.parameters import SourceFile, ValidateSourceParams
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
@@ -61,6 +62,10 @@ def read_header(file: SourceFile, params: ValidateSourceParams) -> CsvFile:
     _check_content(file.uri, head)
     complete = len(head) == file.bytes
     head = with_newlines(head)
+    try:
+        check_text(head, complete=complete)
+    except DamagedText as fault:
+        raise StepError(f"{file.uri}, line {fault.line}: {fault.problem}") from fault
     start = len(UTF8_BOM) if head.startswith(UTF8_BOM) else 0
     first = _first_line(file, head, start, params.max_line_bytes)
     line = count_lines(head[:first]) + 1
@@ -70,11 +75,8 @@ def read_header(file: SourceFile, params: ValidateSourceParams) -> CsvFile:
     end = end if end >= 0 else len(head)
     header_lines = count_lines(head[:end])
     try:
-        text = head[first:end].decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise StepError(f"{file.uri}, line {line}: {encoding_fault(head, first + error.start)}") from error
-    try:
-        names, *beyond = csv.reader(io.StringIO(text, newline=""), delimiter=params.delimiter)
+        header = io.StringIO(head[first:end].decode("utf-8"), newline="")
+        names, *beyond = csv.reader(header, delimiter=params.delimiter)
     except csv.Error as error:
         raise StepError(f"{file.uri}, line {line}: the header is not readable as CSV ({error})") from error
     # No column name, but what stands between two stray quote characters.
@@ -99,20 +101,21 @@ def read_header(file: SourceFile, params: ValidateSourceParams) -> CsvFile:
     )
 
 
-def encoding_fault(data: bytes, position: int, offset: int = 0) -> str:
-    """What is wrong with the byte at `position` of `data`, which stands at `offset` in its file."""
-    return (
-        f"byte 0x{data[position]:02X} at offset {offset + position:,} is not UTF-8. "
-        "Convert the file, for example from Latin-1: iconv -f ISO-8859-1 -t UTF-8"
-    )
+def check_text(data: bytes, offset: int = 0, *, complete: bool = True) -> None:
+    """Raise `DamagedText` unless `data`, which stands at `offset` in its file, is text in UTF-8.
 
-
-def nul_fault(position: int) -> str:
-    """What a byte 0 at `position` of the file means."""
-    return (
-        f"byte 0x00 at offset {position:,}: the file is binary, damaged or encoded in UTF-16. "
-        "Export it again as CSV in UTF-8"
-    )
+    Unless it is `complete`, it may end within a character.
+    """
+    if (position := data.find(b"\0")) >= 0:
+        problem = "the file is binary, damaged or encoded in UTF-16. Export it again as CSV in UTF-8"
+        raise DamagedText(count_lines(data[:position]) + 1, f"byte 0x00 at offset {offset + position:,}: {problem}")
+    if not data.isascii():
+        try:
+            codecs.utf_8_decode(data, "strict", complete)
+        except UnicodeDecodeError as error:
+            byte = f"byte 0x{data[error.start]:02X} at offset {offset + error.start:,}"
+            remedy = "Convert the file, for example from Latin-1: iconv -f ISO-8859-1 -t UTF-8"
+            raise DamagedText(count_lines(data[: error.start]) + 1, f"{byte} is not UTF-8. {remedy}") from error
 
 
 def _read_head(file: SourceFile, max_line_bytes: int) -> bytes:
@@ -151,8 +154,6 @@ def _check_content(uri: str, head: bytes) -> None:
         raise StepError(f"{uri} is an HTML or XML page, not a CSV file: was a download answered by an error page?")
     if start.startswith((b"{", b'["', b"[{", b"[[", b"[\n")):
         raise StepError(f"{uri} is JSON, not a CSV file: export the table as CSV")
-    if (position := head.find(b"\0")) >= 0:
-        raise StepError(f"{uri}, line {head.count(10, 0, position) + 1}: {nul_fault(position)}")
     if not head.strip(UTF8_BOM + b" \t\r\n"):
         raise StepError(f"{uri} holds nothing but blanks: export it again, with a header line and rows")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import polars as pl
 
-from step_scripts.data.csv_header import CsvFile, encoding_fault, nul_fault
+from step_scripts.data.csv_header import CsvFile, check_text
 from step_scripts.data.csv_text import DamagedText, Records, blank_bytes, count_lines, split_records
 from step_scripts.parameters import ValidateSourceParams
 from step_scripts.runner.wording import counted
@@ -35,39 +36,51 @@ REJECTIONS = {
 """Columns of a table of rejected cells. `problem` is the reason without what belongs to one row only."""
 
 
+class RowCounts(NamedTuple):
+    """Rows that were found, and the rejected ones among them, with the lines that they take.
+
+    `malformed` rows, without the header's number of fields, are rejected, too.
+    """
+
+    records: int = 0
+    record_lines: int = 0
+    rejected: int = 0
+    rejected_lines: int = 0
+    malformed: int = 0
+
+    @classmethod
+    def total(cls, counts: Iterable[RowCounts]) -> RowCounts:
+        """Of different rows."""
+        return cls(*map(sum, zip(*counts, strict=True)))
+
+    @property
+    def rejected_fraction(self) -> float:
+        """Of rows or of lines: a row that takes many lines may be many rows, swallowed by a stray quote."""
+        return max(self.rejected / self.records, self.rejected_lines / self.record_lines)
+
+
 def read_rows(
     data: bytes, offset: int, file: CsvFile, params: ValidateSourceParams
-) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, int]]:
+) -> tuple[pl.DataFrame, pl.DataFrame, RowCounts]:
     """The accepted rows, with the table's columns and `LINE`, the rejected cells (`REJECTIONS`), and counts.
 
-    `data` are lines of `file` from byte `offset` on, as `with_newlines` returned them. The counts have the names of
-    fields of `FragmentReport`. Raises `DamagedText` for a fault that makes other lines doubtful, too.
+    `data` are lines of `file` from byte `offset` on, as `with_newlines` returned them. Raises `DamagedText` for a fault
+    that makes other lines doubtful, too.
     """
-    _check_text(data, offset)
+    check_text(data, offset)
     records, frame, faults = _parse(data, file, params)
     wrong = faults["row"].unique()
     rows = frame.with_columns(pl.Series(LINE, records.lines))
     accepted = rows.filter(~pl.int_range(pl.len(), dtype=pl.UInt32).is_in(wrong.implode())) if len(wrong) else rows
     malformed_lines = sum(row.lines for row in records.malformed_rows)
-    counts = {
-        "records": rows.height + len(records.malformed_rows),
-        "malformed_rows": len(records.malformed_rows),
-        "rejected_rows": len(wrong) + len(records.malformed_rows),
-        "record_lines": int(records.spans.sum()) + malformed_lines,
-        "rejected_lines": int(records.spans[wrong.to_numpy()].sum()) + malformed_lines,
-    }
+    counts = RowCounts(
+        records=rows.height + len(records.malformed_rows),
+        record_lines=int(records.spans.sum()) + malformed_lines,
+        rejected=len(wrong) + len(records.malformed_rows),
+        rejected_lines=int(records.spans[wrong.to_numpy()].sum()) + malformed_lines,
+        malformed=len(records.malformed_rows),
+    )
     return accepted, _rejected(records, faults, file.fields), counts
-
-
-def _check_text(data: bytes, offset: int) -> None:
-    if (position := data.find(b"\0")) >= 0:
-        raise DamagedText(count_lines(data[:position]) + 1, nul_fault(offset + position))
-    if not data.isascii():
-        try:
-            data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = count_lines(data[: error.start]) + 1
-            raise DamagedText(line, encoding_fault(data, error.start, offset)) from error
 
 
 def _parse(data: bytes, file: CsvFile, params: ValidateSourceParams) -> tuple[Records, pl.DataFrame, pl.DataFrame]:

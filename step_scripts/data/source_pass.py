@@ -20,8 +20,8 @@ from step_scripts.data.csv_fragments import (
     write_rows,
 )
 from step_scripts.data.csv_header import CsvFile, content_digest
-from step_scripts.data.csv_rows import REJECTIONS
-from step_scripts.data.partitions import first_duplicates
+from step_scripts.data.csv_rows import REJECTIONS, RowCounts
+from step_scripts.data.row_files import first_duplicates
 from step_scripts.parameters import SourceFile, ValidateSourceParams
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepContext, StepError
@@ -43,9 +43,9 @@ class FileReport:
     fragments: Sequence[FragmentReport]
 
     @property
-    def records(self) -> int:
-        """Rows that were found, accepted or not."""
-        return sum(report.records for report in self.fragments)
+    def counts(self) -> RowCounts:
+        """Rows that were found, accepted or not; equal rows are not looked for."""
+        return RowCounts.total(report.counts for report in self.fragments)
 
     @property
     def rows(self) -> int:
@@ -99,7 +99,7 @@ def read_files(context: StepContext, plan: RowsPlan, files: Sequence[CsvFile]) -
         if chosen:
             context.log.info(f"{counted(len(chosen), 'fragment')} cut inside of a quoted field: reading them again")
     _raise_faults(found)
-    context.log.info(f"{counted(sum(report.records for report in reports.values()), 'row')} validated")
+    context.log.info(f"{counted(sum(file.counts.records for file in found), 'row')} validated")
     return found
 
 
@@ -138,16 +138,17 @@ def check_rows(files: Sequence[FileReport]) -> None:
     """Raise `StepError` for a file without rows, and for one in which no row has the header's number of fields."""
     for found in files:
         uri = found.file.uri
-        if not found.records:
+        rows = found.counts.records
+        if not rows:
             raise StepError(f"{uri} has a header and no rows: export it again with its rows")
-        if found.records == sum(report.malformed_rows for report in found.fragments):
+        if rows == found.counts.malformed:
             problem, line = next(
                 (report.problems["problem"][0], lines + report.problems["line"][0])
                 for report, lines in found.with_lines_before()
                 if report.problems is not None
             )
             raise StepError(
-                f"{uri}, line {line}: the {problem}, and no row fits the header ({counted(found.records, 'row')}). "
+                f"{uri}, line {line}: the {problem}, and no row fits the header ({counted(rows, 'row')}). "
                 "Does the header lack a name, does each line end with a delimiter, or are decimals written with a "
                 "comma? Export the file again so that header and rows agree"
             )
@@ -164,7 +165,7 @@ def check_counts(files: Sequence[FileReport], dropped: Mapping[int, int]) -> Non
         if starts != [file.data_start, *(report.end for report in found.fragments)]:
             raise StepError(f"{uri} changed while it was read. Wait until it is completely written, then start again")
         counted_rows = sum(report.counted for report in found.fragments)
-        rejected = sum(report.rejected_rows + dropped.get(report.fragment.index, 0) for report in found.fragments)
+        rejected = sum(report.counts.rejected + dropped.get(report.fragment.index, 0) for report in found.fragments)
         if counted_rows != found.rows + rejected:
             raise StepError(
                 f"{uri} holds {counted(counted_rows, 'row')}, but {found.rows:,} were accepted and {rejected:,} "
@@ -201,7 +202,7 @@ def files_read(files: Sequence[FileReport]) -> list[dict[str, int | str]]:
             "file": found.file.uri,
             "bytes": found.file.bytes,
             "rows": found.rows,
-            "rejected_rows": found.records - found.rows,
+            "rejected_rows": found.counts.records - found.rows,
             "content": content_digest(found.file.bytes, [found.file.head_sum, *(r.content for r in found.fragments)]),
         }
         for found in files
@@ -224,14 +225,11 @@ def rejections(
     )
     frames, problems, listed_cells = [], [], 0
     for report, *_ in reports:
-        if report.problems is None:
-            continue
-        fragment = pl.lit(report.fragment.index, pl.Int32).alias("fragment")
-        problems.append(report.problems.with_columns(fragment))
-        if listed_cells < LISTED_REJECTIONS:
-            stored = storage.read_bytes(plan.rejections_uri(report.fragment.index))
-            frames.append(pl.read_parquet(stored).with_columns(fragment))
-            listed_cells += frames[-1].height
+        if report.problems is not None:
+            problems.append(report.problems)
+            if listed_cells < LISTED_REJECTIONS:
+                frames.append(pl.read_parquet(storage.read_bytes(plan.rejections_uri(report.fragment.index))))
+                listed_cells += frames[-1].height
     if dropped:
         frames.append(_duplicates(duplicate_uris, places, plan.params.table.key_columns))
         first = pl.lit("").alias("column"), pl.lit(dropped, pl.UInt32).alias("count")
@@ -271,18 +269,13 @@ def _duplicates(duplicate_uris: Sequence[str], places: pl.DataFrame, keys: Seque
 
 
 def rejection_message(
-    rows: tuple[int, int],
-    lines: tuple[int, int],
-    reasons: Sequence[Reason],
-    params: ValidateSourceParams,
-    listed_in: str,
+    counts: RowCounts, reasons: Sequence[Reason], params: ValidateSourceParams, listed_in: str
 ) -> str:
     """Why the step fails: figures, the commonest reasons with an example each, remedies.
 
-    `rows` and `lines`: how many are rejected, and of how many. `listed_in`: the file that lists them.
+    `listed_in`: the file that lists the rejected rows.
     """
-    (rejected, total), fraction = rows, max(rows[0] / rows[1], lines[0] / lines[1])
-    limit = params.max_rejected_fraction
+    fraction, limit = counts.rejected_fraction, params.max_rejected_fraction
     remedies = ["correct the rows"]
     if any(reason.problem.startswith("is outside ") for reason in reasons):
         remedies.append("widen the bounds with column_ranges")
@@ -292,9 +285,11 @@ def rejection_message(
         remedies.append(f"raise max_rejected_fraction above {fraction:.4g}")
     kinds = "; ".join(reason.sentence() for reason in reasons[:_NAMED_REASONS])
     more = f"; and {counted(len(reasons) - _NAMED_REASONS, 'other reason')}" if len(reasons) > _NAMED_REASONS else ""
-    taken = f", {lines[0]:,} of {counted(lines[1], 'line')}," if lines != rows else ""
+    several = counts.record_lines > counts.records
+    lines = f", {counts.rejected_lines:,} of {counted(counts.record_lines, 'line')}," if several else ""
+    rows = f"{counts.rejected:,} of {counted(counts.records, 'row')}{lines} {are(counts.rejected)} rejected"
     return (
-        f"{rejected:,} of {counted(total, 'row')}{taken} {are(rejected)} rejected ({percent(fraction)}); "
+        f"{rows} ({percent(fraction)}); "
         f"at most {percent(limit)} may be (max_rejected_fraction). Reasons: {kinds}{more}. "
         f"Remedy: {', or '.join(remedies)}. {listed_in} lists them, up to {LISTED_REJECTIONS:,}"
     )

@@ -1,4 +1,8 @@
-"""Divides the records of a block among the splits, and says what the splits hold."""
+"""Divides the records of a block among the splits, and says what the splits hold.
+
+Of several events of a record the latest one counts, unless it is a deletion. Rows stay where they are: what meets in
+`step_scripts.table.hashes` are ids, times and positions.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +10,103 @@ import hashlib
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 
-from step_scripts.data.parquet_files import write_parquet
-from step_scripts.data.partitions import LatestEvents
+from step_scripts.data.row_files import write_parquet
 from step_scripts.parameters import PrepareSplitsParams
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, FileInfo, StepContext, StepError, StepOutcome, file_info
-from step_scripts.runner.ray_data import PATH
+from step_scripts.runner.contract import Artifact, FileInfo, Reporter, StepContext, StepError, StepOutcome, file_info
+from step_scripts.runner.ray_data import PATH, ParquetBlocks, Progress, each_call
 from step_scripts.runner.wording import counted, rounded
 from step_scripts.table.column_types import TIMESTAMP, columns_as, polars_schema
 from step_scripts.table.distributions import MOST_VALUES, Moments, TableSketch, quantile
-from step_scripts.table.hashes import RowSetDigest, distinct_hashes, hashes_of_ids, split_fraction
+from step_scripts.table.hashes import (
+    RowSetDigest,
+    distinct_hashes,
+    hashes_of_ids,
+    partition_of,
+    read_partition,
+    split_fraction,
+    write_partitions,
+)
 
 SPLITS = ("train", "validation", "test")
 _COUNTS = ("rows_read", "rows_later", "rows_superseded", "rows_deleted")
+# In order of precedence: the latest event wins; of equal ones, the one that was written last.
+TIMES = ("event_time", "api_invocation_time", "write_time")
+_PARTITION_ROWS = 2_000_000
+_ID = ["hash_hi", "hash_lo"]
+
+
+class LatestEvents(NamedTuple):
+    """Where the positions of the events are that count, and how many there were, by what became of them."""
+
+    uri: str
+    counts: dict[str, int]
+
+    def of(self, rows: pl.DataFrame, place: int) -> pl.DataFrame:
+        """The rows that count of the block whose first file has that place."""
+        kept = np.zeros(rows.height, dtype=bool)
+        for found in read_partition(storage.list_files(storage.join(self.uri, "kept")), place):
+            kept[found["row"].to_numpy()] = True
+        return rows.filter(pl.Series(kept))
+
+
+def latest_events(blocks: ParquetBlocks, as_of: datetime | None, scratch_uri: str, log: Reporter) -> LatestEvents:
+    """Find them among `blocks`, with columns `record_id`, `is_deleted` and those of `TIMES` that there are.
+
+    What is written goes below `scratch_uri`.
+    """
+    partitions = max(1, -(-blocks.rows // _PARTITION_ROWS))
+    progress = Progress(log, "prepare_splits, bringing events of a record together", blocks.rows)
+    later = blocks.reports(_scatter, blocks.files, as_of, scratch_uri, partitions, progress=progress)
+    calls = [(number, len(blocks.files), scratch_uri) for number in range(partitions)]
+    chosen = [counts for _, counts in each_call(_choose, calls)]
+    counts = {
+        "rows_read": blocks.rows,
+        "rows_later": sum(later),
+        "rows_superseded": sum(superseded for superseded, _ in chosen),
+        "rows_deleted": sum(deleted for _, deleted in chosen),
+    }
+    return LatestEvents(scratch_uri, counts)
+
+
+def _scatter(
+    rows: pl.DataFrame, files: dict[str, int], as_of: datetime | None, scratch_uri: str, partitions: int
+) -> int:
+    """Write ids, times and positions of a block's events. Returns how many are later than `as_of`."""
+    place = files[rows[PATH][0]]
+    hashes = distinct_hashes(rows["record_id"], hashes_of_ids(rows["record_id"]))
+    events = rows.select(
+        *map(pl.Series, _ID, hashes),
+        *columns_as(rows.schema, dict.fromkeys(TIMES, TIMESTAMP)),
+        pl.col("is_deleted").fill_null(False),
+        pl.int_range(pl.len(), dtype=pl.UInt32).alias("row"),
+        pl.lit(place, pl.UInt32).alias("place"),
+    )
+    if as_of is not None:
+        events = events.filter(pl.col("event_time") <= as_of)
+    number = partition_of(events["hash_hi"].to_numpy(), partitions)
+    write_partitions(events, number, partitions, storage.join(scratch_uri, "events", f"{place:05d}.arrow"))
+    return rows.height - events.height
+
+
+def _choose(number: int, places: int, scratch_uri: str) -> tuple[int, int]:
+    """Write the positions of a partition's rows that count. Returns how many are superseded, how many deletions."""
+    # In the order of the blocks: of events with equal times the last one counts.
+    frames = list(read_partition(storage.list_files(storage.join(scratch_uri, "events")), number))
+    if not frames:
+        return 0, 0
+    events = pl.concat(frames)
+    ordered = events.sort(*_ID, *TIMES, maintain_order=True, nulls_last=False)
+    latest = ordered.unique(_ID, keep="last", maintain_order=True)
+    live = latest.filter(~pl.col("is_deleted"))
+    uri = storage.join(scratch_uri, "kept", f"{number:05d}.arrow")
+    write_partitions(live.select("row"), live["place"].cast(pl.Int64).to_numpy(), places, uri)
+    return events.height - latest.height, latest.height - live.height
 
 
 @dataclass(frozen=True)
@@ -36,7 +119,6 @@ class SplitPlan:
 
     params: PrepareSplitsParams
     uris: dict[str, str]
-    as_of: datetime | None
     files_per_block: int
     places: dict[str, int]
     latest: LatestEvents | None = None
@@ -66,7 +148,8 @@ def split_rows(rows: pl.DataFrame, plan: SplitPlan) -> SplitReport:
     frame = rows.with_columns(*columns_as(rows.schema, types), pl.col("is_deleted").fill_null(False))
     if plan.latest is not None:
         return _write(plan, place, plan.latest.of(frame, place))
-    current = frame.filter(pl.col("event_time") <= plan.as_of) if plan.as_of is not None else frame
+    as_of = plan.params.as_of
+    current = frame.filter(pl.col("event_time") <= as_of) if as_of is not None else frame
     live = current.filter(~pl.col("is_deleted")) if current["is_deleted"].any() else current
     report = _write(plan, place, live)
     later, deleted = frame.height - current.height, current.height - live.height
@@ -78,7 +161,7 @@ def _write(plan: SplitPlan, place: int, live: pl.DataFrame) -> SplitReport:
     params, names = plan.params, plan.params.table.column_names
     hashes = hashes_of_ids(live["record_id"])
     fractions = split_fraction(hashes, params.split_salt)
-    hash_hi, hash_lo = distinct_hashes(live["record_id"], hashes)
+    distinct = distinct_hashes(live["record_id"], hashes)
     train, below = (fractions < limit for limit in (params.train_size, params.train_size + params.validation_size))
     rows = live.select("record_id", *names)
     files: dict[str, list[FileInfo]] = {}
@@ -86,7 +169,7 @@ def _write(plan: SplitPlan, place: int, live: pl.DataFrame) -> SplitReport:
     for split, side in {"train": train, "validation": below & ~train, "test": ~below}.items():
         chosen = rows.filter(pl.Series(side))
         files[split] = _write_files(plan, plan.uris[split], place, chosen)
-        digests[split] = RowSetDigest.of((hash_hi[side], hash_lo[side]), chosen, names)
+        digests[split] = RowSetDigest.of(distinct.compress(side, axis=1), chosen, names)
     columns = pl.col(plan.statistics_columns).cast(pl.Float64)
     values = rows.filter(pl.Series(train)).select(columns).to_numpy()
     return SplitReport(files, digests, Moments.of(values[:, :-1]), TableSketch.of(values, fractions[train]))

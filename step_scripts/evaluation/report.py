@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 
 from step_scripts.evaluation.error_sums import ErrorSums, Grouping, merged, standard_deviations
-from step_scripts.model.artifact import TrainedModel, load_model
+from step_scripts.model import TrainedModel, load_model
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, StepContext, StepOutcome, file_info
 from step_scripts.runner.wording import rounded

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from pyiceberg.conversions import from_bytes
 from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table
@@ -25,7 +25,7 @@ from pyiceberg.utils.datetime import micros_to_timestamptz
 from step_scripts.feature_store import iceberg_table
 from step_scripts.feature_store.events import WriteTarget
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, FileInfo, StepError
+from step_scripts.runner.contract import Artifact, FileInfo, StepError, StepParams
 from step_scripts.runner.wording import counted
 from step_scripts.table.hashes import add_sums, subtract_sums
 from step_scripts.table.spec import TableSpec
@@ -77,14 +77,12 @@ class Changes:
         return Changes(**{field.name: total(field.name) for field in fields(self)})
 
 
-class Commit(BaseModel):
+class Commit(StepParams):
     """What one ingestion or deletion changed, and the state of the group after it.
 
     Rows of the dataset are either `added` (new records, and events older than what was known), `superseded` (the live
     event of a record was replaced) or `unchanged` (nothing stored). `deleted` counts tombstones.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     number: int = Field(ge=1)
     created_at: datetime

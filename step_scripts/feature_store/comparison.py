@@ -297,7 +297,7 @@ def _timelines(incoming: pl.DataFrame, stored: pl.DataFrame) -> pl.DataFrame:
 
 def _sums(events: pl.DataFrame) -> tuple[int, int]:
     """Digest of events."""
-    record, content = ((events[hi].to_numpy(), events[lo].to_numpy()) for hi, lo in (_RECORD, _CONTENT))
+    record, content = (events.select(halves).to_numpy().T for halves in (_RECORD, _CONTENT))
     return hash_sums(event_hashes(record, events["time"].to_numpy(), content, events["is_deleted"].to_numpy()))
 
 

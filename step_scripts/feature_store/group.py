@@ -24,7 +24,7 @@ from datetime import UTC, datetime, timedelta
 from string import ascii_uppercase, digits
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from pyiceberg.exceptions import CommitFailedException, NoSuchTableError
 from pyiceberg.io.pyarrow import schema_to_pyarrow
 from pyiceberg.manifest import DataFile
@@ -43,7 +43,7 @@ from step_scripts.feature_store.commits import (
 from step_scripts.feature_store.events import WriteTarget, table_columns
 from step_scripts.feature_store.iceberg_table import CommitTaken, path_in, reading
 from step_scripts.runner import storage
-from step_scripts.runner.contract import StepError
+from step_scripts.runner.contract import StepError, StepParams
 from step_scripts.table.spec import TableSpec
 
 GROUP_NAME = re.compile(r"[a-zA-Z0-9]([_-]*[a-zA-Z0-9]){0,63}")  # SageMaker's rule for feature groups
@@ -52,13 +52,11 @@ COMMAND = "python -m step_scripts.feature_store"
 _REFUSED_CHARACTERS = "#?%"  # pyiceberg takes places for URLs and would write beside the root
 
 
-class GroupInfo(BaseModel):
+class GroupInfo(StepParams):
     """What is known of a group from its creation on. `data_uri`: where its data are, if not in its own folder.
 
     `glue_table`: database and name of its table in Glue, with a dot between them; on S3 only.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: int
     name: str

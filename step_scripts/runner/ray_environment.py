@@ -8,6 +8,7 @@ ever removed. Imports nothing heavy.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -16,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -79,6 +81,26 @@ def session_environment(num_cpus: int) -> dict[str, str]:
     the next step uses. Twice as many are kept.
     """
     return {**worker_environment(), _IDLE_WORKERS: os.environ.get(_IDLE_WORKERS, str(2 * num_cpus))}
+
+
+@contextlib.contextmanager
+def only_needed_processes() -> Iterator[None]:
+    """Have `ray.init` start none of the three processes that have nothing to do in a private session.
+
+    These are the log monitor (no logs are sent to the driver), the autoscaler's monitor (no node is ever added) and the
+    dashboard's server, for which `ray.init` waits although there is no dashboard: most of the time that Ray takes to
+    start. `ray start` has options for two of them; `ray.init` has none, so Ray's own functions are replaced meanwhile.
+    """
+    from ray._private import parameter, services
+
+    replaced = parameter.RayParams, services.start_api_server
+    fewer: dict[str, Any] = {"include_log_monitor": False, "no_monitor": True}
+    parameter.RayParams = functools.partial(parameter.RayParams, **fewer)
+    services.start_api_server = lambda *_, **__: ("", None)  # its address and process, as where it cannot be started
+    try:
+        yield
+    finally:
+        parameter.RayParams, services.start_api_server = replaced
 
 
 def require_token(folder: Path, token: str | None = None) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from step_scripts.runner.ray_environment import (
     available_cpus,
     environment_set,
     make_folder,
+    only_needed_processes,
     remove_abandoned,
     require_token,
     session_environment,
@@ -107,7 +107,7 @@ class RaySession:
         import ray
 
         own = {FOLDER_VARIABLE: str(folder), JOURNAL: str(self.journal)}
-        with environment_set(session_environment(cpus) | own), _only_needed_processes():
+        with environment_set(session_environment(cpus) | own), only_needed_processes():
             try:
                 ray.init(
                     address="local",
@@ -186,26 +186,6 @@ class RaySession:
         if not self.is_started:
             return 1.0
         return float(sum(node["Resources"].get("CPU", 0.0) for node in _alive_nodes())) or 1.0
-
-
-@contextlib.contextmanager
-def _only_needed_processes() -> Iterator[None]:
-    """Have `ray.init` start none of the three processes that have nothing to do in a private session.
-
-    These are the log monitor (no logs are sent to the driver), the autoscaler's monitor (no node is ever added) and the
-    dashboard's server, for which `ray.init` waits although there is no dashboard: most of the time that Ray takes to
-    start. `ray start` has options for two of them; `ray.init` has none, so Ray's own functions are replaced meanwhile.
-    """
-    from ray._private import parameter, services
-
-    replaced = parameter.RayParams, services.start_api_server
-    fewer: dict[str, Any] = {"include_log_monitor": False, "no_monitor": True}
-    parameter.RayParams = functools.partial(parameter.RayParams, **fewer)
-    services.start_api_server = lambda *_, **__: ("", None)  # its address and process, as where it cannot be started
-    try:
-        yield
-    finally:
-        parameter.RayParams, services.start_api_server = replaced
 
 
 def _alive_nodes() -> list[dict[str, Any]]:

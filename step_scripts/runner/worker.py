@@ -52,7 +52,7 @@ _MESSAGES_SECONDS = 1.0
 _LATER_IMPORTS = (
     "..ingest_features",
     "..prepare_splits",
-    "..model.xgboost_native",
+    "..model",
     "optuna",
     "ray.tune",
     "..tune_model",

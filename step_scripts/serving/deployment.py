@@ -25,7 +25,7 @@ from typing import IO, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact
+from step_scripts.runner.contract import Artifact, StepParams
 from step_scripts.runner.local_files import open_private, private_folder
 
 DEPLOYMENT_FILE = "deployment.json"
@@ -38,7 +38,7 @@ CSV, JSON, JSON_LINES = "text/csv", "application/json", "application/jsonlines"
 
 _VARIANT = "AllTraffic"
 _WAITING_BYTES = 32 << 20
-_WAITING_REQUESTS = 20_000
+_REQUEST_BYTES = 1600  # that a waiting request takes beside its bodies
 _FILES = 8  # that the bound is made of, at least
 _FILE_BYTES = 16 << 20
 _CLOSE_SECONDS = 5.0
@@ -46,9 +46,7 @@ _CLOSE_SECONDS = 5.0
 logger = logging.getLogger("housing.serving")
 
 
-class _StateFile(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _StateFile(StepParams):
     @classmethod
     def read(cls, path: Path) -> Self:
         """From the file. Raises `FileNotFoundError`, or pydantic's `ValidationError` (a `ValueError`)."""
@@ -59,10 +57,8 @@ class _StateFile(BaseModel):
         storage.write_bytes(str(path), self.model_dump_json(indent=2, exclude_none=True).encode())
 
 
-class CaptureSettings(BaseModel):
+class CaptureSettings(StepParams):
     """Which share of the requests is kept, and how much of them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     sampling_percentage: float = Field(default=100.0, gt=0, le=100)
     megabytes: float = Field(default=100.0, gt=0, description="Bound of all files; the oldest are removed.")
@@ -122,7 +118,7 @@ class RequestCapture:
         self._files = _BoundedFiles(folder / _VARIANT, int(settings.megabytes * 1e6))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="capture")
         self._lock = threading.Lock()
-        self._waiting = self._waiting_bytes = self._written = self._dropped = 0
+        self._waiting_bytes = self._written = self._dropped = 0
         self._closed = False
         self._error = ""
 
@@ -130,13 +126,11 @@ class RequestCapture:
         """Take the request if it falls into the sample. Never waits for the disk, never fails."""
         if random.random() * 100 >= self.settings.sampling_percentage:
             return
-        size = len(request.input_body) + len(request.output_body)
+        size = len(request.input_body) + len(request.output_body) + _REQUEST_BYTES
         with self._lock:  # the thread holds it for microseconds
-            full = self._waiting_bytes + size > _WAITING_BYTES or self._waiting >= _WAITING_REQUESTS
-            if full or self._closed:
+            if self._closed or self._waiting_bytes + size > _WAITING_BYTES:
                 self._dropped += 1
                 return
-            self._waiting += 1
             self._waiting_bytes += size
             self._thread.submit(self._write, request, size)
 
@@ -156,7 +150,6 @@ class RequestCapture:
 
     def _write(self, request: AnsweredRequest, size: int) -> None:
         with self._lock:
-            self._waiting -= 1
             self._waiting_bytes -= size
         try:
             self._files.write(request.at, captured_line(request))

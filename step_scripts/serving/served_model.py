@@ -13,8 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from step_scripts.model.artifact import FILES, Scaler, load_model
-from step_scripts.model.xgboost_native import xgb
+from step_scripts.model import FILES, Scaler, load_model, xgb
 from step_scripts.runner.contract import Artifact, DamagedArtifactError, check_files, file_info
 from step_scripts.serving.deployment import CSV, JSON, JSON_LINES, MAX_BODY_BYTES, AnsweredRequest, DeploymentRecord
 from step_scripts.serving.feature_parser import FeatureParser

@@ -42,15 +42,8 @@ _PLAIN_COLUMN: dict[str, Any] = {"unique": False, "required": True, "regex": Fal
 _PLAIN_CHECK: dict[str, Any] = {"raise_warning": False, "ignore_na": True}
 
 
-def table_from_pandera(
-    model: Any,
-    *,
-    name: str,
-    target: str,
-    key_columns: tuple[str, ...] = (),
-    event_time_column: str | None = None,
-) -> TableSpec:
-    """The table that `model`, a `pandera.polars.DataFrameModel`, declares.
+def table_from_pandera(model: Any, **roles: Any) -> TableSpec:
+    """The table whose columns `model`, a `pandera.polars.DataFrameModel`, declares; `roles` as in `TableSpec`.
 
     Raises `ValueError` for a type, a check or an option that cannot be applied everywhere: nothing is ignored.
     """
@@ -58,9 +51,7 @@ def table_from_pandera(
     if schema.checks or schema.parsers or schema.unique:
         raise ValueError(f"{model.__name__}: checks, parsers and `unique` over several columns are not supported")
     columns = tuple(_column_from_pandera(model.__name__, column) for column in schema.columns.values())
-    return TableSpec(
-        name=name, columns=columns, target=target, key_columns=key_columns, event_time_column=event_time_column
-    )
+    return TableSpec(columns=columns, **roles)
 
 
 def _column_from_pandera(model: str, column: Any) -> ColumnSpec:

@@ -106,47 +106,17 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class ColumnSketch:
-    """What is exact about one column: rows with a value and without, smallest, largest, counts of values if few."""
-
-    rows: int
-    missing: int
-    minimum: float
-    maximum: float
-    counts: Counter[float] | None
-
-    @classmethod
-    def of(cls, values: np.ndarray) -> ColumnSketch:
-        """Of a float64 array of shape (rows,)."""
-        present = _without_nan(values)
-        counts: Counter[float] | None = None
-        if len(np.unique(present[:1000])) <= MOST_VALUES:  # spares counting what is continuous anyway
-            import polars as pl  # here, because asset checks use this module without it
-
-            counted = pl.Series("value", present).value_counts()  # numpy sorts
-            if counted.height <= MOST_VALUES:
-                # Adding zero makes -0.0 the same text as 0.0.
-                counts = Counter(dict(counted.select(pl.col("value") + 0.0, "count").sort("value").rows()))
-        missing = len(values) - len(present)
-        return cls(len(present), missing, present.min(initial=np.inf), present.max(initial=-np.inf), counts)
-
-    def merge(self, other: ColumnSketch) -> ColumnSketch:
-        """Of the rows of both."""
-        counts = None if self.counts is None or other.counts is None else self.counts + other.counts
-        return ColumnSketch(
-            self.rows + other.rows,
-            self.missing + other.missing,
-            min(self.minimum, other.minimum),
-            max(self.maximum, other.maximum),
-            counts if counts is None or len(counts) <= MOST_VALUES else None,
-        )
-
-
-@dataclass(frozen=True)
 class TableSketch:
-    """Sketches of several columns, and a sample of the rows."""
+    """What is exact about columns, and a sample of the rows.
 
-    columns: tuple[ColumnSketch, ...]
+    Of each column: rows with a value and without, smallest, largest, counts of its values if they are few.
+    """
+
+    rows: np.ndarray
+    missing: np.ndarray
+    minimum: np.ndarray
+    maximum: np.ndarray
+    counts: tuple[Counter[float] | None, ...]
     sample: Sample
 
     @classmethod
@@ -155,39 +125,61 @@ class TableSketch:
         return cls.of(np.empty((0, columns)), np.empty(0))
 
     @classmethod
-    def of(cls, values: np.ndarray, hashes: np.ndarray) -> TableSketch:
-        """Of float64 `values` of shape (rows, columns), with one hash a row."""
-        sample = Sample(SAMPLE_ROWS, hashes, values).merge()
-        return cls(tuple(ColumnSketch.of(column) for column in values.T), sample)
+    def of(cls, values: np.ndarray, hashes: np.ndarray, size: int = SAMPLE_ROWS) -> TableSketch:
+        """Of float64 `values` of shape (rows, columns), with one hash a row, and a sample of at most `size` rows."""
+        columns = [_without_nan(column) for column in values.T]
+        rows = np.array([len(column) for column in columns], np.int64)
+        return cls(
+            rows=rows,
+            missing=len(values) - rows,
+            minimum=np.array([column.min(initial=np.inf) for column in columns]),
+            maximum=np.array([column.max(initial=-np.inf) for column in columns]),
+            counts=tuple(map(_counts, columns)),
+            sample=Sample(size, hashes, values).merge(),
+        )
 
     def merge(self, other: TableSketch) -> TableSketch:
         """Of the rows of both."""
-        columns = tuple(a.merge(b) for a, b in zip(self.columns, other.columns, strict=True))
-        return TableSketch(columns, self.sample.merge(other.sample))
+        both = [None if a is None or b is None else a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        return TableSketch(
+            rows=self.rows + other.rows,
+            missing=self.missing + other.missing,
+            minimum=np.minimum(self.minimum, other.minimum),
+            maximum=np.maximum(self.maximum, other.maximum),
+            counts=tuple(None if counts is None or len(counts) > MOST_VALUES else counts for counts in both),
+            sample=self.sample.merge(other.sample),
+        )
 
     def distributions(self, names: Sequence[str]) -> dict[str, Distribution]:
         """One distribution a column, under the names given."""
-        return {
-            name: _distribution(column, self.sample.values[:, index])
-            for index, (name, column) in enumerate(zip(names, self.columns, strict=True))
-        }
+        return {name: self._distribution(column) for column, name in enumerate(names)}
+
+    def _distribution(self, column: int) -> Distribution:
+        common = {"rows": int(self.rows[column]), "missing": int(self.missing[column])}
+        if (counts := self.counts[column]) is not None:
+            values = sorted(counts)
+            return {"kind": "counts", **common, "values": values, "counts": [counts[value] for value in values]}
+        present = _without_nan(self.sample.values[:, column])
+        points = np.quantile(present, np.linspace(0, 1, _POINTS)) if len(present) else np.empty(_POINTS)
+        points[0], points[-1] = self.minimum[column], self.maximum[column]
+        return {"kind": "quantiles", **common, "points": points.tolist()}
 
 
-def _distribution(column: ColumnSketch, sample: np.ndarray) -> Distribution:
-    common = {"rows": column.rows, "missing": column.missing}
-    if column.counts is not None:
-        ordered = sorted(column.counts.items())
-        return {"kind": "counts", **common, "values": [v for v, _ in ordered], "counts": [n for _, n in ordered]}
-    present = sample[~np.isnan(sample)]
-    points = np.quantile(present, np.linspace(0, 1, _POINTS)) if len(present) else np.empty(_POINTS)
-    points[0], points[-1] = column.minimum, column.maximum
-    return {"kind": "quantiles", **common, "points": points.tolist()}
+def _counts(values: np.ndarray) -> Counter[float] | None:
+    """How often there is each of the values, if they are few."""
+    if len(np.unique(values[:1000])) > MOST_VALUES:  # spares counting what is continuous anyway
+        return None
+    import polars as pl  # here, because asset checks use this module without it
+
+    counted = pl.Series("value", values).value_counts()  # numpy sorts
+    # Adding zero makes -0.0 the same text as 0.0; Polars leaves such an addition out.
+    return Counter({v + 0.0: n for v, n in counted.rows()}) if counted.height <= MOST_VALUES else None
 
 
 def distribution_of(values: np.ndarray) -> Distribution:
     """The distribution of a float array of shape (rows,), its quantiles from all values."""
-    values = np.asarray(values, dtype=np.float64)
-    return _distribution(ColumnSketch.of(values), values)
+    column = np.asarray(values, dtype=np.float64)[:, np.newaxis]
+    return TableSketch.of(column, np.zeros(len(column)), len(column)).distributions([""])[""]
 
 
 def quantile(distribution: Distribution, fraction: float) -> float:

@@ -1,7 +1,8 @@
 """The one family of hashes: of rows, texts, a row's content, events; record ids; digests of sets; files by hash.
 
 A hash has 128 bits, as two independent halves that mix in one value after the other: `hash_hi` with the finalizer of
-splitmix64, `hash_lo` with that of MurmurHash3. All is computed in numpy, in columns.
+splitmix64, `hash_lo` with that of MurmurHash3. All is computed in numpy, in columns, both halves at once: whatever is
+not the same for both has shape (2, 1) or (2, rows).
 
 The values are stable. Feature stores hold record ids made of them, and digests of what they hold, so they must be the
 same on every machine and with every version of the libraries: no library's own hash function is used. The hashes tell
@@ -22,21 +23,21 @@ import pyarrow as pa
 
 from step_scripts.runner import storage
 
-Hash128 = tuple[np.ndarray, np.ndarray]
-"""`hash_hi` and `hash_lo`: uint64, one value a row."""
+Hash128 = np.ndarray
+"""`hash_hi` and `hash_lo`: uint64, shape (2, rows)."""
 
 ID_DIGITS = 32
 _MODULUS = 1 << 64
 _WORD_BYTES = 8
 _BLOCK_ROWS = 1 << 14  # intermediate arrays stay in the CPU's cache
-_ROW_SEEDS = (np.uint64(0x243F6A8885A308D3), np.uint64(0x13198A2E03707344))  # digits of pi
-_NULLS = (np.uint64(0xA4093822299F31D0), np.uint64(0x082EFA98EC4E6C89))
+_ROW_SEEDS = np.array([[0x243F6A8885A308D3], [0x13198A2E03707344]], np.uint64)  # digits of pi
+_NULLS = np.array([[0xA4093822299F31D0], [0x082EFA98EC4E6C89]], np.uint64)
 # Shift, multiplier, shift, multiplier, shift.
-_MIXERS = (
-    tuple(map(np.uint64, (30, 0xBF58476D1CE4E5B9, 27, 0x94D049BB133111EB, 31))),
-    tuple(map(np.uint64, (33, 0xFF51AFD7ED558CCD, 33, 0xC4CEB9FE1A85EC53, 33))),
-)
-_STEPS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1B54A32D192ED03))
+_MIXERS = np.array(
+    [(30, 0xBF58476D1CE4E5B9, 27, 0x94D049BB133111EB, 31), (33, 0xFF51AFD7ED558CCD, 33, 0xC4CEB9FE1A85EC53, 33)],
+    np.uint64,
+).T.reshape(5, 2, 1)
+_STEPS = np.array([[0x9E3779B97F4A7C15], [0xD1B54A32D192ED03]], np.uint64)
 
 
 def row_hashes(frame: pl.DataFrame, columns: Sequence[str]) -> Hash128:
@@ -46,7 +47,7 @@ def row_hashes(frame: pl.DataFrame, columns: Sequence[str]) -> Hash128:
     differs from every value. Raises `ValueError` for a column whose type is none of integer, float, bool, string,
     datetime, and `polars.exceptions.ColumnNotFoundError` for one that is not there.
     """
-    hashes = _filled(frame.height, _ROW_SEEDS)
+    hashes = np.full((2, frame.height), _ROW_SEEDS)
     _mix_in(hashes, [_column_bits(frame[name]) for name in columns])
     return hashes
 
@@ -56,24 +57,23 @@ def content_hashes(frame: pl.DataFrame, columns: Sequence[str]) -> Hash128:
 
     A null adds nothing, so a column that is added later, and is null in older rows, changes no hash.
     """
-    total = _filled(frame.height, (np.uint64(0), np.uint64(0)))
+    total = np.zeros((2, frame.height), np.uint64)
     present = [frame[name] for name in columns if name in frame.columns]
     bits = [_column_bits(column) for column in present]
     nulls = [column.is_null().to_numpy() if column.null_count() else None for column in present]
     for block in _blocks(frame.height):
         for column, values, null in zip(present, bits, nulls, strict=True):
-            hashes = _filled(len(total[0][block]), seeds(column.name))
-            _mix_in(hashes, [(values[0][block], values[1][block])])
-            for half in (0, 1):
-                if null is not None:
-                    hashes[half][null[block]] = 0
-                total[half][block] += hashes[half]
+            hashes = np.full_like(total[:, block], seeds(column.name))
+            _mix_in(hashes, [values[..., block]])
+            if null is not None:
+                hashes[:, null[block]] = 0
+            total[:, block] += hashes
     return total
 
 
 def text_hashes(column: pl.Series) -> Hash128:
     """Hashes of texts without nulls, by their UTF-8 bytes."""
-    hashes = _filled(len(column), seeds("text"))
+    hashes = np.full((2, len(column)), seeds("text"))
     _mix_in(hashes, [_text_bits(column)])
     return hashes
 
@@ -82,17 +82,18 @@ def event_hashes(
     record: Hash128, event_time: np.ndarray, content: Hash128, deleted: np.ndarray | None = None
 ) -> Hash128:
     """Hashes of events: record id, time (int64, microseconds since 1970), content, and whether it is a deletion."""
-    hashes = record[0].copy(), record[1].copy()
+    hashes = record.copy()
     moment = event_time.view(np.uint64)
     if deleted is not None and deleted.any():
         moment = np.where(deleted, moment ^ seeds("deleted")[0], moment)
-    _mix_in(hashes, [(moment, moment), content])
+    _mix_in(hashes, [moment, content])
     return hashes
 
 
 def hash_sums(hashes: Hash128) -> tuple[int, int]:
     """Sums of each half modulo 2^64: a digest of a set of rows or events that does not depend on their order."""
-    return int(hashes[0].sum(dtype=np.uint64)), int(hashes[1].sum(dtype=np.uint64))
+    high, low = hashes.sum(axis=1, dtype=np.uint64).tolist()
+    return high, low
 
 
 def add_sums(*sums: Sequence[int]) -> tuple[int, int]:
@@ -105,15 +106,10 @@ def subtract_sums(whole: Sequence[int], part: Sequence[int]) -> tuple[int, int]:
     return (whole[0] - part[0]) % _MODULUS, (whole[1] - part[1]) % _MODULUS
 
 
-def record_ids(frame: pl.DataFrame, columns: Sequence[str]) -> pl.Series:
-    """Ids of the rows over `columns`, name `record_id`. See `row_hashes`."""
-    return ids_of_hashes(row_hashes(frame, columns))
-
-
 def ids_of_hashes(hashes: Hash128) -> pl.Series:
-    """The hashes as 32 hexadecimal digits, `hash_hi` first."""
-    rows = len(hashes[0])
-    digits = binascii.hexlify(np.column_stack(hashes).astype(">u8", order="C").data)
+    """The hashes as 32 hexadecimal digits, `hash_hi` first: column `record_id`, if they are those of rows."""
+    rows = hashes.shape[1]
+    digits = binascii.hexlify(hashes.T.astype(">u8", order="C").data)
     offsets = np.arange(0, ID_DIGITS * rows + 1, ID_DIGITS, dtype=np.int64)
     texts = pa.LargeStringArray.from_buffers(rows, pa.py_buffer(offsets), pa.py_buffer(digits))
     return pl.Series("record_id", texts, dtype=pl.String)
@@ -130,7 +126,7 @@ def hashes_of_ids(ids: pl.Series) -> Hash128:
         numbers = np.frombuffer(binascii.unhexlify(texts.str.join("").item()), ">u8").reshape(-1, 2)
     except ValueError as error:  # other characters
         raise ValueError(no_ids) from error
-    return numbers[:, 0].astype(np.uint64), numbers[:, 1].astype(np.uint64)
+    return numbers.T.astype(np.uint64, order="C")
 
 
 def distinct_hashes(ids: pl.Series, hashes: Hash128) -> Hash128:
@@ -138,9 +134,8 @@ def distinct_hashes(ids: pl.Series, hashes: Hash128) -> Hash128:
     longer = (ids.str.len_bytes() > ID_DIGITS).to_numpy()
     if not longer.any():
         return hashes
-    distinct = hashes[0].copy(), hashes[1].copy()
-    for half, suffixed in zip(distinct, text_hashes(ids.filter(longer)), strict=True):
-        half[longer] ^= suffixed
+    distinct = hashes.copy()
+    distinct[:, longer] ^= text_hashes(ids.filter(longer))
     return distinct
 
 
@@ -152,9 +147,9 @@ def split_fraction(hashes: Hash128, salt: str = "") -> np.ndarray:
     salts = seeds(salt)
     mixed = hashes[0] ^ salts[0]
     scratch = np.empty_like(mixed)
-    _mix(mixed, 0, scratch)
+    _mix(mixed, _MIXERS[:, 0], scratch)
     mixed ^= hashes[1] ^ salts[1]
-    _mix(mixed, 1, scratch)
+    _mix(mixed, _MIXERS[:, 1], scratch)
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -207,15 +202,15 @@ class RowSetDigest:
 
 
 @cache
-def seeds(name: str) -> tuple[np.uint64, np.uint64]:
-    """Two numbers that a text stands for."""
-    first, second = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=16).digest(), "<u8").astype(np.uint64)
-    return first, second
+def seeds(name: str) -> np.ndarray:
+    """Two numbers that a text stands for, one for each half."""
+    digest = hashlib.blake2b(name.encode(), digest_size=16).digest()
+    return np.frombuffer(digest, "<u8").astype(np.uint64).reshape(2, 1)
 
 
-def _mix(values: np.ndarray, half: int, scratch: np.ndarray) -> None:
+def _mix(values: np.ndarray, mixers: np.ndarray, scratch: np.ndarray) -> None:
     """Mix the bits of each value (uint64), in place. Bijective. `scratch` has the same shape."""
-    first, multiplier, second, other_multiplier, third = _MIXERS[half]
+    first, multiplier, second, other_multiplier, third = mixers
     values ^= np.right_shift(values, first, out=scratch)
     values *= multiplier
     values ^= np.right_shift(values, second, out=scratch)
@@ -223,61 +218,54 @@ def _mix(values: np.ndarray, half: int, scratch: np.ndarray) -> None:
     values ^= np.right_shift(values, third, out=scratch)
 
 
-def _filled(rows: int, values: tuple[np.uint64, np.uint64]) -> Hash128:
-    return np.full(rows, values[0]), np.full(rows, values[1])
-
-
 def _blocks(rows: int) -> Iterator[slice]:
     for start in range(0, rows, _BLOCK_ROWS):
         yield slice(start, start + _BLOCK_ROWS)
 
 
-def _mix_in(hashes: Hash128, columns: Sequence[Hash128]) -> None:
-    """Mix one value a row of each column into the hashes, in place, one column after the other."""
-    for block in _blocks(len(hashes[0])):
-        scratch = np.empty_like(hashes[0][block])
-        for half in (0, 1):
-            values = hashes[half][block]
-            for column in columns:
-                values ^= column[half][block]
-                values += _STEPS[half]
-                _mix(values, half, scratch)
+def _mix_in(hashes: Hash128, columns: Sequence[np.ndarray]) -> None:
+    """Mix the bits of each column into the hashes, in place, one column after the other."""
+    for block in _blocks(hashes.shape[1]):
+        values = hashes[:, block]
+        scratch = np.empty_like(values)
+        for bits in columns:
+            values ^= bits[..., block]
+            values += _STEPS
+            _mix(values, _MIXERS, scratch)
 
 
-def _column_bits(column: pl.Series) -> Hash128:
-    """64 bits a value. The same for both halves, other than for texts and nulls."""
+def _column_bits(column: pl.Series) -> np.ndarray:
+    """64 bits a value: uint64, shape (rows,), for texts and where there are nulls (2, rows)."""
     if column.dtype == pl.String:
-        first, second = _text_bits(column.fill_null(""))
+        bits = _text_bits(column.fill_null(""))
     elif column.dtype.is_float():
         numbers = column.cast(pl.Float64).fill_null(0.0).to_numpy() + 0.0  # turns -0.0 into 0.0
         numbers[np.isnan(numbers)] = np.nan
-        first = second = numbers.view(np.uint64)
+        bits = numbers.view(np.uint64)
     elif column.dtype == pl.UInt64:
-        first = second = column.fill_null(0).to_numpy()
+        bits = column.fill_null(0).to_numpy()
     elif column.dtype.is_integer() or column.dtype == pl.Boolean:
-        first = second = column.cast(pl.Int64).fill_null(0).to_numpy().view(np.uint64)
+        bits = column.cast(pl.Int64).fill_null(0).to_numpy().view(np.uint64)
     elif isinstance(column.dtype, pl.Datetime):
-        first = second = column.dt.timestamp("us").fill_null(0).to_numpy().view(np.uint64)
+        bits = column.dt.timestamp("us").fill_null(0).to_numpy().view(np.uint64)
     else:
         raise ValueError(f"column {column.name}: type {column.dtype} cannot be part of a record id")
-    if not column.null_count():
-        return first, second
-    null = column.is_null().to_numpy()
     # No value has both of these bit patterns: a value's are the same in both halves.
-    return np.where(null, _NULLS[0], first), np.where(null, _NULLS[1], second)
+    return np.where(column.is_null().to_numpy(), _NULLS, bits) if column.null_count() else bits
 
 
 def _text_bits(column: pl.Series) -> Hash128:
     """Both halves over the length and the UTF-8 bytes of each text, eight at a time."""
     lengths = column.str.len_bytes().to_numpy().astype(np.uint64)
-    hashes = lengths, lengths.copy()
+    hashes = np.stack([lengths, lengths])
     for here, words in _words(column):
         if len(here) == len(lengths):
-            _mix_in(hashes, [(words, words)])
+            _mix_in(hashes, [words])
         else:
-            part = hashes[0][here], hashes[1][here]
-            _mix_in(part, [(words, words)])
-            hashes[0][here], hashes[1][here] = part
+            part = hashes.take(here, axis=1)
+            _mix_in(part, [words])
+            for half, mixed in zip(hashes, part, strict=True):
+                half[here] = mixed
     return hashes
 
 

@@ -11,16 +11,16 @@ import operator
 from functools import reduce
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import Field, FiniteFloat, model_validator
+
+from step_scripts.runner.contract import StepParams
 
 DType = Literal["int64", "float64", "bool", "string", "datetime"]
 NUMERIC_DTYPES = frozenset({"int64", "float64", "bool"})
 
 
-class ColumnRange(BaseModel):
+class ColumnRange(StepParams):
     """Bounds of one column that replace those of the schema. `None` removes the bound."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     minimum: FiniteFloat | None = None
     maximum: FiniteFloat | None = None
@@ -50,10 +50,8 @@ class Limits(NamedTuple):
         return values >= self.low if self.high is None else (values >= self.low) & (values <= self.high)
 
 
-class ColumnSpec(BaseModel):
+class ColumnSpec(StepParams):
     """One column. Bounds are inclusive (`ge`, `le`) or exclusive (`gt`, `lt`), in the column's own unit."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     dtype: DType
@@ -114,14 +112,12 @@ class ColumnSpec(BaseModel):
         return f"{low}value{high}" if low or high else ""
 
 
-class TableSpec(BaseModel):
+class TableSpec(StepParams):
     """Columns and their roles.
 
     `key_columns` identify a record; if there are none, a record is identified by its content. `event_time_column` says
     when a row became true; if there is none, the modification time of its file does.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     columns: tuple[ColumnSpec, ...] = Field(min_length=2)

@@ -17,8 +17,7 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 
-from step_scripts.model.artifact import Scaler
-from step_scripts.model.xgboost_native import TrainingCallback, xgb
+from step_scripts.model import Scaler, TrainingCallback, xgb
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, StepError
 from step_scripts.runner.wording import counted

@@ -12,7 +12,7 @@ import ray
 import ray.train
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError  # has no public name
 
-from step_scripts.model.xgboost_native import xgb
+from step_scripts.model import xgb
 from step_scripts.runner import storage
 from step_scripts.runner.cluster_resources import no_room, reserved, wait_seconds
 from step_scripts.runner.contract import StepError
@@ -71,7 +71,7 @@ def controller_interval(request: FitRequest) -> float:
 
 
 def _trainer(request: FitRequest, start: Checkpoint) -> Any:
-    from ray.train.xgboost import XGBoostTrainer  # imports XGBoost, which `xgboost_native` is to do first
+    from ray.train.xgboost import XGBoostTrainer  # imports XGBoost, which `step_scripts.model` is to do first
 
     filesystem, path = storage.filesystem(request.checkpoint_uri)
     return XGBoostTrainer(

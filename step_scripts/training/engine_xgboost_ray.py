@@ -11,7 +11,7 @@ import ray
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from step_scripts.model.xgboost_native import xgb
+from step_scripts.model import xgb
 from step_scripts.runner.cluster_resources import no_room, wait_seconds
 from step_scripts.runner.contract import StepError
 from step_scripts.training.boosting import TrainingSplit

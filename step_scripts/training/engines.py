@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
 from threadpoolctl import threadpool_limits
 
-from step_scripts.model.xgboost_native import xgb
+from step_scripts.model import xgb
 from step_scripts.runner import storage
 from step_scripts.runner.cluster_resources import (
     await_lost_nodes,

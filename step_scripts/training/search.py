@@ -23,7 +23,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
-from step_scripts.model.xgboost_native import xgb
+from step_scripts.model import xgb
 from step_scripts.parameters import TuneModelParams
 from step_scripts.runner.cluster_resources import scratch_folder, wait_seconds
 from step_scripts.runner.contract import Reporter

@@ -12,7 +12,7 @@ import pytest
 import xgboost as xgb
 
 from step_scripts import evaluate_model
-from step_scripts.model.artifact import Scaler, load_model, save_model
+from step_scripts.model import Scaler, load_model, save_model
 from step_scripts.parameters import EvaluateModelParams, Slice
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepResult, file_info
@@ -188,18 +188,6 @@ def test_baselines_equal_numpy(ray_session: RaySession, tmp_path: Path, model: A
     assert result.metrics["rmse"] < linear < mean
     assert "champion_rmse" not in result.metrics
     assert [row["predictor"] for row in result.details["comparison"]] == ["this model", "linear model", "mean of train"]
-
-
-def test_the_training_splits_statistics_fill_nulls(ray_session: RaySession, tmp_path: Path, model: Artifact) -> None:
-    folder = tmp_path / "statistics"
-    folder.mkdir()
-    means = {"AREA": 0.0, "FLOOR": 1e6, "TWICE_AREA": 0.0}
-    (folder / "scaler.json").write_text(json.dumps({"mean": means, "scale": dict.fromkeys(means, 1.0), "rows": 1}))
-    statistics = Artifact.of(str(folder), [file_info(str(folder / "scaler.json"), str(folder))])
-    with_statistics = evaluate(ray_session, tmp_path / "a", model, extra={"statistics": statistics})
-    without = evaluate(ray_session, tmp_path / "b", model)
-    assert with_statistics.metrics["baseline_linear_rmse"] != without.metrics["baseline_linear_rmse"]
-    assert with_statistics.metrics["rmse"] == without.metrics["rmse"]
 
 
 def test_slices_by_width_and_by_bands(ray_session: RaySession, tmp_path: Path, model: Artifact) -> None:

@@ -26,7 +26,7 @@ from resources.endpoints.local import LocalEndpointHost, main
 from resources.endpoints.server_process import find_server, ping
 from resources.model_registry.base import ModelVersion
 from resources.model_registry.local import LocalModelRegistry
-from step_scripts.model.artifact import load_model
+from step_scripts.model import load_model
 from step_scripts.runner.contract import Artifact
 from step_scripts.runner.local_files import file_lock
 from step_scripts.serving.deployment import DEPLOYMENT_FILE, SERVER_FILE, ServerRecord

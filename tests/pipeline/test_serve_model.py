@@ -28,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from housing_assets.schema import HOUSING_TABLE
-from step_scripts.model.artifact import load_model
+from step_scripts.model import load_model
 from step_scripts.serving.deployment import CSV, JSON, JSON_LINES, MAX_BODY_BYTES
 from step_scripts.serving.feature_parser import FeatureParser
 from step_scripts.serving.request_rows import RequestError

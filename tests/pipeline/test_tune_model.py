@@ -22,7 +22,7 @@ import ray
 import xgboost as xgb
 
 from step_scripts import tune_model
-from step_scripts.model.artifact import load_model
+from step_scripts.model import load_model
 from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepResult
 from step_scripts.runner.execution import run_step
 from step_scripts.runner.ray_session import RaySession, private_folder_of_session

@@ -20,8 +20,8 @@ from step_scripts.data.csv_header import block_sum, content_digest
 from step_scripts.runner.contract import FileInfo, StepError, file_info
 from step_scripts.runner.ray_session import RaySession
 from step_scripts.table.column_types import polars_schema
-from step_scripts.table.hashes import record_ids
 from step_scripts.table.spec import ColumnRange, ColumnSpec, TableSpec
+from tests.feature_rows import record_ids
 from tests.source_steps import (
     HEADER,
     MODIFIED,

@@ -38,7 +38,7 @@ from resources.endpoints.endpoint_requests import (
 from resources.endpoints.sagemaker import SageMakerEndpointHost
 from resources.model_registry.base import ModelVersion
 from resources.model_registry.sagemaker import SageMakerModelRegistry
-from step_scripts.model.artifact import load_model
+from step_scripts.model import load_model
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact
 from tests.registry_contract import clear

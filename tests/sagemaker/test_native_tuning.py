@@ -18,7 +18,7 @@ from resources.aws.request_validation import InvalidJobRequest
 from resources.compute.sagemaker import SageMakerCompute, StepJob
 from resources.sagemaker.job_requests import InstanceGroup, JobConfig
 from resources.sagemaker.tuning_jobs import NativeTuningConfig
-from step_scripts.model.artifact import load_model
+from step_scripts.model import load_model
 from step_scripts.runner.contract import Artifact
 from tests.aws_account import act_as, deploy
 from tests.sagemaker.pipes_jobs import ROLE

@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from housing_assets.sample_data import write_sample
-from step_scripts.model.artifact import load_model
+from step_scripts.model import load_model
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact
 from tests.aws_account import deploy

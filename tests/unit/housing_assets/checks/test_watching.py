@@ -33,7 +33,7 @@ from resources.model_registry.base import ModelVersion
 from resources.model_registry.local import LocalModelRegistry
 from resources.references.evidence import EvidenceStore
 from resources.services.notifier import Notifier
-from step_scripts.model.artifact import load_model
+from step_scripts.model import load_model
 from step_scripts.runner.contract import Artifact
 from step_scripts.serving.deployment import DEPLOYMENT_FILE, DeploymentRecord
 from step_scripts.serving.feature_parser import FeatureParser

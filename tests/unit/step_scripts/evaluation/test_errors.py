@@ -18,7 +18,7 @@ from step_scripts.evaluation.report import EvaluationPlan, errors_of_rows, least
 from step_scripts.parameters import Slice
 from step_scripts.runner.contract import StepError
 from tests.split_files import TABLE, sales, scaler_of
-from tests.unit.step_scripts.model.test_artifact import small_model
+from tests.unit.step_scripts.test_model import small_model
 
 NAMES = ("a", "b", "c")
 

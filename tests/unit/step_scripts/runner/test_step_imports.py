@@ -50,16 +50,16 @@ def test_scikit_learn_is_installed_and_no_step_imports_it(modules: list[str], tm
 
 
 def test_xgboost_alone_would_import_scikit_learn(tmp_path: Path) -> None:
-    """Else `xgboost_native` can go."""
+    """Else `import xgboost` can stand in every module."""
     assert "scikit-learn was imported" in _python("import xgboost", tmp_path, IMPORTED)
 
 
 def test_scikit_learn_can_be_imported_after_a_step(tmp_path: Path) -> None:
-    script = "import step_scripts.model.xgboost_native; import sklearn"
+    script = "import step_scripts.model; import sklearn"
     assert "scikit-learn was imported" in _python(script, tmp_path, IMPORTED)
 
 
 def test_scikit_learn_that_was_imported_before_is_kept(tmp_path: Path) -> None:
     # XGBoost then finds this package incomplete, and goes on without it.
-    script = "import sklearn; import step_scripts.model.xgboost_native; import sklearn; print(sklearn.name)"
+    script = "import sklearn; import step_scripts.model; import sklearn; print(sklearn.name)"
     assert _python(script, tmp_path, "name = 'mine'\n") == "mine\n"

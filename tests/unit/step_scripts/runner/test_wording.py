@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from resources.compute.base import as_metadata
 from resources.sagemaker.jobs import PROCESSING, TRAINING, Job
+from step_scripts.data.csv_rows import RowCounts
 from step_scripts.data.source_pass import Reason, rejection_message
 from step_scripts.parameters import ValidateSourceParams
 from step_scripts.runner.wording import are, counted, megabytes, number, percent, rounded
@@ -104,7 +105,8 @@ def test_no_message_has_a_count_with_a_plural_that_is_written_out() -> None:
 def message(rejected: int, total: int) -> str:
     why = [Reason("X", "is no number", rejected, "/a.csv", 7, "?")]
     params = ValidateSourceParams(table=TABLE, files=())
-    return rejection_message((rejected, total), (rejected, total), why, params, "/out/failed/rejected_rows.csv")
+    counts = RowCounts(total, total, rejected, rejected)
+    return rejection_message(counts, why, params, "/out/failed/rejected_rows.csv")
 
 
 def test_rejected_rows_are_told_with_the_file_that_lists_them() -> None:

@@ -190,13 +190,14 @@ def test_what_the_disk_cannot_keep_up_with_is_dropped_and_counted(
         write(files, at, line)
 
     monkeypatch.setattr(deployment._BoundedFiles, "write", wait_and_write)
-    monkeypatch.setattr(deployment, "_WAITING_REQUESTS", 100)
-    capture = RequestCapture(tmp_path, EVERYTHING)
     taken = exchange()
+    size = len(taken.input_body) + len(taken.output_body) + deployment._REQUEST_BYTES
+    monkeypatch.setattr(deployment, "_WAITING_BYTES", 100 * size)
+    capture = RequestCapture(tmp_path, EVERYTHING)
     for _ in range(500):
         capture.add(taken)
     assert 399 <= capture.counts().dropped <= 400  # one may be on its way to the disk
-    large = taken._replace(input_body=b"1" * (33 << 20))
+    large = taken._replace(input_body=b"1" * 100 * size)
     slow.set()
     until(lambda: capture.counts().written >= 100)
     before = capture.counts().dropped

@@ -16,7 +16,7 @@ import pytest
 from resources.aws.code_package import requirements
 from resources.model_registry.package_files import SERVING_PACKAGES, serving_code, serving_container
 from step_scripts.inference import model_fn, transform_fn
-from step_scripts.model.artifact import load_model
+from step_scripts.model import load_model
 from step_scripts.runner.contract import Artifact, DamagedArtifactError
 from step_scripts.serving.served_model import ServedModel
 from tests.aws_image import CONTENT

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pandera.errors import SchemaErrors
 
 from housing_assets.schema import HOUSING_TABLE, HouseSale
-from step_scripts.data.parquet_files import schema_violations
+from step_scripts.data.row_files import schema_violations
 from step_scripts.serving.feature_parser import FeatureParser
 from step_scripts.serving.request_rows import RequestError
 from step_scripts.table.column_types import polars_schema, table_from_pandera, violations

@@ -34,6 +34,7 @@ def largest_difference(one: Distribution, other: Distribution, at: np.ndarray) -
 def test_few_values_are_counted_exactly() -> None:
     found = distribution_of(np.array([2.0, 1.0, 2.0, -0.0, 0.0, np.nan]))
     assert found == {"kind": "counts", "rows": 5, "missing": 1, "values": [0.0, 1.0, 2.0], "counts": [2, 1, 2]}
+    assert json.dumps(found["values"]) == "[0.0, 1.0, 2.0]"
 
 
 def test_many_values_become_quantiles() -> None:

@@ -1,4 +1,7 @@
-"""Writes Parquet files, and checks them, one at a time."""
+"""Files of rows: written, compared with the table, and looked through for equal record ids.
+
+Duplicates are found without the rows: what meets in `step_scripts.table.hashes` are ids and their places.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,13 @@ from step_scripts.runner import storage
 from step_scripts.runner.contract import FileInfo
 from step_scripts.runner.wording import counted
 from step_scripts.table.column_types import polars_schema, violations
+from step_scripts.table.hashes import Hash128, hashes_of_ids, partition_of, read_partition, write_partitions
 from step_scripts.table.spec import TableSpec
 
 _SAMPLED_ROWS = 1000  # that tell whether a column's values repeat
+_PARTITION_BYTES = 128 << 20  # of CSV: some 2 to 5 million rows
+_MOST_PARTITIONS = 1024
+_ID = ["hash_hi", "hash_lo"]
 
 
 def write_parquet(frame: pl.DataFrame, folder_uri: str, path: str, compression: Any = "zstd") -> FileInfo:
@@ -85,13 +92,81 @@ def sampled_record_ids(uris: Sequence[str], *, at_most: int, total: int) -> tupl
     can be compared id by id, in memory that does not grow with the data.
     """
     share = min(1.0, at_most / max(total, 1))
-    limit = np.uint64(min(int(share * 2**32), 2**32 - 1))
     found: list[pl.Series] = []
     for uri in uris:
         with storage.open_input(uri) as file:
             ids = pl.read_parquet(file, columns=["record_id"])["record_id"]
         if share < 1.0:
-            prefix = ids.str.slice(0, 8).str.to_integer(base=16, dtype=pl.UInt64)
-            ids = ids.filter(prefix <= limit)
+            ids = ids.filter(pl.Series(hashes_of_ids(ids)[0] < np.uint64(share * 2**64)))
         found.append(ids)
     return (pl.concat(found) if found else pl.Series("record_id", [], dtype=pl.String)), share
+
+
+# Rows with equal record ids.
+
+
+def partition_count(csv_bytes: int) -> int:
+    """Number of partitions for files of that size in all."""
+    return min(max(1, -(-csv_bytes // _PARTITION_BYTES)), _MOST_PARTITIONS)
+
+
+def write_ids(uri: str, fragment: int, hashes: Hash128, lines: pl.Series, partitions: int) -> None:
+    """Write the hashes of a fragment's record ids, and for each row the line it stands in."""
+    ids = pl.DataFrame([*map(pl.Series, _ID, hashes), lines.alias("line")]).with_row_index("row")
+    ids = ids.with_columns(pl.lit(fragment, pl.Int32).alias("fragment"))
+    write_partitions(ids, partition_of(hashes[0], partitions), partitions, uri)
+
+
+def find_duplicates(id_uris: Sequence[str], partition: int, uri: str) -> dict[int, int]:
+    """Look for equal ids in one partition of all fragments, in order of the rows.
+
+    Returns how many rows of which fragment equal an earlier row. If there are any, the Parquet file `uri` is written:
+    fragment, row, line, occurrence (1 for the second of equal rows), first_fragment, first_line.
+    """
+    ids = pl.concat(read_partition(id_uris, partition))
+    ordered = ids["hash_hi"].sort()
+    repeated = ordered.filter(ordered == ordered.shift()).unique()
+    found = (
+        ids.filter(pl.col("hash_hi").is_in(repeated.implode()))
+        .with_columns(
+            pl.int_range(pl.len(), dtype=pl.UInt32).over(_ID).alias("occurrence"),
+            pl.col("fragment", "line").first().over(_ID).name.prefix("first_"),
+        )
+        .filter(pl.col("occurrence") > 0)
+        .select("fragment", "row", "line", "occurrence", "first_fragment", "first_line")
+    )
+    if found.is_empty():
+        return {}
+    with storage.open_output(uri) as file:
+        found.write_parquet(file)
+    return dict(found.group_by("fragment").len().iter_rows())
+
+
+def without_duplicates(
+    frame: pl.DataFrame, duplicate_uris: Sequence[str], fragment: int, *, keep: bool
+) -> pl.DataFrame:
+    """The rows of a fragment that equal no earlier row; or (`keep`) all of them, with ids of their own.
+
+    The second of equal rows gets the suffix `-1`, the third `-2`.
+    """
+    here = pl.col("fragment") == fragment
+    duplicates = pl.concat(_duplicates(uri).filter(here).select("row", "occurrence") for uri in duplicate_uris)
+    joined = frame.with_row_index("row").join(duplicates, on="row", how="left", maintain_order="left")
+    if keep:
+        suffixed = pl.concat_str("record_id", pl.lit("-"), pl.col("occurrence").cast(pl.String))
+        joined = joined.with_columns(pl.coalesce(suffixed, "record_id").alias("record_id"))
+    else:
+        joined = joined.filter(pl.col("occurrence").is_null())
+    return joined.drop("row", "occurrence")
+
+
+def first_duplicates(duplicate_uris: Sequence[str], limit: int) -> pl.DataFrame:
+    """The first `limit` rows that equal an earlier row, with the columns of `find_duplicates`."""
+    found: list[pl.DataFrame] = []
+    for uri in duplicate_uris:
+        found = [pl.concat([*found, _duplicates(uri)]).sort("fragment", "row").head(limit)]
+    return found[0]
+
+
+def _duplicates(uri: str) -> pl.DataFrame:
+    return pl.read_parquet(storage.read_bytes(uri))

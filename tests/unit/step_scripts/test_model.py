@@ -9,8 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from step_scripts.model.artifact import FILES, Scaler, load_model, save_model
-from step_scripts.model.xgboost_native import xgb
+from step_scripts.model import FILES, Scaler, load_model, save_model, xgb
 from step_scripts.runner.contract import Artifact
 from step_scripts.table.spec import TableSpec
 from tests.split_files import TABLE, sales, scaler_of

@@ -1,4 +1,4 @@
-"""Rows of different blocks that meet in partitions, and the duplicates that are found there."""
+"""Ids of different blocks that meet in partitions, and the duplicates that are found there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import polars as pl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_scripts.data.partitions import find_duplicates, first_duplicates, without_duplicates, write_ids
+from step_scripts.data.row_files import find_duplicates, first_duplicates, without_duplicates, write_ids
 from step_scripts.table.hashes import ids_of_hashes, read_partition, row_hashes, write_partitions
 
 BLOCKS = st.lists(st.lists(st.integers(0, 6), max_size=12), min_size=1, max_size=4)
