@@ -32,16 +32,8 @@ from step_scripts.feature_store.events import (
 from step_scripts.runner import storage
 from step_scripts.runner.contract import StepError
 from step_scripts.runner.wording import counted
+from step_scripts.table import hashes
 from step_scripts.table.column_types import TIMESTAMP
-from step_scripts.table.hashes import (
-    content_hashes,
-    event_hashes,
-    hash_sums,
-    partition_of,
-    read_partition,
-    text_hashes,
-    write_partitions,
-)
 from step_scripts.table.spec import TableSpec
 
 _DAY = 24 * 3_600_000_000  # microseconds
@@ -95,7 +87,7 @@ def hash_source(source: Source, table: TableSpec, partitions: int, folder: str, 
         if empty := rows[name].null_count():
             held = counted(source.rows, "row")
             raise StepError(f"{source.uris[0]}: {empty:,} of {held} without {name}. {source.remedy}")
-    record = text_hashes(rows["record_id"])
+    record = hashes.text_hashes(rows["record_id"])
     events = rows.select(
         pl.Series("record_hi", record[0]),
         pl.Series("record_lo", record[1]),
@@ -107,7 +99,7 @@ def hash_source(source: Source, table: TableSpec, partitions: int, folder: str, 
         known = pl.concat(_read_events(folder, _INCOMING, n)["record_hi"] for n in range(partitions))
         events = events.filter(pl.col("record_hi").is_in(known.implode()))
         rows = rows[events["row"]]
-    content = content_hashes(rows, names)
+    content = hashes.content_hashes(rows, names)
     events = events.with_columns(
         pl.Series("content_hi", content[0]),
         pl.Series("content_lo", content[1]),
@@ -115,8 +107,8 @@ def hash_source(source: Source, table: TableSpec, partitions: int, folder: str, 
         (rows["write_time"].to_physical() if flags else pl.lit(_LATEST)).alias("commit"),
     ).select(*_EVENTS)
     kind = _INCOMING if source.stored is None else _STORED
-    number = partition_of(events["record_hi"].to_numpy(), partitions)
-    write_partitions(events, number, partitions, storage.join(folder, kind, f"{source.index:06d}.arrow"))
+    number = hashes.partition_of(events["record_hi"].to_numpy(), partitions)
+    hashes.write_partitions(events, number, partitions, storage.join(folder, kind, f"{source.index:06d}.arrow"))
     return cast("int | None", events["time"].max())
 
 
@@ -128,7 +120,7 @@ def compare_partition(number: int, sources: int, folder: str, mirror_time: int |
     found, news = changes(_read_events(folder, _INCOMING, number), _read_events(folder, _STORED, number), mirror_time)
     if news.height:
         uri = storage.join(folder, _SELECTED, f"{number:06d}.arrow")
-        write_partitions(news, news["source"].cast(pl.Int64).to_numpy(), sources, uri)
+        hashes.write_partitions(news, news["source"].cast(pl.Int64).to_numpy(), sources, uri)
     return found, news.group_by("source", day=pl.col("time") // _DAY).len("rows")
 
 
@@ -136,7 +128,7 @@ def item_events(item: WriteItem, table: TableSpec) -> pl.DataFrame:
     """The events of `item`: record_id, event_time, the table's columns, is_deleted, is_latest."""
     selected, frames = storage.list_files(storage.join(item.folder, _SELECTED)), []
     for source, first_day, last_day in item.sources:
-        rows = pl.concat(read_partition(selected, source.index))
+        rows = pl.concat(hashes.read_partition(selected, source.index))
         rows = rows.filter((pl.col("time") // _DAY).is_between(first_day, last_day))
         time = rows["time"].cast(TIMESTAMP).alias("event_time")  # may have been moved behind what is stored
         if source.stored is not None:
@@ -298,10 +290,11 @@ def _timelines(incoming: pl.DataFrame, stored: pl.DataFrame) -> pl.DataFrame:
 def _sums(events: pl.DataFrame) -> tuple[int, int]:
     """Digest of events."""
     record, content = (events.select(halves).to_numpy().T for halves in (_RECORD, _CONTENT))
-    return hash_sums(event_hashes(record, events["time"].to_numpy(), content, events["is_deleted"].to_numpy()))
+    times, deleted = events["time"].to_numpy(), events["is_deleted"].to_numpy()
+    return hashes.hash_sums(hashes.event_hashes(record, times, content, deleted))
 
 
 def _read_events(folder: str, kind: str, number: int) -> pl.DataFrame:
     """Hashed events of a partition, incoming or stored ones, in the order of their sources."""
     uris = storage.list_files(storage.join(folder, kind))
-    return pl.concat([pl.DataFrame(schema=_EVENTS), *read_partition(uris, number)])
+    return pl.concat([pl.DataFrame(schema=_EVENTS), *hashes.read_partition(uris, number)])
