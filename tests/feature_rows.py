@@ -111,7 +111,7 @@ def run_here(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> 
         yield index, function(*call)
 
 
-def ingest_rows(
+def ingestion(
     store: OfflineStore,
     dataset: Artifact,
     *,
@@ -121,12 +121,17 @@ def ingest_rows(
     log: Log | None = None,
     workers: int = 1,
     **target: Any,
-) -> Ingested:
-    """Ingest in this process. What the step writes beside the group is in a folder beside the dataset's."""
+) -> Ingestion:
+    """An ingestion in this process. What the step writes beside the group is in a folder beside the dataset's."""
     params = IngestFeaturesParams(table=table, group=group, target=IngestionTarget(root=store.root, **target))
+    return Ingestion(store.folder(group), step_context(f"{dataset.uri}.out", log, rows=dataset), params, run, workers)
+
+
+def ingest_rows(store: OfflineStore, dataset: Artifact, *, group: str = "sales", **options: Any) -> Ingested:
+    """Ingest in this process, with the options of `ingestion`, while nobody else changes the group."""
     place = store.folder(group)
     before = place.state().files if place.is_there() else []
-    outcome = Ingestion(place, step_context(f"{dataset.uri}.out", log, rows=dataset), params, run, workers).ingest()
+    outcome = ingestion(store, dataset, group=group, **options).ingest()
     counts: dict[str, Any] = {name: int(value) for name, value in outcome.metrics.items()}
     return Ingested(
         **counts,

@@ -40,6 +40,7 @@ from tests.feature_rows import (
     TABLE,
     Row,
     ingest_rows,
+    ingestion,
     record_id,
     records,
     row,
@@ -617,9 +618,9 @@ def test_groups_are_separate_and_can_be_deleted(store: OfflineStore, tmp_path: P
 
 def test_deleting_waits_for_the_writer_and_a_waiting_writer_starts_anew(store: OfflineStore, tmp_path: Path) -> None:
     ingest_rows(store, write_rows(tmp_path, [row(0)]))
-    dataset = write_rows(tmp_path, [row(1)])
+    waiting = ingestion(store, write_rows(tmp_path, [row(1)]))
     with store.folder("sales").lock():
-        writer = threading.Thread(target=ingest_rows, args=(store, dataset))
+        writer = threading.Thread(target=waiting.ingest)
         writer.start()
         store.folder("sales").remove()
     writer.join()
