@@ -23,7 +23,7 @@ from step_scripts.cluster.node import ClusterStatusClient, HeadUnavailable, Node
 from step_scripts.runner import storage
 from step_scripts.runner.execution import find_result
 from step_scripts.runner.processes import how_ended
-from step_scripts.runner.ray_session import is_open
+from step_scripts.runner.ray_environment import is_open
 
 _log = logging.getLogger(__name__)
 

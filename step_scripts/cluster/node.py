@@ -28,7 +28,7 @@ from step_scripts.cluster.job import (
     resolve,
 )
 from step_scripts.runner.processes import Children, StopSignal
-from step_scripts.runner.ray_session import is_open
+from step_scripts.runner.ray_environment import is_open
 
 _TAIL_LINES = 20
 _NOISE = ("[state-dump]", "scripts.py:")  # what Ray prints after the lines that matter

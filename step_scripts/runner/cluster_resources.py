@@ -16,7 +16,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from step_scripts.runner.contract import Reporter, StepError
 from step_scripts.runner.processes import repeated
-from step_scripts.runner.ray_session import is_open, private_folder_of_session
+from step_scripts.runner.ray_environment import is_open
+from step_scripts.runner.ray_session import private_folder_of_session
 from step_scripts.runner.wording import counted
 
 WAIT_VARIABLE = "HOUSING_RESOURCE_WAIT_SECONDS"

@@ -1,4 +1,4 @@
-"""What a Ray session finds on its machine: environment variables, CPUs that it may use, its temporary folder.
+"""What a Ray session finds on its machine: environment variables, open ports, CPUs that it may use, its temporary folder.
 
 The folder is private (mode 0700), carries a marker, and is locked as long as a process needs it. The operating system
 releases the lock with that process, however it ends. A marked folder that is not locked is abandoned. Nothing else is
@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -129,6 +130,13 @@ def use_token_if_present() -> None:
     file = home is not None and os.access(Path(home, ".ray", "auth_token"), os.R_OK)
     if file or os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def is_open(address: str, port: int, seconds: float = 1.0) -> bool:
+    """Whether something accepts TCP connections there."""
+    with contextlib.suppress(OSError), socket.create_connection((address, port), seconds):
+        return True
+    return False
 
 
 def available_cpus() -> int:

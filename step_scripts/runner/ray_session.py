@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import sys
@@ -40,6 +41,7 @@ _REPORT_SECONDS = 60.0
 _NEEDED = ("gcs_server", "raylet")
 _LAST_LINES = 3
 _INTERRUPTED_SECONDS = 4.0
+_POLL_SECONDS = 0.2
 Result = TypeVar("Result")
 _private_folders: list[Path] = []
 
@@ -207,13 +209,6 @@ def _how_child_ended(pid: int) -> str | None:
     return how_ended(status.si_status if status.si_code == os.CLD_EXITED else -status.si_status)
 
 
-def is_open(address: str, port: int, seconds: float = 1.0) -> bool:
-    """Whether something accepts TCP connections there."""
-    with contextlib.suppress(OSError), socket.create_connection((address, port), seconds):
-        return True
-    return False
-
-
 def run_in_thread(
     function: Callable[[], Result], on_interrupt: Callable[[], None] | None = None, timeout: float | None = None
 ) -> Result:
@@ -233,13 +228,17 @@ def run_in_thread(
             outcome.set_exception(error)
 
     threading.Thread(target=call, name="ray-driver", daemon=True).start()
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
     try:
-        return outcome.result(timeout)
+        while not wait([outcome], _POLL_SECONDS).done:  # a signal that another thread gets does not end a wait
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no answer within {timeout:g} s")
     except BaseException:
-        if on_interrupt is not None and not outcome.done():
+        if on_interrupt is not None:
             on_interrupt()
             wait([outcome], _INTERRUPTED_SECONDS)
         raise
+    return outcome.result()
 
 
 def join_cluster(address: str, **options: Any) -> None:
