@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from benchmarks.measuring import Side, record, run_measured, stopwatch
+from step_scripts.runner.ray_environment import only_needed_processes
 
 _IMPORTS = {
     "dagster": "import dagster",
@@ -28,7 +29,7 @@ def ray_parts() -> dict[str, Any]:
     import ray
 
     figures: dict[str, float] = {}
-    with stopwatch(figures, "start of Ray"):
+    with stopwatch(figures, "start of Ray"), only_needed_processes():
         ray.init(include_dashboard=False, logging_level=40, log_to_driver=False)
     nothing = ray.remote(lambda: None)
     with stopwatch(figures, "first task"):

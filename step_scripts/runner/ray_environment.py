@@ -1,4 +1,4 @@
-"""What a Ray session finds on its machine: environment variables, open ports, CPUs that it may use, its temporary folder.
+"""What a Ray session finds on its machine: environment variables, open ports, usable CPUs, its temporary folder.
 
 The folder is private (mode 0700), carries a marker, and is locked as long as a process needs it. The operating system
 releases the lock with that process, however it ends. A marked folder that is not locked is abandoned. Nothing else is
