@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, model_validator
 from resources.endpoints import captured_files as captures
 from resources.inventory import OwnedItem
 from resources.model_registry.base import ModelVersion, check_name
-from step_scripts.runner.contract import StepParams
+from step_scripts.runner.contract import FrozenModel
 from step_scripts.runner.wording import counted
 from step_scripts.serving.deployment import CaptureCounts
 from step_scripts.table.spec import TableSpec
@@ -91,7 +91,7 @@ class Answers:
         }
 
 
-class SmokeTest(StepParams):
+class SmokeTest(FrozenModel):
     """Known rows and the predictions that the model gave for them offline.
 
     A served prediction is right if it differs by at most `tolerance` times the expected value's size (or 1, if that is

@@ -14,7 +14,7 @@ from pydantic import Field, JsonValue
 
 from resources.inventory import OwnedItem
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, DamagedArtifactError, StepParams, check_files
+from step_scripts.runner.contract import Artifact, DamagedArtifactError, FrozenModel, check_files
 
 ApprovalStatus = Literal["PendingManualApproval", "Approved", "Rejected"]
 NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")  # of model groups and endpoints; SageMaker's rule
@@ -33,7 +33,7 @@ class RegistryDamaged(RuntimeError):
     """A file of the registry cannot be read or is not what was written. The message names it."""
 
 
-class GateEvidence(StepParams):
+class GateEvidence(FrozenModel):
     """The evaluation that let the model in. `evaluation_digest` is the digest of the evaluation's artifact."""
 
     passed: bool
@@ -44,7 +44,7 @@ class GateEvidence(StepParams):
     run_id: str
 
 
-class StatusChange(StepParams):
+class StatusChange(FrozenModel):
     """One entry of a version's history."""
 
     status: ApprovalStatus
@@ -53,7 +53,7 @@ class StatusChange(StepParams):
     when: datetime
 
 
-class ModelVersion(StepParams):
+class ModelVersion(FrozenModel):
     """One registered model. Everything but `status` and its history never changes.
 
     `artifact` is the registry's own copy. `lineage` says where the model came from: run, code versions, data digests,

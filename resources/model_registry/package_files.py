@@ -27,7 +27,7 @@ from resources.aws.code_package import archive, job_image, requirements
 from resources.aws.ownership import sanitised
 from resources.model_registry.base import GateEvidence, ModelVersion, RegistryDamaged, StatusChange, read_model
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, FileInfo, StepParams
+from step_scripts.runner.contract import Artifact, FileInfo, FrozenModel
 
 Parsed = TypeVar("Parsed")
 ARCHIVE = "model.tar.gz"
@@ -52,7 +52,7 @@ setup(name="housing-serving", version="1", py_modules=["inference"], packages=fi
 """
 
 
-class PackageFacts(StepParams):
+class PackageFacts(FrozenModel):
     """Everything about a version that SageMaker's own record cannot hold in full. `artifact.uri` is left out."""
 
     artifact: Artifact

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from resources.inventory import NotOwned, OwnedItem, files_below, remove_empty
 from step_scripts.runner import storage
-from step_scripts.runner.contract import StepParams
+from step_scripts.runner.contract import FrozenModel
 from step_scripts.runner.wording import counted, number
 
 _TIME = "%Y%m%dT%H%M%S%fZ"
@@ -33,7 +33,7 @@ class EvidenceUnreadable(ValueError):
     """A file of evidence is damaged. The message names it."""
 
 
-class Judged(StepParams):
+class Judged(FrozenModel):
     """What the blocking checks of an asset judge: digests of content, and what else the result depends on.
 
     `subject` brings results about the same thing together (of a model: all its evaluations).
@@ -56,7 +56,7 @@ class Judged(StepParams):
         )
 
 
-class Evidence(StepParams):
+class Evidence(FrozenModel):
     """One evaluation of a blocking check. `figures` are the plain values of its metadata, the threshold among them."""
 
     check: str

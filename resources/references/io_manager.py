@@ -18,7 +18,7 @@ from dagster._core.execution.context.output import RUN_ID_PLACEHOLDER  # has no 
 from pydantic import BaseModel, Field, JsonValue, PrivateAttr, TypeAdapter, ValidationError
 
 from step_scripts.runner import storage
-from step_scripts.runner.contract import StepParams
+from step_scripts.runner.contract import FrozenModel
 
 # Metadata of a materialization: the URI of its reference file, and those of the files that its step has read.
 REFERENCE, READ = "reference", "references_read"
@@ -27,7 +27,7 @@ _OWN = re.compile(r"[\w-]+-[0-9a-f]{16}\.json|\d{4}-\d\d-\d\d\.json")
 _PAGE = 200
 
 
-class StoredReference(StepParams):
+class StoredReference(FrozenModel):
     """The content of a reference file: `value` is what the asset returned, `read` the files of its inputs by asset."""
 
     asset: str

@@ -8,11 +8,11 @@ from pydantic import Field
 
 from resources.references.evidence import Judged
 from step_scripts.parameters import SourceFile
-from step_scripts.runner.contract import Artifact, StepParams
+from step_scripts.runner.contract import Artifact, FrozenModel
 from step_scripts.table.spec import TableSpec
 
 
-class Reference(StepParams):
+class Reference(FrozenModel):
     """Base of all references."""
 
 

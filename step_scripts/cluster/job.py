@@ -22,7 +22,7 @@ import psutil
 from pydantic import Field
 
 from step_scripts.runner import execution, storage
-from step_scripts.runner.contract import StepParams, StepRequest
+from step_scripts.runner.contract import FrozenModel, StepRequest
 
 SUCCEEDED, FAILED, STOPPED = 0, 1, 128 + signal.SIGTERM
 """Exit statuses."""
@@ -157,7 +157,7 @@ class JobFiles:
             return None
 
 
-class ClusterLimits(StepParams):
+class ClusterLimits(FrozenModel):
     """How long hosts wait for what, in seconds. Each field is read from a variable `HOUSING_CLUSTER_<FIELD>`.
 
     After SIGTERM the platform waits for 120 seconds. `checkpoint_seconds`, `shutdown_ack_timeout` and twice

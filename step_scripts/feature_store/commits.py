@@ -25,7 +25,7 @@ from pyiceberg.utils.datetime import micros_to_timestamptz
 from step_scripts.feature_store import iceberg_table
 from step_scripts.feature_store.events import WriteTarget
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, FileInfo, StepError, StepParams
+from step_scripts.runner.contract import Artifact, FileInfo, FrozenModel, StepError
 from step_scripts.runner.wording import counted
 from step_scripts.table.hashes import add_sums, subtract_sums
 from step_scripts.table.spec import TableSpec
@@ -77,7 +77,7 @@ class Changes:
         return Changes(**{field.name: total(field.name) for field in fields(self)})
 
 
-class Commit(StepParams):
+class Commit(FrozenModel):
     """What one ingestion or deletion changed, and the state of the group after it.
 
     Rows of the dataset are either `added` (new records, and events older than what was known), `superseded` (the live

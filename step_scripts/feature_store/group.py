@@ -43,7 +43,7 @@ from step_scripts.feature_store.commits import (
 from step_scripts.feature_store.events import WriteTarget, table_columns
 from step_scripts.feature_store.iceberg_table import CommitTaken, path_in, reading
 from step_scripts.runner import storage
-from step_scripts.runner.contract import StepError, StepParams
+from step_scripts.runner.contract import FrozenModel, StepError
 from step_scripts.table.spec import TableSpec
 
 GROUP_NAME = re.compile(r"[a-zA-Z0-9]([_-]*[a-zA-Z0-9]){0,63}")  # SageMaker's rule for feature groups
@@ -52,7 +52,7 @@ COMMAND = "python -m step_scripts.feature_store"
 _REFUSED_CHARACTERS = "#?%"  # pyiceberg takes places for URLs and would write beside the root
 
 
-class GroupInfo(StepParams):
+class GroupInfo(FrozenModel):
     """What is known of a group from its creation on. `data_uri`: where its data are, if not in its own folder.
 
     `glue_table`: database and name of its table in Glue, with a dot between them; on S3 only.

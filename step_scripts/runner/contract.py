@@ -53,8 +53,8 @@ class DamagedArtifactError(ValueError):
     """A file of an artifact is missing or does not have the content that was recorded."""
 
 
-class StepParams(BaseModel):
-    """Base of parameter models, and of what describes data. Unknown names are errors, values do not change.
+class FrozenModel(BaseModel):
+    """Base of what describes data and work. Unknown names are errors, values do not change.
 
     Validators are built when they are first needed.
     """
@@ -62,7 +62,11 @@ class StepParams(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
-class FileInfo(StepParams):
+class StepParams(FrozenModel):
+    """Base of the parameters of a step."""
+
+
+class FileInfo(FrozenModel):
     """One file of an artifact: path relative to the artifact's URI, number of rows (tables only), size, SHA-256."""
 
     path: str
@@ -71,7 +75,7 @@ class FileInfo(StepParams):
     sha256: str
 
 
-class Artifact(StepParams):
+class Artifact(FrozenModel):
     """A committed, immutable set of files. `digest` depends on the content alone, not on where or when it was made."""
 
     uri: str
@@ -107,7 +111,7 @@ class Artifact(StepParams):
         return storage.join(self.uri, path)
 
 
-class StepRequest(StepParams):
+class StepRequest(FrozenModel):
     """What to run: a step, its parameters, its inputs, and where the outputs go."""
 
     step: str
@@ -169,7 +173,7 @@ class StepRequest(StepParams):
         return storage.join(self.checkpoint_uri, "shared")
 
 
-class StepResult(StepParams):
+class StepResult(FrozenModel):
     """The manifest: what a finished step made. `seconds` holds the duration of each phase."""
 
     step: str

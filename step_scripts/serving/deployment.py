@@ -25,7 +25,7 @@ from typing import IO, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from step_scripts.runner import storage
-from step_scripts.runner.contract import Artifact, StepParams
+from step_scripts.runner.contract import Artifact, FrozenModel
 from step_scripts.runner.local_files import open_private, private_folder
 
 DEPLOYMENT_FILE = "deployment.json"
@@ -46,7 +46,7 @@ _CLOSE_SECONDS = 5.0
 logger = logging.getLogger("housing.serving")
 
 
-class _StateFile(StepParams):
+class _StateFile(FrozenModel):
     @classmethod
     def read(cls, path: Path) -> Self:
         """From the file. Raises `FileNotFoundError`, or pydantic's `ValidationError` (a `ValueError`)."""
@@ -57,7 +57,7 @@ class _StateFile(StepParams):
         storage.write_bytes(str(path), self.model_dump_json(indent=2, exclude_none=True).encode())
 
 
-class CaptureSettings(StepParams):
+class CaptureSettings(FrozenModel):
     """Which share of the requests is kept, and how much of them."""
 
     sampling_percentage: float = Field(default=100.0, gt=0, le=100)

@@ -13,13 +13,13 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from step_scripts.runner.contract import StepParams
+from step_scripts.runner.contract import FrozenModel
 
 DType = Literal["int64", "float64", "bool", "string", "datetime"]
 NUMERIC_DTYPES = frozenset({"int64", "float64", "bool"})
 
 
-class ColumnRange(StepParams):
+class ColumnRange(FrozenModel):
     """Bounds of one column that replace those of the schema. `None` removes the bound."""
 
     minimum: FiniteFloat | None = None
@@ -50,7 +50,7 @@ class Limits(NamedTuple):
         return values >= self.low if self.high is None else (values >= self.low) & (values <= self.high)
 
 
-class ColumnSpec(StepParams):
+class ColumnSpec(FrozenModel):
     """One column. Bounds are inclusive (`ge`, `le`) or exclusive (`gt`, `lt`), in the column's own unit."""
 
     name: str
@@ -112,7 +112,7 @@ class ColumnSpec(StepParams):
         return f"{low}value{high}" if low or high else ""
 
 
-class TableSpec(StepParams):
+class TableSpec(FrozenModel):
     """Columns and their roles.
 
     `key_columns` identify a record; if there are none, a record is identified by its content. `event_time_column` says
