@@ -20,7 +20,7 @@ _IMPORTS = {
     "ray": "import ray",
     "xgboost": "import xgboost",
     "all of step tune_model": "import step_scripts.tune_model",
-    "what a trial's process imports": "import ray; import step_scripts.training.search",
+    "what a trial's process imports": "import ray; import step_scripts.training.search_trials",
 }
 
 

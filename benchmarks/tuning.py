@@ -25,7 +25,7 @@ def on_ray(folder: str, trials: int, rounds: int) -> dict[str, Any]:
     from housing_assets.schema import HOUSING_TABLE
     from step_scripts.parameters import TuneModelParams
     from step_scripts.training.boosting import read_splits
-    from step_scripts.tune_model import run_search
+    from step_scripts.training.search import run_search
 
     params = TuneModelParams(
         table=HOUSING_TABLE,

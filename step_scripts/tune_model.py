@@ -14,35 +14,18 @@ import math
 from typing import Any
 
 import numpy as np
-import ray
-import ray.tune.search.optuna  # Optuna sets up its loggers and the environment when it is imported, which is here
-from ray import tune
 
 from step_scripts.model import save_model, xgb
 from step_scripts.parameters import TuneModelParams
 from step_scripts.runner import storage
-from step_scripts.runner.cluster_resources import cpus_per_worker, free_cpus, no_room, node_cpus
-from step_scripts.runner.contract import (
-    Artifact,
-    Reporter,
-    StepContext,
-    StepDefinition,
-    StepError,
-    StepOutcome,
-    file_info,
-)
-from step_scripts.runner.ray_session import run_in_thread
+from step_scripts.runner.cluster_resources import node_cpus
+from step_scripts.runner.contract import Artifact, StepContext, StepDefinition, StepOutcome, file_info
 from step_scripts.runner.wording import counted, number
-from step_scripts.training.boosting import History, TrainingSplit, read_splits, xgboost_parameters
+from step_scripts.training.boosting import History, read_splits, xgboost_parameters
 from step_scripts.training.engines import FitRequest, fit
-from step_scripts.training.search import ProposalSearcher, SearchMonitor, quiet, run_trials, scheduler
-from step_scripts.training.trials import SearchResult, TrialStore, fingerprint
+from step_scripts.training.search import run_search
+from step_scripts.training.trials import TrialStore, fingerprint
 
-# Training rows × rounds, one or two seconds on a core: to stop a shorter trial early spares little, and the search
-# could not be repeated.
-_WORTH_STOPPING = 30_000_000
-_REPORTS_PER_TRIAL = 8  # to the scheduler
-_REPORT_ROUNDS = 250  # of a trial that no scheduler watches: people who wait need reports, too
 _CURVE_POINTS = 500
 _SHOWN_POINTS = 100
 _SHOWN_TRIALS = 100
@@ -132,58 +115,6 @@ def run(context: StepContext, params: TuneModelParams) -> StepOutcome:
             "fit_resumed_at_round": fitted.resumed_at,
         },
     )
-
-
-def run_search(
-    params: TuneModelParams,
-    train: TrainingSplit,
-    validation: TrainingSplit,
-    store: TrialStore | None,
-    log: Reporter,
-) -> SearchResult:
-    """Run the trials that `store` does not hold yet. Raises `StepError` if no trial succeeded."""
-    resolved = params.resolved()
-    num_trials = resolved["num_trials"]
-    finished = store.load()[:num_trials] if store is not None else []
-    remaining = num_trials - len(finished)
-    if finished:
-        log.info(f"not run again, finished before: {len(finished)} of {counted(num_trials, 'trial')}")
-    nodes = run_in_thread(lambda: free_cpus("the search", 1, log)) if remaining else node_cpus()
-    # As many for each trial as in a search that was not interrupted: XGBoost's sums depend on the threads.
-    concurrent = min(resolved["max_concurrent_trials"] or sum(nodes), num_trials, sum(nodes))
-    with quiet():
-        proposals = ProposalSearcher(params, finished, concurrent)
-    if not proposals.replayed:
-        log.info("the trials that are left are others than without the interruption: what they build on is not known")
-    stops_early = resolved["scheduler"] != "none" and train.rows * resolved["num_boost_round"] > _WORTH_STOPPING
-    records = finished
-    if remaining:
-        matrices = run_in_thread(lambda: [ray.put(split.load()) for split in (train, validation)])
-        monitor = SearchMonitor(proposals, matrices, list(finished), num_trials, store, log)
-        rounds = resolved["num_boost_round"]
-        reported = max(1, min(100, -(-rounds // _REPORTS_PER_TRIAL))) if stops_early else min(_REPORT_ROUNDS, rounds)
-        shared = {"settings": resolved, "report_rounds": reported, "cpus": cpus_per_worker(concurrent, nodes)}
-        tune_config = tune.TuneConfig(
-            metric="rmse",
-            mode="min",
-            num_samples=remaining,
-            max_concurrent_trials=concurrent,
-            search_alg=proposals,
-            scheduler=scheduler(resolved["scheduler"] if stops_early else "none", rounds, reported),
-            reuse_actors=True,
-        )
-        run_in_thread(lambda: run_trials(shared, tune_config, monitor), on_interrupt=monitor.interrupt)
-        if monitor.waited_too_long:
-            raise no_room("the trials of the search")
-        records = sorted(monitor.records, key=lambda record: record.trial)
-    if not any(record.rmse is not None for record in records):
-        reason = next((r.error for r in records if r.error), "none ran")
-        raise StepError(
-            f"no trial of {len(records)} succeeded; the first failure: {reason}",
-            details={"trials": [r.model_dump(mode="json") for r in records]},
-        )
-    none_failed = all(record.status == "completed" for record in records)
-    return SearchResult(records, len(finished), proposals.replayed and none_failed and not stops_early)
 
 
 def learning_curve(history: History, points: int) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import polars as pl
 
 from step_scripts.feature_store.commits import Commit, as_utc
 from step_scripts.feature_store.events import Source, event_types, file_types, read_source, row_types
+from step_scripts.feature_store.ingestion import Ingestion
 from step_scripts.feature_store.offline_store import OfflineStore
-from step_scripts.ingest_features import Ingestion
 from step_scripts.parameters import IngestFeaturesParams, IngestionTarget
 from step_scripts.runner import storage
 from step_scripts.runner.contract import Artifact, FileInfo, StepContext, StepRequest, file_info

@@ -1,7 +1,6 @@
-"""Feature groups: the offline store with its history, the online store, and the parts of an ingestion into both.
+"""Feature groups: the offline store with its history, the online store, and ingestion into both.
 
-Begin with `offline_store` (what readers, writers and upkeep call) and with step `ingest_features`, which puts the parts
-together: compare, write, read back, commit.
+Begin with `offline_store` (what readers, writers and upkeep call) and `ingestion` (compare, write, read back, commit).
 
 - A group: `group`, in one of the `group_places`; `commits` says what it holds, `iceberg_table` what is asked of
   pyiceberg.
@@ -9,5 +8,5 @@ together: compare, write, read back, commit.
 - The online store: `online_store`, its calls and values in `online_client`.
 - `__main__` replays moved groups and imports earlier layouts.
 
-Imports `step_scripts.parameters`, `table` and `runner`.
+Imports `step_scripts.parameters`, `table` and `runner`; step `ingest_features` uses it.
 """

@@ -1,6 +1,6 @@
 """The hyperparameter search and the final fit.
 
-Begin with step `tune_model`; `trials` (what is tried, and what came of it), `search` (how Ray Tune runs it), `engines`
-(the final fit, by Ray Train or xgboost_ray) and `boosting` (what all fits have in common). Imports `model`,
-`step_scripts.parameters`, `table` and `runner`.
+Begin with `search` (by Ray Tune; `trials`: what is tried and what came of it; `search_trials`: what runs in an actor),
+`engines` (the final fit, by Ray Train or xgboost_ray) and `boosting` (what all fits have in common). Imports `model`,
+`step_scripts.parameters`, `table` and `runner`; steps `tune_model` and `tune_trial` use it.
 """

@@ -1,7 +1,4 @@
-"""How Ray Tune runs the trials of a search: in actors, under a monitor, and with a scheduler that stops bad ones early.
-
-Processes of trials import this module. It does without Optuna, which takes half a second to import.
-"""
+"""The search of a step: which trials are left, how Ray Tune runs them, under a monitor that keeps and reports them."""
 
 from __future__ import annotations
 
@@ -17,22 +14,34 @@ from pathlib import Path
 from typing import Any, Self
 
 import ray
+import ray.tune.search.optuna  # Optuna sets up its loggers and the environment when it is imported, which is here
 from ray import cloudpickle, tune
 from ray.exceptions import RayTaskError
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
-from step_scripts.model import xgb
 from step_scripts.parameters import TuneModelParams
-from step_scripts.runner.cluster_resources import scratch_folder, wait_seconds
-from step_scripts.runner.contract import Reporter
+from step_scripts.runner.cluster_resources import (
+    cpus_per_worker,
+    free_cpus,
+    no_room,
+    node_cpus,
+    scratch_folder,
+    wait_seconds,
+)
+from step_scripts.runner.contract import Reporter, StepError
 from step_scripts.runner.ray_environment import environment_set
-from step_scripts.runner.wording import number
-from step_scripts.training.boosting import TrialBoosting, quantile_matrices, useful_threads
-from step_scripts.training.trials import TrialProposals, TrialRecord, TrialStore
+from step_scripts.runner.ray_session import run_in_thread
+from step_scripts.runner.wording import counted, number
+from step_scripts.training.boosting import TrainingSplit
+from step_scripts.training.search_trials import BoostingTrial, scheduler
+from step_scripts.training.trials import SearchResult, TrialProposals, TrialRecord, TrialStore
 
-_REDUCTION_FACTOR = 3
+# Training rows × rounds, one or two seconds on a core: to stop a shorter trial early spares little, and the search
+# could not be repeated.
+_WORTH_STOPPING = 30_000_000
+_REPORTS_PER_TRIAL = 8  # to the scheduler
+_REPORT_ROUNDS = 250  # of a trial that no scheduler watches: people who wait need reports, too
 _SECONDS_BETWEEN_MESSAGES = 15.0
 _FAILED_TRIALS = 3  # without a completed one: then more trials would fail too
 # What Ray Tune would otherwise write, print or check.
@@ -44,6 +53,58 @@ _QUIET = {
     "TUNE_WARN_THRESHOLD_S": "60",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+
+
+def run_search(
+    params: TuneModelParams,
+    train: TrainingSplit,
+    validation: TrainingSplit,
+    store: TrialStore | None,
+    log: Reporter,
+) -> SearchResult:
+    """Run the trials that `store` does not hold yet. Raises `StepError` if no trial succeeded."""
+    resolved = params.resolved()
+    num_trials = resolved["num_trials"]
+    finished = store.load()[:num_trials] if store is not None else []
+    remaining = num_trials - len(finished)
+    if finished:
+        log.info(f"not run again, finished before: {len(finished)} of {counted(num_trials, 'trial')}")
+    nodes = run_in_thread(lambda: free_cpus("the search", 1, log)) if remaining else node_cpus()
+    # As many for each trial as in a search that was not interrupted: XGBoost's sums depend on the threads.
+    concurrent = min(resolved["max_concurrent_trials"] or sum(nodes), num_trials, sum(nodes))
+    with quiet():
+        proposals = ProposalSearcher(params, finished, concurrent)
+    if not proposals.replayed:
+        log.info("the trials that are left are others than without the interruption: what they build on is not known")
+    stops_early = resolved["scheduler"] != "none" and train.rows * resolved["num_boost_round"] > _WORTH_STOPPING
+    records = finished
+    if remaining:
+        matrices = run_in_thread(lambda: [ray.put(split.load()) for split in (train, validation)])
+        monitor = SearchMonitor(proposals, matrices, list(finished), num_trials, store, log)
+        rounds = resolved["num_boost_round"]
+        reported = max(1, min(100, -(-rounds // _REPORTS_PER_TRIAL))) if stops_early else min(_REPORT_ROUNDS, rounds)
+        shared = {"settings": resolved, "report_rounds": reported, "cpus": cpus_per_worker(concurrent, nodes)}
+        tune_config = tune.TuneConfig(
+            metric="rmse",
+            mode="min",
+            num_samples=remaining,
+            max_concurrent_trials=concurrent,
+            search_alg=proposals,
+            scheduler=scheduler(resolved["scheduler"] if stops_early else "none", rounds, reported),
+            reuse_actors=True,
+        )
+        run_in_thread(lambda: run_trials(shared, tune_config, monitor), on_interrupt=monitor.interrupt)
+        if monitor.waited_too_long:
+            raise no_room("the trials of the search")
+        records = sorted(monitor.records, key=lambda record: record.trial)
+    if not any(record.rmse is not None for record in records):
+        reason = next((r.error for r in records if r.error), "none ran")
+        raise StepError(
+            f"no trial of {len(records)} succeeded; the first failure: {reason}",
+            details={"trials": [r.model_dump(mode="json") for r in records]},
+        )
+    none_failed = all(record.status == "completed" for record in records)
+    return SearchResult(records, len(finished), proposals.replayed and none_failed and not stops_early)
 
 
 def run_trials(shared: dict[str, Any], tune_config: tune.TuneConfig, monitor: SearchMonitor) -> None:
@@ -202,77 +263,6 @@ class SearchMonitor(LivesInDriver, tune.Callback, tune.Stopper):
     def _say(self, message: str) -> None:
         self.log.info(message)
         self.last_message = time.monotonic()
-
-
-class BoostingTrial(tune.Trainable):
-    """Boosts `report_rounds` rounds a step and reports the best validation RMSE so far.
-
-    The matrices are binned once an actor: the bins do not depend on what is tuned.
-    """
-
-    def setup(  # pyright: ignore[reportIncompatibleMethodOverride]  # `tune.with_parameters` adds the others
-        self, config: dict[str, Any], *, settings: dict[str, Any], report_rounds: int, cpus: int
-    ) -> None:
-        """Begin the first trial in this actor, which has `cpus`. `settings` are the resolved ones of the step."""
-        self._settings, self._report_rounds, self._cpus = settings, report_rounds, cpus
-        self._binned: tuple[xgb.DMatrix, xgb.DMatrix] | None = None
-        self.reset_config(config)
-
-    def receive(self, matrices: list[ray.ObjectRef]) -> None:
-        """Take references to the `Matrix` of each split, train first; called before the first step of each trial.
-
-        Not a parameter of the trainable: Ray Tune keeps those, and with them the matrices, until the session ends.
-        """
-        self._matrices = matrices
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begin another trial in this actor."""
-        self._tuned = new_config
-        self._boosting: TrialBoosting | None = None
-        return True
-
-    def step(self) -> dict[str, Any]:
-        """Boost until the next report, early stopping or the last round."""
-        boosting = self._boosting = self._boosting or self._begin()
-        stopped_by = boosting.advance(self._report_rounds)
-        return {
-            "rmse": boosting.best_rmse,
-            "rounds": boosting.rounds,
-            "best_rounds": boosting.best_rounds,
-            "stopped_by": stopped_by or "scheduler",
-            "done": stopped_by is not None,
-        }
-
-    def _begin(self) -> TrialBoosting:
-        if self._binned is None:
-            train, validation = ray.get(self._matrices)  # mapped, not copied
-            self._threads = useful_threads(len(train.target), self._cpus)
-            self._binned = quantile_matrices(train, validation, self._threads)
-        return TrialBoosting(self._binned, self._tuned, self._threads, self._settings)
-
-
-def scheduler(name: str, rounds: int, reported: int) -> TrialScheduler:
-    """What stops bad trials early. It waits for an eighth of the rounds: a small `eta` begins slowly."""
-    grace = max(reported, rounds // 8)
-    if name == "asha":
-        return ASHAScheduler(
-            time_attr="rounds", max_t=max(rounds, grace), grace_period=grace, reduction_factor=_REDUCTION_FACTOR
-        )
-    if name == "median":
-        return MedianStoppingRule(time_attr="rounds", grace_period=grace, min_samples_required=2)
-    return _ToTheirEnd()
-
-
-class _ToTheirEnd(FIFOScheduler):
-    """Runs all trials to their end. A trial whose actor is starting is left to that actor.
-
-    Ray Tune would move it to an actor that is free, end the one that is starting, and start another for the next trial.
-    In a search of short trials one actor would do all the work, and the CPUs would be busy with starting others.
-    """
-
-    def choose_trial_to_run(self, tune_controller: Any, **kwargs: Any) -> None:
-        """None: trials that wait begin in their order, in actors that are free before others are started."""
-        return
 
 
 def _reason(trial: Trial) -> str:

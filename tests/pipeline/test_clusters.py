@@ -74,13 +74,12 @@ from step_scripts.runner.contract import StepError
 from step_scripts.runner.ray_session import RaySession, RaySettings
 RaySession(RaySettings(address=sys.argv[1], ship_code=False)).ensure()
 import ray
-from step_scripts import tune_model
 from step_scripts.runner import cluster_resources
 from step_scripts.training import engines, search
 from step_scripts.training.boosting import xgboost_parameters
 from step_scripts.parameters import TuneModelParams
 from tests.split_files import TABLE, sales, splits_of, write_inputs
-engines.free_cpus = tune_model.free_cpus = lambda *_: [2]
+engines.free_cpus = search.free_cpus = lambda *_: [2]
 cluster_resources._MESSAGE_SECONDS = 0.5
 search._SECONDS_BETWEEN_MESSAGES = 0.5
 splits = splits_of(write_inputs(Path(sys.argv[2]), sales(600), sales(200, seed=1)), sales(600))
@@ -108,7 +107,7 @@ def refused(work):
         return str(error), sorted(set(log.texts))
 def trials(log):
     params = TuneModelParams(table=TABLE, num_trials=1, num_boost_round=40, early_stopping_rounds=10, eta_min=0.1)
-    return tune_model.run_search(params, *splits, None, log)
+    return search.run_search(params, *splits, None, log)
 found = {}
 other = hold(1)
 parameters = xgboost_parameters({"max_depth": 3, "eta": 0.5, "min_child_weight": 1.0, "subsample": 1.0}, seed=7)

@@ -21,11 +21,11 @@ import pytest
 import ray
 import xgboost as xgb
 
-from step_scripts import tune_model
 from step_scripts.model import load_model
 from step_scripts.runner.contract import Artifact, StepError, StepRequest, StepResult
 from step_scripts.runner.execution import run_step
 from step_scripts.runner.ray_session import RaySession, private_folder_of_session
+from step_scripts.training import search
 from step_scripts.training.trials import TrialRecord, TrialStore
 from tests.split_files import TABLE, sales, scaler_of, write_inputs, write_split
 from tests.waiting import until
@@ -203,7 +203,7 @@ def test_the_same_search_on_a_busy_machine_finds_the_same(tune: Callable[..., St
 def test_what_a_scheduler_may_stop_is_not_repeatable(
     tune: Callable[..., StepResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune_model, "_WORTH_STOPPING", 0)
+    monkeypatch.setattr(search, "_WORTH_STOPPING", 0)
     for scheduler, repeatable in (("asha", False), ("median", False), ("none", True)):
         result = tune(scheduler=scheduler)
         assert result.details["search_repeatable"] is repeatable

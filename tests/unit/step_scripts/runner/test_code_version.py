@@ -187,7 +187,7 @@ def test_every_file_that_a_step_loads_while_it_runs_changes_its_version(
     engines = {
         "step_scripts.training.engine_ray_train",
         "step_scripts.training.engine_xgboost_ray",
-        "step_scripts.training.search",
+        "step_scripts.training.search_trials",
     }
     assert engines < loaded["tune_model"]
     for step, modules in loaded.items():

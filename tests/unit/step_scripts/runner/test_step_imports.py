@@ -38,7 +38,7 @@ IMPORTED = "raise RuntimeError('scikit-learn was imported')\n"
     "modules",
     [
         STEPS,
-        ["step_scripts.training.search"],
+        ["step_scripts.training.search_trials"],
         ["step_scripts.training.engine_ray_train"],
         ["step_scripts.serving.served_model"],
     ],
