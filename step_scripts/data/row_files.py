@@ -1,6 +1,6 @@
 """Files of rows: written, compared with the table, and looked through for equal record ids.
 
-Duplicates are found without the rows: what meets in `step_scripts.table.hashes` are ids and their places.
+Duplicates are found without the rows: what meets, in partitions by hash, are ids and their places.
 """
 
 from __future__ import annotations

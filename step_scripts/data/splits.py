@@ -1,7 +1,7 @@
 """Divides the records of a block among the splits, and says what the splits hold.
 
-Of several events of a record the latest one counts, unless it is a deletion. Rows stay where they are: what meets in
-`step_scripts.table.hashes` are ids, times and positions.
+Of several events of a record the latest one counts, unless it is a deletion. Rows stay where they are: what meets,
+in partitions by hash (`step_scripts.table.hashes`), are ids, times and positions.
 """
 
 from __future__ import annotations
