@@ -111,7 +111,7 @@ def run_here(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> 
         yield index, function(*call)
 
 
-def ingestion(
+def prepared_ingestion(
     store: OfflineStore,
     dataset: Artifact,
     *,
@@ -128,10 +128,10 @@ def ingestion(
 
 
 def ingest_rows(store: OfflineStore, dataset: Artifact, *, group: str = "sales", **options: Any) -> Ingested:
-    """Ingest in this process, with the options of `ingestion`, while nobody else changes the group."""
+    """Ingest in this process, with the options of `prepared_ingestion`, while nobody else changes the group."""
     place = store.folder(group)
     before = place.state().files if place.is_there() else []
-    outcome = ingestion(store, dataset, group=group, **options).ingest()
+    outcome = prepared_ingestion(store, dataset, group=group, **options).ingest()
     counts: dict[str, Any] = {name: int(value) for name, value in outcome.metrics.items()}
     return Ingested(
         **counts,

@@ -15,8 +15,7 @@ import polars as pl
 import pytest
 from pyiceberg.exceptions import TableAlreadyExistsError
 
-from step_scripts import ingest_features
-from step_scripts.feature_store import comparison, group_places, iceberg_table
+from step_scripts.feature_store import comparison, group_places, iceberg_table, ingestion
 from step_scripts.feature_store.group import Group, GroupInfo
 from step_scripts.feature_store.offline_store import OfflineStore
 from step_scripts.feature_store.online_client import feature_types
@@ -203,7 +202,7 @@ def test_small_pieces_store_what_one_piece_stores_locally(
     for rows in batches:
         ingest_rows(local, write_rows(tmp_path, rows), mirror=True)
     monkeypatch.setattr(comparison, "_PARTITION_EVENTS", 4)
-    monkeypatch.setattr(ingest_features, "_PIECE_ROWS", (2, 4))
+    monkeypatch.setattr(ingestion, "_PIECE_ROWS", (2, 4))
     for rows in batches:
         ingest_rows(store, write_rows(tmp_path, rows, parts=3), mirror=True, workers=2)
     assert records(scan(store)) == records(scan(local))

@@ -23,8 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_scripts import ingest_features
-from step_scripts.feature_store import comparison, group_places
+from step_scripts.feature_store import comparison, group_places, ingestion
 from step_scripts.feature_store.commits import digest_of
 from step_scripts.feature_store.comparison import divided
 from step_scripts.feature_store.group_places import LocalGroup
@@ -40,7 +39,7 @@ from tests.feature_rows import (
     TABLE,
     Row,
     ingest_rows,
-    ingestion,
+    prepared_ingestion,
     record_id,
     records,
     row,
@@ -140,7 +139,7 @@ def test_any_history_reads_as_the_model_says(operations: list[tuple[Any, ...]], 
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         if small_pieces:  # as large data is worked on: many buckets, many pieces
             patch.setattr(comparison, "_PARTITION_EVENTS", 2)
-            patch.setattr(ingest_features, "_PIECE_ROWS", (1, 2))
+            patch.setattr(ingestion, "_PIECE_ROWS", (1, 2))
         folder = Path(name)
         store, model = OfflineStore(str(folder / "store")), Model()
         for kind, *arguments in operations:
@@ -618,7 +617,7 @@ def test_groups_are_separate_and_can_be_deleted(store: OfflineStore, tmp_path: P
 
 def test_deleting_waits_for_the_writer_and_a_waiting_writer_starts_anew(store: OfflineStore, tmp_path: Path) -> None:
     ingest_rows(store, write_rows(tmp_path, [row(0)]))
-    waiting = ingestion(store, write_rows(tmp_path, [row(1)]))
+    waiting = prepared_ingestion(store, write_rows(tmp_path, [row(1)]))
     with store.folder("sales").lock():
         writer = threading.Thread(target=waiting.ingest)
         writer.start()
