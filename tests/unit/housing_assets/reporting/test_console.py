@@ -71,7 +71,9 @@ ALL = [raw_csv, taste, evaluation_report, gate, crashing, configured, cancelled]
 @pytest.fixture
 def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dg.DagsterInstance]:
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
-    (tmp_path / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    # Dagster would keep what is printed, and have another process print it, some time later.
+    kept = "{module: dagster._core.storage.noop_compute_log_manager, class: NoOpComputeLogManager}"
+    (tmp_path / "dagster.yaml").write_text(f"telemetry: {{enabled: false}}\ncompute_logs: {kept}\n")
     with dg.DagsterInstance.get() as found:
         yield found
 
