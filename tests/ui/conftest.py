@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ import pytest
 from tests.platform_cli import ROOT, Platform
 from tests.ports import free_port
 from tests.ui.browser import Browser, UserInterface
+from tests.waiting import until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SCREENSHOTS = ROOT / "tests" / "ui" / "screenshots"
@@ -71,15 +72,13 @@ def browser(ui: UserInterface) -> Iterator[Browser]:
 
 
 def _await_server(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 180
-    while True:
-        assert process.poll() is None, log.read_text()
-        try:
-            with urllib.request.urlopen(url + "/server_info", timeout=5):
-                return
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.5)
+    def answers() -> bool:
+        with contextlib.suppress(urllib.error.URLError, TimeoutError, ConnectionError):
+            urllib.request.urlopen(url + "/server_info", timeout=5).close()
+            return True
+        return False
+
+    until(answers, process=process, log=log)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
