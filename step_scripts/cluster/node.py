@@ -13,11 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-# Ray's public API reaches the control store only from a driver, which Ray kills when the head is lost; a host has to
-# live on to report that loss.
-from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # a compiled module
-from ray.exceptions import AuthenticationError, RayError
-
 from step_scripts.cluster.job import (
     ClusterError,
     ClusterLimits,
@@ -28,7 +23,15 @@ from step_scripts.cluster.job import (
     resolve,
 )
 from step_scripts.runner.processes import Children, StopSignal
-from step_scripts.runner.ray_environment import is_open
+from step_scripts.runner.ray_environment import environment_set, is_open
+
+# To connect to a head that accepts connections and says nothing, Ray takes 40 seconds: 5, 5 and 30. It reads these
+# limits when it is imported; its processes and the driver keep Ray's own.
+with environment_set({"RAY_gcs_rpc_server_connect_timeout_s": "1", "RAY_py_gcs_connect_timeout_s": "2"}):
+    # Ray's public API reaches the control store only from a driver, which Ray kills when the head is lost; a host has
+    # to live on to report that loss.
+    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # a compiled module
+    from ray.exceptions import AuthenticationError, RayError
 
 _TAIL_LINES = 20
 _NOISE = ("[state-dump]", "scripts.py:")  # what Ray prints after the lines that matter
@@ -63,7 +66,7 @@ class ClusterStatusClient:
     """The status of a job's cluster in Ray's control store (GCS) on the head: its members, and how the step ended.
 
     The head publishes the outcome there, `{"failure": …}` with None if the step succeeded; the workers read it and
-    acknowledge it. A call takes about 2 seconds at most. Every method raises `HeadUnavailable` or `TokenRefused` if the
+    acknowledge it. A call takes about 4 seconds at most. Every method raises `HeadUnavailable` or `TokenRefused` if the
     head does not answer.
     """
 

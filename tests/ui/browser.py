@@ -93,13 +93,18 @@ class Browser:
         return self.finished(known)
 
     def finished(self, known: set[str]) -> dg.DagsterRun:
-        """The end of the next run that is not among the known ones."""
+        """The end of the next run that is not among the known ones. Leaves the page, which would draw all the time."""
 
-        def look() -> dg.DagsterRun | None:
-            new = [run for run in self._ui.platform.runs() if run.run_id not in known]
-            return new[-1] if new and new[-1].is_finished else None
+        def started() -> dg.DagsterRun | None:
+            return next((run for run in reversed(self._ui.platform.runs()) if run.run_id not in known), None)
 
-        return self.until(look)
+        def ended() -> dg.DagsterRun | None:
+            new = started()
+            return new if new and new.is_finished else None
+
+        self.until(started)
+        self.page.goto("about:blank")
+        return self.until(ended)
 
     def until(self, look: Callable[[], Any], seconds: float = _SECONDS) -> Any:
         """Look again and again until there is something."""

@@ -164,3 +164,24 @@ def test_orphans_are_ended_and_sigterm_is_noticed_at_once(tmp_path: Path) -> Non
             assert supervisor.wait(20) == 0
         finally:
             supervisor.kill()
+
+
+_ASKS_ONE_THAT_IS_SILENT = """
+import os, socket, time
+from step_scripts.cluster.node import ClusterStatusClient, HeadUnavailable
+with socket.create_server(("127.0.0.1", 0)) as silent:
+    start = time.monotonic()
+    try:
+        ClusterStatusClient(*silent.getsockname()).outcome()
+    except HeadUnavailable:
+        print(time.monotonic() - start, *(name for name in os.environ if "gcs" in name))
+"""
+
+
+def test_a_head_that_accepts_connections_and_says_nothing_is_waited_for_seconds() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _ASKS_ONE_THAT_IS_SILENT], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    seconds, *left = done.stdout.split()
+    assert float(seconds) < 20, "Ray itself takes 40"
+    assert left == [], "Ray's own processes keep Ray's limits"
