@@ -101,7 +101,7 @@ system-packages:
 
 .PHONY: test
 test: system-packages lint  ## Run ruff, pyright and all tests
-	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 .PHONY: check
 check: $(VENV)/.installed-dev  ## Run the quick tests of one room (ROOM=step_scripts/data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -20,6 +21,14 @@ os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 # Nothing is timed: to make its tables of characters takes Hypothesis over a second in a clean clone.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+_UNIT = Path(__file__).parent / "unit"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: what is left at the end is short, so that all processes of pytest end together."""
+    items.sort(key=lambda item: item.path.is_relative_to(_UNIT))
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ import yaml
 
 from tests.aws_account import TEMPLATE, Account, administrator, deploy
 from tests.aws_image import PATTERN, aws_image
+from tests.sagemaker.pipes_jobs import SMALL_HOSTS
 from tests.sagemaker_emulator import Image, SageMakerEmulator
 from tests.sagemaker_emulator.leftovers import LINK_PREFIX, OWNER_VARIABLE, PREFIX
 from tests.sagemaker_emulator.testing import ROLE
@@ -60,11 +61,10 @@ def platform_environment(
     With `account`, what the CloudFormation template has made, it has the permissions of the documented policies. The
     image is the project's own, or none is configured and jobs install from `wheels_uri`.
     """
-    small = {"HOUSING_NODE_CPUS": "1", "HOUSING_OBJECT_STORE_BYTES": str(100 << 20)}
     sections = {
         "compute": {
             "poll_seconds": 0.3,
-            "job": {"environment": small, "max_run_seconds": 1800},
+            "job": {"environment": SMALL_HOSTS, "max_run_seconds": 1800},
             "wheels_uri": wheels_uri,
         },
         "feature_store": {"poll_seconds": 0.2},

@@ -19,9 +19,11 @@ def until(
     log: Path | None = None,
 ) -> Any:
     """What `look` returns once that is something. Fails, showing the log, if it is late or `process` ends before."""
-    deadline = time.monotonic() + seconds
+    start = time.monotonic()
     while not (found := look()):
+        waited = time.monotonic() - start
         assert process is None or process.poll() is None, f"the process has ended\n{log.read_text() if log else ''}"
-        assert time.monotonic() < deadline, f"not within {seconds:g} s\n{log.read_text() if log else ''}"
-        time.sleep(0.01)
+        assert waited < seconds, f"not within {seconds:g} s\n{log.read_text() if log else ''}"
+        # To look may cost much, as a list of all processes does; what came is noticed a tenth late.
+        time.sleep(min(max(0.01, waited / 10), 0.25))
     return found

@@ -146,7 +146,11 @@ class SageMakerCompute(ComputeBackend):
             detach=self.detach,
             forward_logs=self.forward_logs,
             polling=JobPolling(
-                interval=poll, longest_interval=5 * poll, lease=7.5 * poll, retry=self.retry_timeout_seconds
+                interval=poll,
+                longest_interval=5 * poll,
+                quiet=1.5 * poll,
+                lease=7.5 * poll,
+                retry=self.retry_timeout_seconds,
             ),
         )
 

@@ -69,7 +69,7 @@ class Head(Node):
     def _form_and_run(self) -> dict[str, Any] | None:
         """Form the cluster, and run the step on it. Returns the step's failure; raises `ClusterError`, `Stopped`."""
         address = self.find_address(self.hosts.current, lambda: own_address(self.hosts))
-        ray = self.start_ray(address, "--head", "--port", str(self.port), "--include-dashboard=false", "--no-monitor")
+        ray = self.start_ray(address, "--head", "--port", str(self.port), "--include-dashboard=false")
         status = ClusterStatusClient(address, self.port)
         self._await_hosts(status, ray)
         hosts = ", ".join(f"{name} {place}" for name, place in self._addresses.items())

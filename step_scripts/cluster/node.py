@@ -42,6 +42,12 @@ _NAMESPACE = b"housing_cluster"
 _OUTCOME = b"outcome"
 _ACKNOWLEDGED = b"acknowledged/"
 _ALIVE = 0  # GcsNodeInfo.ALIVE
+_RAY_COMMAND = """
+from ray.scripts.scripts import main
+from step_scripts.runner.ray_environment import only_needed_processes
+with only_needed_processes():
+    main()
+"""
 _log = logging.getLogger(__name__)
 Found = TypeVar("Found")
 
@@ -171,9 +177,9 @@ class Node:
 
     def start_ray(self, address: str, *arguments: str) -> subprocess.Popen[bytes]:
         """Start Ray on this host. The process lives as long as Ray's own processes, and ends them when it ends."""
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
+        command = [sys.executable, "-c", _RAY_COMMAND, "start", "--block", *arguments]
         command += ["--node-ip-address", address, "--node-name", self.hosts.current]
-        command += ["--disable-usage-stats", "--include-log-monitor=false"]
+        command += ["--disable-usage-stats"]
         command += ["--temp-dir", str(self.folder / "r")]  # a folder in ours, because Ray opens it to all users
         if cpus := os.environ.get("HOUSING_NODE_CPUS"):
             command += ["--num-cpus", cpus]

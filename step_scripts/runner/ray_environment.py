@@ -8,7 +8,6 @@ ever removed. Imports nothing heavy.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import secrets
@@ -86,22 +85,23 @@ def session_environment(num_cpus: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def only_needed_processes() -> Iterator[None]:
-    """Have `ray.init` start none of the three processes that have nothing to do in a private session.
+    """Have Ray start none of the four processes that have nothing to do in a private session or a job's cluster.
 
-    These are the log monitor (no logs are sent to the driver), the autoscaler's monitor (no node is ever added) and the
-    dashboard's server, for which `ray.init` waits although there is no dashboard: most of the time that Ray takes to
-    start. `ray start` has options for two of them; `ray.init` has none, so Ray's own functions are replaced meanwhile.
+    These are the log monitor (no logs are sent to the driver), the autoscaler's monitor (no node is ever added), Ray
+    Client's server (it listens to the network, and nobody uses it) and the dashboard's server, for which Ray waits
+    although there is no dashboard: most of the time that it takes to start. `ray start` has options for two of them,
+    `ray.init` has none, so Ray's own functions are replaced meanwhile.
     """
     from ray._private import parameter, services
 
-    replaced = parameter.RayParams, services.start_api_server
-    fewer: dict[str, Any] = {"include_log_monitor": False, "no_monitor": True}
-    parameter.RayParams = functools.partial(parameter.RayParams, **fewer)
+    params, start_api_server = parameter.RayParams, services.start_api_server
+    fewer: dict[str, Any] = {"include_log_monitor": False, "no_monitor": True, "ray_client_server_port": None}
+    parameter.RayParams = lambda **given: params(**{**given, **fewer})
     services.start_api_server = lambda *_, **__: ("", None)  # its address and process, as where it cannot be started
     try:
         yield
     finally:
-        parameter.RayParams, services.start_api_server = replaced
+        parameter.RayParams, services.start_api_server = params, start_api_server
 
 
 def require_token(folder: Path, token: str | None = None) -> None:

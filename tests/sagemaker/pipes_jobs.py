@@ -9,7 +9,13 @@ from resources.sagemaker.job_files import JobPolling
 ROLE = "arn:aws:iam::123456789012:role/housing-assets"
 IMAGE = "123456789012.dkr.ecr.us-east-1.amazonaws.com/jobs:1"
 FAST = JobPolling(interval=0.1, longest_interval=0.5, retry=60.0, drain=6.0, quiet=0.3, stop=10.0, lease=2.0)
-# Only the first host speaks Pipes, as Ray's head does.
+# A core and little memory for each host; what another host or process has done is noticed after half a second.
+SMALL_HOSTS = {
+    "HOUSING_NODE_CPUS": "1",
+    "HOUSING_OBJECT_STORE_BYTES": str(100 << 20),
+    "HOUSING_CLUSTER_POLL_SECONDS": "0.5",
+}
+# Only the first host speaks Pipes, as Ray's head does. Every host prints a line: a log that stays empty is waited for.
 PREAMBLE = """
 import contextlib, json, os, sys, time
 os.environ |= {"AWS_RETRY_MODE": "standard", "AWS_MAX_ATTEMPTS": "30"}
@@ -18,6 +24,7 @@ from dagster_pipes import PipesS3ContextLoader, PipesS3MessageWriter, open_dagst
 for place in ("/opt/ml/input/config", "/opt/ml/config"):
     with contextlib.suppress(FileNotFoundError):
         host = json.load(open(place + "/resourceconfig.json"))["current_host"]
+print("starts", flush=True)
 def pipes():
     s3 = boto3.client("s3")
     return open_dagster_pipes(

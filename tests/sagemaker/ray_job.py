@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import secrets
@@ -65,7 +66,7 @@ class RayJob:
         )
         aws.put(f"{self._prefix}/request.json", self.request.model_dump_json())
         aws.put(f"{self._prefix}/ray_token", secrets.token_hex(32))
-        wanted = {"join_seconds": 150, "stop_seconds": 5, **(limits or {})}
+        wanted = {"join_seconds": 150, "stop_seconds": 5, "poll_seconds": 0.5, **(limits or {})}
         self._environment = {
             "HOUSING_JOB_URI": self.uri,
             "HOUSING_ATTEMPT": "attempt-1",
@@ -170,7 +171,12 @@ class RayJob:
         return [key for key in keys if not key.endswith("/")]  # Arrow marks folders that it has emptied
 
     def processes(self, host: str, name: str) -> list[psutil.Process]:
-        """The processes called `name` on a host."""
+        """The processes on a host whose command has `name`."""
         started = self.hosts[host]._process
         assert started is not None
-        return [process for process in psutil.Process(started.pid).children(recursive=True) if process.name() == name]
+        found = []
+        for process in psutil.Process(started.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if name in " ".join(process.cmdline()):
+                    found.append(process)
+        return found

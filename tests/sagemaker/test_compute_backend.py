@@ -17,7 +17,7 @@ from resources.aws.request_validation import InvalidJobRequest
 from resources.compute.sagemaker import SageMakerCompute, StepJob
 from resources.sagemaker.job_requests import JobConfig
 from tests.probe_step import ProbeParams
-from tests.sagemaker.pipes_jobs import IMAGE, ROLE
+from tests.sagemaker.pipes_jobs import IMAGE, ROLE, SMALL_HOSTS
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -29,8 +29,9 @@ BOOTSTRAP = ROOT / "step_scripts" / "bootstrap.sh"
 
 def backend(uri: str, hosts: int = 1, **changes: Any) -> SageMakerCompute:
     """A backend whose artifacts and jobs are below `uri`."""
-    small = {"HOUSING_NODE_CPUS": "1", "HOUSING_OBJECT_STORE_BYTES": str(100 << 20)}
-    job = JobConfig(role_arn=ROLE, instance_count=hosts, max_run_seconds=300, price_per_hour=0.2, environment=small)
+    job = JobConfig(
+        role_arn=ROLE, instance_count=hosts, max_run_seconds=300, price_per_hour=0.2, environment=SMALL_HOSTS
+    )
     options: dict[str, Any] = {"image": IMAGE, "poll_seconds": 0.2, "job": job, **changes}
     return SageMakerCompute(artifact_root=f"{uri}artifacts", job_root=f"{uri}jobs", **options)
 

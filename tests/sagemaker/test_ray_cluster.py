@@ -33,6 +33,10 @@ def test_hosts_share_the_work_although_names_come_late(aws: Aws) -> None:
         for host in job.hosts.values():
             host.set_names(names)
         assert sorted(job.await_tasks(2)) == job.names, "every host works"
+        for name in job.names:
+            assert job.processes(name, "raylet/raylet")
+            for idle in ("log_monitor.py", "/monitor.py", "dashboard/dashboard.py", "ray.util.client"):
+                assert not job.processes(name, idle), f"{idle} has nothing to do"
         job.release()
         assert job.statuses() == {"algo-1": 0, "algo-2": 0}
         result = job.result()
@@ -156,7 +160,7 @@ def test_unresponsive_head(aws: Aws) -> None:
         job.start()
         job.await_tasks(2)
         job.await_output("algo-2", "joined as")
-        [store] = job.processes("algo-1", "gcs_server")
+        [store] = job.processes("algo-1", "gcs/gcs_server")
         store.suspend()
         assert job.statuses() == {"algo-1": 1, "algo-2": 1}
         assert (job.failure("algo-1") or "").startswith("Ray on the head does not answer: ")

@@ -18,7 +18,7 @@ from resources.sagemaker.job_requests import JobConfig
 from resources.sagemaker.tuning_jobs import NativeTuningConfig
 from step_scripts.parameters import TuneModelParams
 from step_scripts.runner.contract import Artifact, StepResult
-from tests.sagemaker.pipes_jobs import ROLE
+from tests.sagemaker.pipes_jobs import ROLE, SMALL_HOSTS
 from tests.split_files import TABLE, sales, write_inputs
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
 # So that a host killed with all its processes is given up after seconds.
 ENVIRONMENT = {
-    "HOUSING_NODE_CPUS": "1",
-    "HOUSING_OBJECT_STORE_BYTES": str(100 << 20),
+    **SMALL_HOSTS,
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
