@@ -15,8 +15,8 @@ UI_PORT ?= 3000
 HOSTS ?= 2
 IMAGE ?= own
 IMAGE_PYTHON ?= $(BIN)/python
-# Of pytest, each with a Ray session of its own. Most tests wait for processes that they have started.
-TEST_PROCESSES ?= 2
+# Of pytest, each with a Ray session of its own. Many tests wait for processes that they have started: more than cores.
+TEST_PROCESSES ?= 3
 # Of the tests that `make check` runs: a folder of tests/unit.
 ROOM ?=
 # A file with run configuration: make run CONFIG=my_config.yaml

@@ -175,30 +175,22 @@ def test_an_interrupted_fit_is_the_fit_that_was_not_interrupted(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("engine", "process_name"), [("ray_train", "RayTrainWorker"), ("xgboost_ray", "_RemoteRayXGBoostActor.train")]
-)
-def test_a_lost_worker_is_replaced_and_the_history_goes_on(
-    ray_session: RaySession, request_: FitRequest, engine: str, process_name: str, tmp_path: Path
+def test_a_worker_that_xgboost_ray_loses_is_replaced_and_the_history_goes_on(
+    ray_session: RaySession, request_: FitRequest
 ) -> None:
+    """Of Ray Train: the interrupted fit above."""
     _wait_for_free_cpus()
     rounds = 3000
-    request = replace(
-        request_,
-        num_boost_round=rounds,
-        early_stopping_rounds=rounds,
-        num_workers=2,
-        checkpoint_uri=str(tmp_path) if engine == "ray_train" else "",
-    )
+    request = replace(request_, num_boost_round=rounds, early_stopping_rounds=rounds, num_workers=2)
     killed: list[int] = []
 
     over = threading.Event()
 
     def kill() -> None:
         while not over.is_set():
-            workers = _processes(process_name)
-            if len(workers) == 2 and (engine != "ray_train" or list(tmp_path.rglob("*.checkpoint"))):
-                time.sleep(0.0 if engine == "ray_train" else 1.5)
+            workers = _processes("_RemoteRayXGBoostActor.train")
+            if len(workers) == 2:
+                time.sleep(1.5)
                 workers[1].kill()
                 killed.append(workers[1].pid)
                 return
@@ -207,7 +199,7 @@ def test_a_lost_worker_is_replaced_and_the_history_goes_on(
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     try:
-        result = fit(engine, request)
+        result = fit("xgboost_ray", request)
     finally:
         over.set()
         killer.join()

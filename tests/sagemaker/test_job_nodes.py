@@ -29,13 +29,9 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "hosts", "groups"),
-    [("training", 3, MIXED), ("processing", 1, None)],  # test_platform.py has two hosts for every step
-)
-def test_every_host_of_a_job_works(
-    aws: "Aws", aws_environment: object, kind: str, hosts: int, groups: list[InstanceGroup] | None
-) -> None:
+def test_every_host_of_a_job_with_instance_groups_works(aws: "Aws", aws_environment: object) -> None:
+    """One host of a processing job: test_compute_backend.py; two hosts for every step: test_platform.py."""
+    hosts = 3
     job = JobConfig(role_arn=ROLE, instance_count=hosts, max_run_seconds=600, environment=ENVIRONMENT)
     compute = SageMakerCompute(
         artifact_root=aws.uri("artifacts"),
@@ -43,7 +39,7 @@ def test_every_host_of_a_job_works(
         image=IMAGE,
         poll_seconds=0.2,
         job=job,
-        steps={STEP: StepJob.model_validate({"job_type": kind, "instance_groups": groups})},
+        steps={STEP: StepJob.model_validate({"job_type": "training", "instance_groups": MIXED})},
     )
 
     def started() -> set[str]:
@@ -69,4 +65,4 @@ def test_every_host_of_a_job_works(
     assert sorted(result["details"]["addresses"]) == result["nodes"]
     assert set(result["details"]["hosts"]) == {f"algo-{number + 1}" for number in range(hosts)}
     assert metadata["instance_count"].value == hosts
-    assert metadata["instance_type"].value == ("ml.c5.xlarge, ml.m5.large" if groups else "ml.m5.xlarge")
+    assert metadata["instance_type"].value == "ml.c5.xlarge, ml.m5.large"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -100,9 +101,9 @@ def both(emulator: SageMakerEmulator, tmp_path_factory: pytest.TempPathFactory) 
         for name, value in emulator.environment().items():
             patch.setenv(name, value)
         try:
-            for platform in (local, remote):
-                done = platform.materialize(config=CONFIG, timeout=900)
-                assert done.returncode == 0, done.stdout
+            with ThreadPoolExecutor() as both:
+                for done in both.map(lambda p: p.materialize(config=CONFIG, timeout=900), (local, remote)):
+                    assert done.returncode == 0, done.stdout
             yield Both(local, remote, clients["s3"], clients["sagemaker"], others)
         finally:
             local.stop()

@@ -26,7 +26,7 @@ pytestmark = [
 SLOW_TRIALS = {
     "num_boost_round": 1500,
     "early_stopping_rounds": 1500,
-    "num_trials": 4,
+    "num_trials": 3,
     "max_concurrent_trials": 1,
     "scheduler": "none",
     "max_depth_min": 6,
@@ -57,10 +57,10 @@ def test_spot_interruption_in_mid_tuning_loses_no_finished_trial(
     assert seen, run.log
     assert "Interrupted" in run.secondary_statuses
     assert run.secondary_statuses.count("Training") == 2
-    assert len(run.trials) == 4
+    assert len(run.trials) == 3
     for record in seen:
         assert record in run.trials, "not run again"
-    assert f"not run again, finished before: {len(seen)} of 4 trials" in run.log
+    assert f"not run again, finished before: {len(seen)} of 3 trials" in run.log
     assert run.metadata["spot_savings_percent"] > 0
     assert run.metadata["billable_seconds"] > 0
     assert len(run.result.nodes) == 2
@@ -90,19 +90,19 @@ def test_after_a_stopped_job_the_next_run_goes_on_with_the_finished_trials(
     assert "ended as Stopped" in first.error
     assert aws.keys("artifacts/") == []
     kept = trials_left(aws)
-    assert 0 < len(kept) < 4
+    assert 0 < len(kept) < 3
     second = TuningRun(aws.uri(), inputs, SLOW_TRIALS)
     assert second.success, second.error
     assert len(second.result.nodes) == 1
     for record in kept:
         assert record in second.trials
-    assert f"not run again, finished before: {len(kept)} of 4 trials" in second.log
+    assert f"not run again, finished before: {len(kept)} of 3 trials" in second.log
     assert kept_trials(aws) == []
 
 
 def test_the_final_fit_survives_the_loss_of_a_host(aws: Aws, aws_environment: object, tmp_path: Path) -> None:
     inputs = inputs_on_s3(aws, tmp_path)
-    rounds = 400
+    rounds = 250
     params = {
         "num_boost_round": rounds,
         "early_stopping_rounds": rounds,

@@ -45,7 +45,7 @@ class Browser:
 
     def screenshot(self, name: str) -> None:
         """Keep what is shown."""
-        self.page.wait_for_timeout(1500)  # for animations
+        self.page.wait_for_timeout(800)  # for animations
         self.page.screenshot(path=self._screenshots / f"{name}.png")
 
     def sees(self, text: str | re.Pattern[str]) -> None:
@@ -103,8 +103,12 @@ class Browser:
             return new if new and new.is_finished else None
 
         self.until(started)
-        self.page.goto("about:blank")
+        self.rest()
         return self.until(ended)
+
+    def rest(self) -> None:
+        """Leave the UI."""
+        self.page.goto("about:blank")
 
     def until(self, look: Callable[[], Any], seconds: float = _SECONDS) -> Any:
         """Look again and again until there is something."""

@@ -94,11 +94,18 @@ def test_an_approved_model_is_deployed(ui: UserInterface, browser: Browser) -> N
     browser.sees("PendingManualApproval")
     browser.screenshot("pending")
 
+    decision = {"version": version["version"], "who": "ann", "why": "better on every slice"}
+    assert browser.launch("approve_model", {"approve": decision}).status == SUCCESS
     browser.open(f"/locations/{LOCATION}/sensors/approved_models")
     # The switch itself is drawn over a checkbox that lies outside of the page.
     browser.page.locator("label", has=browser.page.locator("input[type=checkbox]")).first.click()
-    decision = {"version": version["version"], "who": "ann", "why": "better on every slice"}
-    assert browser.launch("approve_model", {"approve": decision}).status == SUCCESS
+
+    def watched() -> bool:
+        with ui.platform.instance() as instance:
+            return any(s.is_running and s.instigator_name == "approved_models" for s in instance.all_instigator_state())
+
+    browser.until(watched)
+    browser.rest()
 
     def deployed() -> bool:
         return ui.platform.reference("endpoint")["model_digest"] == version["artifact"]["digest"]
