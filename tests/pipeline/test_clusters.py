@@ -264,7 +264,7 @@ def test_trials_tell_that_they_wait_give_up_in_time_and_their_time_begins_afterw
 
 
 def test_a_cluster_that_wants_a_token_says_so(cluster: tuple[str, Path], tmp_path: Path) -> None:
-    found = _join(cluster[0], tmp_path, HOUSING_RAY_CONNECT_SECONDS="20")
+    found = _join(cluster[0], tmp_path, HOUSING_RAY_CONNECT_SECONDS="40")
     assert isinstance(found, str), found
     assert f"the Ray cluster at {cluster[0]} (RAY_ADDRESS) cannot be joined" in found
     assert "RAY_AUTH_TOKEN_PATH" in found
