@@ -45,7 +45,7 @@ class Browser:
 
     def screenshot(self, name: str) -> None:
         """Keep what is shown."""
-        self.page.wait_for_timeout(800)  # for animations
+        self.page.wait_for_timeout(1500)  # for what is loaded late, and animations
         self.page.screenshot(path=self._screenshots / f"{name}.png")
 
     def sees(self, text: str | re.Pattern[str]) -> None:
