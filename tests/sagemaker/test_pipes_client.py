@@ -348,13 +348,13 @@ time.sleep(60)
 @pytest.mark.slow
 def test_throttling_on_every_call_is_survived(aws: "Aws", client: PipesSageMakerClient) -> None:
     params = processing_request(aws, "with pipes() as context:\n    print('line', flush=True)\n    time.sleep(3)\n")
-    aws.faults.throttle("*", "*:*", seconds=10)
+    aws.faults.throttle("*", "*:*", seconds=20)
 
     def throttle_again() -> None:
         until_the_job_speaks(aws)
         aws.faults.throttle("*", "*:*", seconds=4)
 
-    threading.Timer(11.0, throttle_again).start()
+    threading.Timer(21.0, throttle_again).start()
     run = Materialized(asset_on(client, params))
     assert run.success, run.error
     assert "throttles" in run.text

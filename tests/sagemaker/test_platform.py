@@ -101,8 +101,8 @@ def both(emulator: SageMakerEmulator, tmp_path_factory: pytest.TempPathFactory) 
         for name, value in emulator.environment().items():
             patch.setenv(name, value)
         try:
-            with ThreadPoolExecutor() as both:
-                for done in both.map(lambda p: p.materialize(config=CONFIG, timeout=900), (local, remote)):
+            with ThreadPoolExecutor() as pool:
+                for done in pool.map(lambda p: p.materialize(config=CONFIG, timeout=900), (local, remote)):
                     assert done.returncode == 0, done.stdout
             yield Both(local, remote, clients["s3"], clients["sagemaker"], others)
         finally:
